@@ -1,0 +1,354 @@
+"""A checkpoint becomes a bundle: four checked ONNX graphs, the tokenizer and the manifest."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.export import Dim
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from engines import graphs
+from engines.base import LANES, TERMS, Array, EngineError, TensorSpec
+from engines.checkpoint import Checkpoint, CheckpointError
+from engines.manifest import (
+    GRAPHS,
+    MANIFEST,
+    Defaults,
+    File,
+    Graph,
+    GraphName,
+    Latent,
+    Manifest,
+    Size,
+    Tokenizer,
+    write_atomically,
+)
+from engines.onnxruntime import open_device
+
+OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # largest error against torch, relative to the output's largest value
+_INLINE_LIMIT = 100 * 2**20  # a graph with more weights than this keeps them in a file beside it
+
+Precision = Literal["fp32", "fp16"]
+Example = Mapping[str, torch.Tensor]
+
+
+class ExportError(EngineError):
+    """A graph could not be exported, or does not compute what torch computes."""
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """How one graph is traced: the module, example inputs, and the names of the dimensions that vary."""
+
+    module: nn.Module
+    example: Example
+    dims: Mapping[str, tuple[str | None, ...]]
+    output: str
+    output_dims: tuple[str | int, ...]
+    output_dtype: str = "float32"
+
+    def shape(self, name: str) -> tuple[str | int, ...]:
+        """The shape of input `name`: numbers, and names where it varies."""
+        return tuple(dim or size for dim, size in zip(self.dims[name], self.example[name].shape, strict=True))
+
+
+def export_bundle(  # noqa: PLR0913 - the build's options, all by keyword
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    name: str | None = None,
+    backend: str = "onnxruntime",
+    precision: Precision = "fp32",
+    resolutions: Sequence[Size] = (),
+    rows: Sequence[int] = (2, 4, 8, 16),
+    defaults: Defaults | None = None,
+    examples: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Manifest:
+    """Export every graph of `checkpoint` into folder `out`; `progress` hears the name of each stage as it begins.
+
+    Raises:
+        EngineError: a size does not fit the model, the weights cannot be read, or a graph differs from torch.
+    """
+    sizes = tuple(resolutions) or (checkpoint.size,)
+    for size in sizes:
+        _check_size(size, checkpoint)
+    progress("reading the checkpoint")
+    specs = _specs(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # a bundle is whole or it is none
+    built: dict[GraphName, Graph] = {}
+    for graph in GRAPHS:
+        progress(f"exporting {graph}")
+        path = out / "onnx" / f"{graph}.onnx"
+        _export(specs[graph], path, precision=precision, latent=checkpoint.latent)
+        progress(f"checking {graph} against torch")
+        _verify(specs[graph], path, TOLERANCE[precision])
+        built[graph] = _describe(specs[graph], path, out)
+    progress("writing the manifest")
+    manifest = Manifest(
+        name=name or checkpoint.name,
+        source=checkpoint.source,
+        backend=backend,
+        precision=precision,
+        resolutions=sizes,
+        rows=tuple(sorted(set(rows))),
+        latent=checkpoint.latent,
+        context=checkpoint.context,
+        tokenizer=_export_tokenizer(checkpoint, out),
+        noise_schedule=checkpoint.noise_schedule,
+        defaults=defaults or Defaults(scheduler=checkpoint.scheduler),
+        examples=tuple(examples),
+        graphs=built,
+        versions={
+            package: version(package) for package in ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
+        },
+    )
+    manifest.save(out)
+    return manifest
+
+
+def _check_size(size: Size, checkpoint: Checkpoint) -> None:
+    multiple = checkpoint.latent.multiple
+    if size.width % multiple or size.height % multiple:
+        raise ExportError(f"{size} does not fit {checkpoint.name}: width and height must be multiples of {multiple}.")
+
+
+def _specs(checkpoint: Checkpoint) -> dict[GraphName, _Spec]:
+    """Load the weights and say how each graph is traced. The example sizes are arbitrary but all different."""
+    text_encoder, unet, vae = _load(checkpoint)
+    latent, context = checkpoint.latent, checkpoint.context
+    side = latent.multiple // latent.downscale
+    slots, prompts, images, rows, h, w = 6, 5, 2, 3, 2 * side, 3 * side
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def below(bound: int, count: int) -> torch.Tensor:
+        return torch.randperm(bound, generator=generator)[:count]
+
+    state = randn(slots, LANES, latent.channels, h, w)
+    return {
+        "encode_prompt": _Spec(
+            graphs.EncodePrompt(text_encoder),
+            {"ids": torch.randint(text_encoder.config.vocab_size, (2, context.tokens), generator=generator)},
+            {"ids": ("N", None)},
+            "embeddings",
+            ("N", context.tokens, context.width),
+        ),
+        "denoise": _Spec(
+            graphs.Denoise(unet),
+            {
+                "state": state,
+                "context": randn(prompts, context.tokens, context.width),
+                "noise": randn(images, latent.channels, h, w),
+                "slot": below(slots, images),
+                "row_image": torch.tensor([0, 0, 1]),
+                "row_context": below(prompts, rows),
+                "timestep": torch.tensor([981.0, 981.0, 20.5]),
+                "guidance": randn(images, rows),
+                "scale": torch.rand(images, generator=generator),
+                "coef": randn(images, LANES, TERMS),
+            },
+            {
+                "state": ("S", None, None, "h", "w"),
+                "context": ("C", "L", None),
+                "noise": ("B", None, "h", "w"),
+                "slot": ("B",),
+                "row_image": ("R",),
+                "row_context": ("R",),
+                "timestep": ("R",),
+                "guidance": ("B", "R"),
+                "scale": ("B",),
+                "coef": ("B", None, None),
+            },
+            "state_next",
+            ("S", LANES, latent.channels, "h", "w"),
+        ),
+        "decode": _Spec(
+            graphs.Decode(vae),
+            {"state": state, "slot": below(slots, images), "lane": below(LANES, images)},
+            {"state": ("S", None, None, "h", "w"), "slot": ("n",), "lane": ("n",)},
+            "images",
+            ("n", "H", "W", 3),
+            "uint8",
+        ),
+        "encode_image": _Spec(
+            graphs.EncodeImage(vae),
+            {
+                "images": torch.randint(
+                    256, (2, h * latent.downscale, w * latent.downscale, 3), generator=generator, dtype=torch.uint8
+                ),
+                "noise": randn(2, latent.channels, h, w),
+            },
+            {"images": ("n", "H", "W", None), "noise": ("n", None, "h", "w")},
+            "latents",
+            ("n", latent.channels, "h", "w"),
+        ),
+    }
+
+
+def _load(checkpoint: Checkpoint) -> tuple[Any, Any, Any]:
+    options = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
+    try:
+        with _quiet():
+            text_encoder = CLIPTextModel.from_pretrained(
+                checkpoint.folder / "text_encoder",
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+            )
+            unet = UNet2DConditionModel.from_pretrained(checkpoint.folder / "unet", **options)
+            vae = AutoencoderKL.from_pretrained(checkpoint.folder / "vae", **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The weights of {checkpoint.name} cannot be loaded: {error}") from error
+    return text_encoder.eval(), unet.eval(), vae.eval()
+
+
+def _export(spec: _Spec, path: Path, *, precision: Precision, latent: Latent) -> None:
+    """Trace the module with its varying dimensions, and write the ONNX graph. Weights past a limit lie beside it."""
+    dims = _dims(latent)
+    shapes = {name: {axis: dims[dim] for axis, dim in enumerate(names) if dim} for name, names in spec.dims.items()}
+    with _quiet(), torch.inference_mode():
+        program = torch.onnx.export(
+            spec.module,
+            kwargs=dict(spec.example),
+            dynamic_shapes=shapes,
+            output_names=[spec.output],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError(f"{path.stem} was not exported: the exporter returned nothing.")
+    model = program.model
+    _name_dims(model.graph, spec)
+    if precision == "fp16":
+        _store_as_fp16(model.graph, {name for name, _ in spec.module.named_parameters()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = path.with_suffix(".onnx.data")
+    weights.unlink(missing_ok=True)
+    apart = (
+        sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+        > _INLINE_LIMIT
+    )
+    ir.save(model, path, external_data=weights.name if apart else None)
+    onnx.checker.check_model(path)
+
+
+def _dims(latent: Latent) -> dict[str, Any]:
+    """The dimensions that vary. Latent sides are multiples of what the UNet halves, picture sides of that in pixels."""
+    dims: dict[str, Any] = {name: Dim(name, min=1, max=65536) for name in ("S", "C", "L", "B", "R", "N", "n")}
+    side = latent.multiple // latent.downscale
+    for name in ("h", "w"):
+        unit = Dim(f"{name}_unit", min=1, max=1024)
+        dims[name] = side * unit
+        dims[name.upper()] = latent.multiple * unit
+    return dims
+
+
+def _name_dims(graph: ir.Graph, spec: _Spec) -> None:
+    """Give the graph's inputs and output the dimension names of the manifest, and forget the exporter's own inside."""
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+    for value in graph.inputs:
+        value.shape = ir.Shape(spec.shape(str(value.name)))
+    graph.outputs[0].shape = ir.Shape(spec.output_dims)
+
+
+def _store_as_fp16(graph: ir.Graph, parameters: set[str]) -> None:
+    """Halve the file: weights are stored as FP16 and cast to FP32, once, when a backend folds constants at load.
+
+    Only weights: constants such as the timestep frequencies would lose digits that matter.
+    """
+    casts = []
+    for name in parameters & graph.initializers.keys():
+        weight = graph.initializers[name]
+        if weight.const_value is None or weight.const_value.dtype != ir.DataType.FLOAT:
+            continue
+        array = weight.const_value.numpy().astype(np.float16)
+        stored = ir.tensor(array, name=f"{name}.fp16")
+        half = ir.Value(
+            name=stored.name, shape=ir.Shape(array.shape), type=ir.TensorType(stored.dtype), const_value=stored
+        )
+        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT})
+        weight.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[name]
+        graph.initializers.add(half)
+        casts.append(cast)
+    graph.insert_before(graph[0], casts)
+
+
+def _describe(spec: _Spec, path: Path, root: Path) -> Graph:
+    weights = path.with_suffix(".onnx.data")
+    return Graph(
+        files=tuple(File.of(file, root=root) for file in (path, weights) if file.exists()),
+        inputs=tuple(
+            TensorSpec(name, str(value.numpy().dtype), spec.shape(name)) for name, value in spec.example.items()
+        ),
+        outputs=(TensorSpec(spec.output, spec.output_dtype, spec.output_dims),),
+    )
+
+
+def _export_tokenizer(checkpoint: Checkpoint, out: Path) -> Tokenizer:
+    """Whatever form the checkpoint keeps it in, the bundle holds one `tokenizer.json`."""
+    try:
+        with _quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The tokenizer of {checkpoint.name} cannot be loaded: {error}") from error
+    path = out / "tokenizer.json"
+    write_atomically(path, tokenizer.backend_tokenizer.to_str().encode())
+    return Tokenizer(file=File.of(path, root=out), pad=tokenizer.pad_token_id)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' remarks on their own internals from people who build an engine."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _verify(spec: _Spec, path: Path, tolerance: float) -> None:
+    """Run the written graph in ONNX Runtime and raise ExportError where it strays from torch."""
+    with torch.inference_mode():
+        expected = spec.module(**spec.example).numpy()
+    device = open_device(threads=0)
+    buffers = {name: device.allocate(tuple(value.shape), value.numpy().dtype) for name, value in spec.example.items()}
+    for name, value in spec.example.items():
+        buffers[name].write(value.numpy())
+    buffers[spec.output] = device.allocate(expected.shape, expected.dtype)
+    device.load(path).bind(buffers).run()
+    error = _relative_error(buffers[spec.output].read(), expected)
+    if not error <= tolerance:  # NaN fails too
+        raise ExportError(f"{path.name} differs from torch by {error:.1e} of its range, more than {tolerance:.0e}.")
+
+
+def _relative_error(actual: Array, expected: Array) -> float:
+    wide = expected.astype(np.float64)
+    return float(np.abs(actual.astype(np.float64) - wide).max() / max(np.abs(wide).max(), 1e-6))

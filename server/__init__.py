@@ -1,0 +1,1 @@
+"""The running service: requests in, pictures out. Imports neither torch nor onnx."""

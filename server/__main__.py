@@ -1,0 +1,107 @@
+"""`python -m server`: check the bundle, start the service, say where it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from engines.base import EngineError, open_device
+from engines.manifest import Manifest
+from server.app import make_app, make_service
+from server.settings import Settings
+
+_log = logging.getLogger("latentd")
+_FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        settings = CliApp.run(Settings, list(sys.argv[1:] if argv is None else argv))
+    except ValidationError as error:
+        for item in error.errors():
+            _complain(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}")
+        return 2
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        manifest = Manifest.load(settings.bundle)
+    except EngineError as error:
+        _complain(str(error))
+        return _FAILED_START
+    return _serve(settings, manifest)
+
+
+def _serve(settings: Settings, manifest: Manifest) -> int:
+    exit_code = _FAILED_START
+
+    def on_ready() -> None:
+        nonlocal exit_code
+        exit_code = 0
+        _say(_welcome(manifest, _url(listener)))
+
+    def on_failure(error: Exception) -> None:
+        nonlocal exit_code
+        if isinstance(error, EngineError):
+            _complain(str(error))
+        else:
+            _log.critical("the executor ended", exc_info=error)
+        exit_code = exit_code or _FAULT
+        server.should_exit = True
+
+    service = make_service(
+        manifest,
+        settings.bundle,
+        open_device=lambda: open_device(settings.backend or manifest.backend, threads=settings.threads),
+        max_waiting=settings.max_waiting,
+        on_ready=on_ready,
+        on_failure=on_failure,
+    )
+    config = uvicorn.Config(
+        make_app(service),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+    listener = config.bind_socket()
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    return exit_code
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _welcome(manifest: Manifest, url: str) -> str:
+    prompt = json.dumps({"prompt": next(iter(manifest.examples), "a red heart on a yellow background"), "seed": 7})
+    return f"""
+{manifest.name} is ready: open {url}
+
+  curl -s -H 'Content-Type: application/json' -H 'Accept: image/png' \\
+    -d {shlex.quote(prompt)} {url}/generate > picture.png
+
+The API is described at {url}/docs. Stop with Ctrl-C.
+"""
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _complain(text: str) -> None:
+    _say(f"error: {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""`POST /generate`: the native face. JSON, the bare file, or server-sent events, as `Accept` says."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Literal, cast
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from server import images
+from server.api.bodies import problem, problem_response, read_body
+from server.api.service import Accepted, Files, Service
+from server.errors import InvalidRequest, NotAcceptable
+from server.images import ImageFormat
+from server.request import Completed, Ending, Event, Failed, Image, Request, Started, Stepped
+from server.schemas import (
+    GeneratedImage,
+    GenerateRequest,
+    GenerateResponse,
+    Parameters,
+    Problem,
+    Queued,
+    Running,
+    Step,
+    Timings,
+)
+
+KEEPALIVE_SECONDS = 15.0
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_CLIENT_GONE = 499
+
+Answer = Literal["json", "events", "png", "jpeg", "webp"]
+_ANSWERS: dict[str, Answer] = {
+    "application/json": "json",
+    "application/*": "json",
+    "*/*": "json",
+    "text/event-stream": "events",
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+    "image/*": "png",
+}
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
+        "/generate",
+        summary="Make pictures from a prompt",
+        response_model=GenerateResponse,
+        responses={
+            200: {
+                "description": "The pictures: JSON, or by `Accept` one bare file, or progress as server-sent events "
+                "(`queued`, `started`, `step`, then `completed` or `error`).",
+                "content": {kind: {} for kind in ("image/png", "image/jpeg", "image/webp", "text/event-stream")},
+            },
+            **{status: {"model": Problem} for status in (400, 406, 413, 415, 422, 429, 500, 503)},
+        },
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": GenerateRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def generate(http: HttpRequest) -> Response:
+        answer = _negotiate(http.headers.get("accept", "*/*"))
+        body = await read_body(http, GenerateRequest)
+        if answer in images.FORMATS and body.num_images > 1:
+            raise InvalidRequest("One file holds one picture: ask for num_images 1, or for application/json.")
+        accepted = service.accept(body, request_id=_request_id(http))
+        if answer == "events":
+            return _stream(service, accepted, body.image_format)
+        return await _answer(service, accepted, http, answer=answer, body=body)
+
+    return router
+
+
+def _negotiate(accept: str) -> Answer:
+    """The best answer that `Accept` names, by its q-values; RFC 9110, section 12.5.1."""
+    wanted: list[tuple[float, str]] = []
+    for part in accept.split(","):
+        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        wanted.append((float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0, kind))
+    for weight, kind in sorted(wanted, key=lambda pair: -pair[0]):
+        if weight > 0 and kind in _ANSWERS:
+            return _ANSWERS[kind]
+    raise NotAcceptable("Accept one of application/json, image/png, image/jpeg, image/webp, text/event-stream.")
+
+
+def _request_id(http: HttpRequest) -> str | None:
+    given = http.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else None
+
+
+async def _answer(
+    service: Service, accepted: Accepted, http: HttpRequest, *, answer: Answer, body: GenerateRequest
+) -> Response:
+    """Wait for the pictures, and give up the rows at once when the caller is gone."""
+    request = accepted.request
+    try:
+        ending = await _unless(accepted.ticket.ending(), _disconnected(http))
+    finally:
+        request.cancel()
+    if ending is None:
+        return Response(status_code=_CLIENT_GONE)
+    if isinstance(ending, Failed):
+        return problem_response(problem(ending.error), retry_after=ending.error.retry_after)
+    bare = answer in images.FORMATS
+    files = await service.write_files(ending, cast(ImageFormat, answer) if bare else body.image_format)
+    timings = _timings(request, files)
+    headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
+    if bare:
+        headers["X-Seed"] = str(request.wish.seeds[0])
+        return Response(files.contents[0], headers=headers, media_type=f"image/{answer}")
+    document = _document(service, request, files, image_format=body.image_format)
+    return JSONResponse(document.model_dump(), headers=headers)
+
+
+async def _unless(wanted: Coroutine[Any, Any, Ending], interruption: Coroutine[Any, Any, None]) -> Ending | None:
+    """What `wanted` returns, or None if `interruption` ends first."""
+    tasks = (asyncio.ensure_future(wanted), asyncio.ensure_future(interruption))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> StreamingResponse:
+    return StreamingResponse(
+        _sse(service, accepted, image_format),
+        media_type="text/event-stream",
+        headers={
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+            "X-Request-Id": accepted.request.id,
+        },
+    )
+
+
+async def _sse(service: Service, accepted: Accepted, image_format: ImageFormat) -> AsyncIterator[bytes]:
+    request = accepted.request
+    try:
+        yield _event("queued", Queued(id=request.id, position=accepted.position))
+        async for event in accepted.ticket.events(keepalive=KEEPALIVE_SECONDS):
+            if event is None:
+                yield KEEPALIVE_COMMENT
+            else:
+                yield await _describe(service, request, event, image_format)
+    finally:
+        request.cancel()  # the caller closed the stream, or it is over and this changes nothing
+
+
+async def _describe(service: Service, request: Request, event: Event, image_format: ImageFormat) -> bytes:
+    match event:
+        case Started():
+            return _event("started", Running(id=request.id))
+        case Stepped(step, steps, preview):
+            shown = None if preview is None else await run_in_threadpool(_data_url, preview)
+            return _event("step", Step(step=step, steps=steps, preview=shown))
+        case Completed():
+            files = await service.write_files(event, image_format)
+            return _event("completed", _document(service, request, files, image_format=image_format))
+        case Failed(error):
+            return _event("error", problem(error))
+
+
+def _data_url(image: Image) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(images.encode(image, "jpeg")).decode()
+
+
+def _event(name: str, document: BaseModel) -> bytes:
+    return format_sse_event(event=name, data_str=document.model_dump_json())
+
+
+def _document(service: Service, request: Request, files: Files, *, image_format: ImageFormat) -> GenerateResponse:
+    wish = request.wish
+    return GenerateResponse(
+        id=request.id,
+        model=service.manifest.name,
+        images=[
+            GeneratedImage(seed=seed, format=image_format, image=base64.b64encode(content).decode())
+            for seed, content in zip(wish.seeds, files.contents, strict=True)
+        ],
+        parameters=Parameters(
+            prompt=wish.prompt.text,
+            negative_prompt=wish.negative_prompt.text,
+            width=wish.size.width,
+            height=wish.size.height,
+            num_inference_steps=wish.num_inference_steps,
+            guidance_scale=wish.guidance_scale,
+            seed=wish.seeds[0],
+            num_images=request.images,
+            scheduler=wish.scheduler,
+        ),
+        timings=_timings(request, files),
+        warnings=_warnings(request, service.manifest.context.tokens),
+    )
+
+
+def _timings(request: Request, files: Files) -> Timings:
+    spent = request.timings
+    return Timings(
+        queue=spent["queue"],
+        encode=spent["encode"],
+        denoise=spent["denoise"],
+        decode=spent["decode"],
+        image=files.seconds,
+        total=sum(spent.values()) + files.seconds,
+    )
+
+
+def _server_timing(timings: Timings) -> str:
+    return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in timings.model_dump().items())
+
+
+def _warnings(request: Request, tokens: int) -> list[str]:
+    prompts = {"prompt": request.wish.prompt, "negative_prompt": request.wish.negative_prompt}
+    return [
+        f"{field} is longer than the {tokens - 2} tokens the model reads: the rest was left out."
+        for field, prompt in prompts.items()
+        if prompt.truncated
+    ]

@@ -1,0 +1,47 @@
+"""What operators and load balancers ask: health, metrics, the model."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from server.api.service import Service
+from server.schedulers import NAMES
+from server.schemas import Model
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v2/health/live", summary="200 while the process works; restart it when it does not")
+    def live() -> Response:
+        return Response(status_code=200 if service.executor.alive else 503)
+
+    @router.get("/v2/health/ready", summary="200 while requests are answered; send traffic elsewhere when not")
+    def ready() -> Response:
+        return Response(status_code=200 if service.executor.ready else 503)
+
+    @router.api_route("/metrics", methods=["GET", "HEAD"], summary="Prometheus metrics", response_class=Response)
+    def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=_METRICS_TYPE)
+
+    @router.get("/models", summary="The models served")
+    def models() -> list[Model]:
+        manifest = service.manifest
+        return [
+            Model(
+                name=manifest.name,
+                backend=manifest.backend,
+                precision=manifest.precision,
+                resolutions=[str(size) for size in manifest.resolutions],
+                schedulers=list(NAMES),
+                scheduler=manifest.defaults.scheduler,
+                num_inference_steps=manifest.defaults.num_inference_steps,
+                guidance_scale=manifest.defaults.guidance_scale,
+                max_rows=manifest.max_rows,
+                examples=list(manifest.examples),
+            )
+        ]
+
+    return router

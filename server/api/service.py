@@ -1,0 +1,70 @@
+"""What every face needs: one way in for requests, one way to write pictures, one way to describe the model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from starlette.concurrency import run_in_threadpool
+
+from engines.manifest import Manifest
+from server import images
+from server.api.ticket import Ticket
+from server.batcher import Batcher
+from server.errors import NotReady
+from server.executor import Executor
+from server.images import ImageFormat
+from server.intake import Intake
+from server.metrics import Metrics
+from server.request import Completed, Request
+from server.schemas import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request in the queue, and the ticket its caller waits with."""
+
+    request: Request
+    ticket: Ticket
+    position: int  # how many waited before it
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Encoded pictures, and the seconds that took."""
+
+    contents: tuple[bytes, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The rooms behind the HTTP faces."""
+
+    manifest: Manifest
+    intake: Intake
+    batcher: Batcher
+    executor: Executor
+    metrics: Metrics
+
+    def accept(self, body: GenerateRequest, *, request_id: str | None) -> Accepted:
+        """Queue what `body` asks for. From here on the request has exactly one ending.
+
+        Raises:
+            NotReady, InvalidRequest, QueueFull
+        """
+        if not self.executor.ready:
+            raise NotReady("The model is still loading, or the server is stopping: try again soon.", retry_after=5)
+        ticket = Ticket()
+        request = self.intake.request(body, ticket.hear, self.metrics.observe, request_id=request_id)
+        return Accepted(request, ticket, self.batcher.submit(request))
+
+    async def write_files(self, completed: Completed, image_format: ImageFormat) -> Files:
+        """Encode the pictures off the event loop."""
+        started = time.perf_counter()
+        jobs = (run_in_threadpool(images.encode, image, image_format) for image in completed.images)
+        contents = tuple(await asyncio.gather(*jobs))
+        seconds = time.perf_counter() - started
+        self.metrics.stage("image", seconds)
+        return Files(contents, seconds)

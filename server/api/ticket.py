@@ -1,0 +1,41 @@
+"""A request as its caller awaits it: the executor's thread tells, the event loop listens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from server.request import Completed, Event, Failed, Request
+
+
+class Ticket:
+    """Carries a request's events into the event loop that made it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def hear(self, _request: Request, event: Event) -> None:
+        """A listener for `Request`; callable from any thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self, *, keepalive: float) -> AsyncIterator[Event | None]:
+        """Each event up to the ending; None after every `keepalive` seconds of silence."""
+        while True:
+            try:
+                event = await asyncio.wait_for(self._events.get(), keepalive)
+            except TimeoutError:
+                yield None
+                continue
+            yield event
+            if isinstance(event, Completed | Failed):
+                return
+
+    async def ending(self) -> Completed | Failed:
+        """Wait for the end."""
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Completed | Failed):
+                return event

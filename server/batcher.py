@@ -1,0 +1,144 @@
+"""Who takes the next step together. Policy only: no device, no HTTP."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from engines.manifest import Size
+from server.errors import InvalidRequest, NotReady, QueueFull
+from server.request import Request
+
+_LONGEST_RETRY = 120  # seconds; clients ignore more
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the executor does before and in one step. `requests` share a size and fit the largest bucket."""
+
+    left: tuple[Request, ...]  # cancelled since the last batch: free what they hold
+    joined: tuple[Request, ...]  # newcomers among `requests`
+    requests: tuple[Request, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(request.rows for request in self.requests)
+
+
+@dataclass
+class _Line:
+    """The requests of one picture size."""
+
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+
+    def join(self, max_rows: int) -> Iterator[Request]:
+        """Let newcomers in, first come first served, while the next one fits. Nobody overtakes, so nobody starves."""
+        free = max_rows - sum(request.rows for request in self.running)
+        while self.waiting and self.waiting[0].rows <= free:
+            newcomer = self.waiting.popleft()
+            free -= newcomer.rows
+            self.running.append(newcomer)
+            yield newcomer
+
+    def drop_cancelled(self) -> Iterator[Request]:
+        yield from (request for request in (*self.running, *self.waiting) if request.cancelled)
+        self.running = [request for request in self.running if not request.cancelled]
+        self.waiting = deque(request for request in self.waiting if not request.cancelled)
+
+
+class Batcher:
+    """Continuous batching at the step: newcomers join and the finished leave between steps; sizes take turns.
+
+    `submit` and the counts are for any thread; `next_batch` and `leave` are for the executor's.
+    """
+
+    def __init__(self, *, max_rows: int, max_waiting: int) -> None:
+        self.max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._lines: dict[Size, _Line] = {}  # in the order of their turns
+        self._changed = threading.Condition()
+        self._closed = False
+        self._seconds_per_request = 1.0  # moving average over those that left
+        self._last_left = 0.0
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return sum(len(line.waiting) for line in self._lines.values())
+
+    @property
+    def running(self) -> int:
+        with self._changed:
+            return sum(len(line.running) for line in self._lines.values())
+
+    def submit(self, request: Request) -> int:
+        """Queue `request` and return how many wait before it.
+
+        Raises:
+            InvalidRequest: it can never fit. QueueFull: too many wait. NotReady: the server is draining.
+        """
+        if request.rows > self.max_rows:
+            raise InvalidRequest(
+                f"{request.images} images take {request.rows} UNet rows, this server's engines take {self.max_rows}: "
+                "ask for fewer images."
+            )
+        with self._changed:
+            if self._closed:
+                raise NotReady("The server is stopping: ask another one.", retry_after=5)
+            before = sum(len(line.waiting) for line in self._lines.values())
+            if before >= self._max_waiting:
+                raise QueueFull(
+                    f"{before} requests are waiting: try again later.", retry_after=self._retry_after(before)
+                )
+            self._lines.setdefault(request.wish.size, _Line()).waiting.append(request)
+            self._changed.notify()
+        return before
+
+    def next_batch(self) -> Batch | None:
+        """Wait for work and return the next step's. None: closed, and nothing is left to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._lines)
+            left = tuple(request for line in self._lines.values() for request in line.drop_cancelled())
+            self._forget_empty_lines()
+            if not self._lines:
+                return Batch(left, (), ()) if left or not self._closed else None
+            size = next(iter(self._lines))
+            line = self._lines[size] = self._lines.pop(size)  # its turn is now, the next one after all others
+            joined = tuple(line.join(self.max_rows))
+            return Batch(left, joined, tuple(line.running))
+
+    def leave(self, request: Request) -> None:
+        """`request` takes no more steps."""
+        with self._changed:
+            line = self._lines[request.wish.size]
+            line.running.remove(request)
+            self._forget_empty_lines()
+            now = time.monotonic()
+            spent = sum(request.timings.values()) - request.timings.get("queue", 0.0)
+            gap = min(now - self._last_left, spent)
+            self._seconds_per_request += 0.1 * (gap - self._seconds_per_request)
+            self._last_left = now
+
+    def close(self) -> None:
+        """Take no more requests; those accepted go on to their end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def evict(self) -> tuple[Request, ...]:
+        """Forget and return whoever waits or runs: no step will be taken for them."""
+        with self._changed:
+            evicted = tuple(request for line in self._lines.values() for request in (*line.running, *line.waiting))
+            self._lines.clear()
+        return evicted
+
+    def _forget_empty_lines(self) -> None:
+        self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
+
+    def _retry_after(self, waiting: int) -> int:
+        return min(max(math.ceil(waiting * self._seconds_per_request), 1), _LONGEST_RETRY)

@@ -1,0 +1,1 @@
+"""One static page: a prompt in, a picture out."""

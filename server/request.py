@@ -1,0 +1,133 @@
+"""A request: one caller's wish, its progress, and its one ending."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.manifest import Size
+from server.errors import ServerError
+from server.schedulers import Table
+from server.tokenizer import Prompt
+
+Image = NDArray[np.uint8]  # [H, W, 3], RGB
+Stage = Literal["queue", "encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a caller asked for, with every default filled in."""
+
+    prompt: Prompt
+    negative_prompt: Prompt
+    size: Size
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    seeds: tuple[int, ...]  # one per image
+    preview_every: int = 0  # steps; 0 shows none
+
+    @property
+    def guided(self) -> bool:
+        """Classifier-free guidance, as diffusers decides it: at a scale of 1 or less the negative prompt has no say."""
+        return self.guidance_scale > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request left the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """One more denoising step is done."""
+
+    step: int
+    steps: int
+    preview: Image | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Ending: the pictures, one per seed."""
+
+    images: tuple[Image, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Ending: no picture, and why."""
+
+    error: ServerError
+
+
+Ending = Completed | Failed
+Event = Started | Stepped | Ending
+
+
+@dataclass(eq=False)
+class Request:
+    """One caller's wish and its progress. `step` and `timings` belong to the executor, `cancel` to anyone."""
+
+    wish: Wish
+    table: Table
+    listeners: tuple[Callable[[Request, Event], None], ...]
+    id: str
+    step: int = 0  # UNet calls done
+    timings: dict[Stage, float] = field(default_factory=dict)  # seconds
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._mark = time.perf_counter()
+        self.ending: Ending | None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.wish.seeds)
+
+    @property
+    def rows(self) -> int:
+        """UNet rows per step: a guided image takes two, an unguided one takes one."""
+        return self.images * (2 if self.wish.guided else 1)
+
+    @property
+    def steps(self) -> int:
+        """UNet calls in all; some schedulers make more of them than steps."""
+        return len(self.table.steps)
+
+    @property
+    def denoised(self) -> bool:
+        return self.step == self.steps
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Ask that no more steps be spent; the ending follows when its rows are free."""
+        self._cancelled.set()
+
+    def finish_stage(self, stage: Stage) -> None:
+        """Book the time since the last stage ended to `stage`."""
+        now = time.perf_counter()
+        self.timings[stage] = self.timings.get(stage, 0.0) + now - self._mark
+        self._mark = now
+
+    def tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(self, event)
+
+    def end(self, ending: Ending) -> None:
+        """Give the request its ending. The first call counts, later ones change nothing."""
+        with self._lock:
+            if self.ending is not None:
+                return
+            self.ending = ending
+        self.tell(ending)

@@ -1,0 +1,56 @@
+"""Every setting of the server: a flag, a `LATENTD_…` variable, and what to expect when it is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import engines.demo
+
+DEMO = Path(engines.demo.__file__).parent
+
+
+class Settings(BaseSettings):
+    """Serve pictures over HTTP from a bundle made by build_engines.py."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LATENTD_",
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        extra="ignore",
+    )
+
+    bundle: Path = Field(DEMO, description="folder of the model to serve; the demo model unless given")
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; 0.0.0.0 lets other machines in, without a password",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    backend: str | None = Field(None, description="what runs the graphs; the bundle's own unless given")
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of the engines; 0 takes one per core. "
+        "Fewer leave room for other programs, and slow each step",
+    )
+    max_waiting: int = Field(
+        64,
+        ge=1,
+        le=100_000,
+        description="requests that may wait; more are refused with 429. "
+        "A longer queue refuses fewer and lets each wait longer",
+    )
+    drain_seconds: int = Field(
+        30,
+        ge=0,
+        le=3600,
+        description="on SIGTERM, how long accepted requests may go on before they are cancelled. "
+        "Keep it under your supervisor's kill timeout",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")

@@ -1,0 +1,41 @@
+"""One tiny checkpoint, one bundle and one server for the whole run: each is real, and each costs seconds to make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import build_engines
+from engines.manifest import Manifest
+from tests.serving import Serving
+from tests.tiny import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with random weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint, built by the command people use. Tests that alter a bundle copy it first."""
+    out = tmp_path_factory.mktemp("bundle")
+    sizes = ["--resolution", "32x32", "--resolution", "48x32"]
+    assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *sizes, "--rows", "2,4,8"]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def manifest(bundle: Path) -> Manifest:
+    return Manifest.load(bundle)
+
+
+@pytest.fixture(scope="session")
+def serving(bundle: Path) -> Iterator[Serving]:
+    """A server process over the tiny bundle, shared: leave it as you found it."""
+    with Serving(bundle) as running:
+        yield running
+        assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"

@@ -1,0 +1,66 @@
+"""A real server in a process of its own, as people start it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+_READY = re.compile(r"is ready: open (http://\S+)")
+
+
+class Serving:
+    """`python -m server` on a free port. A context manager; `client` speaks to it."""
+
+    def __init__(self, bundle: Path, *arguments: str, start_seconds: float = 60) -> None:
+        command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
+        self.stderr: list[str] = []
+        self._url = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._ready.wait(start_seconds) or not self._url:
+            self.process.kill()
+            raise RuntimeError(f"the server did not start: {''.join(self.stderr)}")
+        self.client = httpx.Client(base_url=self._url, timeout=120)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def generate(self, **fields: Any) -> httpx.Response:
+        """`POST /generate` with `fields` as JSON."""
+        return self.client.post("/generate", json=fields)
+
+    def stop(self, *, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
+        """Send a signal and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(seconds)
+        self._reader.join(seconds)
+        if self.process.stderr:
+            self.process.stderr.close()
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.stderr.append(line)
+            if found := _READY.search(line):
+                self._url = found[1]
+                self._ready.set()
+        self._ready.set()  # the process ended; without a URL that is a failed start
