@@ -237,7 +237,9 @@ def _export(spec: _Spec, path: Path, *, precision: Precision, latent: Latent) ->
     if program is None:
         raise ExportError(f"{path.stem} was not exported: the exporter returned nothing.")
     model = program.model
-    _name_dims(model.graph, spec)
+    _tidy(model.graph, spec)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     if precision == "fp16":
         _store_as_fp16(model.graph, {name for name, _ in spec.module.named_parameters()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,11 +264,15 @@ def _dims(latent: Latent) -> dict[str, Any]:
     return dims
 
 
-def _name_dims(graph: ir.Graph, spec: _Spec) -> None:
-    """Give the graph's inputs and output the dimension names of the manifest, and forget the exporter's own inside."""
+def _tidy(graph: ir.Graph, spec: _Spec) -> None:
+    """Give inputs and output the manifest's dimension names; drop what the exporter notes on its own way: its names for
+    dimensions inside, and a stack trace per node, which holds more bytes than a small model and paths of this machine."""
     for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
         for value in node.outputs:
             value.shape = None
+            value.metadata_props.clear()
     for value in graph.inputs:
         value.shape = ir.Shape(spec.shape(str(value.name)))
     graph.outputs[0].shape = ir.Shape(spec.output_dims)

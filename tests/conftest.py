@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import build_engines
 from engines.manifest import Manifest
 from tests.serving import Serving
 from tests.tiny import make_checkpoint
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other programs run
 
 
 @pytest.fixture(scope="session")

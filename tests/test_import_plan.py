@@ -1,0 +1,139 @@
+"""Who may import whom. The arrows point down only; a room that needs one more says so here, in review."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each room and the rooms of this project it may import.
+ENGINES: dict[str, set[str]] = {
+    "engines.base": set(),
+    "engines.manifest": {"engines.base"},
+    "engines.checkpoint": {"engines.base", "engines.manifest"},
+    "engines.graphs": {"engines.base"},
+    "engines.onnxruntime": {"engines.base"},
+    "engines.export": {
+        "engines.base",
+        "engines.checkpoint",
+        "engines.graphs",
+        "engines.manifest",
+        "engines.onnxruntime",
+    },
+}
+SERVER: dict[str, set[str]] = {
+    "server.errors": set(),
+    "server.noise": set(),
+    "server.tokenizer": set(),
+    "server.schedulers": {"engines.base", "engines.manifest"},
+    "server.request": {"engines.manifest", "server.errors", "server.schedulers", "server.tokenizer"},
+    "server.images": {"server.request"},
+    "server.schemas": {"server.images", "server.schedulers"},
+    "server.intake": {
+        "engines.manifest",
+        "server.errors",
+        "server.request",
+        "server.schedulers",
+        "server.schemas",
+        "server.tokenizer",
+    },
+    "server.batcher": {"engines.manifest", "server.errors", "server.request"},
+    "server.metrics": {"engines.manifest", "server.errors", "server.request"},
+    "server.plan": {"engines.base", "server.noise", "server.request"},
+    "server.pools": {
+        "engines.base",
+        "engines.manifest",
+        "server.noise",
+        "server.plan",
+        "server.request",
+        "server.tokenizer",
+    },
+    "server.pipeline": {
+        "engines.base",
+        "engines.manifest",
+        "server.noise",
+        "server.plan",
+        "server.pools",
+        "server.request",
+    },
+    "server.executor": {
+        "engines.base",
+        "server.batcher",
+        "server.errors",
+        "server.metrics",
+        "server.pipeline",
+        "server.request",
+    },
+    "server.settings": {"engines.demo"},
+}
+ALLOWED = ENGINES | SERVER
+ONLY_TO_BUILD = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors"}
+MAY_TRACE = {"engines.graphs", "engines.export"}  # with engines/demo, which trains
+
+
+def modules(folder: str) -> list[str]:
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(module: str) -> set[str]:
+    """Every module that `module` names in an import, at the top or inside a function."""
+    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = {name for name in inside if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()}
+            found |= known or {node.module}
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] in {"engines", "server", "loadtest", "build_engines"}}
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_a_room_imports_only_what_lies_below_it(module: str) -> None:
+    assert ours(imports(module)) <= ALLOWED[module]
+
+
+def test_every_room_is_in_the_plan() -> None:
+    listed = {*ALLOWED, "server.app", "server.__main__"}
+    rooms = {name for name in modules("engines") + modules("server") if not name.endswith("__init__")}
+    assert {room for room in rooms if not room.startswith(("engines.demo.", "server.api."))} == listed
+
+
+@pytest.mark.parametrize("module", modules("engines"))
+def test_engines_know_nothing_of_the_server(module: str) -> None:
+    assert not {name for name in imports(module) if name.split(".")[0] == "server"}
+
+
+@pytest.mark.parametrize("module", modules("server"))
+def test_the_server_needs_nothing_of_the_build(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(module)} & ONLY_TO_BUILD
+    assert not imports(module) & {"engines.graphs", "engines.export", "engines.checkpoint"}
+
+
+@pytest.mark.parametrize("module", [name for name in modules("engines") if "demo" not in name])
+def test_only_two_rooms_trace(module: str) -> None:
+    if module not in MAY_TRACE:
+        assert not {name.split(".")[0] for name in imports(module)} & ONLY_TO_BUILD
+
+
+@pytest.mark.parametrize("module", ["server.batcher", "server.schedulers", "server.plan", "server.noise"])
+def test_policy_and_numbers_need_neither_device_nor_http(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(module)} & {"fastapi", "starlette", "onnxruntime", "cuda"}
+
+
+def test_a_running_server_loads_no_torch() -> None:
+    """What the imports say, seen in a process: some library might pull it in by itself."""
+    code = (
+        "import sys, server.__main__; sys.exit(bool({'torch', 'onnx', 'transformers', 'diffusers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0  # noqa: S603 - our own
