@@ -39,7 +39,7 @@ from engines.manifest import (
 from engines.onnxruntime import open_device
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
-TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # largest error against torch, relative to the output's largest value
+TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # largest error against torch in FP32, relative to the largest value
 _INLINE_LIMIT = 100 * 2**20  # a graph with more weights than this keeps them in a file beside it
 
 Precision = Literal["fp32", "fp16"]
@@ -265,8 +265,10 @@ def _dims(latent: Latent) -> dict[str, Any]:
 
 
 def _tidy(graph: ir.Graph, spec: _Spec) -> None:
-    """Give inputs and output the manifest's dimension names; drop what the exporter notes on its own way: its names for
-    dimensions inside, and a stack trace per node, which holds more bytes than a small model and paths of this machine."""
+    """Give inputs and output the manifest's dimension names, and drop what the exporter notes on its own way.
+
+    A stack trace per node holds more bytes than a small model, and paths of the machine that built it.
+    """
     for node in graph:
         node.metadata_props.clear()
         node.doc_string = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from server.settings import Settings
 
 _log = logging.getLogger("latentd")
 _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
+_LAST_WORDS = 2  # seconds for the cancelled to hear of it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return _FAILED_START
     return _serve(settings, manifest)
+
+
+class _Server(uvicorn.Server):
+    """Cancels what the drain leaves undone, so that whoever waits hears of it; uvicorn would hang up on them."""
+
+    def __init__(self, config: uvicorn.Config, *, drain_seconds: int, cancel: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain_seconds = drain_seconds
+        self._cancel = cancel
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._drain_seconds, self._cancel)
+        await super().shutdown(sockets)
 
 
 def _serve(settings: Settings, manifest: Manifest) -> int:
@@ -70,12 +85,22 @@ def _serve(settings: Settings, manifest: Manifest) -> int:
         log_config=None,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_graceful_shutdown=settings.drain_seconds + _LAST_WORDS,
     )
-    listener = config.bind_socket()
-    server = uvicorn.Server(config)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        _complain(f"{error.strerror}: choose another --host or --port.")
+        return _FAILED_START
+    server = _Server(config, drain_seconds=settings.drain_seconds, cancel=service.batcher.cancel)
     server.run(sockets=[listener])
     return exit_code
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if ":" not in host:
+        return socket.create_server((host, port))
+    return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=socket.has_dualstack_ipv6())
 
 
 def _url(listener: socket.socket) -> str:

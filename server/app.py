@@ -105,7 +105,9 @@ async def _http_error(_http: HttpRequest, error: HTTPException) -> JSONResponse:
     """No such page, or not that method."""
     status = HTTPStatus(error.status_code)
     document = Problem(title=status.phrase, status=status, detail=f"{status.description}: see /docs.")
-    return problem_response(document)
+    response = problem_response(document)
+    response.headers.update(error.headers or {})  # Allow, which a 405 must have
+    return response
 
 
 async def _bug(_http: HttpRequest, error: Exception) -> JSONResponse:

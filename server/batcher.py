@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engines.manifest import Size
-from server.errors import InvalidRequest, NotReady, QueueFull
+from server.errors import FieldError, InvalidRequest, NotReady, QueueFull
 from server.request import Request
 
 _LONGEST_RETRY = 120  # seconds; clients ignore more
@@ -83,10 +83,11 @@ class Batcher:
             InvalidRequest: it can never fit. QueueFull: too many wait. NotReady: the server is draining.
         """
         if request.rows > self.max_rows:
-            raise InvalidRequest(
+            message = (
                 f"{request.images} images take {request.rows} UNet rows, this server's engines take {self.max_rows}: "
                 "ask for fewer images."
             )
+            raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         with self._changed:
             if self._closed:
                 raise NotReady("The server is stopping: ask another one.", retry_after=5)
@@ -129,6 +130,14 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Take no more requests, and spend no more steps on those accepted."""
+        self.close()
+        with self._changed:
+            for line in self._lines.values():
+                for request in (*line.running, *line.waiting):
+                    request.cancel()
 
     def evict(self) -> tuple[Request, ...]:
         """Forget and return whoever waits or runs: no step will be taken for them."""

@@ -7,10 +7,12 @@ from typing import TypeVar
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from server.errors import (
     STATUS,
     BodyTooLarge,
+    Cancelled,
     FieldError,
     InvalidRequest,
     MalformedBody,
@@ -31,15 +33,19 @@ async def read_body(http: HttpRequest, model: type[Body]) -> Body:
 
     Raises:
         UnsupportedMediaType, BodyTooLarge, MalformedBody, InvalidRequest: what is wrong, field by field.
+        Cancelled: the caller went away before the body was whole.
     """
     media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":  # also keeps pages of other origins from posting without being asked
         raise UnsupportedMediaType("Send JSON, with the header Content-Type: application/json.")
     body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes.")
+    try:
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes.")
+    except ClientDisconnect:
+        raise Cancelled("The caller went away before the body was whole.") from None
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from server import images
 from server.api.bodies import problem, problem_response, read_body
 from server.api.service import Accepted, Files, Service
-from server.errors import InvalidRequest, NotAcceptable
+from server.errors import FieldError, InvalidRequest, NotAcceptable
 from server.images import ImageFormat
 from server.request import Completed, Ending, Event, Failed, Image, Request, Started, Stepped
 from server.schemas import (
@@ -76,7 +76,8 @@ def routes(service: Service) -> APIRouter:
         answer = _negotiate(http.headers.get("accept", "*/*"))
         body = await read_body(http, GenerateRequest)
         if answer in images.FORMATS and body.num_images > 1:
-            raise InvalidRequest("One file holds one picture: ask for num_images 1, or for application/json.")
+            message = "One file holds one picture: ask for num_images 1, or for application/json."
+            raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         accepted = service.accept(body, request_id=_request_id(http))
         if answer == "events":
             return _stream(service, accepted, body.image_format)
