@@ -40,6 +40,7 @@ from engines.onnxruntime import open_device
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2}  # largest error against torch in FP32, relative to the largest value
+_LARGE = 1024  # values of a tensor that is worth halving
 _INLINE_LIMIT = 100 * 2**20  # a graph with more weights than this keeps them in a file beside it
 
 Precision = Literal["fp32", "fp16"]
@@ -241,7 +242,7 @@ def _export(spec: _Spec, path: Path, *, precision: Precision, latent: Latent) ->
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     if precision == "fp16":
-        _store_as_fp16(model.graph, {name for name, _ in spec.module.named_parameters()})
+        _store_as_fp16(model.graph)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = path.with_suffix(".onnx.data")
     weights.unlink(missing_ok=True)
@@ -280,27 +281,36 @@ def _tidy(graph: ir.Graph, spec: _Spec) -> None:
     graph.outputs[0].shape = ir.Shape(spec.output_dims)
 
 
-def _store_as_fp16(graph: ir.Graph, parameters: set[str]) -> None:
+def _store_as_fp16(graph: ir.Graph) -> None:
     """Halve the file: weights are stored as FP16 and cast to FP32, once, when a backend folds constants at load.
 
-    Only weights: constants such as the timestep frequencies would lose digits that matter.
+    A weight is a large matrix or kernel. Vectors stay: they are small, and the timestep frequencies among them would
+    lose digits that matter. So does what FP16 cannot hold, such as a causal mask.
     """
     casts = []
-    for name in parameters & graph.initializers.keys():
-        weight = graph.initializers[name]
-        if weight.const_value is None or weight.const_value.dtype != ir.DataType.FLOAT:
+    for name, weight in list(graph.initializers.items()):
+        stored = _half(weight, name=f"{name}.fp16")
+        if stored is None:
             continue
-        array = weight.const_value.numpy().astype(np.float16)
-        stored = ir.tensor(array, name=f"{name}.fp16")
-        half = ir.Value(
-            name=stored.name, shape=ir.Shape(array.shape), type=ir.TensorType(stored.dtype), const_value=stored
-        )
-        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT})
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
         weight.replace_all_uses_with(cast.outputs[0])
         del graph.initializers[name]
-        graph.initializers.add(half)
+        graph.initializers.add(stored)
         casts.append(cast)
     graph.insert_before(graph[0], casts)
+
+
+def _half(weight: ir.Value, *, name: str) -> ir.Value | None:
+    """The weight in FP16, or None for what is better kept as it is."""
+    tensor = weight.const_value
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2 or tensor.size < _LARGE:
+        return None
+    with np.errstate(over="ignore"):
+        array = tensor.numpy().astype(np.float16)
+    if not np.isfinite(array).all():
+        return None
+    stored = ir.tensor(array, name=name)
+    return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(stored.dtype), const_value=stored)
 
 
 def _describe(spec: _Spec, path: Path, root: Path) -> Graph:

@@ -1,0 +1,60 @@
+"""The shipped demo, as a newcomer meets it: the picture shows what was asked for. All 200 prompts: engines.demo.check."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+import engines.demo
+from engines.demo.pictures import check, concepts, draw_prompts
+from engines.manifest import Manifest
+from tests.serving import Serving
+
+DEMO = Path(engines.demo.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Serving]:
+    with Serving(DEMO) as running:
+        yield running
+
+
+def picture(demo: Serving, prompt: str, seed: int) -> bytes:
+    """A picture with everything but prompt and seed left to the model's defaults."""
+    answer = demo.client.post("/generate", json={"prompt": prompt, "seed": seed}, headers={"Accept": "image/png"})
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def test_pictures_show_what_was_asked_for(demo: Serving) -> None:
+    wanted = draw_prompts(12, seed=1)
+    pictures = (picture(demo, prompt, seed) for seed, (prompt, _) in enumerate(wanted))
+    seen = [check(PIL.Image.open(io.BytesIO(file))) for file in pictures]
+    things = sum(one.thing == other.thing for one, (_, other) in zip(seen, wanted, strict=True))
+    colors = sum(one.color == other.color for one, (_, other) in zip(seen, wanted, strict=True))
+    assert things >= 11
+    assert colors >= 11
+
+
+def test_the_readmes_heart_is_red_on_yellow_and_the_same_bytes_again(demo: Serving) -> None:
+    first, second = (picture(demo, "a red heart on a yellow background", 7) for _ in range(2))
+    assert check(PIL.Image.open(io.BytesIO(first))) == ("red heart", "yellow")
+    assert first == second
+
+
+def test_unknown_words_still_give_a_picture(demo: Serving) -> None:
+    for prompt in ("", "ein rotes Herz auf gelbem Grund", "🍎 东京", "red " * 500):
+        assert picture(demo, prompt, 1).startswith(b"\x89PNG")
+
+
+def test_the_bundle_fits_in_a_repository(demo: Serving) -> None:
+    manifest = Manifest.load(DEMO)
+    assert sum(file.size for file in manifest.files) < 40e6
+    assert manifest.precision == "fp16"
+    assert len(concepts().things) >= 96
+    assert len(concepts().colors) == 10
+    assert demo.client.get("/models").json()[0]["examples"] == list(manifest.examples)
