@@ -1,4 +1,4 @@
-"""The shipped demo, as a newcomer meets it: the picture shows what was asked for. All 200 prompts: engines.demo.check."""
+"""The shipped demo, as a newcomer meets it: pictures show what was asked for. All 200 prompts: engines.demo.check."""
 
 from __future__ import annotations
 
