@@ -45,10 +45,12 @@ class _Line:
             self.running.append(newcomer)
             yield newcomer
 
-    def drop_cancelled(self) -> Iterator[Request]:
-        yield from (request for request in (*self.running, *self.waiting) if request.cancelled)
-        self.running = [request for request in self.running if not request.cancelled]
-        self.waiting = deque(request for request in self.waiting if not request.cancelled)
+    def drop_cancelled(self) -> frozenset[Request]:
+        """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""
+        dropped = frozenset(request for request in (*self.running, *self.waiting) if request.cancelled)
+        self.running = [request for request in self.running if request not in dropped]
+        self.waiting = deque(request for request in self.waiting if request not in dropped)
+        return dropped
 
 
 class Batcher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,13 @@ from typing import Any, Self
 import httpx
 
 _READY = re.compile(r"is ready: open (http://\S+)")
+
+
+def run_server(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m server` with `variables` in its environment, for a server that ends by itself."""
+    command = [sys.executable, "-m", "server", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our own command
 
 
 class Serving:
@@ -45,6 +53,12 @@ class Serving:
     def generate(self, **fields: Any) -> httpx.Response:
         """`POST /generate` with `fields` as JSON."""
         return self.client.post("/generate", json=fields)
+
+    def metrics(self) -> dict[str, float]:
+        """`GET /metrics`: each value by its name and labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
 
     def stop(self, *, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
         """Send a signal and return the exit code."""

@@ -116,6 +116,23 @@ def test_the_cancelled_leave_at_the_next_step_whether_they_run_or_wait() -> None
     assert batch.requests == (stays,)
 
 
+def test_a_request_cancelled_at_any_moment_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks whether it is cancelled may hear no now and yes the next time: it must leave then, or later."""
+    for moment in range(1, 6):
+        asked = iter(range(1, 1000))
+        monkeypatch.setattr(Request, "cancelled", property(lambda _, asked=asked, at=moment: next(asked) >= at))
+        only = request("only")
+        policy = batcher(only)
+        handed_over: list[Request] = []
+        for _ in range(moment):
+            batch = policy.next_batch()
+            assert batch is not None
+            handed_over += batch.left
+            if handed_over:
+                break
+        assert handed_over == [only]
+
+
 def test_the_last_one_cancelled_is_still_handed_over() -> None:
     only = request("only")
     policy = batcher(only)

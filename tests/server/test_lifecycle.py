@@ -1,0 +1,333 @@
+"""Every accepted request has exactly one ending: when callers leave, when the engine fails, when the server stops."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+
+from engines.base import EngineError
+from engines.manifest import Manifest, NoiseSchedule, Size
+from server.batcher import Batcher
+from server.errors import Cancelled
+from server.executor import Executor
+from server.intake import Listener
+from server.metrics import Metrics
+from server.pipeline import Pipeline
+from server.request import Completed, Event, Failed, Image, Request, Wish
+from server.schedulers import table
+from server.tokenizer import Prompt
+from tests.serving import Serving, run_server
+
+EVENTS = {"Accept": "text/event-stream"}
+LONG = {"prompt": "a red cat", "num_inference_steps": 200, "scheduler": "ddim", "seed": 1}
+FULL = {**LONG, "num_images": 4}  # all of the engine's rows
+SHORT = {"prompt": "a green bird", "num_inference_steps": 2, "seed": 2}
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def stream(serving: Serving, **fields: Any) -> AbstractContextManager[httpx.Response]:
+    return serving.client.stream("POST", "/generate", json=fields, headers=EVENTS)
+
+
+def events(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """The name and the document of each event."""
+    name = ""
+    for line in answer.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def wait_for_event(told: Iterator[tuple[str, Any]], name: str) -> None:
+    assert name in (found for found, _ in told)
+
+
+def endings(serving: Serving, outcome: str = "") -> float:
+    """How many accepted requests have ended so, or at all."""
+    name = "latentd_requests_total{"
+    return sum(value for key, value in serving.metrics().items() if key.startswith(name) and outcome in key)
+
+
+def unended(serving: Serving) -> float:
+    metrics = serving.metrics()
+    return metrics["latentd_requests_waiting"] + metrics["latentd_requests_running"]
+
+
+def steps_run(serving: Serving) -> float:
+    return serving.metrics()["latentd_steps_total"]
+
+
+def post_and_hang(serving: Serving, **fields: Any) -> http.client.HTTPConnection:
+    """Ask for JSON, and do not wait for it."""
+    connection = http.client.HTTPConnection(serving.client.base_url.host, serving.client.base_url.port)
+    connection.request("POST", "/generate", json.dumps(fields), {"Content-Type": "application/json"})
+    return connection
+
+
+def decoded(image: str) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(base64.b64decode(image)))
+
+
+def test_a_stream_tells_each_thing_once_and_in_order(serving: Serving) -> None:
+    wish = {"prompt": "two old boats", "seed": 9, "scheduler": "ddim", "num_inference_steps": 7, "width": 48}
+    with stream(serving, **wish, preview_every=3) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        told = list(events(answer))
+    assert [name for name, _ in told] == ["queued", "started", *["step"] * 7, "completed"]
+    steps = [document for name, document in told if name == "step"]
+    assert [(step["step"], step["steps"]) for step in steps] == [(step, 7) for step in range(1, 8)]
+    previews = {step["step"]: step["preview"] for step in steps if step["preview"]}
+    assert list(previews) == [3, 6]
+    for preview in previews.values():
+        picture = decoded(preview.removeprefix("data:image/jpeg;base64,"))
+        assert (picture.format, picture.size) == ("JPEG", (48, 32))
+    completed = told[-1][1]
+    assert {told[0][1]["id"], told[1][1]["id"], completed["id"]} == {answer.headers["X-Request-Id"]}
+    assert completed["images"] == serving.generate(**wish).json()["images"]
+
+
+def test_each_accepted_request_ends_once_whoever_leaves(serving: Serving) -> None:
+    accepted, cancelled = endings(serving), endings(serving, "cancelled")
+    with ThreadPoolExecutor(8) as pool, ExitStack() as leaving:
+        streams = [leaving.enter_context(stream(serving, **FULL)) for _ in range(6)]
+        for _ in range(6):
+            leaving.enter_context(closing(post_and_hang(serving, **FULL)))
+        stay = [pool.submit(serving.generate, **{**SHORT, "seed": seed}) for seed in range(8)]
+        for answer in streams[:3]:  # the others leave without having heard anything
+            wait_for_event(events(answer), "queued")
+        wait_until(lambda: endings(serving) + unended(serving) - accepted == 20)
+        leaving.close()
+        assert [answer.result().status_code for answer in stay] == [200] * 8
+        wait_until(lambda: endings(serving) - accepted >= 20)
+    assert unended(serving) == 0
+    assert endings(serving) - accepted == 20
+    assert endings(serving, "cancelled") - cancelled == 12
+    assert endings(serving, "failed") == 0
+
+
+def test_who_leaves_frees_the_rows(serving: Serving) -> None:
+    with ExitStack() as leaving:
+        for _ in range(4):
+            wait_for_event(events(leaving.enter_context(stream(serving, **LONG))), "step")
+        before = steps_run(serving)
+    assert serving.generate(**SHORT).status_code == 200
+    assert steps_run(serving) - before < 100, "it waited for those who had left"
+
+
+def test_a_client_that_is_killed_frees_the_rows(serving: Serving) -> None:
+    client = f"""
+import json, sys, urllib.request
+headers = {{"Content-Type": "application/json", "Accept": "text/event-stream"}}
+request = urllib.request.Request("{serving.url}/generate", json.dumps({FULL}).encode(), headers)
+for line in urllib.request.urlopen(request):
+    print(line.decode(), end="", flush=True)
+"""
+    cancelled, before = endings(serving, "cancelled"), steps_run(serving)
+    command = [sys.executable, "-c", client]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+        assert process.stdout is not None
+        assert any(line == "event: step\n" for line in process.stdout)
+        process.kill()
+    wait_until(lambda: endings(serving, "cancelled") == cancelled + 1)
+    assert steps_run(serving) - before < 150
+
+
+def test_the_queue_is_bounded(bundle: Path) -> None:
+    with Serving(bundle, "--max-waiting", "1") as serving, ThreadPoolExecutor(1) as pool:
+        with stream(serving, **{**FULL, "num_inference_steps": 60}) as running:
+            told = events(running)
+            wait_for_event(told, "started")
+            waiting = pool.submit(serving.generate, **SHORT)
+            wait_until(lambda: serving.metrics()["latentd_requests_waiting"] == 1)
+            for _ in range(3):
+                refused = serving.generate(**SHORT)
+                assert refused.status_code == 429
+                assert refused.headers["Content-Type"] == "application/problem+json"
+                assert 1 <= int(refused.headers["Retry-After"]) <= 120
+                assert refused.json()["detail"] == "1 requests are waiting: try again later."
+            wait_for_event(told, "completed")
+        assert waiting.result().status_code == 200
+        assert endings(serving, "completed") == 2
+
+
+def connects(serving: Serving) -> bool:
+    try:
+        with socket.create_connection((serving.client.base_url.host, serving.client.base_url.port)):
+            return True
+    except ConnectionRefusedError:
+        return False
+
+
+def test_a_server_told_to_stop_finishes_what_it_accepted(bundle: Path) -> None:
+    with Serving(bundle) as serving, ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(serving.generate, **{**FULL, "num_inference_steps": 100})
+        wait_until(lambda: unended(serving) == 1)
+        serving.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not connects(serving))
+        assert not accepted.done(), "it ended before the server refused others: this proves nothing"
+        answer = accepted.result()
+        assert answer.status_code == 200
+        assert [decoded(image["image"]).size for image in answer.json()["images"]] == [(32, 32)] * 4
+        assert serving.process.wait(10) in (0, -signal.SIGTERM)
+
+
+def test_a_server_that_may_not_drain_for_long_tells_those_who_wait(bundle: Path) -> None:
+    def last_event() -> tuple[str, Any]:
+        with stream(serving, **FULL) as answer:
+            return list(events(answer))[-1]
+
+    with Serving(bundle, "--drain-seconds", "1") as serving, ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(last_event) for _ in range(8)]
+        answers = [pool.submit(serving.generate, **FULL) for _ in range(8)]
+        wait_until(lambda: unended(serving) == 16)
+        assert serving.stop(seconds=10) in (0, -signal.SIGTERM)
+        documents = [problem for _, problem in (future.result() for future in streams)]
+        documents += [future.result().json() for future in answers]
+        assert {document["title"] for document in documents} == {"Cancelled"}
+        assert {future.result()[0] for future in streams} == {"error"}
+        assert not [line for line in serving.stderr if "Traceback" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "setting"),
+    [
+        (["--port", "65536"], {}, "--port"),
+        (["--drain-seconds", "soon"], {}, "--drain-seconds"),
+        (["--no-such-flag"], {}, "--no-such-flag"),
+        ([], {"LATENTD_MAX_WAITING": "0"}, "--max-waiting"),
+        ([], {"LATENTD_LOG_LEVEL": "loud"}, "--log-level"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_named(arguments: list[str], variables: dict[str, str], setting: str) -> None:
+    ended = run_server(*arguments, **variables)
+    assert ended.returncode == 2
+    assert setting in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run_server("--bundle", str(bundle), LATENTD_PORT=port)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert port in ended.stderr
+    assert "already in use" in ended.stderr
+
+
+class FakePipeline:
+    """Knows who holds slots, and raises the fault that is due in a step."""
+
+    def __init__(self, faults: dict[int, Exception]) -> None:
+        self._faults = faults
+        self._steps = 0
+        self.admitted: list[str] = []
+        self.released: list[str] = []
+
+    def admit(self, request: Request) -> None:
+        self.admitted.append(request.id)
+
+    def plan(self, requests: list[Request]) -> list[Request]:
+        return requests
+
+    def step(self, plan: list[Request]) -> None:
+        self._steps += 1
+        if fault := self._faults.get(self._steps):
+            raise fault
+        for request in plan:
+            request.step += 1
+
+    def decode(self, request: Request) -> tuple[Image, ...]:
+        return tuple(np.zeros((32, 32, 3), np.uint8) for _ in request.wish.seeds)
+
+    def release(self, request: Request) -> None:
+        self.released.append(request.id)
+
+
+def outcomes(manifest: Manifest, pipeline: FakePipeline, failures: list[Exception]) -> dict[str, list[str]]:
+    """How requests a, b and d, of one size, and c, of another, end where two fit in a step: a+b, c, a+b, c, d, d."""
+    heard: dict[str, list[str]] = {}
+
+    def hear(request: Request, event: Event) -> None:
+        if isinstance(event, Completed | Failed):
+            name = type(event.error if isinstance(event, Failed) else event).__name__
+            heard.setdefault(request.id, []).append(name)
+
+    batcher = Batcher(max_rows=4, max_waiting=4)
+    executor = Executor(
+        batcher,
+        lambda: cast(Pipeline, pipeline),
+        warm_up=(),
+        metrics=Metrics(manifest),
+        on_ready=lambda: None,
+        on_failure=failures.append,
+    )
+    for name in "abcd":
+        batcher.submit(guided(name, hear, width=48 if name == "c" else 32))
+    executor.start()
+    executor.close()
+    return heard
+
+
+def guided(name: str, *listeners: Listener, width: int) -> Request:
+    """Two rows for two steps."""
+    prompt = Prompt(text=name, ids=(1,), truncated=False)
+    size = Size(width=width, height=32)
+    wish = Wish(prompt, prompt, size, "ddim", num_inference_steps=2, guidance_scale=7.5, seeds=(0,))
+    return Request(wish, table("ddim", 2, NoiseSchedule()), listeners, name)
+
+
+@pytest.mark.parametrize(("step", "sharing"), [(1, "ab"), (2, "c"), (3, "ab"), (5, "d")])
+def test_an_engine_that_fails_ends_those_who_shared_the_step(manifest: Manifest, step: int, sharing: str) -> None:
+    pipeline, failures = FakePipeline({step: EngineError("out of memory")}), list[Exception]()
+    ended = outcomes(manifest, pipeline, failures)
+    assert ended == {name: ["StepFailed" if name in sharing else "Completed"] for name in "abcd"}
+    assert sorted(pipeline.released) == sorted(pipeline.admitted) == list("abcd")
+    assert not failures
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_fault_nobody_expected_leaves_nobody_waiting(manifest: Manifest, step: int) -> None:
+    fault = RuntimeError("a bug")
+    pipeline, failures = FakePipeline({step: fault}), list[Exception]()
+    ended = outcomes(manifest, pipeline, failures)
+    assert sorted(ended) == list("abcd")
+    assert ended["d"] == ["NotReady"]
+    assert ended["a"] == ended["b"] == ["Completed" if step == 5 else "NotReady"]
+    assert failures == [fault]
+
+
+def test_the_first_ending_is_the_only_one() -> None:
+    heard: list[Event] = []
+    request = guided("a", lambda _request, event: heard.append(event), width=32)
+    first = Completed(())
+    for ending in (first, Failed(Cancelled("too late"))):
+        request.end(ending)
+    assert heard == [first]
+    assert request.ending is first
