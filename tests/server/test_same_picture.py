@@ -15,29 +15,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from numpy.typing import NDArray
 
+from tests.references import CLASSES
 from tests.serving import Serving
 
 Pixels = NDArray[np.float64]
-
-REFERENCES: dict[str, Any] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),  # as published SD checkpoints set it
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
-    "pndm": (PNDMScheduler, {}),
-}
 
 
 def psnr(one: Pixels, other: Pixels) -> float:
@@ -68,7 +52,7 @@ def published(pipeline: StableDiffusionPipeline) -> Any:
 
 def draw(pipeline: StableDiffusionPipeline, *, scheduler: str, seed: int, **options: Any) -> Pixels:
     """What diffusers makes of the same words."""
-    kind, settings = REFERENCES[scheduler]
+    kind, settings = CLASSES[scheduler]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline.scheduler = kind.from_config(published(pipeline), **settings)
@@ -77,7 +61,7 @@ def draw(pipeline: StableDiffusionPipeline, *, scheduler: str, seed: int, **opti
     return pixels
 
 
-@pytest.mark.parametrize("scheduler", REFERENCES)
+@pytest.mark.parametrize("scheduler", CLASSES)
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 7.5), (5, 1.0)])
 def test_the_server_draws_what_diffusers_draws(
     serving: Serving, reference: StableDiffusionPipeline, scheduler: str, steps: int, guidance: float
@@ -107,7 +91,7 @@ def test_the_checkpoints_own_defaults_are_diffusers_defaults(
 
 def crowd() -> list[dict[str, Any]]:
     """Requests of every scheduler, at odd steps, guidances and sizes."""
-    schedulers = list(REFERENCES)
+    schedulers = list(CLASSES)
     return [
         {
             "prompt": f"a {color} bird at night",

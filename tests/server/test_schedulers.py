@@ -8,18 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-)
 from numpy.typing import NDArray
 
 from engines.manifest import NoiseSchedule
 from server.noise import NoiseGenerator
 from server.schedulers import MEMORY, NAMES, Table, table
+from tests.references import CLASSES
 
 # diffusers turns tensors into arrays by np.array(tensor), which torch answers the way numpy 1 asked.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -30,15 +24,6 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 SHAPE = (1, 4, 8, 8)
 SEED = 42
-CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),  # as Stable Diffusion's pipelines force
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
-    "pndm": (PNDMScheduler, {}),
-}
 REFUSED = [("euler_ancestral", "sample"), ("pndm", "sample")]
 PREDICTED = [(name, kind) for name in NAMES for kind in ("epsilon", "v_prediction", "sample")]
 ACCEPTED = [case for case in PREDICTED if case not in REFUSED]
