@@ -98,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--resolution",
         type=_size,
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="WxH",
         help="a picture size to serve, repeatable; the first is the default (default: the checkpoint's own)",

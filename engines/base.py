@@ -77,7 +77,8 @@ class Device(Protocol):
 
 
 # Backends are imported when they are asked for, so a missing package costs only those who need it.
-_BACKENDS = {"onnxruntime": "engines.onnxruntime"}
+_BACKENDS = {"onnxruntime": "engines.onnxruntime", "openvino": "engines.openvino"}
+_EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino"}
 BACKENDS = tuple(_BACKENDS)
 
 
@@ -92,6 +93,7 @@ def open_device(backend: str, *, threads: int = 0) -> Device:
     try:
         module = import_module(_BACKENDS[backend])
     except ImportError as error:
-        raise EngineError(f"Backend {backend} needs the package {error.name}: pip install 'latentd[cpu]'.") from error
+        remedy = f"pip install 'latentd[{_EXTRAS[backend]}]'"
+        raise EngineError(f"Backend {backend} needs the package {error.name}: {remedy}.") from error
     opener: Callable[..., Device] = module.open_device
     return opener(threads=threads)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU execution provider. Buffers are numpy arrays, and engines read and write them in place."""
+"""ONNX Runtime's CPU execution provider. Engines read and write the bound arrays in place."""
 
 from __future__ import annotations
 
@@ -10,37 +10,16 @@ import onnxruntime as ort
 from numpy.typing import DTypeLike
 
 from engines.base import Array, Buffer, EngineError
-
-
-class HostBuffer:
-    """A numpy array under the `Buffer` protocol."""
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def write(self, values: Array, *, at: int | None = None) -> None:
-        np.copyto(self.array if at is None else self.array[at], values)
-
-    def copy_from(self, source: Buffer, *, at: int) -> None:
-        np.copyto(self.array[at], _host(source).array)
-
-    def read(self) -> Array:
-        return self.array.copy()
+from engines.host import HostBuffer, bound_arrays
 
 
 class OnnxRuntimeCall:
-    """One run of a session over bound memory. Holds the buffers, so that they outlive the binding."""
+    """One run of a session over bound memory. Holds the arrays, so that they outlive the binding."""
 
-    def __init__(
-        self, session: ort.InferenceSession, binding: ort.IOBinding, buffers: Mapping[str, HostBuffer]
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, binding: ort.IOBinding, arrays: Mapping[str, Array]) -> None:
         self._session = session
         self._binding = binding
-        self._buffers = dict(buffers)
+        self._arrays = arrays
 
     def run(self) -> None:
         try:
@@ -58,22 +37,17 @@ class OnnxRuntimeEngine:
         self._outputs = [tensor.name for tensor in session.get_outputs()]
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OnnxRuntimeCall:
-        expected = {*self._inputs, *self._outputs}
-        if expected != buffers.keys():
-            raise EngineError(f"This graph takes {sorted(expected)}, was given {sorted(buffers)}.")
-        hosts = {name: _host(buffer) for name, buffer in buffers.items()}
+        arrays = bound_arrays(buffers, {*self._inputs, *self._outputs})
         binding = self._session.io_binding()
-        for name in self._inputs:
-            array = hosts[name].array
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name in self._outputs:
-            array = hosts[name].array
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return OnnxRuntimeCall(self._session, binding, hosts)
+        for names, bind in ((self._inputs, binding.bind_input), (self._outputs, binding.bind_output)):
+            for name in names:
+                array = arrays[name]
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return OnnxRuntimeCall(self._session, binding, arrays)
 
 
 class OnnxRuntimeDevice:
-    """This machine's processor."""
+    """This machine's processor, through ONNX Runtime."""
 
     def __init__(self, *, threads: int) -> None:
         self.name = f"cpu, ONNX Runtime {ort.__version__}"
@@ -95,9 +69,3 @@ class OnnxRuntimeDevice:
 
 def open_device(*, threads: int) -> OnnxRuntimeDevice:
     return OnnxRuntimeDevice(threads=threads)
-
-
-def _host(buffer: Buffer) -> HostBuffer:
-    if not isinstance(buffer, HostBuffer):
-        raise EngineError(f"ONNX Runtime on the CPU reads host memory, was given {type(buffer).__name__}.")
-    return buffer

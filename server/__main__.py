@@ -14,7 +14,7 @@ import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from engines.base import EngineError, open_device
+from engines.base import EngineError
 from engines.manifest import Manifest
 from server.app import make_app, make_service
 from server.settings import Settings
@@ -73,7 +73,8 @@ def _serve(settings: Settings, manifest: Manifest) -> int:
     service = make_service(
         manifest,
         settings.bundle,
-        open_device=lambda: open_device(settings.backend or manifest.backend, threads=settings.threads),
+        backend=settings.backend or manifest.backend,
+        threads=settings.threads,
         max_waiting=settings.max_waiting,
         on_ready=on_ready,
         on_failure=on_failure,

@@ -15,7 +15,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from engines.base import Device
+from engines.base import open_device
 from engines.manifest import Manifest
 from server import playground
 from server.api import generate, ops
@@ -35,11 +35,12 @@ _log = logging.getLogger(__name__)
 _PAGE = Path(playground.__file__).parent / "index.html"
 
 
-def make_service(
+def make_service(  # noqa: PLR0913 - the parts, all by keyword
     manifest: Manifest,
     bundle: Path,
     *,
-    open_device: Callable[[], Device],
+    backend: str,
+    threads: int,
     max_waiting: int,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
@@ -48,17 +49,17 @@ def make_service(
     tokens, pad = manifest.context.tokens, manifest.tokenizer.pad
     intake = Intake(manifest, Tokenizer(bundle / manifest.tokenizer.file.path, tokens=tokens, pad=pad))
     batcher = Batcher(max_rows=manifest.max_rows, max_waiting=max_waiting)
-    metrics = Metrics(manifest)
+    metrics = Metrics(manifest, backend)
     executor = Executor(
         batcher,
-        lambda: Pipeline.load(manifest, bundle, open_device()),
+        lambda: Pipeline.load(manifest, bundle, open_device(backend, threads=threads)),
         warm_up=_rehearsals(manifest, intake),
         metrics=metrics,
         on_ready=on_ready,
         on_failure=on_failure,
     )
     metrics.watch(waiting=lambda: batcher.waiting, running=lambda: batcher.running, ready=lambda: float(executor.ready))
-    return Service(manifest, intake, batcher, executor, metrics)
+    return Service(manifest, backend, intake, batcher, executor, metrics)
 
 
 def make_app(service: Service) -> FastAPI:

@@ -16,7 +16,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """One registry per server, so that several may live in one process."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, backend: str) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "latentd_requests", "Accepted requests by their ending.", ["api", "outcome"], registry=registry
@@ -38,7 +38,7 @@ class Metrics:
         self._images = Counter("latentd_images", "Pictures made.", registry=registry)
         self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
         info = Gauge("latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry)
-        info.labels(manifest.name, manifest.backend, manifest.precision).set(1)
+        info.labels(manifest.name, backend, manifest.precision).set(1)
 
     def watch(self, *, waiting: Callable[[], float], running: Callable[[], float], ready: Callable[[], float]) -> None:
         """Read these whenever somebody scrapes."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import engines.demo
+from engines.base import BACKENDS
 
 DEMO = Path(engines.demo.__file__).parent
 
@@ -31,7 +32,9 @@ class Settings(BaseSettings):
         description="address to listen on; 0.0.0.0 lets other machines in, without a password",
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    backend: str | None = Field(None, description="what runs the graphs; the bundle's own unless given")
+    backend: str | None = Field(
+        None, description=f"what runs the graphs: {' or '.join(BACKENDS)}; the bundle's own unless given"
+    )
     threads: int = Field(
         0,
         ge=0,

@@ -17,7 +17,9 @@ ENGINES: dict[str, set[str]] = {
     "engines.manifest": {"engines.base"},
     "engines.checkpoint": {"engines.base", "engines.manifest"},
     "engines.graphs": {"engines.base"},
-    "engines.onnxruntime": {"engines.base"},
+    "engines.host": {"engines.base"},
+    "engines.onnxruntime": {"engines.base", "engines.host"},
+    "engines.openvino": {"engines.base", "engines.host"},
     "engines.export": {
         "engines.base",
         "engines.checkpoint",
@@ -69,7 +71,7 @@ SERVER: dict[str, set[str]] = {
         "server.pipeline",
         "server.request",
     },
-    "server.settings": {"engines.demo"},
+    "server.settings": {"engines.base", "engines.demo"},
 }
 ALLOWED = ENGINES | SERVER
 ONLY_TO_BUILD = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors"}
@@ -128,7 +130,13 @@ def test_only_two_rooms_trace(module: str) -> None:
 
 @pytest.mark.parametrize("module", ["server.batcher", "server.schedulers", "server.plan", "server.noise"])
 def test_policy_and_numbers_need_neither_device_nor_http(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(module)} & {"fastapi", "starlette", "onnxruntime", "cuda"}
+    assert not {name.split(".")[0] for name in imports(module)} & {
+        "fastapi",
+        "starlette",
+        "onnxruntime",
+        "openvino",
+        "cuda",
+    }
 
 
 def test_a_running_server_loads_no_torch() -> None:

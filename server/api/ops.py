@@ -32,7 +32,7 @@ def routes(service: Service) -> APIRouter:
         return [
             Model(
                 name=manifest.name,
-                backend=manifest.backend,
+                backend=service.backend,
                 precision=manifest.precision,
                 resolutions=[str(size) for size in manifest.resolutions],
                 schedulers=list(NAMES),

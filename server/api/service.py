@@ -43,6 +43,7 @@ class Service:
     """The rooms behind the HTTP faces."""
 
     manifest: Manifest
+    backend: str
     intake: Intake
     batcher: Batcher
     executor: Executor

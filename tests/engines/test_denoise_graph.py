@@ -1,4 +1,4 @@
-"""The fused step in ONNX Runtime is the step written out in torch, for any mix of rows."""
+"""The fused step in every backend is the step written out in torch, for any mix of rows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines.base import LANES, TERMS, Array, Engine, open_device
+from engines.base import BACKENDS, LANES, TERMS, Array, Engine, open_device
 from engines.manifest import Manifest
 from tests.tiny import TOKENS, WIDTH
 
 SLOTS, PROMPTS = 6, 5
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def engine(bundle: Path) -> Engine:
+def engine(bundle: Path, backend: str) -> Engine:
     manifest = Manifest.load(bundle)
-    return open_device("onnxruntime", threads=1).load(bundle / manifest.graphs["denoise"].files[0].path)
+    return open_device(backend, threads=1).load(bundle / manifest.graphs["denoise"].files[0].path)
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,7 @@ def outcomes(manifest: Manifest, pipeline: FakePipeline, failures: list[Exceptio
         batcher,
         lambda: cast(Pipeline, pipeline),
         warm_up=(),
-        metrics=Metrics(manifest),
+        metrics=Metrics(manifest, manifest.backend),
         on_ready=lambda: None,
         on_failure=failures.append,
     )

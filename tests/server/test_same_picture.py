@@ -106,6 +106,14 @@ def crowd() -> list[dict[str, Any]]:
     ]
 
 
+def test_openvino_draws_it_too(bundle: Path, reference: StableDiffusionPipeline) -> None:
+    with Serving(bundle, "--backend", "openvino") as serving:
+        assert serving.client.get("/models").json()[0]["backend"] == "openvino"
+        for scheduler in ("dpmpp_2m", "euler_ancestral"):
+            ours = pictures(serving.generate(prompt="two old boats", seed=3, scheduler=scheduler))[0]
+            assert psnr(ours, draw(reference, scheduler=scheduler, seed=3, prompt="two old boats")) >= 45
+
+
 def steps_run(serving: Serving) -> float:
     lines = serving.client.get("/metrics").text.splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("latentd_steps_total"))
