@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
 from torch.export import Dim
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engines import graphs
-from engines.base import LANES, TERMS, Array, EngineError, TensorSpec
+from engines.base import Array, EngineError, TensorSpec
 from engines.checkpoint import Checkpoint, CheckpointError
+from engines.graphs import VARYING, Decode, Denoise, EncodeImage, EncodePrompt, GraphModule, Port
+from engines.host import HostBuffer
 from engines.manifest import (
     GRAPHS,
     MANIFEST,
@@ -44,7 +46,6 @@ _LARGE = 1024  # values of a tensor that is worth halving
 _INLINE_LIMIT = 100 * 2**20  # a graph with more weights than this keeps them in a file beside it
 
 Precision = Literal["fp32", "fp16"]
-Example = Mapping[str, torch.Tensor]
 
 
 class ExportError(EngineError):
@@ -52,19 +53,19 @@ class ExportError(EngineError):
 
 
 @dataclass(frozen=True)
-class _Spec:
-    """How one graph is traced: the module, example inputs, and the names of the dimensions that vary."""
+class _Traced:
+    """What a graph is exported and checked with: its module, and inputs of sizes that all differ."""
 
-    module: nn.Module
-    example: Example
-    dims: Mapping[str, tuple[str | None, ...]]
-    output: str
-    output_dims: tuple[str | int, ...]
-    output_dtype: str = "float32"
+    module: GraphModule
+    sizes: Mapping[str, int]  # of every dimension that has a name
+    example: Mapping[str, torch.Tensor]
 
-    def shape(self, name: str) -> tuple[str | int, ...]:
-        """The shape of input `name`: numbers, and names where it varies."""
-        return tuple(dim or size for dim, size in zip(self.dims[name], self.example[name].shape, strict=True))
+    def shape(self, port: Port) -> tuple[str | int, ...]:
+        """Numbers, and names where the shape varies between calls."""
+        return tuple(dim if dim in VARYING else self.sizes.get(str(dim), dim) for dim in port.dims)
+
+    def spec(self, name: str, port: Port) -> TensorSpec:
+        return TensorSpec(name, str(port.dtype).removeprefix("torch."), self.shape(port))
 
 
 def export_bundle(  # noqa: PLR0913 - the build's options, all by keyword
@@ -89,17 +90,17 @@ def export_bundle(  # noqa: PLR0913 - the build's options, all by keyword
     for size in sizes:
         _check_size(size, checkpoint)
     progress("reading the checkpoint")
-    specs = _specs(checkpoint)
+    traced = _trace(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)  # a bundle is whole or it is none
     built: dict[GraphName, Graph] = {}
     for graph in GRAPHS:
         progress(f"exporting {graph}")
         path = out / "onnx" / f"{graph}.onnx"
-        _export(specs[graph], path, precision=precision, latent=checkpoint.latent)
+        _export(traced[graph], path, precision=precision, latent=checkpoint.latent)
         progress(f"checking {graph} against torch")
-        _verify(specs[graph], path, TOLERANCE[precision])
-        built[graph] = _describe(specs[graph], path, out)
+        _verify(traced[graph], path, TOLERANCE[precision])
+        built[graph] = _describe(traced[graph], path, out)
     progress("writing the manifest")
     manifest = Manifest(
         name=name or checkpoint.name,
@@ -129,79 +130,56 @@ def _check_size(size: Size, checkpoint: Checkpoint) -> None:
         raise ExportError(f"{size} does not fit {checkpoint.name}: width and height must be multiples of {multiple}.")
 
 
-def _specs(checkpoint: Checkpoint) -> dict[GraphName, _Spec]:
-    """Load the weights and say how each graph is traced. The example sizes are arbitrary but all different."""
+def _trace(checkpoint: Checkpoint) -> dict[GraphName, _Traced]:
+    """Load the weights, and make up inputs for every graph."""
     text_encoder, unet, vae = _load(checkpoint)
     latent, context = checkpoint.latent, checkpoint.context
-    side = latent.multiple // latent.downscale
-    slots, prompts, images, rows, h, w = 6, 5, 2, 3, 2 * side, 3 * side
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def below(bound: int, count: int) -> torch.Tensor:
-        return torch.randperm(bound, generator=generator)[:count]
-
-    state = randn(slots, LANES, latent.channels, h, w)
-    return {
-        "encode_prompt": _Spec(
-            graphs.EncodePrompt(text_encoder),
-            {"ids": torch.randint(text_encoder.config.vocab_size, (2, context.tokens), generator=generator)},
-            {"ids": ("N", None)},
-            "embeddings",
-            ("N", context.tokens, context.width),
-        ),
-        "denoise": _Spec(
-            graphs.Denoise(unet),
-            {
-                "state": state,
-                "context": randn(prompts, context.tokens, context.width),
-                "noise": randn(images, latent.channels, h, w),
-                "slot": below(slots, images),
-                "row_image": torch.tensor([0, 0, 1]),
-                "row_context": below(prompts, rows),
-                "timestep": torch.tensor([981.0, 981.0, 20.5]),
-                "guidance": randn(images, rows),
-                "scale": torch.rand(images, generator=generator),
-                "coef": randn(images, LANES, TERMS),
-            },
-            {
-                "state": ("S", None, None, "h", "w"),
-                "context": ("C", "L", None),
-                "noise": ("B", None, "h", "w"),
-                "slot": ("B",),
-                "row_image": ("R",),
-                "row_context": ("R",),
-                "timestep": ("R",),
-                "guidance": ("B", "R"),
-                "scale": ("B",),
-                "coef": ("B", None, None),
-            },
-            "state_next",
-            ("S", LANES, latent.channels, "h", "w"),
-        ),
-        "decode": _Spec(
-            graphs.Decode(vae),
-            {"state": state, "slot": below(slots, images), "lane": below(LANES, images)},
-            {"state": ("S", None, None, "h", "w"), "slot": ("n",), "lane": ("n",)},
-            "images",
-            ("n", "H", "W", 3),
-            "uint8",
-        ),
-        "encode_image": _Spec(
-            graphs.EncodeImage(vae),
-            {
-                "images": torch.randint(
-                    256, (2, h * latent.downscale, w * latent.downscale, 3), generator=generator, dtype=torch.uint8
-                ),
-                "noise": randn(2, latent.channels, h, w),
-            },
-            {"images": ("n", "H", "W", None), "noise": ("n", None, "h", "w")},
-            "latents",
-            ("n", latent.channels, "h", "w"),
-        ),
+    unit = latent.multiple // latent.downscale
+    sizes = {
+        "S": 6,
+        "C": 5,
+        "B": 2,
+        "R": 3,
+        "N": 2,
+        "n": 2,
+        "h": 2 * unit,
+        "w": 3 * unit,
+        "H": 2 * latent.multiple,
+        "W": 3 * latent.multiple,
+        "L": context.tokens,
+        "c": latent.channels,
+        "T": context.tokens,
+        "D": context.width,
+        "V": text_encoder.config.vocab_size,
     }
+    modules: dict[GraphName, GraphModule] = {
+        "encode_prompt": EncodePrompt(text_encoder),
+        "denoise": Denoise(unet),
+        "decode": Decode(vae),
+        "encode_image": EncodeImage(vae),
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: _Traced(module, sizes, {key: _random(port, sizes, generator) for key, port in module.inputs.items()})
+        for name, module in modules.items()
+    }
+
+
+def _size(dim: str | int, sizes: Mapping[str, int]) -> int:
+    return dim if isinstance(dim, int) else sizes[dim]
+
+
+def _random(port: Port, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+    """Values that the port may be given. Indices do not repeat where there are enough: nobody steps twice at once."""
+    shape = [_size(dim, sizes) for dim in port.dims]
+    if port.below is None:
+        return torch.randn(shape, generator=generator, dtype=port.dtype)
+    below = _size(port.below, sizes)
+    if port.dtype.is_floating_point:
+        return below * torch.rand(shape, generator=generator, dtype=port.dtype)
+    if math.prod(shape) <= below:
+        return torch.randperm(below, generator=generator)[: math.prod(shape)].reshape(shape).to(port.dtype)
+    return torch.randint(below, shape, generator=generator, dtype=port.dtype)
 
 
 def _load(checkpoint: Checkpoint) -> tuple[Any, Any, Any]:
@@ -221,16 +199,19 @@ def _load(checkpoint: Checkpoint) -> tuple[Any, Any, Any]:
     return text_encoder.eval(), unet.eval(), vae.eval()
 
 
-def _export(spec: _Spec, path: Path, *, precision: Precision, latent: Latent) -> None:
+def _export(traced: _Traced, path: Path, *, precision: Precision, latent: Latent) -> None:
     """Trace the module with its varying dimensions, and write the ONNX graph. Weights past a limit lie beside it."""
     dims = _dims(latent)
-    shapes = {name: {axis: dims[dim] for axis, dim in enumerate(names) if dim} for name, names in spec.dims.items()}
+    shapes = {
+        name: {axis: dims[dim] for axis, dim in enumerate(traced.shape(port)) if isinstance(dim, str)}
+        for name, port in traced.module.inputs.items()
+    }
     with _quiet(), torch.inference_mode():
         program = torch.onnx.export(
-            spec.module,
-            kwargs=dict(spec.example),
+            traced.module,
+            kwargs=dict(traced.example),
             dynamic_shapes=shapes,
-            output_names=[spec.output],
+            output_names=[traced.module.output[0]],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -238,7 +219,7 @@ def _export(spec: _Spec, path: Path, *, precision: Precision, latent: Latent) ->
     if program is None:
         raise ExportError(f"{path.stem} was not exported: the exporter returned nothing.")
     model = program.model
-    _tidy(model.graph, spec)
+    _tidy(model.graph, traced)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     if precision == "fp16":
@@ -256,7 +237,7 @@ def _export(spec: _Spec, path: Path, *, precision: Precision, latent: Latent) ->
 
 def _dims(latent: Latent) -> dict[str, Any]:
     """The dimensions that vary. Latent sides are multiples of what the UNet halves, picture sides of that in pixels."""
-    dims: dict[str, Any] = {name: Dim(name, min=1, max=65536) for name in ("S", "C", "L", "B", "R", "N", "n")}
+    dims: dict[str, Any] = {name: Dim(name, min=1, max=65536) for name in VARYING - set("hwHW")}
     side = latent.multiple // latent.downscale
     for name in ("h", "w"):
         unit = Dim(f"{name}_unit", min=1, max=1024)
@@ -265,7 +246,7 @@ def _dims(latent: Latent) -> dict[str, Any]:
     return dims
 
 
-def _tidy(graph: ir.Graph, spec: _Spec) -> None:
+def _tidy(graph: ir.Graph, traced: _Traced) -> None:
     """Give inputs and output the manifest's dimension names, and drop what the exporter notes on its own way.
 
     A stack trace per node holds more bytes than a small model, and paths of the machine that built it.
@@ -277,8 +258,8 @@ def _tidy(graph: ir.Graph, spec: _Spec) -> None:
             value.shape = None
             value.metadata_props.clear()
     for value in graph.inputs:
-        value.shape = ir.Shape(spec.shape(str(value.name)))
-    graph.outputs[0].shape = ir.Shape(spec.output_dims)
+        value.shape = ir.Shape(traced.shape(traced.module.inputs[str(value.name)]))
+    graph.outputs[0].shape = ir.Shape(traced.shape(traced.module.output[1]))
 
 
 def _store_as_fp16(graph: ir.Graph) -> None:
@@ -313,14 +294,12 @@ def _half(weight: ir.Value, *, name: str) -> ir.Value | None:
     return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(stored.dtype), const_value=stored)
 
 
-def _describe(spec: _Spec, path: Path, root: Path) -> Graph:
+def _describe(traced: _Traced, path: Path, root: Path) -> Graph:
     weights = path.with_suffix(".onnx.data")
     return Graph(
         files=tuple(File.of(file, root=root) for file in (path, weights) if file.exists()),
-        inputs=tuple(
-            TensorSpec(name, str(value.numpy().dtype), spec.shape(name)) for name, value in spec.example.items()
-        ),
-        outputs=(TensorSpec(spec.output, spec.output_dtype, spec.output_dims),),
+        inputs=tuple(traced.spec(*named) for named in traced.module.inputs.items()),
+        outputs=(traced.spec(*traced.module.output),),
     )
 
 
@@ -345,24 +324,24 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+        transformers.logging.disable_progress_bar()  # the build shows its own
         try:
             yield
         finally:
+            transformers.logging.enable_progress_bar()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
 
-def _verify(spec: _Spec, path: Path, tolerance: float) -> None:
+def _verify(traced: _Traced, path: Path, tolerance: float) -> None:
     """Run the written graph in ONNX Runtime and raise ExportError where it strays from torch."""
     with torch.inference_mode():
-        expected = spec.module(**spec.example).numpy()
+        expected = traced.module(**traced.example).numpy()
     device = open_device(threads=0)
-    buffers = {name: device.allocate(tuple(value.shape), value.numpy().dtype) for name, value in spec.example.items()}
-    for name, value in spec.example.items():
-        buffers[name].write(value.numpy())
-    buffers[spec.output] = device.allocate(expected.shape, expected.dtype)
-    device.load(path).bind(buffers).run()
-    error = _relative_error(buffers[spec.output].read(), expected)
+    output = device.allocate(expected.shape, expected.dtype)
+    inputs = {name: HostBuffer(value.contiguous().numpy()) for name, value in traced.example.items()}
+    device.load(path).bind({**inputs, traced.module.output[0]: output}).run()
+    error = _relative_error(output.read(), expected)
     if not error <= tolerance:  # NaN fails too
         raise ExportError(f"{path.name} differs from torch by {error:.1e} of its range, more than {tolerance:.0e}.")
 

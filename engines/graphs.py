@@ -1,21 +1,57 @@
 """The four graphs as torch modules, shaped for serving: everything of a denoising step that touches pixels is inside.
 
-Letters: S slots, C context rows, B images and R rows of one step, n images decoded or encoded, N prompts,
-K = `MEMORY` lanes of scheduler memory, c latent channels, h×w latent size, L tokens, D context width.
+Letters that vary between calls: S slots, C context rows, L tokens of a prompt, B images and R rows of one step,
+N prompts, n images decoded or encoded, h×w latent size, H×W picture size. Fixed by the checkpoint: c latent channels,
+T tokens the text encoder reads, D context width, V words it knows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from engines.base import MEMORY
+from engines.base import LANES, MEMORY, TERMS
+
+VARYING = frozenset("SCLBRNnhwHW")
 
 
-class EncodePrompt(nn.Module):
-    """ids [N, L] i64 -> embeddings [N, L, D]: the text encoder's last hidden state."""
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output: its dtype, its dimensions, and for an input the bound below which its values lie, if any."""
+
+    dtype: torch.dtype
+    dims: tuple[str | int, ...]
+    below: str | int | None = None
+
+
+def _f32(*dims: str | int, below: int | None = None) -> Port:
+    return Port(torch.float32, dims, below)
+
+
+def _index(*dims: str, of: str | int) -> Port:
+    return Port(torch.int64, dims, of)
+
+
+def _u8(*dims: str | int) -> Port:
+    return Port(torch.uint8, dims, 256)
+
+
+class GraphModule(nn.Module):
+    """A graph's computation, and the names, types and shapes by which engines are bound."""
+
+    inputs: ClassVar[Mapping[str, Port]]
+    output: ClassVar[tuple[str, Port]]
+
+
+class EncodePrompt(GraphModule):
+    """Token ids to embeddings: the text encoder's last hidden state."""
+
+    inputs: ClassVar = {"ids": _index("N", "T", of="V")}
+    output: ClassVar = ("embeddings", _f32("N", "T", "D"))
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -26,21 +62,26 @@ class EncodePrompt(nn.Module):
         return embeddings.float()
 
 
-class Denoise(nn.Module):
+class Denoise(GraphModule):
     """One denoising step of B images, whichever schedulers, guidances and steps they are at.
 
-    state        [S, LANES, c, h, w]  f32  lane 0 is x, the next K the scheduler's memory, the last the x0 estimate
-    context      [C, L, D]            f32  prompt embeddings
-    noise        [B, c, h, w]         f32  fresh noise of stochastic schedulers
-    slot         [B]                  i64  the slots that take this step
-    row_image    [R]                  i64  which of the B images each row sees
-    row_context  [R]                  i64  which prompt each row is told
-    timestep     [R]                  f32
-    guidance     [B, R]               f32  how rows combine into each image's model output
-    scale        [B]                  f32  c_in
-    coef         [B, LANES, TERMS]    f32  lane i becomes the sum over j of coef[i, j] · term j
-    -> state'    as state; slots that take no step keep their contents
+    A state's lane 0 is x, the next `MEMORY` are the scheduler's memory, and the last is the x0 estimate. The output is
+    the next state; slots that take no step keep their contents.
     """
+
+    inputs: ClassVar = {
+        "state": _f32("S", LANES, "c", "h", "w"),
+        "context": _f32("C", "L", "D"),  # prompt embeddings
+        "noise": _f32("B", "c", "h", "w"),  # fresh, for stochastic schedulers
+        "slot": _index("B", of="S"),  # the slots that take this step
+        "row_image": _index("R", of="B"),  # which of the B images each row sees
+        "row_context": _index("R", of="C"),  # which prompt each row is told
+        "timestep": _f32("R", below=1000),
+        "guidance": _f32("B", "R"),  # how rows combine into each image's model output
+        "scale": _f32("B"),  # c_in
+        "coef": _f32("B", LANES, TERMS),  # lane i becomes the sum over j of coef[i, j] · term j
+    }
+    output: ClassVar = ("state_next", _f32("S", LANES, "c", "h", "w"))
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -63,17 +104,23 @@ class Denoise(nn.Module):
         lanes = state[slot]  # [B, LANES, c, h, w]
         x = lanes[:, 0]
         seen = (x * scale[:, None, None, None])[row_image]  # [R, c, h, w]
-        rows = self.unet(seen.to(self.dtype), timestep, context[row_context].to(self.dtype), return_dict=False)[
-            0
-        ].float()
-        model = (guidance @ rows.flatten(1)).view_as(x)  # [B, c, h, w]
+        told = context[row_context]  # [R, L, D]
+        rows = self.unet(seen.to(self.dtype), timestep, told.to(self.dtype), return_dict=False)[0]
+        model = (guidance @ rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
-        new = (coef @ terms.flatten(2)).view_as(lanes)
-        return state.index_put((slot,), new)
+        following = (coef @ terms.flatten(2)).view_as(lanes)
+        return state.index_put((slot,), following)
 
 
-class Decode(nn.Module):
-    """state [S, LANES, c, h, w] f32, slot [n] i64, lane [n] i64 -> images [n, H, W, 3] u8, RGB."""
+class Decode(GraphModule):
+    """One lane of some slots to RGB pictures."""
+
+    inputs: ClassVar = {
+        "state": _f32("S", LANES, "c", "h", "w"),
+        "slot": _index("n", of="S"),
+        "lane": _index("n", of=LANES),
+    }
+    output: ClassVar = ("images", _u8("n", "H", "W", 3))
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -88,8 +135,11 @@ class Decode(nn.Module):
         return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).to(torch.uint8)
 
 
-class EncodeImage(nn.Module):
-    """images [n, H, W, 3] u8, noise [n, c, h, w] f32 -> latents [n, c, h, w] f32, a sample of the VAE's posterior."""
+class EncodeImage(GraphModule):
+    """RGB pictures to latents: a sample of the VAE's posterior, drawn with the given noise."""
+
+    inputs: ClassVar = {"images": _u8("n", "H", "W", 3), "noise": _f32("n", "c", "h", "w")}
+    output: ClassVar = ("latents", _f32("n", "c", "h", "w"))
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ ENGINES: dict[str, set[str]] = {
         "engines.base",
         "engines.checkpoint",
         "engines.graphs",
+        "engines.host",
         "engines.manifest",
         "engines.onnxruntime",
     },
