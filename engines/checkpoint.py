@@ -55,6 +55,7 @@ class Checkpoint:
             channels=unet["in_channels"],
             downscale=downscale,
             multiple=downscale * 2 ** (len(unet["block_out_channels"]) - 1),
+            scaling_factor=vae["scaling_factor"],
         )
 
     @cached_property

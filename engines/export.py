@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import warnings
@@ -220,6 +221,7 @@ def _export(traced: _Traced, path: Path, *, precision: Precision, latent: Latent
         raise ExportError(f"{path.stem} was not exported: the exporter returned nothing.")
     model = program.model
     _tidy(model.graph, traced)
+    _name_weights(model.graph, traced.module)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     if precision == "fp16":
@@ -260,6 +262,29 @@ def _tidy(graph: ir.Graph, traced: _Traced) -> None:
     for value in graph.inputs:
         value.shape = ir.Shape(traced.shape(traced.module.inputs[str(value.name)]))
     graph.outputs[0].shape = ir.Shape(traced.shape(traced.module.output[1]))
+
+
+def _name_weights(graph: ir.Graph, module: GraphModule) -> None:
+    """Give back their names to weights that the exporter folded into constants: reshaped, or transposed (`.T`).
+
+    So people can read the graph, and the checkpoint can be restored from it.
+    """
+    names: dict[bytes, str] = {}
+    for name, weight in module.named_parameters():
+        array = weight.detach().numpy()
+        names.setdefault(_digest(array), name)
+        if array.ndim == 2:
+            names.setdefault(_digest(array.T), f"{name}.T")
+    for value in list(graph.initializers.values()):
+        if value.const_value is None or value.const_value.dtype != ir.DataType.FLOAT:
+            continue
+        known = names.get(_digest(value.const_value.numpy()))
+        if known and known not in graph.initializers:
+            value.name = known
+
+
+def _digest(array: Array) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
 def _store_as_fp16(graph: ir.Graph) -> None:

@@ -80,6 +80,7 @@ class Latent(_Fact):
     channels: PositiveInt
     downscale: PositiveInt = Field(description="pixels per latent, in each direction")
     multiple: PositiveInt = Field(description="a picture's sides are multiples of this many pixels")
+    scaling_factor: float = Field(description="what brings the VAE's latents to unit variance; the graphs apply it")
 
 
 class Context(_Fact):
