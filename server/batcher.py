@@ -24,10 +24,6 @@ class Batch:
     joined: tuple[Request, ...]  # newcomers among `requests`
     requests: tuple[Request, ...]
 
-    @property
-    def rows(self) -> int:
-        return sum(request.rows for request in self.requests)
-
 
 @dataclass
 class _Line:

@@ -38,6 +38,7 @@ class Executor:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
+        self._current = Batch((), (), ())
         self.ready = False
 
     def start(self) -> None:
@@ -60,6 +61,7 @@ class Executor:
             self.ready = True
             self._on_ready()
             while batch := self._batcher.next_batch():
+                self._current = batch
                 self._take(batch)
         except Exception as error:  # whatever it is, nobody may be left waiting for a thread that is gone
             self._give_up(error)
@@ -69,7 +71,7 @@ class Executor:
     def _give_up(self, error: Exception) -> None:
         self.ready = False
         self._batcher.close()
-        for request in self._batcher.evict():
+        for request in (*self._current.left, *self._current.requests, *self._batcher.evict()):
             request.end(Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=5)))
         self._on_failure(error)
 
@@ -83,31 +85,35 @@ class Executor:
 
     def _take(self, batch: Batch) -> None:
         for request in batch.left:
-            self._pipeline.release(request)
-            request.end(Failed(Cancelled("The request was cancelled before its picture was done.")))
-        running = [request for request in batch.requests if request not in batch.joined or self._admit(request)]
-        if running:
+            self._drop(request)
+        for request in batch.joined:
+            self._admit(request)
+        if running := [request for request in batch.requests if request.ending is None]:
             self._step(running)
 
-    def _admit(self, request: Request) -> bool:
+    def _drop(self, request: Request) -> None:
+        self._pipeline.release(request)
+        request.end(Failed(Cancelled("The request was cancelled before its picture was done.")))
+
+    def _admit(self, request: Request) -> None:
         request.finish_stage("queue")
         try:
             self._pipeline.admit(request)
         except EngineError as error:
             self._fail([request], error)
-            return False
+            return
         request.finish_stage("encode")
         request.tell(Started())
-        return True
 
     def _step(self, requests: list[Request]) -> None:
         started = time.perf_counter()
+        plan = self._pipeline.plan(requests)
         try:
-            self._pipeline.step(self._pipeline.plan(requests))
+            self._pipeline.step(plan)
         except EngineError as error:
             self._fail(requests, error)
             return
-        self._metrics.step(sum(request.rows for request in requests), time.perf_counter() - started)
+        self._metrics.step(plan.rows, time.perf_counter() - started)
         for request in requests:
             request.tell(Stepped(request.step, request.steps, self._preview(request)))
             if request.denoised:

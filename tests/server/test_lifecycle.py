@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -241,11 +242,21 @@ def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
     assert "already in use" in ended.stderr
 
 
+@dataclass
+class FakePlan:
+    requests: list[Request]
+
+    @property
+    def rows(self) -> int:
+        return sum(request.rows for request in self.requests)
+
+
 class FakePipeline:
     """Knows who holds slots, and raises the fault that is due in a step."""
 
-    def __init__(self, faults: dict[int, Exception]) -> None:
+    def __init__(self, faults: dict[int, Exception], release_faults: dict[str, Exception] | None = None) -> None:
         self._faults = faults
+        self._release_faults = release_faults or {}
         self._steps = 0
         self.admitted: list[str] = []
         self.released: list[str] = []
@@ -253,24 +264,28 @@ class FakePipeline:
     def admit(self, request: Request) -> None:
         self.admitted.append(request.id)
 
-    def plan(self, requests: list[Request]) -> list[Request]:
-        return requests
+    def plan(self, requests: list[Request]) -> FakePlan:
+        return FakePlan(requests)
 
-    def step(self, plan: list[Request]) -> None:
+    def step(self, plan: FakePlan) -> None:
         self._steps += 1
         if fault := self._faults.get(self._steps):
             raise fault
-        for request in plan:
+        for request in plan.requests:
             request.step += 1
 
     def decode(self, request: Request) -> tuple[Image, ...]:
         return tuple(np.zeros((32, 32, 3), np.uint8) for _ in request.wish.seeds)
 
     def release(self, request: Request) -> None:
+        if fault := self._release_faults.get(request.id):
+            raise fault
         self.released.append(request.id)
 
 
-def outcomes(manifest: Manifest, pipeline: FakePipeline, failures: list[Exception]) -> dict[str, list[str]]:
+def outcomes(
+    manifest: Manifest, pipeline: FakePipeline, failures: list[Exception], *, cancelled: str = ""
+) -> dict[str, list[str]]:
     """How requests a, b and d, of one size, and c, of another, end where two fit in a step: a+b, c, a+b, c, d, d."""
     heard: dict[str, list[str]] = {}
 
@@ -289,7 +304,10 @@ def outcomes(manifest: Manifest, pipeline: FakePipeline, failures: list[Exceptio
         on_failure=failures.append,
     )
     for name in "abcd":
-        batcher.submit(guided(name, hear, width=48 if name == "c" else 32))
+        request = guided(name, hear, width=48 if name == "c" else 32)
+        batcher.submit(request)
+        if name in cancelled:
+            request.cancel()
     executor.start()
     executor.close()
     return heard
@@ -320,6 +338,15 @@ def test_a_fault_nobody_expected_leaves_nobody_waiting(manifest: Manifest, step:
     assert sorted(ended) == list("abcd")
     assert ended["d"] == ["NotReady"]
     assert ended["a"] == ended["b"] == ["Completed" if step == 5 else "NotReady"]
+    assert failures == [fault]
+
+
+@pytest.mark.parametrize("cancelled", ["", "a", "abcd"])
+def test_a_fault_while_slots_are_freed_leaves_nobody_waiting(manifest: Manifest, cancelled: str) -> None:
+    fault = RuntimeError("a bug")
+    pipeline, failures = FakePipeline({}, dict.fromkeys("abcd", fault)), list[Exception]()
+    ended = outcomes(manifest, pipeline, failures, cancelled=cancelled)
+    assert sorted(ended) == list("abcd")
     assert failures == [fault]
 
 
