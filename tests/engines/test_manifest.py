@@ -1,0 +1,55 @@
+"""The manifest vouches for its files, and is written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engines.manifest import MANIFEST, BundleError, File, Manifest, write_atomically
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def test_what_was_saved_is_what_is_loaded(copied: Path, manifest: Manifest) -> None:
+    (copied / MANIFEST).unlink()
+    manifest.save(copied)
+    assert Manifest.load(copied) == manifest
+
+
+def test_every_file_is_vouched_for(copied: Path, manifest: Manifest) -> None:
+    for file in manifest.files:
+        path = copied / file.path
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(BundleError, match=path.name):
+            Manifest.load(copied)
+        path.unlink()
+        with pytest.raises(BundleError, match=f"{path.name} is missing"):
+            Manifest.load(copied)
+        path.write_bytes(content)
+    assert Manifest.load(copied) == manifest
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../other", "onnx/../../other", "a\\b"])
+def test_no_path_leaves_the_folder(path: str) -> None:
+    with pytest.raises(ValueError, match="leaves the bundle's folder"):
+        File(path=path, size=0, sha256="0" * 64)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def interrupted(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
