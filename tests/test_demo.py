@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 
 import engines.demo
 from engines.demo.pictures import check, concepts, draw_prompts
+from engines.demo.restore import restore
 from engines.manifest import Manifest
 from tests.serving import Serving
 
@@ -49,6 +53,21 @@ def test_the_readmes_heart_is_red_on_yellow_and_the_same_bytes_again(demo: Servi
 def test_unknown_words_still_give_a_picture(demo: Serving) -> None:
     for prompt in ("", "ein rotes Herz auf gelbem Grund", "🍎 东京", "red " * 500):
         assert picture(demo, prompt, 1).startswith(b"\x89PNG")
+
+
+def test_the_checkpoint_can_be_restored_from_the_bundle(tmp_path: Path) -> None:
+    restore(DEMO, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        drawn = pipeline(
+            "a red heart on a yellow background",
+            num_inference_steps=20,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(7),
+        )
+    assert check(drawn.images[0]) == ("red heart", "yellow")
 
 
 def test_the_bundle_fits_in_a_repository(demo: Serving) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -37,6 +38,15 @@ def test_the_manifest_holds_the_checkpoints_facts(manifest: Manifest) -> None:
     assert manifest.defaults.scheduler == "pndm"
     assert manifest.graphs["denoise"].inputs[0].shape == ("S", 5, 4, "h", "w")
     assert manifest.graphs["decode"].outputs[0].dtype == "uint8"
+
+
+def test_weights_keep_their_names(bundle: Path) -> None:
+    """The exporter folds linear layers' weights into transposed constants; they are named again."""
+    weights = onnx.load(bundle / "onnx/denoise.onnx").graph.initializer
+    large = [weight.name for weight in weights if np.prod(weight.dims) >= 256]
+    assert large
+    assert all(name.startswith("unet.") for name in large)
+    assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight.T" in large
 
 
 def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manifest: Manifest) -> None:
