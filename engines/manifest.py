@@ -7,7 +7,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from engines.base import EngineError, TensorSpec
 
@@ -72,6 +72,12 @@ class NoiseSchedule(_Fact):
     set_alpha_to_one: bool | None = None
     skip_prk_steps: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] | None = None
+
+    @model_validator(mode="after")
+    def _one_beta_per_timestep(self) -> Self:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(f"{len(self.trained_betas)} trained_betas for {self.num_train_timesteps} timesteps")
+        return self
 
 
 class Latent(_Fact):
@@ -138,6 +144,14 @@ class Manifest(_Fact):
     examples: tuple[str, ...] = Field(default=(), description="prompts that show what the model can do")
     graphs: dict[GraphName, Graph]
     versions: dict[str, str] = Field(description="the packages that made the bundle")
+
+    @model_validator(mode="after")
+    def _whole_and_in_order(self) -> Self:
+        if missing := [name for name in GRAPHS if name not in self.graphs]:
+            raise ValueError(f"the graph {missing[0]} is missing")
+        if list(self.rows) != sorted(set(self.rows)):
+            raise ValueError("the row buckets do not ascend")
+        return self
 
     @property
     def files(self) -> tuple[File, ...]:

@@ -19,10 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import LANES, MEMORY, TERMS
+from engines.base import LANES, TERMS
 from engines.manifest import NoiseSchedule
-
-__all__ = ["MEMORY", "NAMES", "Step", "Table", "table"]
 
 Vector = NDArray[np.float64]
 
@@ -33,7 +31,7 @@ X, MODEL, NOISE, M1, M2, M3 = np.eye(TERMS)
 class Step:
     """One UNet call and what it makes of the lanes.
 
-    `matrix` is [2 + MEMORY, 3 + MEMORY] float64, read-only: rows x', m1', m2', m3', denoised over columns x, model,
+    `matrix` is [LANES, TERMS] float64, read-only: rows x', m1', m2', m3', denoised over columns x, model,
     noise, m1, m2, m3. `denoised` is the method's estimate of x0, for previews; no later step reads it.
     No step reads a memory lane that none before it has written, so lanes may start as anything finite.
     """

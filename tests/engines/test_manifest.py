@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +36,22 @@ def test_every_file_is_vouched_for(copied: Path, manifest: Manifest) -> None:
             Manifest.load(copied)
         path.write_bytes(content)
     assert Manifest.load(copied) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts: facts["graphs"].pop("decode"), "graph decode is missing"),
+        (lambda facts: facts.update(rows=[4, 2]), "do not ascend"),
+        (lambda facts: facts["noise_schedule"].update(trained_betas=[0.1, 0.2]), "2 trained_betas for 1000"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(copied: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
+    facts = json.loads((copied / MANIFEST).read_text())
+    change(facts)
+    (copied / MANIFEST).write_text(json.dumps(facts))
+    with pytest.raises(BundleError, match=words):
+        Manifest.load(copied)
 
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../other", "onnx/../../other", "a\\b"])

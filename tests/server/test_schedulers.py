@@ -10,9 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from engines.base import MEMORY
 from engines.manifest import NoiseSchedule
 from server.noise import NoiseGenerator
-from server.schedulers import MEMORY, NAMES, Table, table
+from server.schedulers import NAMES, Table, table
 from tests.references import CLASSES
 
 # diffusers turns tensors into arrays by np.array(tensor), which torch answers the way numpy 1 asked.
