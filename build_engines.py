@@ -1,118 +1,241 @@
-"""Build a bundle for the server: a diffusers checkpoint becomes checked ONNX graphs, a tokenizer and a manifest."""
+"""Build a bundle for the server: a Stable Diffusion checkpoint becomes checked ONNX graphs and compiled engines.
+
+build_engines.py --model M --out DIR      export and compile, on one machine
+build_engines.py export --model M --out DIR   checkpoint to ONNX; needs torch, no GPU
+build_engines.py compile DIR              ONNX to engines; needs no torch, and for TensorRT the GPU that will run them
+build_engines.py verify DIR               compare engines with the FP32 graphs, where they run
+build_engines.py inspect DIR              show what a bundle holds
+"""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.markup import escape
 
 from engines import checkpoint
-from engines.base import BACKENDS, EngineError
-from engines.manifest import Defaults, Manifest, Size
+from engines.base import BACKENDS, ON_CPU, EngineError
+from engines.bundle import Wanted, export, reshaped, stored, with_whole_builds
+from engines.checkpoint import Lora
+from engines.compile import compile_backend, precisions, typed_graphs
+from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table, progress_on, summary_table, terminal
+from engines.manifest import Manifest, Size, Typed
+from engines.present import choose, obstacle
+from engines.verify import STEPS, Table, verify
+from server.schedulers import table
+
+BuildShow = BuildProgress | BuildLog
+Command = Callable[[argparse.Namespace, BuildShow, Console], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    console = Console(stderr=True)
+    words = list(sys.argv[1:] if argv is None else argv)
+    word = words.pop(0) if words and words[0] in COMMANDS else "build"
+    parser, command = COMMANDS[word]
+    arguments = parser(word).parse_args(words)
+    console = terminal()
     try:
-        manifest = _build(arguments, console)
+        with progress_on(console) as progress:
+            command(arguments, progress, console)
     except EngineError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except OSError as error:
+        remedy = "make room, or choose another --out" if error.errno == errno.ENOSPC else "see that it can be written"
+        console.print(f"[bold red]error:[/] {escape(str(error))}: {remedy}.", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("cancelled: no bundle was written", style="red")
+        console.print("cancelled: what was finished is kept, nothing is half written", style="red")
         return 130
-    console.print(_summary(manifest))
-    console.print(f"Serve it: python -m server --bundle {arguments.out}", highlight=False, soft_wrap=True)
     return 0
 
 
-def _build(arguments: argparse.Namespace, console: Console) -> Manifest:
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        stage = progress.add_task(f"finding {arguments.model}", total=None)
+def _build(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
+    arguments.backend = _backends(arguments, progress)
+    _export(arguments, progress, console)
+    arguments.bundle = arguments.out
+    _compile_each(with_whole_builds(arguments.out), arguments, progress, console)
 
-        def begin(name: str) -> None:
-            nonlocal stage
-            progress.update(stage, total=1, completed=1)
-            stage = progress.add_task(name, total=None)
 
-        found = checkpoint.find(arguments.model, revision=arguments.revision)
-        begin("loading torch")
-        from engines.export import export_bundle  # noqa: PLC0415 - seconds of imports, after the cheap refusals
+def _export(arguments: argparse.Namespace, progress: BuildShow, _console: Console) -> None:
+    origin = checkpoint.find(
+        arguments.model,
+        revision=arguments.revision,
+        config=arguments.config,
+        allow_pickle=arguments.allow_pickle,
+        loras=tuple(arguments.lora),
+        progress=progress,
+    )
+    backends = arguments.backend or ["tensorrt"]
+    prefers_bf16 = origin.facts.prefers_bf16
+    typed: set[Typed] = {
+        one for backend in backends for one in typed_graphs(backend, arguments.precision, prefers_bf16=prefers_bf16)
+    }
+    halved = not set(backends) & set(ON_CPU) and arguments.precision != "fp32"
+    wanted = Wanted(
+        weights=arguments.weights or stored(arguments.out) or ("fp16" if halved else "fp32"),
+        typed=tuple(sorted(typed)),
+        name=arguments.name,
+        resolutions=tuple(arguments.resolution),
+        rows=arguments.rows,
+        decode_batch=arguments.decode_batch,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        examples=tuple(arguments.example),
+    )
+    export(origin, arguments.out, wanted, force=arguments.force, progress=progress)
 
-        manifest = export_bundle(
-            found,
-            arguments.out,
-            name=arguments.name,
-            backend=arguments.backend,
-            precision=arguments.precision,
-            resolutions=arguments.resolution,
-            rows=arguments.rows,
-            defaults=Defaults(
-                scheduler=found.scheduler, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance
-            ),
-            examples=arguments.example,
-            progress=begin,
-        )
-        progress.update(stage, total=1, completed=1)
+
+def _compile(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
+    arguments.backend = _backends(arguments, progress)
+    manifest = with_whole_builds(arguments.bundle)
+    asked = {"resolutions": arguments.resolution, "rows": arguments.rows, "decode_batch": arguments.decode_batch}
+    manifest = reshaped(manifest, **{fact: tuple(v) if isinstance(v, list) else v for fact, v in asked.items() if v})
+    _compile_each(manifest, arguments, progress, console)
+
+
+def _compile_each(manifest: Manifest, arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
+    for backend in arguments.backend:
+        manifest = _compile_one(manifest, backend, arguments, progress, console)
+    console.print(f"Serve it: python -m server --bundle {arguments.bundle}", highlight=False, soft_wrap=True)
+
+
+def _compile_one(
+    manifest: Manifest, backend: str, arguments: argparse.Namespace, progress: BuildShow, console: Console
+) -> Manifest:
+    bundle = arguments.bundle
+    console.print(plan_table(manifest, backend, precisions(manifest, backend, arguments.precision)))
+    build = compile_backend(
+        manifest,
+        bundle,
+        backend,
+        precision=arguments.precision,
+        force=arguments.force,
+        table=_table,
+        progress=progress,
+    )
+    manifest = reshaped(manifest, builds={**manifest.builds, backend: build})
+    manifest.save(bundle)
+    if arguments.verify and not build.verification:
+        manifest = _verified(manifest, bundle, backend, progress)
+    console.print(summary_table(manifest, backend))
     return manifest
 
 
-def _summary(manifest: Manifest) -> Table:
-    table = Table(title=f"{manifest.name}: {manifest.precision} for {manifest.backend}", title_justify="left")
-    table.add_column("file")
-    table.add_column("MB", justify="right")
-    table.add_column("sha256")
-    for file in manifest.files:
-        table.add_row(file.path, f"{file.size / 1e6:.1f}", file.sha256[:12])
-    sizes = ", ".join(map(str, manifest.resolutions))
-    table.caption = f"resolutions {sizes}; row buckets {', '.join(map(str, manifest.rows))}"
-    return table
+def _verify(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
+    manifest = Manifest.load(arguments.bundle)
+    for backend in arguments.backend or manifest.builds:
+        if backend not in manifest.builds:
+            raise EngineError(f"{arguments.bundle} holds no engines for {backend}: compile them first.")
+        if arguments.backend and (reason := obstacle(backend)):
+            raise EngineError(f"{backend} cannot be verified here: {reason}.")
+        manifest = _verified(manifest, arguments.bundle, backend, progress)
+        console.print(summary_table(manifest, backend))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="build_engines.py", description=__doc__)
-    add = parser.add_argument
+def _verified(manifest: Manifest, bundle: Path, backend: str, progress: BuildShow) -> Manifest:
+    if reason := obstacle(backend):
+        progress.note(f"{backend}: not yet verified, since it cannot run here ({reason})")
+        return manifest
+    build = verify(manifest, bundle, backend, table=_table(manifest, STEPS), progress=progress)
+    manifest = reshaped(manifest, builds={**manifest.builds, backend: build})
+    manifest.save(bundle)
+    return manifest
+
+
+def _inspect(arguments: argparse.Namespace, _progress: BuildShow, console: Console) -> None:
+    console.print(inspect_tables(Manifest.load(arguments.bundle)))
+
+
+def _backends(arguments: argparse.Namespace, progress: BuildShow) -> list[str]:
+    """The backends asked for, in order, each once; `auto` is the best that runs here."""
+    asked: list[str] = []
+    for backend in arguments.backend or ["auto"]:
+        if backend == "auto":
+            choice = choose()
+            progress.note(f"backend {choice.backend} ({choice.why})")
+            asked.append(choice.backend)
+        else:
+            asked.append(backend)
+    return list(dict.fromkeys(asked))
+
+
+def _table(manifest: Manifest, steps: int) -> Table:
+    """The model's own way from noise to picture."""
+    return table(manifest.defaults.scheduler, steps, manifest.noise_schedule)
+
+
+def _build_parser(word: str) -> argparse.ArgumentParser:
+    parser = _parser(word)
+    _add_source(parser)
+    _add_shapes(parser, rows=(2, 4, 8, 16), decode_batch=1)
+    _add_compile(parser)
+    return parser
+
+
+def _export_parser(word: str) -> argparse.ArgumentParser:
+    parser = _parser(word)
+    _add_source(parser)
+    _add_shapes(parser, rows=(2, 4, 8, 16), decode_batch=1)
+    _add_backend(parser, "what the graphs are for, repeatable (default: tensorrt)", BACKENDS)
+    _add_precision(parser)
+    return parser
+
+
+def _compile_parser(word: str) -> argparse.ArgumentParser:
+    parser = _parser(word)
+    _add_bundle(parser)
+    _add_shapes(parser, rows=None, decode_batch=None)
+    _add_compile(parser)
+    return parser
+
+
+def _verify_parser(word: str) -> argparse.ArgumentParser:
+    parser = _parser(word)
+    _add_bundle(parser)
+    _add_backend(parser, "whose engines, repeatable (default: all that run here)", BACKENDS)
+    return parser
+
+
+def _inspect_parser(word: str) -> argparse.ArgumentParser:
+    parser = _parser(word)
+    _add_bundle(parser)
+    return parser
+
+
+def _parser(word: str) -> argparse.ArgumentParser:
+    name = "build_engines.py" if word == "build" else f"build_engines.py {word}"
+    return argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the checkpoint")
+    add = group.add_argument
     add(
         "--model",
         required=True,
-        metavar="DIR_OR_HUB_ID",
-        help="a diffusers folder, or a hub id such as OFA-Sys/small-stable-diffusion-v0",
+        metavar="M",
+        help="a diffusers folder, a .safetensors file, or a hub id such as OFA-Sys/small-stable-diffusion-v0 "
+        "(a private one's token is read from HF_TOKEN)",
     )
     add("--revision", help="the hub revision (branch, tag or commit) to download")
+    add("--config", metavar="DIR", help="for a single file: a diffusers folder or hub id whose configs describe it")
+    add("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]", help="fused in, repeatable")
+    add("--allow-pickle", action="store_true", help="read pickled weights (.bin, .ckpt), which can run code")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder the bundle is written to")
     add("--name", help="what the server calls the model (default: the checkpoint's name)")
-    add("--backend", choices=BACKENDS, default="onnxruntime", help="what will run the graphs")
-    add(
-        "--precision",
-        choices=("fp32", "fp16"),
-        default="fp32",
-        help="how weights are stored: fp16 halves the bundle; the backend computes in what it does best",
-    )
-    add(
-        "--resolution",
-        type=_size,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="WxH",
-        help="a picture size to serve, repeatable; the first is the default (default: the checkpoint's own)",
-    )
-    add(
-        "--rows",
-        type=_rows,
-        default=(2, 4, 8, 16),
-        metavar="N,N",
-        help="row buckets; the largest bounds a step: a guided image takes two rows (default: 2,4,8,16)",
-    )
-    add("--steps", type=int, default=50, help="steps of a request that names none (default: 50)")
-    add("--guidance", type=float, default=7.5, help="guidance scale of a request that names none (default: 7.5)")
+    add("--steps", type=int, help="steps of a request that names none (default: 50; 4 for latent consistency models)")
+    add("--guidance", type=float, help="guidance scale of a request that names none (default: 7.5; 8.5 for those)")
     add(
         "--example",
         action="append",
@@ -120,7 +243,69 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PROMPT",
         help="a prompt that shows what the model can do, repeatable",
     )
-    return parser
+    add(
+        "--weights",
+        choices=("fp32", "fp16"),
+        help="how weights are stored, once for all backends (default: as they are in DIR; "
+        "in a new one fp16 for GPUs alone, otherwise fp32)",
+    )
+
+
+def _add_shapes(parser: argparse.ArgumentParser, *, rows: tuple[int, ...] | None, decode_batch: int | None) -> None:
+    group = parser.add_argument_group("shapes")
+    default = "default: %(default)s" if rows else "default: as the bundle says"
+    group.add_argument(
+        "--resolution",
+        type=_size,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="WxH",
+        help="a picture size to serve, repeatable; the first is what a request gets that names none "
+        "(default: the model's own)",
+    )
+    group.add_argument(
+        "--rows",
+        type=_rows,
+        default=rows,
+        metavar="N,N",
+        help="row buckets; the largest bounds a step: a guided image takes two rows "
+        + ("(default: 2,4,8,16)" if rows else f"({default})"),
+    )
+    group.add_argument(
+        "--decode-batch",
+        type=_count,
+        default=decode_batch,
+        metavar="N",
+        help=f"decode up to N pictures in one call; each costs memory ({default})",
+    )
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    _add_backend(
+        parser, "what will run the graphs, repeatable; auto takes the best that runs here", ("auto", *BACKENDS)
+    )
+    _add_precision(parser)
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the engines with the FP32 graphs, where they run (default: yes)",
+    )
+
+
+def _add_backend(parser: argparse.ArgumentParser, text: str, choices: Sequence[str]) -> None:
+    parser.add_argument("--backend", action="append", choices=choices, help=text)
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "int8"),
+        help="what the engines compute in (default: fp16 on GPUs, bf16 for SD 2.x there, fp32 on CPUs; "
+        "int8 is for openvino)",
+    )
+    parser.add_argument("--force", action="store_true", help="do everything anew")
 
 
 def _size(text: str) -> Size:
@@ -134,6 +319,27 @@ def _rows(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of row counts: write 2,4,8,16")
     return tuple(sorted({int(part) for part in text.split(",")}))
 
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: write 1 to 99")
+    return int(text)
+
+
+def _lora(text: str) -> Lora:
+    try:
+        return Lora.parse(text)
+    except EngineError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+COMMANDS: dict[str, tuple[Callable[[str], argparse.ArgumentParser], Command]] = {
+    "build": (_build_parser, _build),
+    "export": (_export_parser, _export),
+    "compile": (_compile_parser, _compile),
+    "verify": (_verify_parser, _verify),
+    "inspect": (_inspect_parser, _inspect),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -77,9 +77,22 @@ class Device(Protocol):
 
 
 # Backends are imported when they are asked for, so a missing package costs only those who need it.
-_BACKENDS = {"onnxruntime": "engines.onnxruntime", "openvino": "engines.openvino"}
-_EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino"}
-BACKENDS = tuple(_BACKENDS)
+_BACKENDS = {
+    "tensorrt": "engines.tensorrt",
+    "tensorrt_rtx": "engines.tensorrt_rtx",
+    "onnxruntime_cuda": "engines.onnxruntime_cuda",
+    "openvino": "engines.openvino",
+    "onnxruntime": "engines.onnxruntime",
+}
+ON_CPU = ("openvino", "onnxruntime")  # they load the FP32 graphs as they are, so every bundle can be served by them
+EXTRAS = {
+    "tensorrt": "cuda",
+    "tensorrt_rtx": "rtx",
+    "onnxruntime_cuda": "cuda",
+    "openvino": "openvino",
+    "onnxruntime": "cpu",
+}
+BACKENDS = tuple(_BACKENDS)  # the fastest first
 
 
 def open_device(backend: str, *, threads: int = 0) -> Device:
@@ -93,7 +106,11 @@ def open_device(backend: str, *, threads: int = 0) -> Device:
     try:
         module = import_module(_BACKENDS[backend])
     except ImportError as error:
-        remedy = f"pip install 'latentd[{_EXTRAS[backend]}]'"
-        raise EngineError(f"Backend {backend} needs the package {error.name}: {remedy}.") from error
+        raise EngineError(needs(backend, str(error.name))) from error
     opener: Callable[..., Device] = module.open_device
     return opener(threads=threads)
+
+
+def needs(backend: str, package: str) -> str:
+    """What to tell people who lack the package behind a backend."""
+    return f"Backend {backend} needs the package {package}: pip install 'latentd[{EXTRAS[backend]}]'."

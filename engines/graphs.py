@@ -7,6 +7,7 @@ T tokens the text encoder reads, D context width, V words it knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -86,7 +87,6 @@ class Denoise(GraphModule):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        self.dtype = unet.dtype
 
     def forward(  # noqa: PLR0913, PLR0917 - the graph's inputs, bound by name
         self,
@@ -100,16 +100,32 @@ class Denoise(GraphModule):
         guidance: Tensor,
         scale: Tensor,
         coef: Tensor,
+        guidance_embedded: Tensor | None = None,
     ) -> Tensor:
+        dtype = self.unet.dtype
         lanes = state[slot]  # [B, LANES, c, h, w]
         x = lanes[:, 0]
         seen = (x * scale[:, None, None, None])[row_image]  # [R, c, h, w]
         told = context[row_context]  # [R, L, D]
-        rows = self.unet(seen.to(self.dtype), timestep, told.to(self.dtype), return_dict=False)[0]
+        condition = None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
+        rows = self.unet(seen.to(dtype), timestep, told.to(dtype), timestep_cond=condition, return_dict=False)[0]
         model = (guidance @ rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         following = (coef @ terms.flatten(2)).view_as(lanes)
         return state.index_put((slot,), following)
+
+    def _embed(self, w: Tensor) -> Tensor:
+        """Guidance as sines and cosines [R, width]; Luo et al. (2023), Latent Consistency Models, section 4.3."""
+        half = self.unet.config.time_cond_proj_dim // 2
+        frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
+        angles = 1000 * w[:, None] * frequencies
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+class GuidedDenoise(Denoise):
+    """The step of a UNet that was distilled with its guidance, and is told it instead of asked twice."""
+
+    inputs: ClassVar = {**Denoise.inputs, "guidance_embedded": _f32("R")}  # the guidance scale minus 1
 
 
 class Decode(GraphModule):
@@ -125,12 +141,11 @@ class Decode(GraphModule):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.dtype = vae.dtype
         self.scaling_factor: float = vae.config.scaling_factor
 
     def forward(self, state: Tensor, slot: Tensor, lane: Tensor) -> Tensor:
         latents = state[slot, lane] / self.scaling_factor
-        pixels: Tensor = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+        pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         # Rounding as diffusers does; channels go last before the cast because TensorRT takes UINT8 as an output only.
         return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).to(torch.uint8)
 
@@ -144,11 +159,10 @@ class EncodeImage(GraphModule):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
-        self.dtype = vae.dtype
         self.scaling_factor: float = vae.config.scaling_factor
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         pixels = images.float().permute(0, 3, 1, 2) / 127.5 - 1
-        posterior = self.vae.encode(pixels.to(self.dtype), return_dict=False)[0]
+        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
         return latents * self.scaling_factor

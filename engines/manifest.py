@@ -9,12 +9,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from engines.base import EngineError, TensorSpec
+from engines.base import ON_CPU, EngineError, TensorSpec
 
 MANIFEST = "manifest.json"
+_CACHED_PROMPTS = 32  # embeddings that may outlive their requests
 
 GraphName = Literal["encode_prompt", "denoise", "decode", "encode_image"]
 GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "decode", "encode_image")
+
+Storage = Literal["fp32", "fp16"]  # how weights lie on disk
+Typed = Literal["fp32", "fp16", "bf16"]  # what an ONNX graph computes in
+Precision = Literal["fp32", "fp16", "bf16", "int8"]  # what an engine computes in
 
 
 class BundleError(EngineError):
@@ -43,6 +48,10 @@ class File(_Fact):
     def of(cls, path: Path, *, root: Path) -> Self:
         """Measure the file at `path`, named relative to `root`."""
         return cls(path=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` is there and is the one that was measured."""
+        return path.is_file() and path.stat().st_size == self.size and sha256_of(path) == self.sha256
 
 
 class Size(_Fact):
@@ -111,19 +120,111 @@ class Defaults(_Fact):
     guidance_scale: float = 7.5
 
 
-class Graph(_Fact):
-    """One ONNX graph. Dimensions that vary are named, those fixed at export are numbers."""
+class Difference(_Fact):
+    """How far one computation lies from another, relative to the largest value of the latter; 0.01 is one per cent."""
 
-    files: tuple[File, ...] = Field(min_length=1, description="the graph first, then its weights where they lie apart")
+    largest: float = Field(ge=0)
+    mean: float = Field(ge=0)
+
+
+class Onnx(_Fact):
+    """A graph in one precision. Its weights may lie in a file that several graphs share."""
+
+    files: tuple[File, ...] = Field(min_length=1, description="the graph first, then the files its weights lie in")
+    difference: Difference = Field(description="from torch in FP32, on random inputs")
+
+
+class Graph(_Fact):
+    """One of the model's graphs. Dimensions that vary are named, those fixed at export are numbers."""
+
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    onnx: dict[Typed, Onnx]
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> Self:
+        if "fp32" not in self.onnx:
+            raise ValueError("the graph in fp32, to which others are compared, is missing")
+        return self
+
+
+class Profile(_Fact):
+    """Shapes that an engine was optimised for: one picture size, and up to `batch` rows, pictures or prompts."""
+
+    size: Size | None = Field(description="None where shapes do not depend on the picture's size")
+    batch: PositiveInt
+    activations: int | None = Field(
+        default=None, ge=0, description="bytes of device memory; None where the compiler did not tell"
+    )
+
+
+class Layers(_Fact):
+    """What the compiler made of a graph, in the profile that came out worst."""
+
+    total: int
+    attentions: int = Field(description="of the graph")
+    fused_attentions: int = Field(description="each one kernel, scores never in memory")
+    group_norms: int = Field(description="of the graph")
+    fused_group_norms: int = Field(description="each one kernel, with the SiLU behind it if there is one")
+    precisions: dict[str, int] = Field(description="layers by the type they write: Half, Float, BFloat16 …")
+
+
+class Compiled(_Fact):
+    """One graph as a backend loads it."""
+
+    files: tuple[File, ...] = Field(min_length=1, description="what the backend opens first, then what that refers to")
+    precision: Precision
+    profiles: tuple[Profile, ...] = Field(default=(), description="empty where every shape is taken")
+    layers: Layers | None = None
+    key: str = Field(description="a hash over all that decides the engine; the same key needs no new compilation")
+    seconds: float = Field(ge=0, description="of compiling")
+    memory: int = Field(ge=0, description="bytes of main memory at the peak of compiling; 0 where it was not measured")
+    difference: Difference | None = Field(
+        default=None, description="from the FP32 graph in ONNX Runtime, over the model's own trajectory and noise"
+    )
+
+
+class Gpu(_Fact):
+    """The device that engines were compiled on, for engines that run on no other."""
+
+    name: str
+    compute_capability: str = Field(pattern=r"^\d+\.\d+$")
+
+
+class Verification(_Fact):
+    """The picture that a backend makes beside the one of the FP32 graphs in ONNX Runtime."""
+
+    psnr: float = Field(description="dB; 999 where the pictures are identical")
+    size: Size
+    steps: PositiveInt
+
+
+class Build(_Fact):
+    """The engines of one backend."""
+
+    version: str = Field(description="of the package that compiled them, and with which they run")
+    gpu: Gpu | None = None
+    engines: dict[GraphName, Compiled]
+    verification: Verification | None = Field(default=None, description="None: not yet verified")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if missing := [name for name in GRAPHS if name not in self.engines]:
+            raise ValueError(f"the engine of {missing[0]} is missing")
+        return self
+
+    @property
+    def precision(self) -> Precision:
+        """What the denoising is computed in."""
+        return self.engines["denoise"].precision
 
 
 class Source(_Fact):
-    """Where the weights came from: a hub id or a folder's name, and the hash over its weight files."""
+    """Where the weights came from: a hub id or a file's name, the hash over its files, and what was fused into it."""
 
     name: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    loras: tuple[str, ...] = Field(default=(), description="file name and scale of each LoRA")
 
 
 class Manifest(_Fact):
@@ -132,10 +233,11 @@ class Manifest(_Fact):
     format: Literal[1] = 1
     name: str = Field(min_length=1, max_length=200)
     source: Source
-    backend: str
-    precision: Literal["fp32", "fp16"]
+    weights: Storage
+    trained_size: Size
     resolutions: tuple[Size, ...] = Field(min_length=1, description="the first is the default")
     rows: tuple[PositiveInt, ...] = Field(min_length=1, description="row buckets, ascending")
+    decode_batch: PositiveInt = Field(default=1, description="pictures that one call may decode")
     latent: Latent
     context: Context
     tokenizer: Tokenizer
@@ -143,7 +245,9 @@ class Manifest(_Fact):
     defaults: Defaults
     examples: tuple[str, ...] = Field(default=(), description="prompts that show what the model can do")
     graphs: dict[GraphName, Graph]
-    versions: dict[str, str] = Field(description="the packages that made the bundle")
+    builds: dict[str, Build] = Field(default={}, description="by backend; the first is the one it was built for")
+    versions: dict[str, str] = Field(description="the packages that exported the graphs")
+    export_key: str = Field(description="a hash over all that decides the graphs; the same key needs no new export")
 
     @model_validator(mode="after")
     def _whole_and_in_order(self) -> Self:
@@ -155,11 +259,46 @@ class Manifest(_Fact):
 
     @property
     def files(self) -> tuple[File, ...]:
-        return (self.tokenizer.file, *(file for graph in self.graphs.values() for file in graph.files))
+        """Every file, once: graphs share weights, and backends share graphs."""
+        onnx = (variant.files for graph in self.graphs.values() for variant in graph.onnx.values())
+        compiled = (engine.files for build in self.builds.values() for engine in build.engines.values())
+        shared = (file for files in (*onnx, *compiled) for file in files)
+        return tuple(dict.fromkeys((self.tokenizer.file, *shared)))
 
     @property
     def max_rows(self) -> int:
         return self.rows[-1]
+
+    @property
+    def slots(self) -> int:
+        """Places in each size's state pool: an image per row, and a scratch slot for rows that only pad."""
+        return self.max_rows + 1
+
+    @property
+    def context_rows(self) -> int:
+        """Places in the pool of prompt embeddings: a running request needs no more than rows, and sizes take turns."""
+        return self.max_rows * len(self.resolutions) + _CACHED_PROMPTS
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is told to the UNet, as to latent consistency models, and costs no second row."""
+        return any(spec.name == "guidance_embedded" for spec in self.graphs["denoise"].inputs)
+
+    def engine(self, backend: str, graph: GraphName) -> str:
+        """The path of what `backend` loads for `graph`, relative to the manifest.
+
+        Raises:
+            BundleError: the bundle holds no engines of a backend that cannot do without.
+        """
+        if backend in self.builds:
+            return self.builds[backend].engines[graph].files[0].path
+        if backend in ON_CPU:
+            return self.graphs[graph].onnx["fp32"].files[0].path
+        raise BundleError(f"{self.name} holds no engines for {backend}: build_engines.py compile makes them.")
+
+    def precision(self, backend: str) -> Precision:
+        """What the denoising is computed in."""
+        return self.builds[backend].precision if backend in self.builds else "fp32"
 
     @classmethod
     def load(cls, bundle: Path) -> Self:
@@ -168,6 +307,13 @@ class Manifest(_Fact):
         Raises:
             BundleError: there is no manifest, it is not one of ours, or a file is missing or is not the one built.
         """
+        manifest = cls.read(bundle)
+        manifest.verify(bundle)
+        return manifest
+
+    @classmethod
+    def read(cls, bundle: Path) -> Self:
+        """Read the manifest alone, and vouch for no file. Raises BundleError."""
         try:
             text = (bundle / MANIFEST).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -177,15 +323,13 @@ class Manifest(_Fact):
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{bundle / MANIFEST} cannot be read: {error}") from error
         try:
-            manifest = cls.model_validate_json(text)
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the document"
             raise BundleError(
                 f"{bundle / MANIFEST} is not a manifest this version reads: {where}: {first['msg']}. Build it again."
             ) from error
-        manifest.verify(bundle)
-        return manifest
 
     def verify(self, bundle: Path) -> None:
         """Raise BundleError, naming the file, unless every file is there and is the one that was built."""
@@ -193,7 +337,7 @@ class Manifest(_Fact):
             path = bundle / file.path
             if not path.is_file():
                 raise BundleError(f"{path} is missing: copy the whole bundle again, or build it again.")
-            if path.stat().st_size != file.size or sha256_of(path) != file.sha256:
+            if not file.matches(path):
                 raise BundleError(
                     f"{path} is not the file that was built (sha256 differs): it is not loaded. Build again."
                 )
@@ -212,10 +356,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename: readers see the old file or the new one, never half of one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        beside.write_bytes(content)
+        settle(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def settle(beside: Path, path: Path) -> None:
+    """Give a finished file its name, once its contents are on disk."""
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import openvino
 from numpy.typing import DTypeLike
 
 from engines.base import Array, Buffer, EngineError
 from engines.host import HostBuffer, bound_arrays
+
+# OpenVINO reports to its makers whenever it is imported, unless this package of its own is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None is how Python marks a missing one
+
+import openvino as openvino  # noqa: E402, PLC0414 - only after that; and others in this package import it from here
 
 
 class OpenVinoCall:

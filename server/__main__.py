@@ -16,6 +16,7 @@ from pydantic_settings import CliApp
 
 from engines.base import EngineError
 from engines.manifest import Manifest
+from engines.present import check_fits, choose
 from server.app import make_app, make_service
 from server.settings import Settings
 
@@ -34,10 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         manifest = Manifest.load(settings.bundle)
+        backend = settings.backend or _choose(manifest)
+        check_fits(manifest, backend, settings.bundle)
     except EngineError as error:
         _complain(str(error))
         return _FAILED_START
-    return _serve(settings, manifest)
+    return _serve(settings, manifest, backend)
+
+
+def _choose(manifest: Manifest) -> str:
+    """The first of the bundle's backends that runs here, or ONNX Runtime, which runs every bundle."""
+    choice = choose([*manifest.builds, "onnxruntime"])
+    _log.info("backend %s (%s)", choice.backend, choice.why)
+    return choice.backend
 
 
 class _Server(uvicorn.Server):
@@ -53,7 +63,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _serve(settings: Settings, manifest: Manifest) -> int:
+def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
     exit_code = _FAILED_START
 
     def on_ready() -> None:
@@ -73,7 +83,7 @@ def _serve(settings: Settings, manifest: Manifest) -> int:
     service = make_service(
         manifest,
         settings.bundle,
-        backend=settings.backend or manifest.backend,
+        backend=backend,
         threads=settings.threads,
         max_waiting=settings.max_waiting,
         on_ready=on_ready,

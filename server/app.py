@@ -52,7 +52,7 @@ def make_service(  # noqa: PLR0913 - the parts, all by keyword
     metrics = Metrics(manifest, backend)
     executor = Executor(
         batcher,
-        lambda: Pipeline.load(manifest, bundle, open_device(backend, threads=threads)),
+        lambda: Pipeline.load(manifest, bundle, backend=backend, device=open_device(backend, threads=threads)),
         warm_up=_rehearsals(manifest, intake),
         metrics=metrics,
         on_ready=on_ready,

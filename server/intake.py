@@ -40,6 +40,7 @@ class Intake:
             guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
             preview_every=body.preview_every,
+            embeds_guidance=self._manifest.embeds_guidance,
         )
         try:
             steps = table(wish.scheduler, wish.num_inference_steps, self._manifest.noise_schedule)

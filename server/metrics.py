@@ -38,7 +38,7 @@ class Metrics:
         self._images = Counter("latentd_images", "Pictures made.", registry=registry)
         self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
         info = Gauge("latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry)
-        info.labels(manifest.name, backend, manifest.precision).set(1)
+        info.labels(manifest.name, backend, manifest.precision(backend)).set(1)
 
     def watch(self, *, waiting: Callable[[], float], running: Callable[[], float], ready: Callable[[], float]) -> None:
         """Read these whenever somebody scrapes."""

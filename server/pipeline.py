@@ -14,7 +14,6 @@ from server.pools import Canvas, PromptPool
 from server.request import Image, Request
 
 _X, _DENOISED = 0, LANES - 1
-_CACHED_PROMPTS = 32  # embeddings that may outlive their requests
 _USED: tuple[GraphName, ...] = ("encode_prompt", "denoise", "decode")
 
 
@@ -22,9 +21,7 @@ class Pipeline:
     """Takes requests in, moves them on step by step, and reads their pictures. For the thread that owns the device."""
 
     def __init__(self, manifest: Manifest, engines: Mapping[GraphName, Engine], device: Device) -> None:
-        # A running request holds no more context rows than UNet rows, and sizes run in turns.
-        rows = manifest.max_rows * len(manifest.resolutions) + _CACHED_PROMPTS
-        self._prompts = PromptPool(manifest, engines["encode_prompt"], device, rows=rows)
+        self._prompts = PromptPool(manifest, engines["encode_prompt"], device, rows=manifest.context_rows)
         self._canvases = {
             size: Canvas(size, manifest, engines=engines, device=device, context=self._prompts.context)
             for size in manifest.resolutions
@@ -32,9 +29,9 @@ class Pipeline:
         self._placements: dict[Request, Placement] = {}
 
     @classmethod
-    def load(cls, manifest: Manifest, bundle: Path, device: Device) -> Pipeline:
+    def load(cls, manifest: Manifest, bundle: Path, *, backend: str, device: Device) -> Pipeline:
         """Load the engines of the verified bundle in folder `bundle`. Raises EngineError."""
-        engines = {name: device.load(bundle / manifest.graphs[name].files[0].path) for name in _USED}
+        engines = {name: device.load(bundle / manifest.engine(backend, name)) for name in _USED}
         return cls(manifest, engines, device)
 
     def admit(self, request: Request) -> None:

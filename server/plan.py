@@ -52,6 +52,7 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
     row_context = np.zeros(rows, np.int64)
     timestep = np.zeros(rows, np.float32)
     guidance = np.zeros((images, rows), np.float32)
+    guidance_embedded = np.zeros(rows, np.float32)
     scale = np.zeros(images, np.float32)
     coef = np.zeros((images, LANES, TERMS), np.float32)
     noise = np.zeros((images, *latent_shape), np.float32)
@@ -69,9 +70,11 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
                 row_context[row] = context
                 timestep[row] = step.timestep
                 guidance[image, row] = weight
+                guidance_embedded[row] = placement.request.wish.guidance_scale - 1
                 row += 1
             image += 1
     slot: NDArray[np.int64] = np.array([slot for placement in placements for slot in placement.slots], np.int64)
+    told = {"guidance_embedded": guidance_embedded} if placements[0].request.wish.embeds_guidance else {}
     return Plan(
         tuple(placements),
         {
@@ -83,6 +86,7 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
             "guidance": guidance,
             "scale": scale,
             "coef": coef,
+            **told,
         },
     )
 

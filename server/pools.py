@@ -47,8 +47,8 @@ class Canvas:
     ) -> None:
         latent = manifest.latent
         self.latent_shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
-        self._slots = list(range(manifest.max_rows))
-        shape = (len(self._slots), LANES, *self.latent_shape)
+        self._slots = list(range(manifest.max_rows))  # the last of the pool is for rows that only pad
+        shape = (manifest.slots, LANES, *self.latent_shape)
         self._states = (device.allocate(shape, np.float32), device.allocate(shape, np.float32))
         self._parity = 0  # which of them is current
         self._denoise = engines["denoise"]

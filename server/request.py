@@ -32,11 +32,12 @@ class Wish:
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
     preview_every: int = 0  # steps; 0 shows none
+    embeds_guidance: bool = False  # the model is told its guidance, and the negative prompt has no say
 
     @property
     def guided(self) -> bool:
         """Classifier-free guidance, as diffusers decides it: at a scale of 1 or less the negative prompt has no say."""
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and not self.embeds_guidance
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     backend: str | None = Field(
-        None, description=f"what runs the graphs: {' or '.join(BACKENDS)}; the bundle's own unless given"
+        None,
+        description=f"what runs the graphs: {' or '.join(BACKENDS)}; "
+        "unless given, the first of the bundle's that runs here",
     )
     threads: int = Field(
         0,

@@ -27,7 +27,8 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint, built by the command people use. Tests that alter a bundle copy it first."""
     out = tmp_path_factory.mktemp("bundle")
     sizes = ["--resolution", "32x32", "--resolution", "48x32"]
-    assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *sizes, "--rows", "2,4,8"]) == 0
+    options = ["--backend", "onnxruntime", *sizes, "--rows", "2,4,8"]
+    assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *options]) == 0
     return out
 
 

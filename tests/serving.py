@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import signal
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
 
 _READY = re.compile(r"is ready: open (http://\S+)")
 
@@ -21,6 +26,13 @@ def run_server(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", "server", *arguments]
     environment = {**os.environ, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our own command
+
+
+def pictures(answer: httpx.Response) -> list[NDArray[np.float64]]:
+    """The pictures [H, W, 3] in 0..255 of a JSON answer."""
+    assert answer.status_code == 200, answer.text
+    files = (base64.b64decode(image["image"]) for image in answer.json()["images"])
+    return [np.asarray(PIL.Image.open(io.BytesIO(file)), np.float64) for file in files]
 
 
 class Serving:

@@ -73,7 +73,7 @@ def test_the_checkpoint_can_be_restored_from_the_bundle(tmp_path: Path) -> None:
 def test_the_bundle_fits_in_a_repository(demo: Serving) -> None:
     manifest = Manifest.load(DEMO)
     assert sum(file.size for file in manifest.files) < 40e6
-    assert manifest.precision == "fp16"
+    assert manifest.weights == "fp16"
     assert len(concepts().things) >= 96
     assert len(concepts().colors) == 10
     assert demo.client.get("/models").json()[0]["examples"] == list(manifest.examples)

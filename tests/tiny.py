@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engines.demo.tokenizer import write_tokenizer
@@ -15,57 +26,102 @@ SIDE = 32  # pixels; latents are half of it
 CAPTIONS = ["a red cat on a blue hill", "a green bird in the rain", "two old boats at night"]
 
 
-def make_checkpoint(folder: Path) -> Path:
-    """Write an SD 1.x checkpoint with random weights to `folder`, as diffusers itself would."""
+@dataclass(frozen=True)
+class Family:
+    """How a family of checkpoints differs from the smallest SD 1.x."""
+
+    unet: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Any = PNDMScheduler
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: str | None = None
+
+
+# What sets each family apart from `sd1`: its scheduler, and changes to the configs of UNet and text encoder.
+FAMILIES: Mapping[str, Family] = {
+    "sd1": Family(),  # layers_per_block=1, as the smallest distilled ones
+    "sd15": Family(unet={"layers_per_block": 2}),
+    "no-mid": Family(unet={"mid_block_type": None}),
+    "sd2": Family(
+        unet={
+            "layers_per_block": 2,
+            "cross_attention_dim": 64,
+            "attention_head_dim": [2, 4],  # heads, despite the name; each 8 wide
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        text={"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "hidden_act": "gelu"},
+        scheduler=DDIMScheduler,
+        schedule={"prediction_type": "v_prediction", "clip_sample": False},
+    ),
+    # Eight heads of 40 channels, as real ones have: what TensorRT fuses. The others' are too narrow.
+    "wide": Family(unet={"block_out_channels": (320, 320), "norm_num_groups": 32, "attention_head_dim": 8}),
+    "lcm": Family(unet={"time_cond_proj_dim": 32}, scheduler=LCMScheduler, pipeline="LatentConsistencyModelPipeline"),
+}
+
+
+def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
+    """Write a checkpoint of `family` with random weights to `folder`, as diffusers itself would."""
+    kind = FAMILIES[family]
     write_tokenizer(folder / "tokenizer", CAPTIONS)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TOKENS)
     torch.manual_seed(0)
     StableDiffusionPipeline(
         tokenizer=tokenizer,
-        text_encoder=_text_encoder(tokenizer),
-        unet=_unet(),
+        text_encoder=_text_encoder(tokenizer, kind.text),
+        unet=_unet(kind.unet),
         vae=_vae(),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=_scheduler(kind),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    if kind.pipeline:
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": kind.pipeline}, indent=2))
     return folder
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+def _scheduler(kind: Family) -> Any:
+    pndm = {"skip_prk_steps": True} if kind.scheduler is PNDMScheduler else {}
+    return kind.scheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **pndm,
+        **kind.schedule,
     )
-    return CLIPTextModel(config)
 
 
-def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=SIDE // 2,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-    )
+def _text_encoder(tokenizer: CLIPTokenizer, changes: Mapping[str, Any]) -> CLIPTextModel:
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextModel(CLIPTextConfig(**{**config, **changes}))
+
+
+def _unet(changes: Mapping[str, Any]) -> UNet2DConditionModel:
+    config = {
+        "sample_size": SIDE // 2,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
 
 
 def _vae() -> AutoencoderKL:

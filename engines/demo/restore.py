@@ -23,8 +23,8 @@ def read_weights(bundle: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Every named weight of the graphs, f32: the transposed ones turned back, those stored as FP16 widened."""
     weights: dict[str, Tensor] = {}
     for graph in manifest.graphs.values():
-        for stored in onnx.load(bundle / graph.files[0].path).graph.initializer:
-            name, array = stored.name.removesuffix(".fp16"), numpy_helper.to_array(stored)
+        for stored in onnx.load(bundle / graph.onnx["fp32"].files[0].path).graph.initializer:
+            name, array = stored.name, numpy_helper.to_array(stored)
             array = array.T if name.endswith(".T") else array
             weights[name.removesuffix(".T")] = torch.from_numpy(np.array(array, np.float32))
     return weights

@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
             Model(
                 name=manifest.name,
                 backend=service.backend,
-                precision=manifest.precision,
+                precision=manifest.precision(service.backend),
                 resolutions=[str(size) for size in manifest.resolutions],
                 schedulers=list(NAMES),
                 scheduler=manifest.defaults.scheduler,

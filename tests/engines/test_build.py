@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,10 +12,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_engines
-from engines import checkpoint as checkpoints
-from engines.base import EngineError, open_device
-from engines.checkpoint import CheckpointError
-from engines.export import export_bundle
+from engines.base import open_device
 from engines.manifest import Manifest, Size
 from server.tokenizer import Tokenizer
 from tests.tiny import TOKENS, WIDTH
@@ -85,19 +81,6 @@ def test_prompts_become_the_ids_that_transformers_makes(
     assert ours.truncated == (len(theirs(text).input_ids) > TOKENS)
 
 
-def test_fp16_halves_the_bundle_and_large_weights_lie_apart(
-    checkpoint: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The export itself compares each graph it wrote with torch."""
-    monkeypatch.setattr("engines.export._INLINE_LIMIT", 1000)
-    built = export_bundle(checkpoints.find(str(checkpoint)), tmp_path, precision="fp16")
-    assert built.precision == "fp16"
-    assert [file.path for file in built.graphs["denoise"].files] == ["onnx/denoise.onnx", "onnx/denoise.onnx.data"]
-    half, full = (sum(file.size for file in made.graphs["denoise"].files) for made in (built, manifest))
-    assert half < 0.75 * full  # the rest is the graph's own, which a tiny model has much of
-    assert Manifest.load(tmp_path) == built
-
-
 def test_a_hub_id_without_a_network_fails_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -129,37 +112,40 @@ def test_malformed_flags_are_explained(wrong: list[str], tmp_path: Path) -> None
     assert ended.value.code == 2
 
 
-@pytest.fixture
-def copied(checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_another_architecture_is_refused_by_name(copied: Path) -> None:
-    edit(copied / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline"):
-        checkpoints.find(str(copied))
-
-
-def test_an_inpainting_unet_is_refused(copied: Path) -> None:
-    edit(copied / "unet" / "config.json", in_channels=9)
-    with pytest.raises(CheckpointError, match="9 input channels"):
-        checkpoints.find(str(copied))
-
-
-def test_pickled_weights_are_not_loaded(copied: Path) -> None:
-    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(CheckpointError, match="can run code"):
-        checkpoints.find(str(copied))
-
-
-def test_damaged_weights_are_an_error_that_names_the_checkpoint(copied: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_an_error_that_names_the_checkpoint(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     weights = copied / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(EngineError, match="weights of copy cannot be loaded"):
-        export_bundle(checkpoints.find(str(copied)), tmp_path / "out")
+    text = complaint(capsys, "--model", str(copied), "--out", str(tmp_path / "out"), "--backend", "onnxruntime")
+    assert "copy" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backend", "onnxruntime", "--precision", "fp16"], "--weights fp16"),
+        (["--backend", "tensorrt_rtx", "--precision", "int8"], "fp16 or bf16 or fp32, not in int8"),
+        (["--backend", "openvino", "--precision", "bf16"], "fp32 or int8, not in bf16"),
+    ],
+)
+def test_a_precision_that_a_backend_lacks_is_refused_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    assert words in complaint(capsys, "--model", str(checkpoint), "--out", str(tmp_path / "out"), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["compile", "verify", "inspect"])
+def test_a_folder_without_a_bundle_is_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path, word: str) -> None:
+    assert "holds no manifest.json" in complaint(capsys, word, str(tmp_path))
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("export", "compile", "verify", "inspect"):
+        with pytest.raises(SystemExit) as ended:
+            build_engines.main([word, "--help"])
+        assert ended.value.code == 0
+        assert f"build_engines.py {word}" in capsys.readouterr().out

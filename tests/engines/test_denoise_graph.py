@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines.base import BACKENDS, LANES, TERMS, Array, Engine, open_device
+from engines.base import LANES, ON_CPU, TERMS, Array, Engine, open_device
 from engines.manifest import Manifest
 from tests.tiny import TOKENS, WIDTH
 
 SLOTS, PROMPTS = 6, 5
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=ON_CPU)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -25,7 +25,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def engine(bundle: Path, backend: str) -> Engine:
     manifest = Manifest.load(bundle)
-    return open_device(backend, threads=1).load(bundle / manifest.graphs["denoise"].files[0].path)
+    return open_device(backend, threads=1).load(bundle / manifest.engine(backend, "denoise"))
 
 
 @pytest.fixture(scope="module")

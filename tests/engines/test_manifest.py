@@ -42,6 +42,8 @@ def test_every_file_is_vouched_for(copied: Path, manifest: Manifest) -> None:
     ("change", "words"),
     [
         (lambda facts: facts["graphs"].pop("decode"), "graph decode is missing"),
+        (lambda facts: facts["graphs"]["decode"]["onnx"].pop("fp32"), "graph in fp32"),
+        (lambda facts: facts["builds"]["onnxruntime"]["engines"].pop("decode"), "engine of decode is missing"),
         (lambda facts: facts.update(rows=[4, 2]), "do not ascend"),
         (lambda facts: facts["noise_schedule"].update(trained_betas=[0.1, 0.2]), "2 trained_betas for 1000"),
     ],
@@ -52,6 +54,11 @@ def test_facts_that_cannot_be_are_refused(copied: Path, change: Callable[[dict[s
     (copied / MANIFEST).write_text(json.dumps(facts))
     with pytest.raises(BundleError, match=words):
         Manifest.load(copied)
+
+
+def test_the_published_schema_is_the_manifests() -> None:
+    published = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
+    assert json.loads(published.read_text()) == Manifest.model_json_schema(), "run scripts/schema"
 
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../other", "onnx/../../other", "a\\b"])

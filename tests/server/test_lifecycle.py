@@ -299,7 +299,7 @@ def outcomes(
         batcher,
         lambda: cast(Pipeline, pipeline),
         warm_up=(),
-        metrics=Metrics(manifest, manifest.backend),
+        metrics=Metrics(manifest, "onnxruntime"),
         on_ready=lambda: None,
         on_failure=failures.append,
     )

@@ -2,69 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
-import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
-from numpy.typing import NDArray
 
-from tests.references import CLASSES
-from tests.serving import Serving
-
-Pixels = NDArray[np.float64]
-
-
-def psnr(one: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures in 0..255, in dB."""
-    error = float(np.mean((one - other) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
-
-
-def pictures(answer: Any) -> list[Pixels]:
-    assert answer.status_code == 200, answer.text
-    files = (base64.b64decode(image["image"]) for image in answer.json()["images"])
-    return [np.asarray(PIL.Image.open(io.BytesIO(file)), np.float64) for file in files]
+from tests.references import CLASSES, draw, load_pipeline, psnr
+from tests.serving import Serving, pictures
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> StableDiffusionPipeline:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def published(pipeline: StableDiffusionPipeline) -> Any:
-    """The checkpoint's own scheduler config, from which diffusers' users make every other scheduler."""
-    return PNDMScheduler.load_config(pipeline.config._name_or_path, subfolder="scheduler")
-
-
-def draw(pipeline: StableDiffusionPipeline, *, scheduler: str, seed: int, **options: Any) -> Pixels:
-    """What diffusers makes of the same words."""
-    kind, settings = CLASSES[scheduler]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline.scheduler = kind.from_config(published(pipeline), **settings)
-        result = pipeline(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **options)
-    pixels: Pixels = np.round(result.images[0].astype(np.float64) * 255)
-    return pixels
+def reference(checkpoint: Path) -> Any:
+    return load_pipeline(checkpoint)
 
 
 @pytest.mark.parametrize("scheduler", CLASSES)
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 7.5), (5, 1.0)])
 def test_the_server_draws_what_diffusers_draws(
-    serving: Serving, reference: StableDiffusionPipeline, scheduler: str, steps: int, guidance: float
+    serving: Serving, reference: Any, scheduler: str, steps: int, guidance: float
 ) -> None:
     wish = {
         "prompt": "a red cat on a blue hill",
@@ -81,9 +39,7 @@ def test_the_server_draws_what_diffusers_draws(
     assert psnr(ours, theirs) >= 45
 
 
-def test_the_checkpoints_own_defaults_are_diffusers_defaults(
-    serving: Serving, reference: StableDiffusionPipeline
-) -> None:
+def test_the_checkpoints_own_defaults_are_diffusers_defaults(serving: Serving, reference: Any) -> None:
     ours = pictures(serving.generate(prompt="two old boats", seed=3))[0]
     theirs = draw(reference, scheduler="pndm", seed=3, prompt="two old boats")
     assert psnr(ours, theirs) >= 45
@@ -106,7 +62,7 @@ def crowd() -> list[dict[str, Any]]:
     ]
 
 
-def test_openvino_draws_it_too(bundle: Path, reference: StableDiffusionPipeline) -> None:
+def test_openvino_draws_it_too(bundle: Path, reference: Any) -> None:
     with Serving(bundle, "--backend", "openvino") as serving:
         assert serving.client.get("/models").json()[0]["backend"] == "openvino"
         for scheduler in ("dpmpp_2m", "euler_ancestral"):

@@ -23,6 +23,7 @@ Array = NDArray[Any]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "linspace", "trailing"]
 
+STOCHASTIC = ("euler_ancestral", "lcm")
 SHAPE = (1, 4, 8, 8)
 SEED = 42
 REFUSED = [("euler_ancestral", "sample"), ("pndm", "sample")]
@@ -70,9 +71,9 @@ def run_diffusers(name: str, num_steps: int, schedule: NoiseSchedule) -> Run:
             0
         )  # it would look the first timestep up, and skip it where rounding made it come twice
     generator = torch.Generator("cpu").manual_seed(SEED)
-    # Ancestral noise has the dtype of the model's output, and torch's float64 noise is another stream.
-    dtype = torch.float32 if name == "euler_ancestral" else torch.float64
-    extra = {"generator": generator} if name == "euler_ancestral" else {}
+    # Fresh noise has the dtype of the model's output, and torch's float64 noise is another stream.
+    dtype = torch.float32 if name in STOCHASTIC else torch.float64
+    extra = {"generator": generator} if name in STOCHASTIC else {}
     run = Run(float(scheduler.init_noise_sigma))
     x = torch.randn(SHAPE, generator=generator).to(dtype) * scheduler.init_noise_sigma
     for t, model in zip(scheduler.timesteps, outputs(len(scheduler.timesteps)), strict=True):
@@ -83,6 +84,8 @@ def run_diffusers(name: str, num_steps: int, schedule: NoiseSchedule) -> Run:
         run.xs.append(x.numpy())
         if name.startswith("dpmpp"):
             run.denoised.append(scheduler.model_outputs[-1].numpy())
+        elif name == "lcm":
+            run.denoised.append(step.denoised.numpy())
         elif name != "pndm":
             run.denoised.append(step.pred_original_sample.numpy())
     return run
@@ -141,7 +144,7 @@ def test_a_table_follows_the_checkpoint(name: str, schedule: NoiseSchedule, num_
 
 
 @pytest.mark.parametrize("num_steps", [61, 100, 333, 999])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lcm"])
 def test_long_tables_have_diffusers_timesteps(name: str, num_steps: int) -> None:
     scheduler = reference(name, SD1)
     scheduler.set_timesteps(num_steps)
@@ -164,6 +167,13 @@ def test_steps_past_the_last_training_timestep_are_refused(name: str) -> None:
         run_diffusers(name, 1000, SD1)
     with pytest.raises(ValueError, match="1000 steps and steps_offset 1 overrun the training timesteps: ask for fewer"):
         table(name, 1000, SD1)
+
+
+def test_lcm_takes_no_more_steps_than_it_was_distilled_on() -> None:
+    with pytest.raises(ValueError, match="smaller than `num_inference_steps`: 51"):
+        run_diffusers("lcm", 51, SD1)
+    with pytest.raises(ValueError, match="51 steps: lcm takes 1 to 50"):
+        table("lcm", 51, SD1)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
@@ -205,9 +215,9 @@ def test_pndm_estimates_the_picture_of_a_model_that_knows_it() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_ancestral_steps_take_noise(name: str) -> None:
+def test_only_stochastic_methods_take_noise(name: str) -> None:
     made = table(name, 5, SD1)
-    assert made.stochastic == (name == "euler_ancestral")
+    assert made.stochastic == (name in STOCHASTIC)
     assert any(step.matrix[:, 2].any() for step in made.steps) == made.stochastic
 
 

@@ -1,0 +1,66 @@
+"""The shapes that engines are optimised for: static height and width, and one profile per row bucket.
+
+Fixed sides matter: TensorRT fuses no GroupNorm whose height and width vary, and takes three times the memory. The
+number of rows may vary within a profile without losing a fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engines.base import TensorSpec
+from engines.manifest import GraphName, Manifest, Profile
+
+Range = tuple[int, int, int]  # least, best, largest
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """A profile, and the range of each of its graph's named dimensions."""
+
+    profile: Profile
+    dims: Mapping[str, Range]
+
+    def of(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The least, best and largest shape of an input or output."""
+        ranges = [(dim, dim, dim) if isinstance(dim, int) else self.dims[dim] for dim in spec.shape]
+        least, best, largest = (tuple(one[which] for one in ranges) for which in range(3))
+        return least, best, largest
+
+
+def shapes(manifest: Manifest, graph: GraphName) -> tuple[Shapes, ...]:
+    """Every profile of `graph`, in the order in which engines hold them: by size, then by batch, ascending."""
+    if graph == "encode_prompt":
+        return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1)}),)
+    batches = {
+        "denoise": manifest.rows,
+        "decode": range(1, manifest.decode_batch + 1),
+        "encode_image": (1,),
+    }[graph]
+    return tuple(
+        Shapes(profile, _dims(profile, graph, manifest))
+        for profile in (Profile(size=size, batch=batch) for size in manifest.resolutions for batch in batches)
+    )
+
+
+def _dims(profile: Profile, graph: GraphName, manifest: Manifest) -> dict[str, Range]:
+    assert profile.size is not None  # noqa: S101 - only encode_prompt has no size
+    size, batch = profile.size, profile.batch
+    up_to_batch = (1, batch, batch)
+    return {
+        "h": _exactly(size.height // manifest.latent.downscale),
+        "w": _exactly(size.width // manifest.latent.downscale),
+        "H": _exactly(size.height),
+        "W": _exactly(size.width),
+        "S": (1, manifest.slots, manifest.slots),
+        "C": (1, manifest.context_rows, manifest.context_rows),
+        "L": _exactly(manifest.context.tokens),
+        "B": up_to_batch,
+        "R": up_to_batch,
+        "n": _exactly(batch) if graph == "decode" else up_to_batch,
+    }
+
+
+def _exactly(value: int) -> Range:
+    return value, value, value

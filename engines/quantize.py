@@ -1,0 +1,136 @@
+"""The denoise graph in INT8 for OpenVINO: its weights everywhere, and the arithmetic of most convolutions.
+
+Convolutions are where a UNet spends its time, and normalised activations suit eight bits. What reaches into the latents
+themselves, or sums up without a norm in between, keeps floating-point activations, as attention and guidance do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from engines.base import Array, EngineError
+from engines.openvino import openvino
+
+Model = Any  # an openvino.Model, which ships no types
+
+
+def quantize_denoise(onnx: Path, out: Path, trajectory: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
+    """Write `denoise.xml` and `denoise.bin` to folder `out`: the FP32 graph at `onnx` with its weights in INT8.
+
+    `trajectory` holds every input of the graph, by name, at each step of pictures in the making: the activations seen
+    there set the ranges of eight bits. Dimensions that vary still do.
+
+    Raises:
+        EngineError: NNCF is not installed, the graph cannot be read, or the trajectory is empty or not of this graph.
+    """
+    model = _read(onnx)
+    _check(trajectory, model)
+    convolutions = _robust_convolutions(model)
+    try:
+        with _quiet_nncf() as nncf:
+            model = _compressed(nncf, model, convolutions)
+            model = _calibrated(nncf, model, convolutions, trajectory)
+    except RuntimeError as error:
+        raise EngineError(f"{onnx} cannot be calibrated on this trajectory: {error}") from error
+    return _write(model, out)
+
+
+def _read(onnx: Path) -> Model:
+    try:
+        return openvino.Core().read_model(onnx)
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO cannot read {onnx}: {error}") from error
+
+
+def _check(trajectory: Sequence[Mapping[str, Array]], model: Model) -> None:
+    if not trajectory:
+        raise EngineError("There is no trajectory to calibrate INT8 on: record the inputs of at least one picture.")
+    names = {port.any_name for port in model.inputs}
+    for inputs in trajectory:
+        if names != inputs.keys():
+            raise EngineError(
+                f"This graph takes {sorted(names)}, the trajectory has {sorted(inputs)}: record it again."
+            )
+
+
+def _robust_convolutions(model: Model) -> list[str]:
+    """Names of the convolutions that may compute in eight bits, in the order in which they run.
+
+    Not the first and the last, which read and write latents, nor the shortcuts, which read the sum of all that went
+    before them: a twentieth of the work, and half of the error.
+    """
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    return [node.get_friendly_name() for node in convolutions[1:-1] if not _is_shortcut(node)]
+
+
+def _is_shortcut(convolution: Any) -> bool:
+    """Whether it only changes the number of channels: weights [out, in, 1, 1]."""
+    channels_out, channels_in, *kernel = convolution.input(1).get_shape()
+    return set(kernel) == {1} and channels_out != channels_in
+
+
+def _compressed(nncf: Any, model: Model, convolutions: list[str]) -> Model:
+    """The weights of everything but `convolutions` in INT8, one scale per output channel; the arithmetic as it was."""
+    return nncf.compress_weights(
+        model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=convolutions)
+    )
+
+
+def _calibrated(nncf: Any, model: Model, convolutions: list[str], trajectory: Sequence[Mapping[str, Array]]) -> Model:
+    """`convolutions` in INT8, weights and activations, within the ranges that `trajectory` shows."""
+    others = {node.get_friendly_name() for node in model.get_ops()} - set(convolutions)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(trajectory, dict),
+        subset_size=len(trajectory),
+        preset=nncf.QuantizationPreset.MIXED,  # activations about their own zero point: SiLU's are nearly one-sided
+        ignored_scope=nncf.IgnoredScope(names=sorted(others)),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            # Processors without VNNI saturate sums of two products; weights of seven bits leave them room.
+            overflow_fix=nncf.OverflowFix.ENABLE,
+            # Ranges change along a trajectory, and each step must fit: the largest seen, not the mean.
+            activations_range_estimator_params=nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX,
+            disable_bias_correction=True,  # measured: pictures come no closer with it
+        ),
+    )
+
+
+def _write(model: Model, out: Path) -> tuple[Path, ...]:
+    """Write beside, flush to disk, rename: the weights first, so that a graph never lacks them."""
+    weights, graph = out / "denoise.bin", out / "denoise.xml"
+    with TemporaryDirectory(prefix=".denoise.", dir=out) as beside:
+        openvino.save_model(model, Path(beside) / graph.name, compress_to_fp16=False)
+        for path in (weights, graph):
+            _flush(Path(beside) / path.name)
+            (Path(beside) / path.name).replace(path)
+    return graph, weights
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _quiet_nncf() -> Iterator[Any]:
+    """NNCF without its warnings, its log, and the bars it draws on standard output."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            import nncf  # noqa: PLC0415 - seconds, and torch where it is installed
+            import rich  # noqa: PLC0415 - NNCF brings it, and draws on its shared console
+        except ImportError as error:
+            raise EngineError(f"INT8 needs the package {error.name}: pip install 'latentd[int8]'.") from error
+        nncf.set_log_level(logging.ERROR)
+        console = rich.get_console()
+        was, console.quiet = console.quiet, True
+        try:
+            yield nncf
+        finally:
+            console.quiet = was

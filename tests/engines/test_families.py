@@ -1,0 +1,78 @@
+"""Every family of checkpoints, from the diffusers folder to the served picture, which is diffusers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import build_engines
+from engines.manifest import Manifest
+from tests.references import draw, load_pipeline, psnr
+from tests.serving import Serving, pictures
+from tests.tiny import make_checkpoint
+
+WISH: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
+PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
+
+
+@pytest.fixture(scope="module", params=["sd15", "no-mid", "sd2", "lcm"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """A family's name, its checkpoint and its bundle for both CPU backends."""
+    name = str(request.param)
+    folder = tmp_path_factory.mktemp(name)
+    checkpoint, bundle = make_checkpoint(folder / "checkpoint", name), folder / "bundle"
+    command = ["--model", str(checkpoint), "--out", str(bundle), "--rows", "2,4"]
+    assert build_engines.main([*command, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
+    return name, checkpoint, bundle
+
+
+def test_graphs_agree_with_torch_and_with_each_other(family: tuple[str, Path, Path]) -> None:
+    manifest = Manifest.load(family[2])
+    assert all(graph.onnx["fp32"].difference.largest <= PARITY for graph in manifest.graphs.values())
+    for build in manifest.builds.values():
+        assert build.verification
+        assert all(engine.difference and engine.difference.largest <= PARITY for engine in build.engines.values())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], backend: str) -> None:
+    name, checkpoint, bundle = family
+    reference = load_pipeline(checkpoint)
+    cases: list[dict[str, Any]] = [
+        {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
+        {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
+    ]
+    with Serving(bundle, "--backend", backend) as serving:
+        for case in cases:
+            ours = pictures(serving.generate(**WISH, **case, seed=11))[0]
+            theirs = draw(reference, seed=11, **WISH, **case)
+            assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
+            assert psnr(ours, theirs) >= 45, case
+
+
+def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
+    name, _checkpoint, bundle = family
+    manifest = Manifest.load(bundle)
+    assert manifest.embeds_guidance == (name == "lcm")
+    assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    assert manifest.context.width == (64 if name == "sd2" else 32)
+    assert manifest.defaults.scheduler == {"sd2": "ddim", "lcm": "lcm"}.get(name, "pndm")
+
+
+def test_sd2_computes_in_bf16_on_gpus(family: tuple[str, Path, Path]) -> None:
+    """Its attention leaves FP16's range. The weights on disk stay what they are, and TensorRT takes the casts."""
+    name, checkpoint, bundle = family
+    if name != "sd2":
+        pytest.skip("the other families take FP16, as the tests of TensorRT's engines show")
+    command = ["--model", str(checkpoint), "--out", str(bundle), "--rows", "2", "--backend", "tensorrt_rtx"]
+    assert build_engines.main(command) == 0
+    manifest = Manifest.load(bundle)
+    assert list(manifest.builds) == ["onnxruntime", "openvino", "tensorrt_rtx"]
+    made = manifest.builds["tensorrt_rtx"]
+    assert made.precision == "bf16"
+    assert made.engines["decode"].precision == "fp16"
+    layers = made.engines["denoise"].layers
+    assert layers
+    assert layers.precisions["BFloat16"] > layers.precisions.get("Half", 0)

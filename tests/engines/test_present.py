@@ -1,0 +1,66 @@
+"""Which backend is taken, and that the reason is said."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from engines import present
+from engines.base import EngineError
+from engines.cuda import Probe
+from engines.manifest import Gpu
+
+GPU = Probe(Gpu(name="NVIDIA L4", compute_capability="8.9"))
+NONE = Probe(None, "no driver")
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *packages: str, gpu: Probe = NONE) -> None:
+    def version(package: str) -> str:
+        if package in packages:
+            return "1.0"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(present, "version", version)
+    monkeypatch.setattr(present, "probe", lambda: gpu)
+
+
+@pytest.mark.parametrize(
+    ("packages", "gpu", "backend"),
+    [
+        (["onnxruntime"], NONE, "onnxruntime"),
+        (["onnxruntime", "openvino"], NONE, "openvino"),
+        (["onnxruntime", "tensorrt-rtx"], NONE, "onnxruntime"),
+        (["onnxruntime", "tensorrt-rtx"], GPU, "tensorrt_rtx"),
+        (["onnxruntime-gpu"], NONE, "onnxruntime"),
+        (["onnxruntime-gpu"], GPU, "onnxruntime_cuda"),
+        (["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"], GPU, "tensorrt"),
+    ],
+)
+def test_the_fastest_that_runs_here_is_taken(
+    monkeypatch: pytest.MonkeyPatch, packages: list[str], gpu: Probe, backend: str
+) -> None:
+    here(monkeypatch, *packages, gpu=gpu)
+    assert present.choose().backend == backend
+
+
+def test_the_reasons_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "onnxruntime", "tensorrt-rtx")
+    assert present.choose().why == (
+        "tensorrt: not installed; tensorrt_rtx: no driver; onnxruntime_cuda: not installed; "
+        "openvino: not installed; onnxruntime: runs here"
+    )
+
+
+def test_where_nothing_runs_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    with pytest.raises(EngineError, match=r"pip install 'latentd\[cpu\]'"):
+        present.choose()
+    with pytest.raises(EngineError, match=r"openvino needs the package openvino: pip install 'latentd\[openvino\]'"):
+        present.installed("openvino")
+
+
+def test_tensorrt_compiles_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "tensorrt")
+    with pytest.raises(EngineError, match=r"no driver.*--backend tensorrt_rtx"):
+        present.gpu_here()

@@ -1,0 +1,235 @@
+"""INT8 makes nearly the pictures of FP32, in half the space, without a word."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import engines.demo
+from engines.base import LANES, Array, Engine, EngineError, open_device
+from engines.manifest import NoiseSchedule
+from engines.openvino import openvino
+from engines.quantize import quantize_denoise
+from server.schedulers import table
+
+DEMO = Path(engines.demo.__file__).parent
+TOKENS = 32
+LATENTS = (4, 16, 16)
+STEPS = 10
+GUIDANCE = 4.0
+CALIBRATED_ON = ("a red heart on a yellow background", "a penguin on a blue background")
+DRAWN = ("a rocket on a black background", "an owl on an orange background", "a cactus on a pink background")
+
+
+@pytest.fixture(scope="module")
+def exact() -> Engine:
+    return open_device("onnxruntime").load(DEMO / "onnx" / "denoise.onnx")
+
+
+@pytest.fixture(scope="module")
+def files(exact: Engine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    pictures = (steps(exact, (prompt,), seed=seed) for seed, prompt in enumerate(CALIBRATED_ON))
+    trajectory = [inputs for picture in pictures for inputs, _state in picture]
+    return quantize_denoise(DEMO / "onnx" / "denoise.onnx", tmp_path_factory.mktemp("int8"), trajectory)
+
+
+@pytest.fixture(scope="module")
+def int8(files: tuple[Path, ...]) -> Engine:
+    return open_device("openvino").load(files[0])
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A graph of four convolutions, for what does not depend on the model."""
+    ops = openvino.opset13
+    channels = ops.parameter([-1, 4, -1, -1], np.float32, name="x")
+    channels.output(0).tensor.set_names({"x"})
+    node = channels
+    for seed in range(4):
+        weights = np.random.default_rng(seed).standard_normal((4, 4, 3, 3), np.float32)
+        node = ops.convolution(node, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+    path = tmp_path / "small.xml"
+    openvino.save_model(openvino.Model([node], [channels]), path)
+    return path
+
+
+def small_trajectory(count: int = 3) -> list[dict[str, Array]]:
+    random = np.random.default_rng(0)
+    return [{"x": random.standard_normal((1, 4, 8, 8), np.float32)} for _ in range(count)]
+
+
+def run(engine: Engine, inputs: Mapping[str, Array], name: str, output: Array) -> Array:
+    """The output `name` of one call; `output` has its shape and dtype."""
+    device = open_device("onnxruntime")
+    buffers = {key: device.allocate(array.shape, array.dtype) for key, array in {**inputs, name: output}.items()}
+    for key, array in inputs.items():
+        buffers[key].write(array)
+    engine.bind(buffers).run()
+    return buffers[name].read()
+
+
+def encode(prompts: tuple[str, ...]) -> Array:
+    """Embeddings [1 + prompts, TOKENS, D], the empty prompt's first."""
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_padding(length=TOKENS, pad_id=tokenizer.token_to_id("<|endoftext|>"))
+    ids = np.array([tokenizer.encode(prompt).ids for prompt in ("", *prompts)], np.int64)
+    encoder = open_device("onnxruntime").load(DEMO / "onnx" / "encode_prompt.onnx")
+    return run(encoder, {"ids": ids}, "embeddings", np.zeros((len(ids), TOKENS, 128), np.float32))
+
+
+def steps(engine: Engine, prompts: tuple[str, ...], *, seed: int) -> Iterator[tuple[dict[str, Array], Array]]:
+    """The inputs and the next state of each step that draws `prompts` in one batch, two rows each, with DDIM."""
+    images = len(prompts)
+    ways = table("ddim", STEPS, NoiseSchedule(timestep_spacing="leading", steps_offset=1))
+    state = np.zeros((images, LANES, *LATENTS), np.float32)
+    state[:, 0] = ways.init_scale * np.random.default_rng(seed).standard_normal((images, *LATENTS))
+    each = np.arange(images)
+    facts = {
+        "context": encode(prompts),
+        "noise": np.zeros((images, *LATENTS), np.float32),
+        "slot": each,
+        "row_image": each.repeat(2),
+        "row_context": np.stack([each + 1, 0 * each], axis=1).ravel(),
+        "guidance": np.kron(np.eye(images), [[GUIDANCE, 1 - GUIDANCE]]).astype(np.float32),
+        "scale": np.ones(images, np.float32),
+    }
+    for way in ways.steps:
+        coef = np.tile(way.matrix.astype(np.float32), (images, 1, 1))
+        timestep = np.full(2 * images, way.timestep, np.float32)
+        inputs = {**facts, "state": state, "timestep": timestep, "coef": coef}
+        state = run(engine, inputs, "state_next", state)
+        yield inputs, state
+
+
+def pictures(engine: Engine) -> Array:
+    """Pictures of `DRAWN`, [3, 64, 64, 3] in 0..255."""
+    *_, (_inputs, state) = steps(engine, DRAWN, seed=5)
+    slots = np.arange(len(DRAWN))
+    decoder = open_device("onnxruntime").load(DEMO / "onnx" / "decode.onnx")
+    inputs = {"state": state, "slot": slots, "lane": 0 * slots}
+    return run(decoder, inputs, "images", np.zeros((len(DRAWN), 64, 64, 3), np.uint8)).astype(np.float64)
+
+
+def test_pictures_stay_what_they_were(exact: Engine, int8: Engine) -> None:
+    """Other prompts, and six rows where it was calibrated on two."""
+    errors = ((pictures(int8) - pictures(exact)) ** 2).mean(axis=(1, 2, 3))
+    assert (10 * np.log10(255**2 / errors) > 35).all()  # dB; 41 to 46 were measured
+
+
+@pytest.mark.parametrize(("images", "rows", "h", "w"), [(1, 1, 8, 8), (2, 3, 24, 16), (4, 9, 16, 16)])
+def test_any_rows_and_sizes(exact: Engine, int8: Engine, images: int, rows: int, h: int, w: int) -> None:
+    random = np.random.default_rng(rows)
+    state = random.standard_normal((6, LANES, 4, h, w), np.float32)
+    coef = np.zeros((images, LANES, LANES + 1), np.float32)
+    coef[:, 0, 1] = 1  # x becomes the model's output
+    inputs: dict[str, Array] = {
+        "state": state,
+        "context": random.standard_normal((5, TOKENS, 128), np.float32),
+        "noise": np.zeros((images, 4, h, w), np.float32),
+        "slot": random.permutation(6)[:images],
+        "row_image": random.integers(images, size=rows),
+        "row_context": random.integers(5, size=rows),
+        "timestep": random.uniform(0, 999, rows).astype(np.float32),
+        "guidance": random.standard_normal((images, rows), np.float32),
+        "scale": np.ones(images, np.float32),
+        "coef": coef,
+    }
+    expected, actual = (run(engine, inputs, "state_next", state) for engine in (exact, int8))
+    error = np.sqrt(((actual - expected) ** 2)[inputs["slot"], 0].mean())
+    assert error < 0.2 * np.sqrt((expected**2)[inputs["slot"], 0].mean())
+    resting = np.setdiff1d(np.arange(6), inputs["slot"])
+    assert np.array_equal(actual[resting], state[resting])
+
+
+def test_weights_take_a_byte_each(files: tuple[Path, ...]) -> None:
+    """The graph that they come from stores them in FP16, two bytes each, and its nodes beside them."""
+    assert [file.name for file in files] == ["denoise.xml", "denoise.bin"]
+    assert files[1].stat().st_size < 0.52 * (DEMO / "onnx" / "denoise.onnx").stat().st_size
+    model = openvino.Core().read_model(files[0])
+    bytes_of: Counter[str] = Counter()
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant":
+            bytes_of[node.get_element_type().get_type_name()] += node.get_byte_size()
+    assert bytes_of["u8"] + bytes_of["i8"] > 0.97 * bytes_of.total()
+
+
+def test_only_robust_convolutions_compute_in_eight_bits(files: tuple[Path, ...]) -> None:
+    model = openvino.Core().read_model(files[0])
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    quantized = {node.get_friendly_name() for node in convolutions if reads_eight_bits(node)}
+    fake = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    readers = {port.get_node().get_type_name() for node in fake for port in node.output(0).get_target_inputs()}
+    assert readers == {"Convolution"}
+    assert len(quantized) == 40  # of 50: the rest are two at the ends and eight shortcuts
+    assert not {convolutions[0].get_friendly_name(), convolutions[-1].get_friendly_name()} & quantized
+
+
+def reads_eight_bits(convolution: Any) -> bool:
+    return bool(convolution.input(0).get_source_output().get_node().get_type_name() == "FakeQuantize")
+
+
+def test_dimensions_still_vary(files: tuple[Path, ...]) -> None:
+    model = openvino.Core().read_model(files[0])
+    names = {port.any_name: port.get_partial_shape().rank.get_length() for port in model.inputs}
+    assert names.keys() >= {"state", "context", "timestep", "guidance", "coef"}
+    assert all(port.get_partial_shape().is_dynamic for port in (*model.inputs, *model.outputs))
+    assert model.output().any_name == "state_next"
+
+
+def test_nothing_is_printed_and_nothing_else_is_written(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    quantize_denoise(small, out, small_trajectory())
+    assert sorted(path.name for path in out.iterdir()) == ["denoise.bin", "denoise.xml"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupted_write_leaves_what_was_there(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_model: Any, path: Path, **_options: Any) -> None:
+        path.with_suffix(".bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "denoise.bin").write_bytes(b"before")
+    monkeypatch.setattr(openvino, "save_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_denoise(small, out, small_trajectory())
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("denoise.bin", b"before")]
+
+
+def test_what_is_missing_is_named(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="no trajectory"):
+        quantize_denoise(small, tmp_path, [])
+    with pytest.raises(EngineError, match=r"takes \['x'\], the trajectory has \['y'\]"):
+        quantize_denoise(small, tmp_path, [{"y": np.zeros(1)}])
+    with pytest.raises(EngineError, match="cannot be calibrated"):
+        quantize_denoise(small, tmp_path, [{"x": np.zeros((1, 3, 8, 8), np.float32)}])
+    with pytest.raises(EngineError, match=r"OpenVINO cannot read .*absent\.onnx"):
+        quantize_denoise(tmp_path / "absent.onnx", tmp_path, small_trajectory())
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(EngineError, match=r"pip install 'latentd\[int8\]'"):
+        quantize_denoise(small, tmp_path, small_trajectory())
+
+
+def test_nobody_is_told_of_it(tmp_path: Path) -> None:
+    """Both packages report home when they are imported, unless something stops them; they leave files when they do."""
+    code = "import sys, engines.quantize, nncf; sys.exit(sys.modules['openvino_telemetry'] is not None)"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)  # noqa: S603 - our own
+    assert done.returncode == 0
+    assert not list(tmp_path.iterdir())
