@@ -29,10 +29,9 @@ from engines.manifest import (
 from engines.onnxruntime import open_device
 from engines.progress import Progress
 from engines.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
-from engines.verify import difference_of
+from engines.verify import difference_of, tolerance
 from engines.weights import promoted, save_reference, save_typed
 
-TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}  # largest error against torch in FP32, relative to the range
 _FP16_ENDS = 65504.0
 
 
@@ -137,10 +136,10 @@ class _Export:
         """Run the written graph in ONNX Runtime. Raises ExportError where it strays from torch in FP32."""
         with self._progress.stage(f"checking {files[0].name} against torch"):
             difference = difference_of(self._run(files[0], precision), self._expected)
-        if not difference.largest <= TOLERANCE[precision]:  # NaN fails too
+        allowed = tolerance(precision, self._traced.outputs[0])
+        if not difference.largest <= allowed:  # NaN fails too
             raise ExportError(
-                f"{files[0].name} differs from torch by {difference.largest:.1e} of its range, "
-                f"more than {TOLERANCE[precision]:.0e}."
+                f"{files[0].name} differs from torch by {difference.largest:.1e} of its range, more than {allowed:.0e}."
             )
         return Onnx(files=tuple(File.of(file, root=self._out) for file in files), difference=difference)
 

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from engines.base import LANES, Array, Device, Engine, EngineError, TensorSpec, open_device
-from engines.manifest import GRAPHS, Build, Compiled, Difference, GraphName, Manifest, Profile, Size, Verification
+from engines.manifest import (
+    GRAPHS,
+    Build,
+    Compiled,
+    Difference,
+    GraphName,
+    Manifest,
+    Precision,
+    Profile,
+    Size,
+    Verification,
+)
 from engines.profiles import shapes
 from engines.progress import Progress
 
@@ -19,7 +30,8 @@ Inputs = Mapping[str, Array]
 
 STEPS = 6  # of the trajectory that engines are compared on
 CALIBRATION_STEPS = 20  # of those that INT8 is calibrated on
-TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1, "int8": 2.5e-1}  # largest error, relative to the range
+_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1, "int8": 2.5e-1}  # largest error, relative to the range
+_ROUNDING = 2 / 255  # of pictures: a value between two levels may become either
 _PROMPTS = (
     "a photograph of a lighthouse on a rock in the sea",
     "portrait of an old man with a red hat, oil on canvas",
@@ -175,7 +187,7 @@ def verify(manifest: Manifest, bundle: Path, backend: str, *, table: Table, prog
             engine = build.engines[name]
             found = _differences(name, manifest, trajectory, exact=exact, graphs=graphs, compiled=engine)
             worst = _worst(found)
-        _refuse(backend, name, worst, TOLERANCE[engine.precision])
+        _refuse(backend, name, worst, tolerance(engine.precision, manifest.graphs[name].outputs[0]))
         engines[name] = engine.model_copy(update={"difference": worst})
     with progress.stage(f"comparing a picture of {backend}"):
         decibels = psnr(trajectory.picture(graphs), trajectory.picture(exact))
@@ -190,6 +202,11 @@ def difference_of(actual: Array, expected: Array) -> Difference:
         raise VerificationError("The output holds NaN or infinity.")
     errors = np.abs(wide - wanted) / max(float(np.abs(wanted).max()), 1e-6)
     return Difference(largest=float(errors.max()), mean=float(errors.mean()))
+
+
+def tolerance(precision: Precision, output: TensorSpec) -> float:
+    """The largest error, relative to the range, that computing in `precision` explains."""
+    return max(_TOLERANCE[precision], _ROUNDING if output.dtype == "uint8" else 0.0)
 
 
 def psnr(picture: Array, expected: Array) -> float:
@@ -297,9 +314,9 @@ def _worst(differences: Iterator[Difference]) -> Difference:
     return Difference(largest=max(one.largest for one in found), mean=max(one.mean for one in found))
 
 
-def _refuse(backend: str, name: GraphName, found: Difference, tolerance: float) -> None:
-    if not found.largest <= tolerance:
+def _refuse(backend: str, name: GraphName, found: Difference, allowed: float) -> None:
+    if not found.largest <= allowed:
         raise VerificationError(
             f"{name} of {backend} differs from the FP32 graph by {found.largest:.1e} of its range, more than "
-            f"{tolerance:.0e}: its pictures would not be the model's. Choose a higher --precision."
+            f"{allowed:.0e}: its pictures would not be the model's. Choose a higher --precision."
         )

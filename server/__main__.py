@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _choose(manifest: Manifest) -> str:
     """The first of the bundle's backends that runs here, or ONNX Runtime, which runs every bundle."""
-    choice = choose([*manifest.builds, "onnxruntime"])
-    _log.info("backend %s (%s)", choice.backend, choice.why)
+    wanted = [*manifest.builds, "onnxruntime"]
+    choice = choose(wanted)
+    if choice.backend != wanted[0]:
+        _log.warning("backend %s in place of %s (%s)", choice.backend, wanted[0], choice.why)
     return choice.backend
 
 

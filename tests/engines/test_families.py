@@ -30,10 +30,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_graphs_agree_with_torch_and_with_each_other(family: tuple[str, Path, Path]) -> None:
     manifest = Manifest.load(family[2])
-    assert all(graph.onnx["fp32"].difference.largest <= PARITY for graph in manifest.graphs.values())
-    for build in manifest.builds.values():
-        assert build.verification
-        assert all(engine.difference and engine.difference.largest <= PARITY for engine in build.engines.values())
+    for name, graph in manifest.graphs.items():
+        found = [build.engines[name].difference for build in manifest.builds.values()]
+        for difference in [graph.onnx["fp32"].difference, *found]:
+            assert difference
+            assert difference.mean <= PARITY
+            assert difference.largest <= (2 / 255 if name == "decode" else PARITY)  # rounding to the next level
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

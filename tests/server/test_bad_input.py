@@ -373,7 +373,7 @@ def swap(one: Path, other: Path) -> None:
 
 
 def leave(manifest: Any, path: str) -> None:
-    manifest["graphs"]["denoise"]["files"][0]["path"] = path
+    manifest["graphs"]["denoise"]["onnx"]["fp32"]["files"][0]["path"] = path
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
