@@ -106,14 +106,14 @@ class Trajectory:
     """One guided picture on its way from noise, with every input that the graphs were given on it."""
 
     def __init__(
-        self, manifest: Manifest, bundle: Path, table: Table, *, size: Size, prompt: str = _PROMPTS[0]
+        self, manifest: Manifest, bundle: Path, table: Table, *, size: Size, prompt: str | None = None
     ) -> None:
         self._manifest = manifest
         self._table = table
         latent = manifest.latent
         self._latent_shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
         self.size = size
-        self.ids = _token_ids(manifest, bundle, prompt)
+        self.ids = _token_ids(manifest, bundle, prompt or _prompts(manifest)[0])
 
     def start(self, graphs: Graphs) -> tuple[Array, Array]:
         """The first state [1, LANES, c, h, w], and the embeddings [2, L, D] of a prompt and of none."""
@@ -161,7 +161,7 @@ class Trajectory:
 def recorded(manifest: Manifest, bundle: Path, table: Table, progress: Progress) -> list[dict[str, Array]]:
     """The denoise graph's inputs along the model's own trajectories, for calibration. Its examples are the prompts."""
     graphs, found = reference(manifest, bundle), list[dict[str, Array]]()
-    prompts = (*manifest.examples, *_PROMPTS)[: len(_PROMPTS)]
+    prompts = _prompts(manifest)
     with progress.stage("recording trajectories to calibrate on") as stage:
         for prompt in prompts:
             way = Trajectory(manifest, bundle, table, size=manifest.resolutions[0], prompt=prompt)
@@ -299,6 +299,11 @@ def _random_decode(manifest: Manifest, size: Size, batch: int, random: np.random
 def _random_encode(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
     images = random.integers(0, 256, (batch, size.height, size.width, 3), np.uint8)
     return {"images": images, "noise": random.standard_normal((batch, *_latents(manifest, size)), np.float32)}
+
+
+def _prompts(manifest: Manifest) -> tuple[str, ...]:
+    """Three that the model knows how to draw, as far as it says; others reach corners that nobody asks for."""
+    return (*manifest.examples, *_PROMPTS)[: len(_PROMPTS)]
 
 
 def _token_ids(manifest: Manifest, bundle: Path, prompt: str) -> tuple[Array, Array]:

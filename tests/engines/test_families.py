@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import build_engines
 from engines.manifest import Manifest
+from tests.ldm import write_single_file
 from tests.references import draw, load_pipeline, psnr
 from tests.serving import Serving, pictures
 from tests.tiny import make_checkpoint
 
 WISH: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
+CHANGED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"  # by the LoRA
+LORA_SCALE = 0.5
 PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
 
 
@@ -23,9 +28,37 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name = str(request.param)
     folder = tmp_path_factory.mktemp(name)
     checkpoint, bundle = make_checkpoint(folder / "checkpoint", name), folder / "bundle"
-    command = ["--model", str(checkpoint), "--out", str(bundle), "--rows", "2,4"]
+    command = [*source(name, checkpoint), "--out", str(bundle), "--rows", "2,4"]
     assert build_engines.main([*command, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
     return name, checkpoint, bundle
+
+
+def source(name: str, checkpoint: Path) -> list[str]:
+    """One family comes as a single file and one with a LoRA; the others are folders."""
+    if name == "sd15":
+        single = write_single_file(checkpoint, checkpoint.parent / "one.safetensors")
+        return ["--model", str(single), "--config", str(checkpoint)]
+    if name == "no-mid":
+        lora = checkpoint.parent / "style.safetensors"
+        up, down = lora_factors()
+        save_file({f"unet.{CHANGED}.lora_B.weight": up, f"unet.{CHANGED}.lora_A.weight": down}, lora)
+        return ["--model", str(checkpoint), "--lora", f"{lora}:{LORA_SCALE}"]
+    return ["--model", str(checkpoint)]
+
+
+def lora_factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer 16 wide, at rank 4."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(16, 4, generator=generator), torch.randn(4, 16, generator=generator)
+
+
+def reference_of(name: str, checkpoint: Path) -> Any:
+    pipeline = load_pipeline(checkpoint)
+    if name == "no-mid":
+        up, down = lora_factors()
+        with torch.no_grad():
+            pipeline.unet.get_submodule(CHANGED).weight += LORA_SCALE * up @ down
+    return pipeline
 
 
 def test_graphs_agree_with_torch_and_with_each_other(family: tuple[str, Path, Path]) -> None:
@@ -41,7 +74,7 @@ def test_graphs_agree_with_torch_and_with_each_other(family: tuple[str, Path, Pa
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], backend: str) -> None:
     name, checkpoint, bundle = family
-    reference = load_pipeline(checkpoint)
+    reference = reference_of(name, checkpoint)
     cases: list[dict[str, Any]] = [
         {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
         {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
@@ -58,6 +91,8 @@ def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     manifest = Manifest.load(bundle)
     assert manifest.embeds_guidance == (name == "lcm")
+    assert manifest.source.loras == (("style.safetensors:0.5",) if name == "no-mid" else ())
+    assert manifest.name == {"sd15": "one"}.get(name, "checkpoint")
     assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
     assert manifest.context.width == (64 if name == "sd2" else 32)
     assert manifest.defaults.scheduler == {"sd2": "ddim", "lcm": "lcm"}.get(name, "pndm")
