@@ -27,7 +27,8 @@ from engines.compile import compile_backend, precisions, typed_graphs
 from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table, progress_on, summary_table, terminal
 from engines.manifest import Manifest, Size, Typed
 from engines.present import choose, obstacle
-from engines.verify import STEPS, Table, verify
+from engines.trajectory import Table
+from engines.verify import STEPS, verify
 from server.schedulers import table
 
 BuildShow = BuildProgress | BuildLog

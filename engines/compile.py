@@ -30,7 +30,7 @@ from engines.present import TENSORRT, gpu_here, installed
 from engines.profiles import Shapes, shapes
 from engines.progress import Progress
 from engines.tensorrt_build import build_engine
-from engines.verify import CALIBRATION_STEPS, Table, recorded
+from engines.trajectory import CALIBRATION_STEPS, Table, recorded
 
 _OFFERED: Mapping[str, tuple[Precision, ...]] = {
     "tensorrt": ("fp16", "bf16", "fp32"),

@@ -32,7 +32,14 @@ ENGINES: dict[str, set[str]] = {
     "engines.graphs": {"engines.base"},
     "engines.trace": {"engines.base", "engines.graphs", "engines.load", "engines.manifest"},
     "engines.weights": {"engines.base", "engines.manifest"},
-    "engines.verify": {"engines.base", "engines.manifest", "engines.profiles", "engines.progress"},
+    "engines.trajectory": {"engines.base", "engines.manifest", "engines.progress"},
+    "engines.verify": {
+        "engines.base",
+        "engines.manifest",
+        "engines.profiles",
+        "engines.progress",
+        "engines.trajectory",
+    },
     "engines.export": {
         "engines.base",
         "engines.checkpoint",
@@ -65,7 +72,7 @@ ENGINES: dict[str, set[str]] = {
         "engines.progress",
         "engines.quantize",
         "engines.tensorrt_build",
-        "engines.verify",
+        "engines.trajectory",
     },
     "engines.console": {"engines.base", "engines.manifest", "engines.profiles", "engines.progress"},
 }
@@ -126,6 +133,7 @@ BUILDERS = EXPORTERS | {
     "engines.progress",
     "engines.quantize",
     "engines.tensorrt_build",
+    "engines.trajectory",
     "engines.verify",
 }
 

@@ -1,0 +1,168 @@
+"""The model's own way from noise to a picture: what INT8 is calibrated on, and what engines are compared along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from engines.base import LANES, Array, Device, Engine, TensorSpec, open_device
+from engines.manifest import GraphName, Manifest, Size
+from engines.progress import Progress
+
+Inputs = Mapping[str, Array]
+
+CALIBRATION_STEPS = 20  # of each trajectory that INT8 is calibrated on
+_PROMPTS = (
+    "a photograph of a lighthouse on a rock in the sea",
+    "portrait of an old man with a red hat, oil on canvas",
+    "a cat asleep on a blue sofa",
+)
+_GUIDANCE = 5.0
+
+
+class Step(Protocol):
+    """One UNet call of a scheduler's table."""
+
+    @property
+    def timestep(self) -> float: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def matrix(self) -> NDArray[np.float64]: ...
+
+
+class Table(Protocol):
+    """A scheduler worked out for some steps: what the server multiplies by, and what verification follows."""
+
+    @property
+    def init_scale(self) -> float: ...
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+
+class Graphs:
+    """A bundle's graphs on one device, as functions. Each is loaded when it is first called."""
+
+    def __init__(self, manifest: Manifest, device: Device, files: Mapping[GraphName, Path]) -> None:
+        self._manifest = manifest
+        self._device = device
+        self._files = files
+        self._engines: dict[GraphName, Engine] = {}
+
+    def __call__(self, graph: GraphName, inputs: Inputs) -> Array:
+        """Run `graph` once. Raises EngineError."""
+        if graph not in self._engines:
+            self._engines[graph] = self._device.load(self._files[graph])
+        buffers = {name: self._device.allocate(array.shape, array.dtype) for name, array in inputs.items()}
+        for name, array in inputs.items():
+            buffers[name].write(array)
+        spec = self._manifest.graphs[graph].outputs[0]
+        output = self._device.allocate(self._shape(graph, spec, inputs), spec.dtype)
+        self._engines[graph].bind({**buffers, spec.name: output}).run()
+        return output.read()
+
+    def _shape(self, graph: GraphName, spec: TensorSpec, inputs: Inputs) -> tuple[int, ...]:
+        sizes: dict[str | int, int] = {}
+        for port in self._manifest.graphs[graph].inputs:
+            sizes.update(zip(port.shape, inputs[port.name].shape, strict=True))
+        if graph == "decode":
+            sizes["H"] = sizes["h"] * self._manifest.latent.downscale
+            sizes["W"] = sizes["w"] * self._manifest.latent.downscale
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
+
+
+def reference(manifest: Manifest, bundle: Path) -> Graphs:
+    """The FP32 graphs in ONNX Runtime on this machine's processor."""
+    files = {name: bundle / graph.onnx["fp32"].files[0].path for name, graph in manifest.graphs.items()}
+    return Graphs(manifest, open_device("onnxruntime"), files)
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What one trajectory passed through."""
+
+    inputs: tuple[dict[str, Array], ...]  # of the denoise graph, by step
+    state: Array  # [1, LANES, c, h, w], after the last step
+    pictures: Array  # [1, H, W, 3], uint8
+
+
+class Trajectory:
+    """How one guided picture comes about."""
+
+    def __init__(
+        self, manifest: Manifest, bundle: Path, table: Table, *, size: Size, prompt: str | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._table = table
+        latent = manifest.latent
+        self._latent_shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
+        self.size = size
+        self.ids = _token_ids(manifest, bundle, prompt or _prompts(manifest)[0])
+
+    def walk(self, graphs: Graphs, each: Callable[[], None] = lambda: None) -> Walk:
+        """The whole way on `graphs`, from the prompt to the picture; `each` hears of every step. Raises EngineError."""
+        state = np.zeros((1, LANES, *self._latent_shape), np.float32)
+        noise = np.random.default_rng(1).standard_normal(self._latent_shape, np.float32)
+        state[0, 0] = noise * self._table.init_scale
+        context = np.concatenate([graphs("encode_prompt", {"ids": ids[None]}) for ids in self.ids])
+        passed = []
+        for step in self._table.steps:
+            passed.append(self._inputs(step, state, context))
+            state = graphs("denoise", passed[-1])
+            each()
+        return Walk(tuple(passed), state, graphs("decode", decode_inputs(state)))
+
+    def _inputs(self, step: Step, state: Array, context: Array) -> dict[str, Array]:
+        embeds = self._manifest.embeds_guidance
+        rows = 1 if embeds else 2
+        weights = [1.0] if embeds else [_GUIDANCE, 1 - _GUIDANCE]
+        told = {"guidance_embedded": np.full(rows, _GUIDANCE - 1, np.float32)} if embeds else {}
+        return {
+            "state": state,
+            "context": context,
+            "noise": np.random.default_rng(2).standard_normal((1, *self._latent_shape), np.float32),
+            "slot": np.zeros(1, np.int64),
+            "row_image": np.zeros(rows, np.int64),
+            "row_context": np.arange(rows),
+            "timestep": np.full(rows, step.timestep, np.float32),
+            "guidance": np.array([weights], np.float32),
+            "scale": np.array([step.scale], np.float32),
+            "coef": step.matrix[None].astype(np.float32),
+            **told,
+        }
+
+
+def recorded(manifest: Manifest, bundle: Path, table: Table, progress: Progress) -> list[dict[str, Array]]:
+    """The denoise graph's inputs along the model's own trajectories, for calibration. Its examples are the prompts."""
+    graphs, found = reference(manifest, bundle), list[dict[str, Array]]()
+    prompts, steps = _prompts(manifest), count(1)
+    with progress.stage("recording trajectories to calibrate on") as stage:
+        for prompt in prompts:
+            way = Trajectory(manifest, bundle, table, size=manifest.resolutions[0], prompt=prompt)
+            found += way.walk(graphs, lambda: stage.update(next(steps), len(prompts) * len(table.steps))).inputs
+    return found
+
+
+def decode_inputs(state: Array) -> dict[str, Array]:
+    """What decodes lane 0 of the first slot."""
+    return {"state": state, "slot": np.zeros(1, np.int64), "lane": np.zeros(1, np.int64)}
+
+
+def _prompts(manifest: Manifest) -> tuple[str, ...]:
+    """Three that the model knows how to draw, as far as it says; others reach corners that nobody asks for."""
+    return (*manifest.examples, *_PROMPTS)[: len(_PROMPTS)]
+
+
+def _token_ids(manifest: Manifest, bundle: Path, prompt: str) -> tuple[Array, Array]:
+    """A prompt and the empty one, [L] int64 each."""
+    tokenizer = Tokenizer.from_file(str(bundle / manifest.tokenizer.file.path))
+    tokenizer.enable_truncation(manifest.context.tokens)
+    tokenizer.enable_padding(length=manifest.context.tokens, pad_id=manifest.tokenizer.pad)
+    return np.array(tokenizer.encode(prompt).ids, np.int64), np.array(tokenizer.encode("").ids, np.int64)
