@@ -10,7 +10,6 @@ import numpy as np
 
 from engines.base import LANES, TERMS, Array, EngineError, TensorSpec, open_device
 from engines.manifest import (
-    GRAPHS,
     Build,
     Difference,
     GraphName,
@@ -41,23 +40,37 @@ def verify(manifest: Manifest, bundle: Path, backend: str, *, table: Table, prog
         EngineError: the backend does not run on this machine, or an engine differs by more than its precision explains.
     """
     build = manifest.builds[backend]
-    files = {name: bundle / engine.files[0].path for name, engine in build.engines.items()}
-    exact, graphs = reference(manifest, bundle), Graphs(manifest, open_device(backend), files)
     trajectory = Trajectory(manifest, bundle, table, size=manifest.resolutions[0])
-    with progress.stage("drawing a picture in FP32"):
-        walk = trajectory.walk(exact)
-    engines = {}
-    for name in GRAPHS:
+    walk, cases = _expected(manifest, bundle, build, trajectory, progress)
+    files = {name: bundle / engine.files[0].path for name, engine in build.engines.items()}
+    graphs, engines = Graphs(manifest, open_device(backend), files), {}
+    for name, engine in build.engines.items():
         with progress.stage(f"verifying {name} of {backend}"):
-            engine = build.engines[name]
-            cases = _cases(name, manifest, trajectory, walk=walk, profiles=engine.profiles)
-            worst = _worst(_differences(name, cases, exact=exact, graphs=graphs))
+            worst = _worst(difference_of(graphs(name, inputs)[: len(right)], right) for inputs, right in cases[name])
         _refuse(backend, name, worst, tolerance(engine.precision, manifest.graphs[name].outputs[0]))
         engines[name] = engine.model_copy(update={"difference": worst})
-    with progress.stage(f"drawing the picture on {backend}"):
+    with progress.stage(f"drawing a picture on {backend}"):
         decibels = psnr(trajectory.walk(graphs).pictures, walk.pictures)
     beside = Verification(psnr=round(decibels, 1), size=trajectory.size, steps=len(table.steps))
     return build.model_copy(update={"engines": engines, "verification": beside})
+
+
+def _expected(
+    manifest: Manifest, bundle: Path, build: Build, trajectory: Trajectory, progress: Progress
+) -> tuple[Walk, dict[GraphName, list[tuple[Inputs, Array]]]]:
+    """What the FP32 graphs make of the trajectory, and of each graph's cases: inputs, and what is right for the first.
+
+    Worked out before the backend is opened, so that memory never holds the model twice.
+    """
+    exact = reference(manifest, bundle)
+    with progress.stage("drawing a picture in FP32"):
+        walk = trajectory.walk(exact)
+    cases: dict[GraphName, list[tuple[Inputs, Array]]] = {}
+    for name, engine in build.engines.items():
+        with progress.stage(f"computing {name} in FP32"):
+            made = _cases(name, manifest, trajectory, walk=walk, profiles=engine.profiles)
+            cases[name] = [(inputs, exact(name, first)) for inputs, first in made]
+    return walk, cases
 
 
 def difference_of(actual: Array, expected: Array) -> Difference:
@@ -78,14 +91,6 @@ def psnr(picture: Array, expected: Array) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures, dB."""
     error = float(np.mean((picture.astype(np.float64) - expected.astype(np.float64)) ** 2))
     return 10 * float(np.log10(255**2 / error)) if error else _IDENTICAL
-
-
-def _differences(
-    name: GraphName, cases: Iterable[tuple[Inputs, Inputs]], *, exact: Graphs, graphs: Graphs
-) -> Iterator[Difference]:
-    for inputs, first in cases:
-        expected = exact(name, first)
-        yield difference_of(graphs(name, inputs)[: len(expected)], expected)
 
 
 def _cases(
@@ -156,7 +161,7 @@ def _random_encode(manifest: Manifest, size: Size, batch: int, random: np.random
     return {"images": images, "noise": random.standard_normal((batch, *_latents(manifest, size)), np.float32)}
 
 
-def _worst(differences: Iterator[Difference]) -> Difference:
+def _worst(differences: Iterable[Difference]) -> Difference:
     found = list(differences)
     return Difference(largest=max(one.largest for one in found), mean=max(one.mean for one in found))
 
