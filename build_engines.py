@@ -1,10 +1,10 @@
 """Build a bundle for the server: a Stable Diffusion checkpoint becomes checked ONNX graphs and compiled engines.
 
-  build_engines.py --model M --out DIR          export and compile, on one machine
-  build_engines.py export --model M --out DIR   checkpoint to ONNX: needs torch and no GPU
-  build_engines.py compile DIR                  ONNX to engines: needs no torch, and for TensorRT the GPU itself
-  build_engines.py verify DIR                   compare engines with the FP32 graphs, where they run
-  build_engines.py inspect DIR                  show what a bundle holds
+build_engines.py --model M --out DIR          export and compile, on one machine
+build_engines.py export --model M --out DIR   checkpoint to ONNX: needs torch and no GPU
+build_engines.py compile DIR                  ONNX to engines: needs no torch, and for TensorRT the GPU itself
+build_engines.py verify DIR                   compare engines with the FP32 graphs, where they run
+build_engines.py inspect DIR                  show what a bundle holds
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from engines.base import EngineError
 from engines.checkpoint import WEIGHED, Checkpoint, Origin
 from engines.manifest import (
-    MANIFEST,
     Build,
     BundleError,
     Defaults,
@@ -196,7 +195,6 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
     from engines.export import export_graphs, export_tokenizer  # noqa: PLC0415 - as above
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)  # a bundle is whole or it is none
     known: dict[GraphName, Any] = earlier.graphs if earlier else {}
     size = (*wanted.resolutions, checkpoint.size)[0]
     graphs = export_graphs(

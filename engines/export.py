@@ -16,6 +16,7 @@ from engines.host import HostBuffer
 from engines.load import Modules, quiet
 from engines.manifest import (
     GRAPHS,
+    MANIFEST,
     File,
     Graph,
     GraphName,
@@ -120,6 +121,7 @@ class _Export:
     def _reference(self, storage: Storage) -> Onnx:
         path = self._path("fp32")
         path.parent.mkdir(parents=True, exist_ok=True)
+        (self._out / MANIFEST).unlink(missing_ok=True)  # it vouched for the graph that goes
         with self._progress.stage(f"exporting {self._name}"):
             files = save_reference(to_onnx(self._traced), path, storage=storage)
         return self._checked(files, storage)
