@@ -21,9 +21,9 @@ from rich.markup import escape
 
 from engines import checkpoint
 from engines.base import BACKENDS, ON_CPU, EngineError
-from engines.bundle import Wanted, export, reshaped, stored, with_whole_builds
-from engines.checkpoint import Lora
-from engines.compile import compile_backend, precisions, typed_graphs
+from engines.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
+from engines.checkpoint import Lora, Origin, count_parameters
+from engines.compile import compile_backend, has_bf16, precisions, typed_graphs
 from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table, progress_on, summary_table, terminal
 from engines.manifest import Manifest, Size, Typed
 from engines.present import choose, obstacle
@@ -59,13 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
     arguments.backend = _backends(arguments, progress)
-    _export(arguments, progress, console)
     arguments.bundle = arguments.out
-    _compile_each(with_whole_builds(arguments.out), arguments, progress, console)
+    origin = _find(arguments, progress)
+    wanted = _wanted(arguments, origin)
+    for backend in arguments.backend:
+        chosen = precisions(backend, arguments.precision, prefers_bf16=origin.facts.prefers_bf16)
+        console.print(plan_table(backend, geometry_of(origin, wanted), chosen, count_parameters(origin)))
+    manifest = export(origin, arguments.out, wanted, force=arguments.force, progress=progress)
+    _compile_each(manifest, arguments, progress, console)
 
 
 def _export(arguments: argparse.Namespace, progress: BuildShow, _console: Console) -> None:
-    origin = checkpoint.find(
+    origin = _find(arguments, progress)
+    export(origin, arguments.out, _wanted(arguments, origin), force=arguments.force, progress=progress)
+
+
+def _find(arguments: argparse.Namespace, progress: BuildShow) -> Origin:
+    return checkpoint.find(
         arguments.model,
         revision=arguments.revision,
         config=arguments.config,
@@ -73,13 +83,16 @@ def _export(arguments: argparse.Namespace, progress: BuildShow, _console: Consol
         loras=tuple(arguments.lora),
         progress=progress,
     )
+
+
+def _wanted(arguments: argparse.Namespace, origin: Origin) -> Wanted:
     backends = arguments.backend or ["tensorrt"]
     prefers_bf16 = origin.facts.prefers_bf16
     typed: set[Typed] = {
         one for backend in backends for one in typed_graphs(backend, arguments.precision, prefers_bf16=prefers_bf16)
     }
     halved = not set(backends) & set(ON_CPU) and arguments.precision != "fp32"
-    wanted = Wanted(
+    return Wanted(
         weights=arguments.weights or stored(arguments.out) or ("fp16" if halved else "fp32"),
         typed=tuple(sorted(typed)),
         name=arguments.name,
@@ -90,7 +103,6 @@ def _export(arguments: argparse.Namespace, progress: BuildShow, _console: Consol
         guidance=arguments.guidance,
         examples=tuple(arguments.example),
     )
-    export(origin, arguments.out, wanted, force=arguments.force, progress=progress)
 
 
 def _compile(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
@@ -98,6 +110,9 @@ def _compile(arguments: argparse.Namespace, progress: BuildShow, console: Consol
     manifest = with_whole_builds(arguments.bundle)
     asked = {"resolutions": arguments.resolution, "rows": arguments.rows, "decode_batch": arguments.decode_batch}
     manifest = reshaped(manifest, **{fact: tuple(v) if isinstance(v, list) else v for fact, v in asked.items() if v})
+    for backend in arguments.backend:
+        chosen = precisions(backend, arguments.precision, prefers_bf16=has_bf16(manifest))
+        console.print(plan_table(backend, manifest, chosen, manifest.parameters))
     _compile_each(manifest, arguments, progress, console)
 
 
@@ -111,7 +126,6 @@ def _compile_one(
     manifest: Manifest, backend: str, arguments: argparse.Namespace, progress: BuildShow, console: Console
 ) -> Manifest:
     bundle = arguments.bundle
-    console.print(plan_table(manifest, backend, precisions(manifest, backend, arguments.precision)))
     build = compile_backend(
         manifest,
         bundle,

@@ -18,6 +18,7 @@ from engines.manifest import (
     Build,
     BundleError,
     Defaults,
+    Geometry,
     GraphName,
     Manifest,
     Size,
@@ -65,6 +66,20 @@ def export(origin: Origin, out: Path, wanted: Wanted, *, force: bool = False, pr
         manifest = _exported(origin, out, wanted, key=key, earlier=earlier, progress=progress)
     manifest.save(out)
     return manifest
+
+
+def geometry_of(origin: Origin, wanted: Wanted) -> Geometry:
+    """The sizes that an export will have. Raises EngineError where one does not fit the model."""
+    facts = origin.facts
+    for size in wanted.resolutions:
+        check_size(size, facts.latent.multiple)
+    return Geometry(
+        resolutions=wanted.resolutions or (facts.size,),
+        rows=wanted.rows,
+        decode_batch=wanted.decode_batch,
+        latent=facts.latent,
+        context=facts.context,
+    )
 
 
 def stored(out: Path) -> Storage | None:
@@ -157,8 +172,7 @@ def _defaults(scheduler: str, wanted: Wanted) -> Defaults:
 def _exported(
     origin: Origin, out: Path, wanted: Wanted, *, key: str, earlier: Manifest | None, progress: Progress
 ) -> Manifest:
-    for size in wanted.resolutions:
-        check_size(size, origin.facts.latent.multiple)
+    geometry_of(origin, wanted)  # refuses a size that does not fit before anything is loaded
     _warn_of_memory(origin, progress)
     with progress.stage("loading torch"):
         from engines.load import load_modules, opened  # noqa: PLC0415 - seconds of imports, for those who need them

@@ -17,7 +17,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from engines.base import EngineError
-from engines.manifest import Context, Latent, NoiseSchedule, Size, Source, sha256_of
+from engines.manifest import Context, GraphName, Latent, NoiseSchedule, Size, Source, sha256_of
 from engines.progress import Progress, Silent, Stage
 
 _SUPPORTED = "built are text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
@@ -516,6 +516,32 @@ def check_fit(origin: Origin, layout: Layout) -> None:
             f"{origin.path.name} reads prompts {layout.width} wide (Stable Diffusion {layout.version}), the configs in "
             f"{origin.config} are for {origin.facts.context.width}: pass --config with a checkpoint of its kind."
         )
+
+
+def count_parameters(origin: Origin) -> dict[GraphName, int]:
+    """How many weights each graph will have, by the files' headers; empty where they are pickled."""
+    weights = [origin.path] if origin.single_file else [path for part in WEIGHED for path in origin.facts.weights(part)]
+    counts: dict[GraphName, int] = {}
+    for path in weights:
+        if path.suffix == ".safetensors":
+            for key, shape in read_header(path)[0].items():
+                name = _graph_of(key if origin.single_file else f"{path.parent.name}.{key}")
+                if name:
+                    counts[name] = counts.get(name, 0) + math.prod(shape)
+    return counts
+
+
+def _graph_of(key: str) -> GraphName | None:
+    return next((name for sign, name in _READERS.items() if re.match(sign, key)), None)
+
+
+# Which graph a weight goes into, by its name in a single file or behind its part's in a folder.
+_READERS: Mapping[str, GraphName] = {
+    r"(text_encoder|cond_stage_model)\.": "encode_prompt",
+    r"(unet|model\.diffusion_model)\.": "denoise",
+    r"(vae|first_stage_model)\.(decoder|post_quant_conv)\.": "decode",
+    r"(vae|first_stage_model)\.(encoder|quant_conv)\.": "encode_image",
+}
 
 
 def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:

@@ -61,15 +61,20 @@ def _default(backend: str, *, prefers_bf16: bool) -> Precision:
     return "bf16" if prefers_bf16 and "bf16" in offered else offered[0]
 
 
-def precisions(manifest: Manifest, backend: str, precision: Precision | None) -> dict[GraphName, Precision]:
+def precisions(backend: str, precision: Precision | None, *, prefers_bf16: bool) -> dict[GraphName, Precision]:
     """What each engine of `backend` will compute in. Raises EngineError where it cannot.
 
     BF16 and INT8 are for the UNet; the text encoder and the VAE take what those fall back to.
     """
     check_precision(backend, precision)
-    chosen = precision or _default(backend, prefers_bf16="bf16" in manifest.graphs["denoise"].onnx)
+    chosen = precision or _default(backend, prefers_bf16=prefers_bf16)
     beside: Precision = "fp16" if chosen == "bf16" else "fp32" if chosen == "int8" else chosen
     return {name: chosen if name == "denoise" else beside for name in GRAPHS}
+
+
+def has_bf16(manifest: Manifest) -> bool:
+    """Whether the UNet was exported in BF16, which is done where FP16 would not hold it."""
+    return "bf16" in manifest.graphs["denoise"].onnx
 
 
 def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
@@ -88,7 +93,7 @@ def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
         EngineError: the backend is not installed, does not compile on this machine, or the graphs it needs are missing.
     """
     made = _Compiler(manifest, bundle, backend, table, progress)
-    chosen = precisions(manifest, backend, precision)
+    chosen = precisions(backend, precision, prefers_bf16=has_bf16(manifest))
     engines = {name: made.engine(name, chosen[name], force=force) for name in GRAPHS}
     earlier = manifest.builds.get(backend)
     if earlier and _unverified(earlier.engines) == _unverified(engines):

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.base import LANES
-from engines.manifest import GRAPHS, Build, Compiled, GraphName, Layers, Manifest
+from engines.manifest import GRAPHS, Build, Compiled, Geometry, GraphName, Layers, Manifest, Precision
 from engines.profiles import shapes
 from engines.progress import Stage
 
 # Bytes per latent of a row, or per pixel: what TensorRT for RTX says of SD 1.x in FP16.
 _ACTIVATIONS = {"denoise": 10_000, "decode": 1_600, "encode_image": 810}
+_BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
 
 
 class BuildProgress:
@@ -120,19 +121,17 @@ def progress_on(console: Console) -> BuildProgress | BuildLog:
     return BuildProgress(console) if console.is_terminal else BuildLog(console)
 
 
-def plan_table(manifest: Manifest, backend: str, precisions: Mapping[GraphName, str]) -> RenderableType:
-    """What will be compiled, with the device memory it will take, roughly."""
+def plan_table(
+    backend: str, geometry: Geometry, precisions: Mapping[GraphName, Precision], parameters: Mapping[GraphName, int]
+) -> RenderableType:
+    """What will be built, with the memory it will take. `parameters` counts the weights, as far as they are known."""
     table = _table(f"To build for {backend}", "graph", "precision", "profiles", "weights MB", "activations MB, about")
-    for name in GRAPHS:
-        size = sum(file.size for file in manifest.graphs[name].onnx["fp32"].files)
-        halved = manifest.weights == "fp32" and precisions[name] in ("fp16", "bf16")
-        weights = (
-            size / 2 if halved else size * 2 if manifest.weights == "fp16" and precisions[name] == "fp32" else size
-        )
+    for name, precision in precisions.items():
+        weights = _BYTES[precision] * parameters.get(name, 0)
         table.add_row(
-            name, precisions[name], _asked_profiles(manifest, name), _mb(weights), _mb(_activations(manifest, name))
+            name, precision, _asked_profiles(geometry, name), _mb(weights or None), _mb(_activations(geometry, name))
         )
-    table.caption = f"state pools: {_mb(state_bytes(manifest))} MB; the figures of activations are estimates"
+    table.caption = f"state pools: {_mb(_state_bytes(geometry))} MB; activations as in FP16, twice that in FP32"
     return table
 
 
@@ -180,13 +179,6 @@ def verdict(build: Build) -> str:
     found = build.verification
     pictures = "the same picture" if found.psnr >= 999 else f"{found.psnr:.1f} dB"
     return f"verified beside FP32 in ONNX Runtime: {pictures} at {found.size}, {found.steps} steps"
-
-
-def state_bytes(manifest: Manifest) -> int:
-    """Two pools per size, f32."""
-    latent = manifest.latent
-    pixels = sum(size.width * size.height for size in manifest.resolutions) // latent.downscale**2
-    return 2 * 4 * manifest.slots * LANES * latent.channels * pixels
 
 
 def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -246,18 +238,25 @@ def _sizes(engine: Compiled) -> str:
     return ", ".join(known) or "-"
 
 
-def _asked_profiles(manifest: Manifest, name: GraphName) -> str:
-    return ", ".join(f"{one.profile.size or 'prompt'}×{one.profile.batch}" for one in shapes(manifest, name))
+def _asked_profiles(geometry: Geometry, name: GraphName) -> str:
+    return ", ".join(f"{one.profile.size or 'prompt'}×{one.profile.batch}" for one in shapes(geometry, name))
 
 
-def _activations(manifest: Manifest, name: GraphName) -> float:
+def _activations(geometry: Geometry, name: GraphName) -> float:
     """Of the largest profile; what others need lies within it."""
     if name == "encode_prompt":
-        return manifest.context.tokens * manifest.context.width * 32
-    profiles = [shape.profile for shape in shapes(manifest, name)]
-    unit = manifest.latent.downscale**2 if name == "denoise" else 1
+        return geometry.context.tokens * geometry.context.width * 32
+    profiles = [shape.profile for shape in shapes(geometry, name)]
+    unit = geometry.latent.downscale**2 if name == "denoise" else 1
     areas = [one.size.width * one.size.height / unit * one.batch for one in profiles if one.size]
     return max(areas) * _ACTIVATIONS[name]
+
+
+def _state_bytes(geometry: Geometry) -> int:
+    """Two pools per size, f32."""
+    latent = geometry.latent
+    pixels = sum(size.width * size.height for size in geometry.resolutions) // latent.downscale**2
+    return 2 * 4 * geometry.slots * LANES * latent.channels * pixels
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -267,5 +266,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _mb(size: float) -> str:
+def _mb(size: float | None) -> str:
+    if size is None:
+        return "-"
     return f"{size / 1e6:.1f}" if size < 100e6 else f"{size / 1e6:,.0f}"

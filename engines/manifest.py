@@ -227,43 +227,20 @@ class Source(_Fact):
     loras: tuple[str, ...] = Field(default=(), description="file name and scale of each LoRA")
 
 
-class Manifest(_Fact):
-    """A built model. Read one with `Manifest.load`, which refuses what it cannot vouch for."""
+class Geometry(_Fact):
+    """How large a model's inputs are: all that decides shapes, pools and profiles."""
 
-    format: Literal[1] = 1
-    name: str = Field(min_length=1, max_length=200)
-    source: Source
-    weights: Storage
-    trained_size: Size
     resolutions: tuple[Size, ...] = Field(min_length=1, description="the first is the default")
     rows: tuple[PositiveInt, ...] = Field(min_length=1, description="row buckets, ascending")
     decode_batch: PositiveInt = Field(default=1, description="pictures that one call may decode")
     latent: Latent
     context: Context
-    tokenizer: Tokenizer
-    noise_schedule: NoiseSchedule
-    defaults: Defaults
-    examples: tuple[str, ...] = Field(default=(), description="prompts that show what the model can do")
-    graphs: dict[GraphName, Graph]
-    builds: dict[str, Build] = Field(default={}, description="by backend; the first is the one it was built for")
-    versions: dict[str, str] = Field(description="the packages that exported the graphs")
-    export_key: str = Field(description="a hash over all that decides the graphs; the same key needs no new export")
 
     @model_validator(mode="after")
-    def _whole_and_in_order(self) -> Self:
-        if missing := [name for name in GRAPHS if name not in self.graphs]:
-            raise ValueError(f"the graph {missing[0]} is missing")
+    def _rows_ascend(self) -> Self:
         if list(self.rows) != sorted(set(self.rows)):
             raise ValueError("the row buckets do not ascend")
         return self
-
-    @property
-    def files(self) -> tuple[File, ...]:
-        """Every file, once: graphs share weights, and backends share graphs."""
-        onnx = (variant.files for graph in self.graphs.values() for variant in graph.onnx.values())
-        compiled = (engine.files for build in self.builds.values() for engine in build.engines.values())
-        shared = (file for files in (*onnx, *compiled) for file in files)
-        return tuple(dict.fromkeys((self.tokenizer.file, *shared)))
 
     @property
     def max_rows(self) -> int:
@@ -278,6 +255,46 @@ class Manifest(_Fact):
     def context_rows(self) -> int:
         """Places in the pool of prompt embeddings: a running request needs no more than rows, and sizes take turns."""
         return self.max_rows * len(self.resolutions) + _CACHED_PROMPTS
+
+
+class Manifest(Geometry):
+    """A built model. Read one with `Manifest.load`, which refuses what it cannot vouch for."""
+
+    format: Literal[1] = 1
+    name: str = Field(min_length=1, max_length=200)
+    source: Source
+    weights: Storage
+    trained_size: Size
+    tokenizer: Tokenizer
+    noise_schedule: NoiseSchedule
+    defaults: Defaults
+    examples: tuple[str, ...] = Field(default=(), description="prompts that show what the model can do")
+    graphs: dict[GraphName, Graph]
+    builds: dict[str, Build] = Field(default={}, description="by backend; the first is the one it was built for")
+    versions: dict[str, str] = Field(description="the packages that exported the graphs")
+    export_key: str = Field(description="a hash over all that decides the graphs; the same key needs no new export")
+
+    @model_validator(mode="after")
+    def _has_every_graph(self) -> Self:
+        if missing := [name for name in GRAPHS if name not in self.graphs]:
+            raise ValueError(f"the graph {missing[0]} is missing")
+        return self
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Every file, once: graphs share weights, and backends share graphs."""
+        onnx = (variant.files for graph in self.graphs.values() for variant in graph.onnx.values())
+        compiled = (engine.files for build in self.builds.values() for engine in build.engines.values())
+        shared = (file for files in (*onnx, *compiled) for file in files)
+        return tuple(dict.fromkeys((self.tokenizer.file, *shared)))
+
+    @property
+    def parameters(self) -> dict[GraphName, int]:
+        """How many weights each graph has, nearly: by the size of the files they lie in."""
+        wide = 2 if self.weights == "fp16" else 4
+        return {
+            name: sum(file.size for file in graph.onnx["fp32"].files) // wide for name, graph in self.graphs.items()
+        }
 
     @property
     def embeds_guidance(self) -> bool:

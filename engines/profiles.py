@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.base import TensorSpec
-from engines.manifest import GraphName, Manifest, Profile
+from engines.manifest import Geometry, GraphName, Profile
 
 Range = tuple[int, int, int]  # least, best, largest
 
@@ -29,33 +29,33 @@ class Shapes:
         return least, best, largest
 
 
-def shapes(manifest: Manifest, graph: GraphName) -> tuple[Shapes, ...]:
+def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
     """Every profile of `graph`, in the order in which engines hold them: by size, then by batch, ascending."""
     if graph == "encode_prompt":
         return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1)}),)
     batches = {
-        "denoise": manifest.rows,
-        "decode": range(1, manifest.decode_batch + 1),
+        "denoise": geometry.rows,
+        "decode": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
     }[graph]
     return tuple(
-        Shapes(profile, _dims(profile, graph, manifest))
-        for profile in (Profile(size=size, batch=batch) for size in manifest.resolutions for batch in batches)
+        Shapes(profile, _dims(profile, graph, geometry))
+        for profile in (Profile(size=size, batch=batch) for size in geometry.resolutions for batch in batches)
     )
 
 
-def _dims(profile: Profile, graph: GraphName, manifest: Manifest) -> dict[str, Range]:
+def _dims(profile: Profile, graph: GraphName, geometry: Geometry) -> dict[str, Range]:
     assert profile.size is not None  # noqa: S101 - only encode_prompt has no size
     size, batch = profile.size, profile.batch
     up_to_batch = (1, batch, batch)
     return {
-        "h": _exactly(size.height // manifest.latent.downscale),
-        "w": _exactly(size.width // manifest.latent.downscale),
+        "h": _exactly(size.height // geometry.latent.downscale),
+        "w": _exactly(size.width // geometry.latent.downscale),
         "H": _exactly(size.height),
         "W": _exactly(size.width),
-        "S": (1, manifest.slots, manifest.slots),
-        "C": (1, manifest.context_rows, manifest.context_rows),
-        "L": _exactly(manifest.context.tokens),
+        "S": (1, geometry.slots, geometry.slots),
+        "C": (1, geometry.context_rows, geometry.context_rows),
+        "L": _exactly(geometry.context.tokens),
         "B": up_to_batch,
         "R": up_to_batch,
         "n": _exactly(batch) if graph == "decode" else up_to_batch,
