@@ -534,7 +534,7 @@ def test_tensorrts_words_for_too_little_memory_are_known(words: str) -> None:
 @pytest.mark.parametrize(
     ("number", "kind", "told"),
     [
-        (signal.SIGKILL, OutOfMemory, r"killed when it took \d+\.\d MB of memory.*ask for fewer --resolution"),
+        (signal.SIGKILL, OutOfMemory, r"killed when it took \d+\.\d [MG]B of memory.*ask for fewer --resolution"),
         (signal.SIGSEGV, BuildError, "was ended by SIGSEGV: it said nothing. Build again"),
         (signal.SIGTERM, BuildError, "stopped by a signal: start it again"),
     ],
