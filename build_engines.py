@@ -28,7 +28,7 @@ from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table,
 from engines.manifest import Manifest, Size, Typed
 from engines.present import choose, obstacle
 from engines.trajectory import Table
-from engines.verify import STEPS, verify
+from engines.verify import STEPS, VerificationError, verify
 from server.schedulers import table
 
 BuildShow = BuildProgress | BuildLog
@@ -158,7 +158,12 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: BuildSho
     if reason := obstacle(backend):
         progress.note(f"{backend}: not yet verified, since it cannot run here ({reason})")
         return manifest
-    build = verify(manifest, bundle, backend, table=_table(manifest, STEPS), progress=progress)
+    try:
+        build = verify(manifest, bundle, backend, table=_table(manifest, STEPS), progress=progress)
+    except VerificationError:
+        others = {name: build for name, build in manifest.builds.items() if name != backend}
+        reshaped(manifest, builds=others).save(bundle)  # nobody shall serve what is known to be wrong
+        raise
     manifest = reshaped(manifest, builds={**manifest.builds, backend: build})
     manifest.save(bundle)
     return manifest

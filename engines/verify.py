@@ -170,5 +170,6 @@ def _refuse(backend: str, name: GraphName, found: Difference, allowed: float) ->
     if not found.largest <= allowed:
         raise VerificationError(
             f"{name} of {backend} differs from the FP32 graph by {found.largest:.1e} of its range, more than "
-            f"{allowed:.0e}: its pictures would not be the model's. Choose a higher --precision."
+            f"{allowed:.0e}. Its pictures would not be the model's, so the bundle no longer lists {backend}: "
+            "compile it in a higher --precision."
         )

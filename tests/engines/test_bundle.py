@@ -157,6 +157,7 @@ def test_verification_refuses_an_engine_that_computes_something_else(
     Manifest(**{**dict(manifest), "builds": {"onnxruntime": Build(version=made.version, engines=engines)}}).save(copied)
     assert build("verify", copied) == 1
     assert "denoise of onnxruntime differs from the FP32 graph" in capsys.readouterr().err
+    assert "onnxruntime" not in Manifest.load(copied).builds
 
 
 def test_a_model_beyond_fp16_is_refused_by_name(
