@@ -26,11 +26,12 @@ from engines.checkpoint import Lora, Origin, count_parameters
 from engines.compile import compile_backend, has_bf16, precisions, typed_graphs
 from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table, progress_on, summary_table, terminal
 from engines.manifest import Manifest, Size, Typed
-from engines.present import choose, obstacle
+from engines.present import check_fits, choose, obstacle
 from engines.trajectory import Table
 from engines.verify import STEPS, VerificationError, verify
 from server.schedulers import table
 
+_ROWS = (2, 4, 8, 16)
 BuildShow = BuildProgress | BuildLog
 Command = Callable[[argparse.Namespace, BuildShow, Console], None]
 
@@ -158,6 +159,7 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: BuildSho
     if reason := obstacle(backend):
         progress.note(f"{backend}: not yet verified, since it cannot run here ({reason})")
         return manifest
+    check_fits(manifest, backend, bundle)
     try:
         build = verify(manifest, bundle, backend, table=_table(manifest, STEPS), progress=progress)
     except VerificationError:
@@ -194,7 +196,7 @@ def _table(manifest: Manifest, steps: int) -> Table:
 def _build_parser(word: str) -> argparse.ArgumentParser:
     parser = _parser(word)
     _add_source(parser)
-    _add_shapes(parser, rows=(2, 4, 8, 16), decode_batch=1)
+    _add_shapes(parser, rows=_ROWS, decode_batch=1)
     _add_compile(parser)
     return parser
 
@@ -202,7 +204,7 @@ def _build_parser(word: str) -> argparse.ArgumentParser:
 def _export_parser(word: str) -> argparse.ArgumentParser:
     parser = _parser(word)
     _add_source(parser)
-    _add_shapes(parser, rows=(2, 4, 8, 16), decode_batch=1)
+    _add_shapes(parser, rows=_ROWS, decode_batch=1)
     _add_backend(parser, "what the graphs are for, repeatable (default: tensorrt)", BACKENDS)
     _add_precision(parser)
     return parser

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.base import EngineError
-from engines.checkpoint import WEIGHED, Checkpoint, Origin
+from engines.checkpoint import Checkpoint, Origin, count_parameters
 from engines.manifest import (
     Build,
     BundleError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from engines.load import Modules
 
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-_MEMORY_PER_WEIGHT = 3  # bytes at the peak, for each byte of an FP32 checkpoint
+_MEMORY_PER_WEIGHT = 12  # bytes at the peak
 _TRACING = ("graphs", "trace", "weights", "export", "load")  # the rooms that decide what a graph looks like
 
 
@@ -42,10 +42,10 @@ class Wanted:
 
     weights: Storage
     typed: tuple[Typed, ...]
+    rows: tuple[int, ...]
+    decode_batch: int
     name: str | None = None
     resolutions: tuple[Size, ...] = ()
-    rows: tuple[int, ...] = (2, 4, 8, 16)
-    decode_batch: int = 1
     steps: int | None = None
     guidance: float | None = None
     examples: tuple[str, ...] = ()
@@ -185,8 +185,7 @@ def _exported(
 
 def _warn_of_memory(origin: Origin, progress: Progress) -> None:
     """Tell before minutes of work that the system may end it: it would do so without a word."""
-    parts = [origin.path] if origin.single_file else [path for part in WEIGHED for path in origin.facts.weights(part)]
-    needed = _MEMORY_PER_WEIGHT * sum(path.stat().st_size for path in parts)
+    needed = _MEMORY_PER_WEIGHT * sum(count_parameters(origin).values())
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         progress.note(

@@ -37,12 +37,12 @@ _CLASSES = {
 _CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
 
 # The parts that have weights, and how their files are called: as safetensors, and pickled.
-WEIGHED = {
+_WEIGHED = {
     "text_encoder": ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
-_CONFIGS = ("model_index.json", *(f"{part}/config.json" for part in WEIGHED), "scheduler/*.json", "tokenizer/*")
+_CONFIGS = ("model_index.json", *(f"{part}/config.json" for part in _WEIGHED), "scheduler/*.json", "tokenizer/*")
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SD1_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # describes every single file of SD 1.x
@@ -146,12 +146,12 @@ class Checkpoint:
         return not self._files(part, pickled=False) and bool(self._files(part, pickled=True))
 
     def _files(self, part: str, *, pickled: bool) -> tuple[Path, ...]:
-        stem, suffix = WEIGHED[part][pickled], "bin" if pickled else "safetensors"
+        stem, suffix = _WEIGHED[part][pickled], "bin" if pickled else "safetensors"
         named = re.compile(rf"{stem}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?")
         return tuple(path for path in sorted((self.folder / part).glob(f"{stem}*")) if named.fullmatch(path.name))
 
     def _configs(self) -> Iterator[Path]:
-        for part in WEIGHED:
+        for part in _WEIGHED:
             yield self.folder / part / "config.json"
         yield self.folder / "scheduler" / "scheduler_config.json"
         yield from sorted(path for path in (self.folder / "tokenizer").glob("*") if path.suffix in {".json", ".txt"})
@@ -213,10 +213,16 @@ class Origin:
             digest.update(f"lora {lora.scale!r} {sha256_of(lora.path)}\n".encode())
         return Source(name=self.name, sha256=digest.hexdigest(), loras=tuple(map(str, self.loras)))
 
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """Every file that holds weights."""
+        if self.single_file:
+            return (self.path,)
+        return tuple(path for part in _WEIGHED for path in self.facts.weights(part))
+
     def _deciding(self) -> Iterator[tuple[str, Path]]:
         facts = self.facts
-        weights = [self.path] if self.single_file else [path for part in WEIGHED for path in facts.weights(part)]
-        for path in (*weights, *facts._configs()):
+        for path in (*self.weights, *facts._configs()):
             inside = path.is_relative_to(facts.folder)
             yield path.relative_to(facts.folder).as_posix() if inside else "file", path
 
@@ -277,7 +283,7 @@ def _hub(model: str, wanted: _Wanted) -> Origin:
     origin = wanted.origin(model, folder)
     _refuse_unsupported(origin.facts)
     _download(model, _weight_patterns(pickled=False), revision=folder.name, progress=wanted.progress)
-    bare = [part for part in WEIGHED if not origin.facts.weights(part)]
+    bare = [part for part in _WEIGHED if not origin.facts.weights(part)]
     if bare and not wanted.allow_pickle:
         raise CheckpointError(
             f"{model} has no .safetensors weights for {', '.join(bare)}. If it has pickled ones, which can run code, "
@@ -289,9 +295,9 @@ def _hub(model: str, wanted: _Wanted) -> Origin:
     return origin
 
 
-def _weight_patterns(*, pickled: bool, parts: Sequence[str] = tuple(WEIGHED)) -> list[str]:
+def _weight_patterns(*, pickled: bool, parts: Sequence[str] = tuple(_WEIGHED)) -> list[str]:
     suffix = "bin" if pickled else "safetensors"
-    stems = [f"{part}/{WEIGHED[part][pickled]}" for part in parts]
+    stems = [f"{part}/{_WEIGHED[part][pickled]}" for part in parts]
     ends = (f".{suffix}", f"-*-of-*.{suffix}", f".{suffix}.index.json")
     # The index is there already; the hub client remarks on patterns that match nothing.
     return ["model_index.json", *(f"{stem}{end}" for stem in stems for end in ends)]
@@ -424,7 +430,7 @@ def _refuse_channels(name: str, channels: int, latent: int) -> None:
 
 
 def _refuse_weights(checkpoint: Checkpoint, wanted: _Wanted) -> None:
-    for part in WEIGHED:
+    for part in _WEIGHED:
         folder = checkpoint.folder / part
         if not checkpoint.weights(part):
             raise CheckpointError(_absent(folder, part))
@@ -433,7 +439,7 @@ def _refuse_weights(checkpoint: Checkpoint, wanted: _Wanted) -> None:
 
 
 def _absent(folder: Path, part: str) -> str:
-    wanted = f"{WEIGHED[part][0]}.safetensors"
+    wanted = f"{_WEIGHED[part][0]}.safetensors"
     if other := next(folder.glob("*.safetensors"), None):
         return f"{folder} holds {other.name} but no {wanted}: if those are the weights to build from, rename the file."
     return f"{folder} holds no .safetensors weights: the checkpoint is not whole. Download {part}/{wanted}."
@@ -520,9 +526,8 @@ def check_fit(origin: Origin, layout: Layout) -> None:
 
 def count_parameters(origin: Origin) -> dict[GraphName, int]:
     """How many weights each graph will have, by the files' headers; empty where they are pickled."""
-    weights = [origin.path] if origin.single_file else [path for part in WEIGHED for path in origin.facts.weights(part)]
     counts: dict[GraphName, int] = {}
-    for path in weights:
+    for path in origin.weights:
         if path.suffix == ".safetensors":
             for key, shape in read_header(path)[0].items():
                 name = _graph_of(key if origin.single_file else f"{path.parent.name}.{key}")

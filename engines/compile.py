@@ -98,7 +98,7 @@ def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
     earlier = manifest.builds.get(backend)
     if earlier and _unverified(earlier.engines) == _unverified(engines):
         return earlier.model_copy(update={"version": made.version})  # with what its verification found
-    return Build(version=made.version, gpu=made.gpu if backend == "tensorrt" else None, engines=engines)
+    return Build(version=made.version, gpu=made.gpu, engines=engines)
 
 
 def _unverified(engines: Mapping[GraphName, Compiled]) -> dict[GraphName, Compiled]:

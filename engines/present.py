@@ -47,7 +47,17 @@ def obstacle(backend: str) -> str | None:
         installed(backend)
     except EngineError:
         return "not installed"
-    return probe().reason or None if backend in _ON_GPU else None
+    return _gpu_obstacle(backend) if backend in _ON_GPU else None
+
+
+def _gpu_obstacle(backend: str) -> str | None:
+    found = probe()
+    if found.gpu is None:
+        return found.reason
+    accepted = tensorrt.accepted_capabilities(backend) if backend in TENSORRT else []
+    if accepted and found.gpu.compute_capability not in accepted:
+        return f"not for {found.gpu.name}, of compute capability {found.gpu.compute_capability}"
+    return None
 
 
 def gpu_here() -> Gpu:

@@ -7,7 +7,6 @@ themselves, or sums up without a norm in between, keeps floating-point activatio
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from engines.base import Array, EngineError
+from engines.manifest import settle
 from engines.openvino import openvino
 
 Model = Any  # an openvino.Model, which ships no types
@@ -108,14 +108,8 @@ def _write(model: Model, out: Path) -> tuple[Path, ...]:
     with TemporaryDirectory(prefix=".denoise.", dir=out) as beside:
         openvino.save_model(model, Path(beside) / graph.name, compress_to_fp16=False)
         for path in (weights, graph):
-            _flush(Path(beside) / path.name)
-            (Path(beside) / path.name).replace(path)
+            settle(Path(beside) / path.name, path)
     return graph, weights
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -27,10 +27,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypedDict
 
-from engines.base import EngineError
+from engines.base import EXTRAS, EngineError
 from engines.progress import Progress, Stage
 
-_EXTRAS = {"tensorrt": "cuda", "tensorrt_rtx": "rtx"}
+_MODULES = ("tensorrt", "tensorrt_rtx")
 _LESS = "ask for fewer --resolution, --rows or --decode-batch"
 _GRACE = 3.0  # seconds in which a cancelled build may end by itself
 _HEARTBEAT = 0.5  # seconds: how often the child tells its memory, and so finds out whether the parent still listens
@@ -97,8 +97,8 @@ def build_engine(module: str, onnx: Path, out: Path, profiles: Sequence[Ranges],
         BuildError: one of its kinds says what is missing: the package, a GPU, an operator, memory, room on disk.
         KeyboardInterrupt: the build was cancelled; its process has ended.
     """
-    if module not in _EXTRAS:
-        raise Unavailable(f"There is no TensorRT called {module!r}: choose one of {', '.join(_EXTRAS)}.")
+    if module not in _MODULES:
+        raise Unavailable(f"There is no TensorRT called {module!r}: choose one of {', '.join(_MODULES)}.")
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     paths = {"onnx": str(onnx), "out": str(out), "beside": str(beside)}
     job = {"module": module, **paths, "profiles": [dict(profile) for profile in profiles]}
@@ -327,7 +327,7 @@ def _build(job: dict[str, Any], parent: _Parent) -> dict[str, Any]:
 
 def _load(name: str) -> Any:
     """Import the TensorRT called `name`, having made sure that it can build here."""
-    remedy = f"pip install 'latentd[{_EXTRAS[name]}]'"
+    remedy = f"pip install 'latentd[{EXTRAS[name]}]'"
     try:
         trt = import_module(name)
     except ModuleNotFoundError as error:

@@ -63,7 +63,7 @@ ENGINES: dict[str, set[str]] = {
     },
     # From ONNX to engines.
     "engines.tensorrt_build": {"engines.base", "engines.progress"},
-    "engines.quantize": {"engines.base", "engines.openvino"},
+    "engines.quantize": {"engines.base", "engines.manifest", "engines.openvino"},
     "engines.compile": {
         "engines.base",
         "engines.manifest",

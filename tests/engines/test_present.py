@@ -12,6 +12,7 @@ from engines.cuda import Probe
 from engines.manifest import Gpu
 
 GPU = Probe(Gpu(name="NVIDIA L4", compute_capability="8.9"))
+HOPPER = Probe(Gpu(name="NVIDIA H200", compute_capability="9.0"))
 NONE = Probe(None, "no driver")
 
 
@@ -32,6 +33,8 @@ def here(monkeypatch: pytest.MonkeyPatch, *packages: str, gpu: Probe = NONE) -> 
         (["onnxruntime", "openvino"], NONE, "openvino"),
         (["onnxruntime", "tensorrt-rtx"], NONE, "onnxruntime"),
         (["onnxruntime", "tensorrt-rtx"], GPU, "tensorrt_rtx"),
+        (["onnxruntime", "tensorrt-rtx"], HOPPER, "onnxruntime"),  # which RTX does not take
+        (["onnxruntime-gpu", "tensorrt-rtx"], HOPPER, "onnxruntime_cuda"),
         (["onnxruntime-gpu"], NONE, "onnxruntime"),
         (["onnxruntime-gpu"], GPU, "onnxruntime_cuda"),
         (["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"], GPU, "tensorrt"),
