@@ -22,14 +22,14 @@ from rich.markup import escape
 from engines import checkpoint
 from engines.base import BACKENDS, ON_CPU, EngineError
 from engines.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
-from engines.checkpoint import Lora, Origin, count_parameters
+from engines.checkpoint import Embedding, Lora, Origin, count_parameters
 from engines.compile import compile_backend, has_bf16, precisions, typed_graphs
 from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table, progress_on, summary_table, terminal
 from engines.manifest import Manifest, Size, Typed
 from engines.present import check_fits, choose, obstacle
 from engines.trajectory import Table
 from engines.verify import STEPS, VerificationError, verify
-from server.schedulers import table
+from server.schedulers import find, table
 
 _ROWS = (2, 4, 8, 16)
 BuildShow = BuildProgress | BuildLog
@@ -82,6 +82,7 @@ def _find(arguments: argparse.Namespace, progress: BuildShow) -> Origin:
         config=arguments.config,
         allow_pickle=arguments.allow_pickle,
         loras=tuple(arguments.lora),
+        embeddings=tuple(arguments.embedding),
         progress=progress,
     )
 
@@ -190,7 +191,7 @@ def _backends(arguments: argparse.Namespace, progress: BuildShow) -> list[str]:
 
 def _table(manifest: Manifest, steps: int) -> Table:
     """The model's own way from noise to picture."""
-    return table(manifest.defaults.scheduler, steps, manifest.noise_schedule)
+    return table(find(manifest.defaults.scheduler), steps, manifest.noise_schedule)
 
 
 def _build_parser(word: str) -> argparse.ArgumentParser:
@@ -253,6 +254,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="the hub revision (branch, tag or commit) to download")
     add("--config", metavar="DIR", help="for a single file: a diffusers folder or hub id whose configs describe it")
     add("--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]", help="fused in, repeatable")
+    add(
+        "--embedding",
+        type=_embedding,
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="words learned by textual inversion, repeatable",
+    )
     add("--allow-pickle", action="store_true", help="read pickled weights (.bin, .ckpt), which can run code")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder the bundle is written to")
     add("--name", help="what the server calls the model (default: the checkpoint's name)")
@@ -351,6 +360,13 @@ def _count(text: str) -> int:
 def _lora(text: str) -> Lora:
     try:
         return Lora.parse(text)
+    except EngineError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _embedding(text: str) -> Embedding:
+    try:
+        return Embedding.parse(text)
     except EngineError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

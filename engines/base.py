@@ -19,6 +19,11 @@ Array = NDArray[Any]
 MEMORY = 3  # K: lanes of scheduler memory
 LANES = 1 + MEMORY + 1  # x, the memory, and the x0 estimate that previews show
 TERMS = 3 + MEMORY  # what a lane is made of: x, the model's output, fresh noise, the memory
+KEPT = 3  # what inpainting keeps of a picture: its latents, the noise over them, and where it stays as it is
+
+# Prompts of several chunks share a step: shorter ones are repeated up to the longest, which attention does not notice,
+# if repeated whole. So prompts have 1, 2, 3 or 6 chunks, the divisors of this.
+MOST_CHUNKS = 6
 
 
 class EngineError(Exception):
@@ -46,8 +51,8 @@ class Buffer(Protocol):
     def copy_from(self, source: Buffer, *, at: int) -> None:
         """Copy the whole of `source` into entry `at`, without leaving the device."""
 
-    def read(self) -> Array:
-        """Return a copy of the contents on the host."""
+    def read(self, *, at: int | None = None) -> Array:
+        """Return a copy on the host: of the whole buffer, or of its entry `at` along the first axis."""
 
 
 class Call(Protocol):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 _MEMORY_PER_WEIGHT = 12  # bytes at the peak
-_TRACING = ("graphs", "trace", "weights", "export", "load")  # the rooms that decide what a graph looks like
+_TRACING = ("graphs", "trace", "weights", "export", "load", "preview")  # the rooms that decide what is exported
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +206,7 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
     progress: Progress,
 ) -> Manifest:
     from engines.export import export_graphs, export_tokenizer  # noqa: PLC0415 - as above
+    from engines.preview import fit_rgb  # noqa: PLC0415 - as above
 
     out.mkdir(parents=True, exist_ok=True)
     known: dict[GraphName, Any] = earlier.graphs if earlier else {}
@@ -220,16 +221,19 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
         known=known,
         progress=progress,
     )
+    with progress.stage("fitting previews"):
+        preview = fit_rgb(modules.vae, checkpoint.latent)
     manifest = Manifest(
         name=origin.name,
         source=origin.source,
         weights=wanted.weights,
         trained_size=checkpoint.size,
+        preview=preview,
         resolutions=(size,),
         rows=wanted.rows,
         latent=checkpoint.latent,
         context=checkpoint.context,
-        tokenizer=export_tokenizer(checkpoint, out),
+        tokenizer=export_tokenizer(checkpoint, origin.words, out),
         noise_schedule=checkpoint.noise_schedule,
         defaults=Defaults(scheduler=checkpoint.scheduler),
         graphs=graphs,
@@ -241,7 +245,7 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
 
 
 def _export_key(origin: Origin, weights: Storage) -> str:
-    """One hash over the checkpoint, what was fused into it, how weights are stored, and the code that traces."""
+    """One hash over the checkpoint, what was added to it, how weights are stored, and the code that traces."""
     here = Path(__file__).parent
     facts = {
         "source": origin.source.model_dump(),

@@ -52,12 +52,43 @@ _LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own limit
 # The scheduler a checkpoint was published with, under the name requests use.
 _SCHEDULERS = {
     "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
+    "DPMSolverMultistepScheduler": "dpmpp_{order}m{sde}",
+    "DPMSolverSinglestepScheduler": "dpmpp_{order}s",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "kdpm2_ancestral",
+    "KDPM2DiscreteScheduler": "kdpm2",
     "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
     "PNDMScheduler": "pndm",
+    "TCDScheduler": "tcd",
+    "UniPCMultistepScheduler": "unipc",
 }
+_WITHOUT_SIGMAS = ("ddim", "ddpm", "euler_ancestral", "lcm", "pndm", "tcd")  # classes that ignore use_karras_sigmas …
+# What solvers may be set to for us to have a table, the class's own choice first. Names of other classes' solvers are
+# there, as those mean the class's own.
+_SOLVERS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "DEISMultistepScheduler": {"solver_order": (2,)},
+    "DPMSolverMultistepScheduler": {
+        "solver_order": (2, 3),
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+    },
+    "DPMSolverSinglestepScheduler": {
+        "solver_order": (2, 3),
+        "algorithm_type": ("dpmsolver++", "deis"),
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_order": (2,),
+        "solver_type": ("bh2", "midpoint", "heun", "logrho"),
+        "predict_x0": (True,),
+    },
+}
+_WITHOUT_TABLE = ("thresholding", "use_lu_lambdas", "use_flow_sigmas", "disable_corrector")  # when set
 
 Shapes = Mapping[str, tuple[int, ...]]  # a weight file's tensors
 
@@ -97,7 +128,11 @@ class Checkpoint:
     @cached_property
     def context(self) -> Context:
         text = self.config("text_encoder")
-        return Context(tokens=text["max_position_embeddings"], width=text["hidden_size"])
+        return Context(
+            tokens=text["max_position_embeddings"],
+            width=text["hidden_size"],
+            layers=text.get("num_hidden_layers", 12),  # as CLIPTextConfig has it
+        )
 
     @property
     def size(self) -> Size:
@@ -122,8 +157,7 @@ class Checkpoint:
     @property
     def scheduler(self) -> str:
         """The scheduler of the checkpoint's own pipeline; `pndm`, that of SD 1.x, when we have no table for it."""
-        published = self.config("scheduler", "scheduler_config.json").get("_class_name", "")
-        return _SCHEDULERS.get(published, "pndm")
+        return _published(self.config("scheduler", "scheduler_config.json")) or "pndm"
 
     @property
     def guidance_embedding(self) -> int | None:
@@ -136,6 +170,21 @@ class Checkpoint:
         """Whether attention scores outgrow FP16, as they do in the UNets of SD 2.x."""
         unet = self.config("unet")
         return bool(unet.get("upcast_attention")) or unet["cross_attention_dim"] == 1024
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """Every token of the tokenizer, whichever files it is kept in."""
+        kept = {path.name: self.config("tokenizer", path.name) for path in (self.folder / "tokenizer").glob("*.json")}
+        whole = kept.get("tokenizer.json", {})
+        noted = kept.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+        return frozenset(
+            (
+                *kept.get("vocab.json", ()),
+                *kept.get("added_tokens.json", ()),
+                *whole.get("model", {}).get("vocab", ()),
+                *(added["content"] for added in (*whole.get("added_tokens", ()), *noted.values())),
+            )
+        )
 
     def weights(self, part: str) -> tuple[Path, ...]:
         """The files that `part` is loaded from, as safetensors if there are such. Variants (fp16, non_ema) are not."""
@@ -155,6 +204,20 @@ class Checkpoint:
             yield self.folder / part / "config.json"
         yield self.folder / "scheduler" / "scheduler_config.json"
         yield from sorted(path for path in (self.folder / "tokenizer").glob("*") if path.suffix in {".json", ".txt"})
+
+
+def _published(config: Mapping[str, Any]) -> str | None:
+    """Our name for the scheduler of `config`, with its sigmas; None where we have no table for it."""
+    kind = config.get("_class_name", "")
+    choices = _SOLVERS.get(kind, {})
+    solver = {option: config.get(option, known[0]) for option, known in choices.items()}
+    odd = [option for option, value in solver.items() if value not in choices[option]]
+    if kind not in _SCHEDULERS or odd or any(config.get(option) for option in _WITHOUT_TABLE):
+        return None
+    sde = "_sde" if solver.get("algorithm_type") == "sde-dpmsolver++" else ""
+    name = _SCHEDULERS[kind].format(order=solver.get("solver_order"), sde=sde)
+    sigmas = next((kind for kind in ("karras", "exponential", "beta") if config.get(f"use_{kind}_sigmas")), None)
+    return name if sigmas is None or name in _WITHOUT_SIGMAS else f"{name}_{sigmas}"
 
 
 @dataclass(frozen=True)
@@ -185,6 +248,54 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word that a model was taught by textual inversion: one vector or several in place of a token's own."""
+
+    token: str
+    key: str  # of its tensor
+    vectors: int
+    width: int
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """One for each vector, named as diffusers does."""
+        return (self.token, *(f"{self.token}_{number}" for number in range(1, self.vectors)))
+
+    @property
+    def claimed(self) -> tuple[str, ...]:
+        """What no other token may be called: its own, and one that would be taken for a further vector."""
+        return (*self.tokens, f"{self.token}_{self.vectors}")
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A file of words learned by textual inversion, Gal et al. (2022), and the token that its only word shall have."""
+
+    path: Path
+    token: str | None = None  # None: the file's own, or its name where it has none
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read FILE or FILE:TOKEN, such as `cat.safetensors:<cat-toy>`. Raises CheckpointError."""
+        if found := re.fullmatch(r"(.+?\.safetensors)(?::(.+))?", text, re.IGNORECASE | re.DOTALL):
+            return cls(Path(found[1]), found[2])
+        if re.search(rf"({'|'.join(map(re.escape, _PICKLES))})(:|$)", text, re.IGNORECASE):
+            raise CheckpointError(
+                f"{text!r} is pickled, which can run code: read it where you trust it, with torch.load, and write its "
+                "vectors with safetensors.torch.save_file({token: vectors}, FILE.safetensors)."
+            )
+        raise CheckpointError(f"{text!r} is no embedding: write FILE.safetensors or FILE.safetensors:TOKEN.")
+
+    @cached_property
+    def words(self) -> tuple[Word, ...]:
+        """What the file teaches, by its header. Raises CheckpointError."""
+        shapes, _ = read_header(self.path)
+        _refuse_other_embedding(self, shapes)
+        own = {key: self.path.stem if key == _NAMELESS else key for key in shapes}
+        return tuple(_word(self.token or own[key], key, shape, self.path.name) for key, shape in shapes.items())
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a checkpoint is, before any weight of it is read."""
 
@@ -193,6 +304,7 @@ class Origin:
     config: Path | None = None  # the diffusers folder whose configs describe a single file; None for a folder
     allow_pickle: bool = False
     loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def single_file(self) -> bool:
@@ -205,13 +317,28 @@ class Origin:
 
     @cached_property
     def source(self) -> Source:
-        """The identity: one hash over the hashes of every file that decides the export, and over the LoRAs' scales."""
+        """The identity: one hash over the hashes of every file that decides the export, the LoRAs' scales and the
+        embeddings' tokens.
+        """
         digest = hashlib.sha256()
         for label, path in self._deciding():
             digest.update(f"{label} {sha256_of(path)}\n".encode())
         for lora in self.loras:
             digest.update(f"lora {lora.scale!r} {sha256_of(lora.path)}\n".encode())
-        return Source(name=self.name, sha256=digest.hexdigest(), loras=tuple(map(str, self.loras)))
+        taught = [(embedding.path, word.token) for embedding in self.embeddings for word in embedding.words]
+        for path, token in taught:
+            digest.update(f"embedding {token!r} {sha256_of(path)}\n".encode())
+        return Source(
+            name=self.name,
+            sha256=digest.hexdigest(),
+            loras=tuple(map(str, self.loras)),
+            embeddings=tuple(f"{path.name}:{token}" for path, token in taught),
+        )
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """What the embeddings teach, in the order in which the tokenizer learns it."""
+        return tuple(word for embedding in self.embeddings for word in embedding.words)
 
     @property
     def weights(self) -> tuple[Path, ...]:
@@ -227,13 +354,14 @@ class Origin:
             yield path.relative_to(facts.folder).as_posix() if inside else "file", path
 
 
-def find(
+def find(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
     model: str,
     *,
     revision: str | None = None,
     config: str | None = None,
     allow_pickle: bool = False,
     loras: Sequence[Lora] = (),
+    embeddings: Sequence[Embedding] = (),
     progress: Progress = _NOBODY,
 ) -> Origin:
     """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
@@ -242,11 +370,13 @@ def find(
     a default. `revision` is the hub's: the model's, or that of `config` for a single file.
 
     Raises:
-        CheckpointError: there is none, the hub cannot be reached, or its architecture is not one we build.
+        CheckpointError: there is none, the hub cannot be reached, its architecture is not one we build, or a LoRA or an
+            embedding is not for it.
     """
-    path, wanted = Path(model), _Wanted(revision, config, allow_pickle, tuple(loras), progress)
+    path, wanted = Path(model), _Wanted(revision, config, allow_pickle, tuple(loras), tuple(embeddings), progress)
     for lora in wanted.loras:
         _refuse_lora(lora.path)
+    _refuse_same_tokens(wanted.embeddings)
     if path.suffix.lower() in {".safetensors", *_PICKLES} and not path.is_dir():
         return _single_file(path, wanted)
     if path.is_file():
@@ -264,15 +394,23 @@ class _Wanted:
     config: str | None
     allow_pickle: bool
     loras: tuple[Lora, ...]
+    embeddings: tuple[Embedding, ...]
     progress: Progress
 
     def origin(self, name: str, path: Path, config: Path | None = None) -> Origin:
-        return Origin(name=name, path=path, config=config, allow_pickle=self.allow_pickle, loras=self.loras)
+        return Origin(
+            name=name,
+            path=path,
+            config=config,
+            allow_pickle=self.allow_pickle,
+            loras=self.loras,
+            embeddings=self.embeddings,
+        )
 
 
 def _folder(path: Path, wanted: _Wanted) -> Origin:
     origin = wanted.origin(path.resolve().name, path)
-    _refuse_unsupported(origin.facts)
+    _refuse_unsupported(origin)
     _refuse_weights(origin.facts, wanted)
     return origin
 
@@ -281,7 +419,7 @@ def _hub(model: str, wanted: _Wanted) -> Origin:
     """Download the configs, and only after they are found to be ours the gigabytes, of the same commit."""
     folder = _download(model, _CONFIGS, revision=wanted.revision, progress=wanted.progress)
     origin = wanted.origin(model, folder)
-    _refuse_unsupported(origin.facts)
+    _refuse_unsupported(origin)
     _download(model, _weight_patterns(pickled=False), revision=folder.name, progress=wanted.progress)
     bare = [part for part in _WEIGHED if not origin.facts.weights(part)]
     if bare and not wanted.allow_pickle:
@@ -311,7 +449,7 @@ def _single_file(path: Path, wanted: _Wanted) -> Origin:
         _refuse_pickle(str(path), wanted)
     layout = None if pickled else read_layout(path)
     origin = wanted.origin(path.stem, path, _describing(path, layout, wanted))
-    _refuse_unsupported(origin.facts)
+    _refuse_unsupported(origin)
     if layout:
         check_fit(origin, layout)
     return origin
@@ -400,7 +538,8 @@ def _counting(stage: Stage) -> type:
 # --- what we do not build
 
 
-def _refuse_unsupported(checkpoint: Checkpoint) -> None:
+def _refuse_unsupported(origin: Origin) -> None:
+    checkpoint = origin.facts
     index = checkpoint.config(".", "model_index.json")
     if (pipeline := index.get("_class_name")) not in _PIPELINES:
         raise CheckpointError(f"{checkpoint.name} is a {pipeline}; {_SUPPORTED} ({_PIPELINES[0]}).")
@@ -420,6 +559,8 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is no whole: its UNet reads prompts {width} wide, its text encoder writes "
             f"{checkpoint.context.width}. Take both parts from the same checkpoint."
         )
+    for embedding in origin.embeddings:
+        _refuse_misfit(embedding, checkpoint)
 
 
 def _refuse_channels(name: str, channels: int, latent: int) -> None:
@@ -585,3 +726,71 @@ _LORA_SIGNS = {
     r"dora_scale|lora_magnitude_vector": "a DoRA, which scales weights too",
     r"\.lora_mid\.": "a LoRA in three factors",
 }
+
+
+# --- embeddings
+
+_NAMELESS = "emb_params"  # the tensor of a file that does not say which token it is for, as AUTOMATIC1111 writes them
+_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
+
+
+def _refuse_other_embedding(embedding: Embedding, shapes: Shapes) -> None:
+    """What the file's names tell. Whether it fits the model is seen once that is found."""
+    name = embedding.path.name
+    if {"clip_l", "clip_g"} & shapes.keys():
+        raise CheckpointError(
+            f"{name} is an embedding for Stable Diffusion XL, with vectors for two text encoders (clip_l, clip_g); "
+            "added are those for Stable Diffusion 1.x and 2.x."
+        )
+    if not shapes or any(re.search(r"\.(weight|bias|alpha)$", key) for key in shapes):
+        raise CheckpointError(f"{name} is no embedding of textual inversion: none of its tensors is named for a token.")
+    if embedding.token and len(shapes) > 1:
+        raise CheckpointError(
+            f"{name} holds {len(shapes)} words, which have tokens of their own ({', '.join(shapes)}): "
+            f"leave out {embedding.token!r}, or write each to a file of its own."
+        )
+
+
+def _word(token: str, key: str, shape: tuple[int, ...], name: str) -> Word:
+    """The word of a tensor [D] or [n, D]. Raises CheckpointError where it is none."""
+    if len(shape) not in {1, 2} or 0 in shape:
+        raise CheckpointError(f"{name} is no embedding of textual inversion: {key} is of shape {list(shape)}.")
+    if not re.fullmatch(r"\S+", token):
+        raise CheckpointError(f"{token!r} is no token, which is one word without spaces: name one with {name}:TOKEN.")
+    return Word(token=token, key=key, vectors=shape[0] if len(shape) == 2 else 1, width=shape[-1])
+
+
+def _refuse_same_tokens(embeddings: Sequence[Embedding]) -> None:
+    """Case tells no tokens apart: prompts are read in lower case."""
+    claims: dict[str, str] = {}
+    for embedding in embeddings:
+        name = embedding.path.name
+        for word in embedding.words:
+            for token in dict.fromkeys(token.lower() for token in word.claimed):
+                if token in claims:
+                    raise CheckpointError(
+                        f"{claims[token]} and {name} have tokens that prompts cannot tell apart ({token}): "
+                        f"name another with {name}:TOKEN."
+                    )
+                claims[token] = name
+
+
+def _refuse_misfit(embedding: Embedding, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a word that this model's tokenizer or text encoder cannot learn."""
+    name, context = embedding.path.name, checkpoint.context
+    vocabulary = checkpoint.vocabulary
+    for word in embedding.words:
+        if word.width != context.width:
+            made = f"made for {_WIDTHS[word.width]}, " if word.width in _WIDTHS else ""
+            raise CheckpointError(
+                f"{name} does not fit {checkpoint.name}: {made}{word.width} wide, and this model's text encoder is "
+                f"{context.width}."
+            )
+        if word.vectors > context.tokens - 2:  # beside start and end
+            raise CheckpointError(
+                f"{name} has {word.vectors} vectors for {word.token}, and a prompt has room for {context.tokens - 2}."
+            )
+        if taken := next((token for token in word.claimed if token in vocabulary), None):
+            raise CheckpointError(
+                f"{taken} of {name} is a token that {checkpoint.name} has already: name another with {name}:TOKEN."
+            )

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Table
 from rich.text import Text
 
-from engines.base import LANES
+from engines.base import KEPT, LANES
 from engines.manifest import GRAPHS, Build, Compiled, Geometry, GraphName, Layers, Manifest, Precision
 from engines.profiles import shapes
 from engines.progress import Stage
@@ -185,10 +185,12 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "source", f"{manifest.source.name} (sha256 {manifest.source.sha256[:12]})"
     for lora in manifest.source.loras:
         yield "LoRA", lora
+    for embedding in manifest.source.embeddings:
+        yield "embedding", embedding
     yield "resolutions", ", ".join(map(str, manifest.resolutions))
     yield "row buckets", ", ".join(map(str, manifest.rows))
     yield "prediction", manifest.noise_schedule.prediction_type
-    yield "context", f"{manifest.context.tokens} tokens of {manifest.context.width}"
+    yield "context", f"{manifest.context.tokens} tokens of {manifest.context.width}, {manifest.context.layers} layers"
     defaults = manifest.defaults
     yield (
         "defaults",
@@ -253,10 +255,10 @@ def _activations(geometry: Geometry, name: GraphName) -> float:
 
 
 def _state_bytes(geometry: Geometry) -> int:
-    """Two pools per size, f32."""
+    """Two pools per size and what is kept for inpainting, f32."""
     latent = geometry.latent
     pixels = sum(size.width * size.height for size in geometry.resolutions) // latent.downscale**2
-    return 2 * 4 * geometry.slots * LANES * latent.channels * pixels
+    return 4 * geometry.slots * (2 * LANES + KEPT) * latent.channels * pixels
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -145,10 +145,10 @@ class DeviceBuffer:
             raise EngineError(f"An entry is {entry}, was given {given}.")
         self._stream.copy(self._address_of(at), source.address, size=source.nbytes)
 
-    def read(self) -> Array:
+    def read(self, *, at: int | None = None) -> Array:
         """Waits for the work given before."""
-        host = np.empty(self.shape, self.dtype)
-        self._stream.copy(host.ctypes.data, self.address, size=self.nbytes)
+        host = np.empty(self.shape if at is None else self.shape[1:], self.dtype)
+        self._stream.copy(host.ctypes.data, self._address_of(at), size=host.nbytes)
         self._stream.wait()
         return host
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import CLIPTokenizer
 
 from engines.base import Array
-from engines.checkpoint import Checkpoint, CheckpointError
+from engines.checkpoint import Checkpoint, Word
 from engines.host import HostBuffer
-from engines.load import Modules, quiet
+from engines.load import Modules, load_tokenizer
 from engines.manifest import (
     GRAPHS,
     MANIFEST,
@@ -61,16 +60,16 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     return {name: one.every_precision(known.get(name), storage, typed) for name, one in exports.items()}
 
 
-def export_tokenizer(checkpoint: Checkpoint, out: Path) -> Tokenizer:
-    """Whatever form the checkpoint keeps it in, the bundle holds one `tokenizer.json`."""
-    try:
-        with quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The tokenizer of {checkpoint.name} cannot be loaded: {error}") from error
+def export_tokenizer(checkpoint: Checkpoint, words: Sequence[Word], out: Path) -> Tokenizer:
+    """Whatever form the checkpoint keeps it in, the bundle holds one `tokenizer.json`, which knows `words` too."""
+    tokenizer = load_tokenizer(checkpoint, words)
     path = out / "tokenizer.json"
     write_atomically(path, tokenizer.backend_tokenizer.to_str().encode())
-    return Tokenizer(file=File.of(path, root=out), pad=tokenizer.pad_token_id)
+    return Tokenizer(
+        file=File.of(path, root=out),
+        pad=tokenizer.pad_token_id,
+        embeddings={word.token: word.vectors for word in words},
+    )
 
 
 class _Export:

@@ -1,8 +1,8 @@
 """The four graphs as torch modules, shaped for serving: everything of a denoising step that touches pixels is inside.
 
-Letters that vary between calls: S slots, C context rows, L tokens of a prompt, B images and R rows of one step,
-N prompts, n images decoded or encoded, h×w latent size, H×W picture size. Fixed by the checkpoint: c latent channels,
-T tokens the text encoder reads, D context width, V words it knows.
+Letters that vary between calls: S slots, C chunks of prompts, L chunks each row is told, B images and R rows of one
+step, N chunks to encode, n images decoded or encoded, h×w latent size, H×W picture size. Fixed by the checkpoint:
+c latent channels, T tokens the text encoder reads at once, D context width, V words it knows, E its hidden states.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from engines.base import LANES, MEMORY, TERMS
+from engines.base import KEPT, LANES, MEMORY, TERMS
 
 VARYING = frozenset("SCLBRNnhwHW")
 
@@ -49,18 +49,29 @@ class GraphModule(nn.Module):
 
 
 class EncodePrompt(GraphModule):
-    """Token ids to embeddings: the text encoder's last hidden state."""
+    """Token ids to embeddings: one of the text encoder's hidden states, normalized, and its tokens weighted."""
 
-    inputs: ClassVar = {"ids": _index("N", "T", of="V")}
+    inputs: ClassVar = {
+        "ids": _index("N", "T", of="V"),
+        "layer": _index("N", of="E"),  # which hidden state; the last, unless clip_skip asks for an earlier one
+        "weights": _f32("N", "T", below=2),  # of the tokens; 1 changes nothing
+    }
     output: ClassVar = ("embeddings", _f32("N", "T", "D"))
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.text_encoder(input_ids=ids, return_dict=False)[0]
-        return embeddings.float()
+    def forward(self, ids: Tensor, layer: Tensor, weights: Tensor) -> Tensor:
+        states = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        chosen = torch.stack(states, dim=1)[torch.arange(ids.shape[0]), layer]  # [N, T, D]
+        embeddings: Tensor = self.text_encoder.final_layer_norm(chosen).float()
+        weighted = embeddings * weights[:, :, None]
+        # As AUTOMATIC1111's web UI does: emphasis changes the balance of a chunk's tokens, not their mean. Where values
+        # cancel out there is no mean to restore.
+        before, after = (values.mean(dim=(1, 2), keepdim=True) for values in (embeddings, weighted))
+        meant = after.abs() > 1e-3 * weighted.abs().mean(dim=(1, 2), keepdim=True)
+        return weighted * torch.where(meant, before / torch.where(meant, after, 1.0), 1.0)
 
 
 class Denoise(GraphModule):
@@ -72,15 +83,17 @@ class Denoise(GraphModule):
 
     inputs: ClassVar = {
         "state": _f32("S", LANES, "c", "h", "w"),
-        "context": _f32("C", "L", "D"),  # prompt embeddings
+        "context": _f32("C", "T", "D"),  # embeddings of chunks of prompts
+        "kept": _f32("S", KEPT, "c", "h", "w"),  # for inpainting; zeros elsewhere
         "noise": _f32("B", "c", "h", "w"),  # fresh, for stochastic schedulers
         "slot": _index("B", of="S"),  # the slots that take this step
         "row_image": _index("R", of="B"),  # which of the B images each row sees
-        "row_context": _index("R", of="C"),  # which prompt each row is told
+        "row_context": _index("R", "L", of="C"),  # which chunks each row is told
         "timestep": _f32("R", below=1000),
         "guidance": _f32("B", "R"),  # how rows combine into each image's model output
         "scale": _f32("B"),  # c_in
         "coef": _f32("B", LANES, TERMS),  # lane i becomes the sum over j of coef[i, j] · term j
+        "level": _f32("B", 2),  # signal and noise of what is kept, after this step
     }
     output: ClassVar = ("state_next", _f32("S", LANES, "c", "h", "w"))
 
@@ -92,6 +105,7 @@ class Denoise(GraphModule):
         self,
         state: Tensor,
         context: Tensor,
+        kept: Tensor,
         noise: Tensor,
         slot: Tensor,
         row_image: Tensor,
@@ -100,18 +114,23 @@ class Denoise(GraphModule):
         guidance: Tensor,
         scale: Tensor,
         coef: Tensor,
+        level: Tensor,
         guidance_embedded: Tensor | None = None,
     ) -> Tensor:
         dtype = self.unet.dtype
         lanes = state[slot]  # [B, LANES, c, h, w]
         x = lanes[:, 0]
         seen = (x * scale[:, None, None, None])[row_image]  # [R, c, h, w]
-        told = context[row_context]  # [R, L, D]
+        told = context[row_context].flatten(1, 2)  # [R, L·T, D]
         condition = None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
         rows = self.unet(seen.to(dtype), timestep, told.to(dtype), timestep_cond=condition, return_dict=False)[0]
         model = (guidance @ rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         following = (coef @ terms.flatten(2)).view_as(lanes)
+        kept = kept[slot]
+        still = kept[:, 2:]  # [B, 1, c, h, w], 1 where it stays
+        held = (level[:, :, None, None, None] * kept[:, :2]).sum(dim=1, keepdim=True)
+        following = torch.cat([following[:, :1] * (1 - still) + held * still, following[:, 1:]], dim=1)
         return state.index_put((slot,), following)
 
     def _embed(self, w: Tensor) -> Tensor:
@@ -129,12 +148,11 @@ class GuidedDenoise(Denoise):
 
 
 class Decode(GraphModule):
-    """One lane of some slots to RGB pictures."""
+    """What some slots hold, to RGB pictures."""
 
     inputs: ClassVar = {
         "state": _f32("S", LANES, "c", "h", "w"),
         "slot": _index("n", of="S"),
-        "lane": _index("n", of=LANES),
     }
     output: ClassVar = ("images", _u8("n", "H", "W", 3))
 
@@ -143,8 +161,8 @@ class Decode(GraphModule):
         self.vae = vae
         self.scaling_factor: float = vae.config.scaling_factor
 
-    def forward(self, state: Tensor, slot: Tensor, lane: Tensor) -> Tensor:
-        latents = state[slot, lane] / self.scaling_factor
+    def forward(self, state: Tensor, slot: Tensor) -> Tensor:
+        latents = state[slot, 0] / self.scaling_factor
         pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         # Rounding as diffusers does; channels go last before the cast because TensorRT takes UINT8 as an output only.
         return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).to(torch.uint8)

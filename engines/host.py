@@ -25,8 +25,9 @@ class HostBuffer:
     def copy_from(self, source: Buffer, *, at: int) -> None:
         np.copyto(self.array[at], host_array(source))
 
-    def read(self) -> Array:
-        return self.array.copy()
+    def read(self, *, at: int | None = None) -> Array:
+        array: Array = self.array if at is None else self.array[at]
+        return array.copy()
 
 
 def host_array(buffer: Buffer) -> Array:

@@ -1,4 +1,6 @@
-"""Read a checkpoint's weights into torch modules: from a diffusers folder or a single file, with LoRAs fused in."""
+"""Read a checkpoint's weights into torch modules, from a diffusers folder or a single file; fuse LoRAs into them, and
+teach them the words of embeddings.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from engines.checkpoint import (
     Checkpoint,
@@ -30,6 +32,7 @@ from engines.checkpoint import (
     Layout,
     Lora,
     Origin,
+    Word,
     check_fit,
     layout_of,
     read_header,
@@ -141,7 +144,7 @@ def _layout_of_pickle(origin: Origin) -> Layout:
 
 
 def load_modules(checkpoint: Checkpoint, origin: Origin) -> Modules:
-    """Read the weights, and fuse the origin's LoRAs into them in order.
+    """Read the weights, fuse the origin's LoRAs into them in order, and add its embeddings.
 
     Raises:
         CheckpointError: a file is damaged or lacks weights, or a LoRA was made for another model.
@@ -154,7 +157,25 @@ def load_modules(checkpoint: Checkpoint, origin: Origin) -> Modules:
         )
     for lora in origin.loras:
         _fuse(lora, modules)
+    if origin.embeddings:
+        _teach(origin, load_tokenizer(checkpoint, origin.words), modules.text_encoder)
     return modules
+
+
+def load_tokenizer(checkpoint: Checkpoint, words: Sequence[Word] = ()) -> Any:
+    """The tokenizer, which finds the tokens of `words` in prompts as diffusers' `load_textual_inversion` has it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The tokenizer of {checkpoint.name} cannot be loaded: {error}") from error
+    for word in words:
+        tokenizer.add_tokens(list(word.tokens))
+    return tokenizer
 
 
 def _part(kind: Any, checkpoint: Checkpoint, part: str, **options: Any) -> Any:
@@ -229,12 +250,8 @@ def _change(factors: Mapping[str, Tensor], alpha: float | None) -> Tensor | None
 
 def _factors(path: Path) -> dict[str, dict[str, Tensor]]:
     """The factors of every layer, by the name that the file has for it."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(path).items():
         suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
         if suffix is None:
             raise CheckpointError(f"{path.name} holds {name}, which is no factor of a LoRA that we know.")
@@ -275,7 +292,33 @@ def _alphas(path: Path) -> Mapping[str, float]:
     return {key.removesuffix(".lora_alpha"): float(config[key]) for key in config if key.endswith(".lora_alpha")}
 
 
+# --- embeddings
+
+
+def _teach(origin: Origin, tokenizer: Any, text_encoder: Any) -> None:
+    """Lay each vector where the text encoder looks up its token."""
+    rows: dict[int, Tensor] = {}
+    for embedding in origin.embeddings:
+        tensors = _tensors(embedding.path)
+        for word in embedding.words:
+            ids = tokenizer.convert_tokens_to_ids(list(word.tokens))
+            rows |= zip(ids, tensors[word.key].view(word.vectors, word.width), strict=True)
+    known = text_encoder.get_input_embeddings().num_embeddings
+    with quiet():
+        text_encoder.resize_token_embeddings(max(known, *(row + 1 for row in rows)), mean_resizing=False)
+    with torch.no_grad():
+        for row, vector in rows.items():
+            text_encoder.get_input_embeddings().weight[row] = vector
+
+
 # --- the libraries
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _first_sentence(error: Exception) -> str:

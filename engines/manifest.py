@@ -9,10 +9,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from engines.base import ON_CPU, EngineError, TensorSpec
+from engines.base import MOST_CHUNKS, ON_CPU, EngineError, TensorSpec
 
 MANIFEST = "manifest.json"
-_CACHED_PROMPTS = 32  # embeddings that may outlive their requests
+_CACHED_CHUNKS = 32  # embeddings that may outlive their requests
 
 GraphName = Literal["encode_prompt", "denoise", "decode", "encode_image"]
 GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "decode", "encode_image")
@@ -81,6 +81,7 @@ class NoiseSchedule(_Fact):
     set_alpha_to_one: bool | None = None
     skip_prk_steps: bool = True
     final_sigmas_type: Literal["zero", "sigma_min"] | None = None
+    rescale_betas_zero_snr: bool = False
 
     @model_validator(mode="after")
     def _one_beta_per_timestep(self) -> Self:
@@ -99,10 +100,11 @@ class Latent(_Fact):
 
 
 class Context(_Fact):
-    """Prompt embeddings: [tokens, width]."""
+    """Embeddings of what the text encoder reads at once: [tokens, width]."""
 
     tokens: PositiveInt
     width: PositiveInt
+    layers: PositiveInt = Field(description="of the text encoder; clip_skip leaves out some of the last")
 
 
 class Tokenizer(_Fact):
@@ -110,6 +112,11 @@ class Tokenizer(_Fact):
 
     file: File
     pad: int
+    embeddings: dict[str, PositiveInt] = Field(
+        default={},
+        description="words learned by textual inversion, and how many vectors each stands for: the token itself, then "
+        "that with _1, _2 … behind it",
+    )
 
 
 class Defaults(_Fact):
@@ -220,11 +227,12 @@ class Build(_Fact):
 
 
 class Source(_Fact):
-    """Where the weights came from: a hub id or a file's name, the hash over its files, and what was fused into it."""
+    """Where the weights came from: a hub id or a file's name, the hash over its files, and what was added to it."""
 
     name: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     loras: tuple[str, ...] = Field(default=(), description="file name and scale of each LoRA")
+    embeddings: tuple[str, ...] = Field(default=(), description="file name and token of each learned word")
 
 
 class Geometry(_Fact):
@@ -253,8 +261,8 @@ class Geometry(_Fact):
 
     @property
     def context_rows(self) -> int:
-        """Places in the pool of prompt embeddings: a running request needs no more than rows, and sizes take turns."""
-        return self.max_rows * len(self.resolutions) + _CACHED_PROMPTS
+        """Places in the pool of prompt embeddings: each row may be told the most chunks, and sizes take turns."""
+        return self.max_rows * MOST_CHUNKS * len(self.resolutions) + _CACHED_CHUNKS
 
 
 class Manifest(Geometry):
@@ -265,6 +273,12 @@ class Manifest(Geometry):
     source: Source
     weights: Storage
     trained_size: Size
+    preview: tuple[tuple[float, ...], ...] = Field(
+        min_length=3,
+        max_length=3,
+        description="how a latent looks, roughly: red, green and blue in 0..1, each as a weight for every channel as "
+        "the UNet sees it, then a constant",
+    )
     tokenizer: Tokenizer
     noise_schedule: NoiseSchedule
     defaults: Defaults
@@ -278,6 +292,12 @@ class Manifest(Geometry):
     def _has_every_graph(self) -> Self:
         if missing := [name for name in GRAPHS if name not in self.graphs]:
             raise ValueError(f"the graph {missing[0]} is missing")
+        return self
+
+    @model_validator(mode="after")
+    def _previews_every_channel(self) -> Self:
+        if any(len(color) != self.latent.channels + 1 for color in self.preview):
+            raise ValueError(f"the preview's weights are not for {self.latent.channels} channels and a constant")
         return self
 
     @property

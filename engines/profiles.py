@@ -1,7 +1,7 @@
 """The shapes that engines are optimised for: static height and width, and one profile per row bucket.
 
 Fixed sides matter: TensorRT fuses no GroupNorm whose height and width vary, and takes three times the memory. The
-number of rows may vary within a profile without losing a fusion.
+number of rows and the length of prompts may vary within a profile without losing a fusion.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engines.base import TensorSpec
+from engines.base import MOST_CHUNKS, TensorSpec
 from engines.manifest import Geometry, GraphName, Profile
 
 Range = tuple[int, int, int]  # least, best, largest
@@ -55,7 +55,7 @@ def _dims(profile: Profile, graph: GraphName, geometry: Geometry) -> dict[str, R
         "W": _exactly(size.width),
         "S": (1, geometry.slots, geometry.slots),
         "C": (1, geometry.context_rows, geometry.context_rows),
-        "L": _exactly(geometry.context.tokens),
+        "L": (1, 1, MOST_CHUNKS),
         "B": up_to_batch,
         "R": up_to_batch,
         "n": _exactly(batch) if graph == "decode" else up_to_batch,

@@ -77,11 +77,12 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
         "w": 3 * unit,
         "H": 2 * latent.multiple,
         "W": 3 * latent.multiple,
-        "L": context.tokens,
+        "L": 2,
         "c": latent.channels,
         "T": context.tokens,
         "D": context.width,
-        "V": modules.text_encoder.config.vocab_size,
+        "V": modules.text_encoder.get_input_embeddings().num_embeddings,
+        "E": modules.text_encoder.config.num_hidden_layers + 1,
     }
     graphs: dict[GraphName, GraphModule] = {
         "encode_prompt": EncodePrompt(modules.text_encoder),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from engines.base import LANES, Array, Device, Engine, TensorSpec, open_device
+from engines.base import KEPT, LANES, Array, Device, Engine, TensorSpec, open_device
 from engines.manifest import GraphName, Manifest, Size
 from engines.progress import Progress
 
@@ -104,14 +104,14 @@ class Trajectory:
         latent = manifest.latent
         self._latent_shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
         self.size = size
-        self.ids = _token_ids(manifest, bundle, prompt or _prompts(manifest)[0])
+        self.chunks = _chunks(manifest, bundle, prompt or _prompts(manifest)[0])
 
     def walk(self, graphs: Graphs, each: Callable[[], None] = lambda: None) -> Walk:
         """The whole way on `graphs`, from the prompt to the picture; `each` hears of every step. Raises EngineError."""
         state = np.zeros((1, LANES, *self._latent_shape), np.float32)
         noise = np.random.default_rng(1).standard_normal(self._latent_shape, np.float32)
         state[0, 0] = noise * self._table.init_scale
-        context = np.concatenate([graphs("encode_prompt", {"ids": ids[None]}) for ids in self.ids])
+        context = np.concatenate([graphs("encode_prompt", inputs) for inputs in self.chunks])
         passed = []
         for step in self._table.steps:
             passed.append(self._inputs(step, state, context))
@@ -127,14 +127,16 @@ class Trajectory:
         return {
             "state": state,
             "context": context,
+            "kept": np.zeros((1, KEPT, *self._latent_shape), np.float32),
             "noise": np.random.default_rng(2).standard_normal((1, *self._latent_shape), np.float32),
             "slot": np.zeros(1, np.int64),
             "row_image": np.zeros(rows, np.int64),
-            "row_context": np.arange(rows),
+            "row_context": np.arange(rows)[:, None],
             "timestep": np.full(rows, step.timestep, np.float32),
             "guidance": np.array([weights], np.float32),
             "scale": np.array([step.scale], np.float32),
             "coef": step.matrix[None].astype(np.float32),
+            "level": np.zeros((1, 2), np.float32),
             **told,
         }
 
@@ -151,8 +153,8 @@ def recorded(manifest: Manifest, bundle: Path, table: Table, progress: Progress)
 
 
 def decode_inputs(state: Array) -> dict[str, Array]:
-    """What decodes lane 0 of the first slot."""
-    return {"state": state, "slot": np.zeros(1, np.int64), "lane": np.zeros(1, np.int64)}
+    """What decodes the first slot."""
+    return {"state": state, "slot": np.zeros(1, np.int64)}
 
 
 def _prompts(manifest: Manifest) -> tuple[str, ...]:
@@ -160,9 +162,11 @@ def _prompts(manifest: Manifest) -> tuple[str, ...]:
     return (*manifest.examples, *_PROMPTS)[: len(_PROMPTS)]
 
 
-def _token_ids(manifest: Manifest, bundle: Path, prompt: str) -> tuple[Array, Array]:
-    """A prompt and the empty one, [L] int64 each."""
+def _chunks(manifest: Manifest, bundle: Path, prompt: str) -> tuple[Inputs, Inputs]:
+    """What encodes a prompt, and the empty one."""
     tokenizer = Tokenizer.from_file(str(bundle / manifest.tokenizer.file.path))
     tokenizer.enable_truncation(manifest.context.tokens)
     tokenizer.enable_padding(length=manifest.context.tokens, pad_id=manifest.tokenizer.pad)
-    return np.array(tokenizer.encode(prompt).ids, np.int64), np.array(tokenizer.encode("").ids, np.int64)
+    last, plain = np.array([manifest.context.layers]), np.ones((1, manifest.context.tokens), np.float32)
+    of, empty = (np.array([tokenizer.encode(text).ids], np.int64) for text in (prompt, ""))
+    return {"ids": of, "layer": last, "weights": plain}, {"ids": empty, "layer": last, "weights": plain}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import LANES, TERMS, Array, EngineError, TensorSpec, open_device
+from engines.base import KEPT, LANES, TERMS, Array, EngineError, TensorSpec, open_device
 from engines.manifest import (
     Build,
     Difference,
@@ -98,7 +98,7 @@ def _cases(
 ) -> Iterator[tuple[Inputs, Inputs]]:
     """Inputs for the engines, and the part of them that their reference is worked out for: the first image."""
     if name == "encode_prompt":
-        own: Sequence[Inputs] = [{"ids": ids[None]} for ids in trajectory.ids]
+        own: Sequence[Inputs] = trajectory.chunks
     else:
         # What takes any shape takes them all alike.
         for profile in profiles or (shapes(manifest, name)[0].profile,):
@@ -139,21 +139,30 @@ def _random_denoise(manifest: Manifest, size: Size, batch: int, random: np.rando
     return {
         "state": random.standard_normal((batch, LANES, *latents), np.float32),
         "context": random.standard_normal(context, np.float32),
+        "kept": _random_kept(batch, latents, random),
         "noise": random.standard_normal((batch, *latents), np.float32),
         "slot": np.arange(batch),
         "row_image": np.arange(batch),
-        "row_context": np.arange(batch),
+        "row_context": np.stack([np.arange(batch), np.arange(batch)[::-1]], axis=1),  # two chunks each
         "timestep": random.uniform(0, manifest.noise_schedule.num_train_timesteps - 1, batch).astype(np.float32),
         "guidance": np.eye(batch, dtype=np.float32),
         "scale": np.ones(batch, np.float32),
         "coef": coef,
+        "level": random.standard_normal((batch, 2), np.float32),
         **told,
     }
 
 
+def _random_kept(batch: int, latents: tuple[int, int, int], random: np.random.Generator) -> Array:
+    """Noise to keep where half of each image stays as it is."""
+    kept = random.standard_normal((batch, KEPT, *latents), np.float32)
+    kept[:, 2] = kept[:, 2] > 0
+    return kept
+
+
 def _random_decode(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
     state = random.standard_normal((batch, LANES, *_latents(manifest, size)), np.float32)
-    return {"state": state, "slot": np.arange(batch), "lane": np.zeros(batch, np.int64)}
+    return {"state": state, "slot": np.arange(batch)}
 
 
 def _random_encode(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:

@@ -47,15 +47,26 @@ def test_weights_keep_their_names(bundle: Path) -> None:
 
 def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manifest: Manifest) -> None:
     tokenizer = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
-    prompt = tokenizer("a red cat on a blue hill")
+    prompt = tokenizer("a red cat BREAK on a blue hill BREAK rain")
+    assert len(prompt.chunks) == 3
+    rng = np.random.default_rng(0)
     device = open_device("onnxruntime")
-    ids, embeddings = device.allocate((1, TOKENS), np.int64), device.allocate((1, TOKENS, WIDTH), np.float32)
-    ids.write(np.array([prompt.ids]))
-    device.load(bundle / "onnx/encode_prompt.onnx").bind({"ids": ids, "embeddings": embeddings}).run()
+    ids, weights = np.array([chunk.ids for chunk in prompt.chunks]), rng.uniform(0.5, 2, (3, TOKENS))
+    inputs = {"ids": ids, "layer": np.array([2, 1, 0]), "weights": weights.astype(np.float32)}
+    buffers = {name: device.allocate(array.shape, array.dtype) for name, array in inputs.items()}
+    for name, array in inputs.items():
+        buffers[name].write(array)
+    embeddings = device.allocate((3, TOKENS, WIDTH), np.float32)
+    device.load(bundle / "onnx/encode_prompt.onnx").bind({**buffers, "embeddings": embeddings}).run()
     with torch.inference_mode():
         encoder = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").eval()
-        expected = encoder(input_ids=torch.tensor([prompt.ids])).last_hidden_state.numpy()
-    assert np.abs(embeddings.read() - expected).max() < 1e-4
+        made = encoder(input_ids=torch.from_numpy(ids), output_hidden_states=True)
+        plain = [encoder.final_layer_norm(made.hidden_states[layer][n]) for n, layer in enumerate((2, 1, 0))]
+        np.testing.assert_array_equal(plain[0], made.last_hidden_state[0])
+    for ours, whole, weight in zip(embeddings.read(), plain, weights, strict=True):
+        weighted = whole.numpy() * weight[:, None]
+        expected = weighted * whole.numpy().mean() / weighted.mean()
+        assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -74,11 +85,12 @@ def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manif
 def test_prompts_become_the_ids_that_transformers_makes(
     checkpoint: Path, bundle: Path, manifest: Manifest, text: str
 ) -> None:
-    ours = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)(text)
+    tokenizer = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
+    ours = tokenizer(text, syntax="plain")
     theirs = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
     padded = theirs(text, padding="max_length", max_length=TOKENS, truncation=True)
-    assert list(ours.ids) == padded.input_ids
-    assert ours.truncated == (len(theirs(text).input_ids) > TOKENS)
+    assert list(ours.chunks[0].ids) == padded.input_ids
+    assert (len(ours.chunks) > 1) == (len(theirs(text).input_ids) > TOKENS)
 
 
 def test_a_hub_id_without_a_network_fails_in_one_line(

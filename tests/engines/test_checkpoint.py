@@ -114,6 +114,65 @@ def test_what_sets_families_apart(families: Families) -> None:
     assert (facts["lcm"].scheduler, facts["sd2"].scheduler, facts["sd1"].scheduler) == ("lcm", "ddim", "pndm")
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler"}, "euler"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "euler_karras"),
+        ({"_class_name": "KDPM2AncestralDiscreteScheduler", "use_beta_sigmas": True}, "kdpm2_ancestral_beta"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "use_karras_sigmas": True},
+            "dpmpp_3m_karras",
+        ),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "sde-dpmsolver++",
+                "use_exponential_sigmas": True,
+            },
+            "dpmpp_2m_sde_exponential",
+        ),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3}, "dpmpp_3s"),
+        ({"_class_name": "DPMSolverSinglestepScheduler", "solver_type": "bh2"}, "dpmpp_2s"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_order": 2, "disable_corrector": []}, "unipc"),
+        ({"_class_name": "DEISMultistepScheduler", "use_karras_sigmas": True}, "deis_karras"),
+        ({"_class_name": "TCDScheduler"}, "tcd"),
+        ({"_class_name": "DDIMScheduler", "use_karras_sigmas": True}, "ddim"),  # which that class ignores
+    ],
+)
+def test_the_scheduler_is_named_after_its_config(copied: Path, config: dict[str, object], name: str) -> None:
+    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert Checkpoint(copied, "copy").scheduler == name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "IPNDMScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True},
+        {"_class_name": "DPMSolverSinglestepScheduler", "algorithm_type": "sde-dpmsolver++"},
+        {"_class_name": "DEISMultistepScheduler", "solver_order": 3},
+        {"_class_name": "UniPCMultistepScheduler", "solver_order": 3},
+        {"_class_name": "UniPCMultistepScheduler", "predict_x0": False},
+        {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]},
+        {},
+    ],
+)
+def test_a_scheduler_without_a_table_falls_to_the_one_of_sd1(copied: Path, config: dict[str, object]) -> None:
+    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert Checkpoint(copied, "copy").scheduler == "pndm"
+
+
+def test_zero_terminal_snr_is_a_fact_of_the_noise_schedule(copied: Path) -> None:
+    assert not Checkpoint(copied, "copy").noise_schedule.rescale_betas_zero_snr
+    edit(copied / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    assert Checkpoint(copied, "copy").noise_schedule.rescale_betas_zero_snr
+
+
 def test_a_wide_context_prefers_bf16_too(copied: Path) -> None:
     edit(copied / "unet" / "config.json", cross_attention_dim=1024)
     assert Checkpoint(copied, "copy").prefers_bf16

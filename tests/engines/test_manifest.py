@@ -45,6 +45,8 @@ def test_every_file_is_vouched_for(copied: Path, manifest: Manifest) -> None:
         (lambda facts: facts["graphs"]["decode"]["onnx"].pop("fp32"), "graph in fp32"),
         (lambda facts: facts["builds"]["onnxruntime"]["engines"].pop("decode"), "engine of decode is missing"),
         (lambda facts: facts.update(rows=[4, 2]), "do not ascend"),
+        (lambda facts: facts["preview"][0].pop(), "not for 4 channels and a constant"),
+        (lambda facts: facts["preview"].pop(), "preview: .* at least 3 items"),
         (lambda facts: facts["noise_schedule"].update(trained_betas=[0.1, 0.2]), "2 trained_betas for 1000"),
     ],
 )

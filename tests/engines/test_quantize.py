@@ -15,14 +15,14 @@ import pytest
 from tokenizers import Tokenizer
 
 import engines.demo
-from engines.base import LANES, Array, Engine, EngineError, open_device
+from engines.base import KEPT, LANES, Array, Engine, EngineError, open_device
 from engines.manifest import NoiseSchedule
 from engines.openvino import openvino
 from engines.quantize import quantize_denoise
-from server.schedulers import table
+from server.schedulers import Scheduler, table
 
 DEMO = Path(engines.demo.__file__).parent
-TOKENS = 32
+TOKENS, LAYERS = 32, 2
 LATENTS = (4, 16, 16)
 STEPS = 10
 GUIDANCE = 4.0
@@ -84,13 +84,14 @@ def encode(prompts: tuple[str, ...]) -> Array:
     tokenizer.enable_padding(length=TOKENS, pad_id=tokenizer.token_to_id("<|endoftext|>"))
     ids = np.array([tokenizer.encode(prompt).ids for prompt in ("", *prompts)], np.int64)
     encoder = open_device("onnxruntime").load(DEMO / "onnx" / "encode_prompt.onnx")
-    return run(encoder, {"ids": ids}, "embeddings", np.zeros((len(ids), TOKENS, 128), np.float32))
+    plain = {"layer": np.full(len(ids), LAYERS), "weights": np.ones(ids.shape, np.float32)}
+    return run(encoder, {"ids": ids, **plain}, "embeddings", np.zeros((len(ids), TOKENS, 128), np.float32))
 
 
 def steps(engine: Engine, prompts: tuple[str, ...], *, seed: int) -> Iterator[tuple[dict[str, Array], Array]]:
     """The inputs and the next state of each step that draws `prompts` in one batch, two rows each, with DDIM."""
     images = len(prompts)
-    ways = table("ddim", STEPS, NoiseSchedule(timestep_spacing="leading", steps_offset=1))
+    ways = table(Scheduler("ddim"), STEPS, NoiseSchedule(timestep_spacing="leading", steps_offset=1))
     state = np.zeros((images, LANES, *LATENTS), np.float32)
     state[:, 0] = ways.init_scale * np.random.default_rng(seed).standard_normal((images, *LATENTS))
     each = np.arange(images)
@@ -99,9 +100,11 @@ def steps(engine: Engine, prompts: tuple[str, ...], *, seed: int) -> Iterator[tu
         "noise": np.zeros((images, *LATENTS), np.float32),
         "slot": each,
         "row_image": each.repeat(2),
-        "row_context": np.stack([each + 1, 0 * each], axis=1).ravel(),
+        "row_context": np.stack([each + 1, 0 * each], axis=1).reshape(-1, 1),
         "guidance": np.kron(np.eye(images), [[GUIDANCE, 1 - GUIDANCE]]).astype(np.float32),
         "scale": np.ones(images, np.float32),
+        "kept": np.zeros((images, KEPT, *LATENTS), np.float32),
+        "level": np.zeros((images, 2), np.float32),
     }
     for way in ways.steps:
         coef = np.tile(way.matrix.astype(np.float32), (images, 1, 1))
@@ -116,7 +119,7 @@ def pictures(engine: Engine) -> Array:
     *_, (_inputs, state) = steps(engine, DRAWN, seed=5)
     slots = np.arange(len(DRAWN))
     decoder = open_device("onnxruntime").load(DEMO / "onnx" / "decode.onnx")
-    inputs = {"state": state, "slot": slots, "lane": 0 * slots}
+    inputs = {"state": state, "slot": slots}
     return run(decoder, inputs, "images", np.zeros((len(DRAWN), 64, 64, 3), np.uint8)).astype(np.float64)
 
 
@@ -138,7 +141,9 @@ def test_any_rows_and_sizes(exact: Engine, int8: Engine, images: int, rows: int,
         "noise": np.zeros((images, 4, h, w), np.float32),
         "slot": random.permutation(6)[:images],
         "row_image": random.integers(images, size=rows),
-        "row_context": random.integers(5, size=rows),
+        "row_context": random.integers(5, size=(rows, 2)),
+        "kept": np.zeros((6, KEPT, 4, h, w), np.float32),
+        "level": np.zeros((images, 2), np.float32),
         "timestep": random.uniform(0, 999, rows).astype(np.float32),
         "guidance": random.standard_normal((images, rows), np.float32),
         "scale": np.ones(images, np.float32),
