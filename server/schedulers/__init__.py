@@ -1,0 +1,25 @@
+"""Schedulers as tables: every step of every method is linear in x, the model's output, fresh noise and the memory.
+
+The reference is diffusers' class of the same method, configured by `from_config(the checkpoint's scheduler config)`:
+the same calls, the same timesteps, and x in the same space, so that one row of a table stands for one `step()`.
+"""
+
+from server.schedulers.catalogue import NAMES, describe, find, table
+from server.schedulers.levels import Sigmas, Spacing
+from server.schedulers.methods import METHODS, Description
+from server.schedulers.steps import FinalSigma, Scheduler, Step, Table
+
+__all__ = [
+    "METHODS",
+    "NAMES",
+    "Description",
+    "FinalSigma",
+    "Scheduler",
+    "Sigmas",
+    "Spacing",
+    "Step",
+    "Table",
+    "describe",
+    "find",
+    "table",
+]
