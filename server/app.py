@@ -46,13 +46,24 @@ def make_service(  # noqa: PLR0913 - the parts, all by keyword
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Service:
     """Wire the rooms around the verified bundle in folder `bundle`. Engines are loaded when the executor starts."""
-    tokens, pad = manifest.context.tokens, manifest.tokenizer.pad
-    intake = Intake(manifest, Tokenizer(bundle / manifest.tokenizer.file.path, tokens=tokens, pad=pad))
+    tokenizer = Tokenizer(
+        bundle / manifest.tokenizer.file.path,
+        tokens=manifest.context.tokens,
+        pad=manifest.tokenizer.pad,
+        embeddings=manifest.tokenizer.embeddings,
+    )
+    intake = Intake(manifest, tokenizer)
     batcher = Batcher(max_rows=manifest.max_rows, max_waiting=max_waiting)
     metrics = Metrics(manifest, backend)
     executor = Executor(
         batcher,
-        lambda: Pipeline.load(manifest, bundle, backend=backend, device=open_device(backend, threads=threads)),
+        lambda: Pipeline.load(
+            manifest,
+            bundle,
+            backend=backend,
+            device=open_device(backend, threads=threads),
+            on_lookup=metrics.prompt_lookup,
+        ),
         warm_up=_rehearsals(manifest, intake),
         metrics=metrics,
         on_ready=on_ready,

@@ -21,7 +21,7 @@ class Batch:
     """What the executor does before and in one step. `requests` share a size and fit the largest bucket."""
 
     left: tuple[Request, ...]  # cancelled since the last batch: free what they hold
-    joined: tuple[Request, ...]  # newcomers among `requests`
+    joined: tuple[Request, ...]  # newcomers, who may have to wait for their first step if they share with nobody
     requests: tuple[Request, ...]
 
 
@@ -40,6 +40,13 @@ class _Line:
             free -= newcomer.rows
             self.running.append(newcomer)
             yield newcomer
+
+    def take_turn(self) -> tuple[Request, ...]:
+        """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
+        first = self.running[0]
+        turn = (first,) if first.wish.exact else tuple(one for one in self.running if not one.wish.exact)
+        self.running = [*(one for one in self.running if one not in turn), *turn]
+        return turn
 
     def drop_cancelled(self) -> frozenset[Request]:
         """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""
@@ -109,7 +116,7 @@ class Batcher:
             size = next(iter(self._lines))
             line = self._lines[size] = self._lines.pop(size)  # its turn is now, the next one after all others
             joined = tuple(line.join(self.max_rows))
-            return Batch(left, joined, tuple(line.running))
+            return Batch(left, joined, line.take_turn())
 
     def leave(self, request: Request) -> None:
         """`request` takes no more steps."""

@@ -24,7 +24,11 @@ class ServerError(Exception):
 
 
 class MalformedBody(ServerError):
-    """The body is not JSON."""
+    """The body is not the JSON, or not the form, that it is declared as."""
+
+
+class ForeignOrigin(ServerError):
+    """The body is a form that a page of another origin sent."""
 
 
 class BodyTooLarge(ServerError):
@@ -32,7 +36,7 @@ class BodyTooLarge(ServerError):
 
 
 class UnsupportedMediaType(ServerError):
-    """The body is not declared as JSON."""
+    """The body is declared neither as JSON nor as a form."""
 
 
 class NotAcceptable(ServerError):
@@ -40,7 +44,7 @@ class NotAcceptable(ServerError):
 
 
 class InvalidRequest(ServerError):
-    """The body is JSON and asks for what cannot be done."""
+    """The body can be read, and asks for what cannot be done."""
 
 
 class QueueFull(ServerError):
@@ -61,6 +65,7 @@ class Cancelled(ServerError):
 
 STATUS: dict[type[ServerError], int] = {
     MalformedBody: 400,
+    ForeignOrigin: 403,
     NotAcceptable: 406,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,

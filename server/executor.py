@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from engines.base import EngineError
 from server.batcher import Batch, Batcher
@@ -71,7 +70,8 @@ class Executor:
     def _give_up(self, error: Exception) -> None:
         self.ready = False
         self._batcher.close()
-        for request in (*self._current.left, *self._current.requests, *self._batcher.evict()):
+        current = self._current
+        for request in (*current.left, *current.joined, *current.requests, *self._batcher.evict()):
             request.end(Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=5)))
         self._on_failure(error)
 
@@ -123,9 +123,7 @@ class Executor:
         every = request.wish.preview_every
         if not every or request.step % every or request.denoised:
             return None
-        with suppress(EngineError):  # a preview is a courtesy; the picture itself will tell
-            return self._pipeline.preview(request)
-        return None
+        return self._pipeline.preview(request)
 
     def _finish(self, request: Request) -> None:
         request.finish_stage("denoise")

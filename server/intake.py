@@ -6,14 +6,19 @@ import secrets
 import uuid
 from collections.abc import Callable
 
+import PIL.Image
+
 from engines.manifest import Manifest, Size
+from server import uploads
 from server.errors import FieldError, InvalidRequest
-from server.request import Event, Request, Wish
-from server.schedulers import table
+from server.request import Event, Original, Request, Wish
+from server.schedulers import Scheduler, Table, find, table
 from server.schemas import MAX_SEED, GenerateRequest
 from server.tokenizer import Tokenizer
 
 Listener = Callable[[Request, Event], None]
+
+_STRENGTH = 0.8  # of image to image, as in diffusers
 
 
 class Intake:
@@ -24,35 +29,105 @@ class Intake:
         self._tokenizer = tokenizer
 
     def request(self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None) -> Request:
-        """Fill in the defaults, tokenize, and compile the scheduler's table.
+        """Fill in the defaults, tokenize, decode pictures, and compile the scheduler's table.
 
         Raises:
-            InvalidRequest: the model was not built for this size, or the scheduler cannot make so many steps.
+            InvalidRequest: the model was not built for this size, the scheduler cannot make so many steps, a picture
+                cannot be read, or fields contradict each other.
         """
+        _refuse_contradictions(body)
         defaults = self._manifest.defaults
         seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+        steps = body.num_inference_steps or defaults.num_inference_steps
+        picture = None if body.image is None else uploads.read(body.image, field="image")
+        size = self._size(body, picture)
+        original = None if picture is None else self._original(body, picture, size)
+        scheduler = self._scheduler(body)
         wish = Wish(
-            prompt=self._tokenizer(body.prompt),
-            negative_prompt=self._tokenizer(body.negative_prompt),
-            size=self._size(body),
-            scheduler=body.scheduler or defaults.scheduler,
-            num_inference_steps=body.num_inference_steps or defaults.num_inference_steps,
+            prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax),
+            negative_prompt=self._tokenizer(body.negative_prompt, syntax=body.prompt_syntax),
+            size=size,
+            scheduler=scheduler,
+            num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+            guided_from=body.guidance_start,
+            guided_to=body.guidance_end,
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
+            clip_skip=self._clip_skip(body),
+            original=original,
             preview_every=body.preview_every,
             embeds_guidance=self._manifest.embeds_guidance,
+            exact=body.exact,
         )
-        try:
-            steps = table(wish.scheduler, wish.num_inference_steps, self._manifest.noise_schedule)
-        except ValueError as error:
-            raise InvalidRequest(str(error), fields=(FieldError("num_inference_steps", str(error)),)) from error
-        return Request(wish, steps, listeners, request_id or uuid.uuid4().hex)
+        return Request(wish, self._table(scheduler, steps, original), listeners, request_id or uuid.uuid4().hex)
 
-    def _size(self, body: GenerateRequest) -> Size:
-        default = self._manifest.resolutions[0]
+    def _size(self, body: GenerateRequest, picture: PIL.Image.Image | None) -> Size:
+        """What was asked for, or the built size nearest to the picture's shape, or the model's default."""
+        built = self._manifest.resolutions
+        default = built[0]
+        if picture is not None and body.width is None and body.height is None:
+            shape = picture.width / picture.height
+            default = min(built, key=lambda size: (abs(size.width / size.height - shape), size != built[0]))
         size = Size(width=body.width or default.width, height=body.height or default.height)
-        if size not in self._manifest.resolutions:
-            built = ", ".join(map(str, self._manifest.resolutions))
-            message = f"This model was built for {built}, not for {size}: ask for one of those."
+        if size not in built:
+            message = f"This model was built for {', '.join(map(str, built))}, not for {size}: ask for one of those."
             raise InvalidRequest(message, fields=(FieldError("width", message), FieldError("height", message)))
         return size
+
+    def _original(self, body: GenerateRequest, picture: PIL.Image.Image, size: Size) -> Original:
+        mask = None
+        if body.mask is not None:
+            downscale = self._manifest.latent.downscale
+            mask = uploads.fit_mask(uploads.read(body.mask, field="mask"), size, downscale=downscale)
+        usual = _STRENGTH if mask is None else 1.0
+        return Original(uploads.fit(picture, size), usual if body.strength is None else body.strength, mask)
+
+    def _scheduler(self, body: GenerateRequest) -> Scheduler:
+        try:
+            return find(
+                self._manifest.defaults.scheduler if body.scheduler is None else body.scheduler,
+                sigmas=body.sigmas,
+                timestep_spacing=body.timestep_spacing,
+                final_sigmas_type=body.final_sigmas_type,
+                eta=body.eta,
+            )
+        except ValueError as error:
+            raise _refused("scheduler", str(error)) from error
+
+    def _table(self, scheduler: Scheduler, steps: int, original: Original | None) -> Table:
+        """The steps to be taken: with an original to start from, only the last of them."""
+        taken = steps if original is None else min(int(steps * original.strength), steps)
+        if taken < 1:
+            raise _refused(
+                "strength", f"{steps} steps at this strength are none: ask for more steps, or more strength."
+            )
+        try:
+            return table(scheduler, steps, self._manifest.noise_schedule, skip=steps - taken)
+        except ValueError as error:
+            raise _refused("num_inference_steps", str(error)) from error
+
+    def _clip_skip(self, body: GenerateRequest) -> int:
+        layers = self._manifest.context.layers
+        if body.clip_skip >= layers:
+            raise _refused("clip_skip", f"This model's text encoder has {layers} layers: skip at most {layers - 1}.")
+        return body.clip_skip
+
+
+def _refuse_contradictions(body: GenerateRequest) -> None:
+    if body.guidance_rescale:
+        raise _refused(
+            "guidance_rescale",
+            "guidance_rescale divides by the spread of the model's output, which steps that requests share cannot do: "
+            "leave it out, and lower guidance_scale or end guidance early with guidance_end.",
+        )
+    if body.guidance_start >= body.guidance_end:
+        raise _refused("guidance_end", "guidance_end must be greater than guidance_start; 0 and 1 are the defaults.")
+    if body.image is None and (body.mask is not None or body.strength is not None):
+        field = "strength" if body.mask is None else "mask"
+        raise _refused(field, f"{field} says what becomes of a picture: send image too.")
+    if body.exact and body.num_images > 1:
+        raise _refused("exact", "exact draws one picture at a time: ask for each seed on its own.")
+
+
+def _refused(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, fields=(FieldError(field, message),))

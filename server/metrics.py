@@ -35,6 +35,14 @@ class Metrics:
         self._step_seconds = Histogram(
             "latentd_step_duration_seconds", "Time per step.", buckets=_SECONDS, registry=registry
         )
+        self._lookups = Counter(
+            "latentd_prompt_lookups",
+            "Chunks of prompts, by whether their embeddings were still there.",
+            ["result"],
+            registry=registry,
+        )
+        for result in ("hit", "miss"):  # so that a rate can be drawn from the first on
+            self._lookups.labels(result)
         self._images = Counter("latentd_images", "Pictures made.", registry=registry)
         self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
         info = Gauge("latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry)
@@ -56,6 +64,9 @@ class Metrics:
 
     def stage(self, stage: str, seconds: float) -> None:
         self._stage.labels(stage).observe(seconds)
+
+    def prompt_lookup(self, found: bool) -> None:
+        self._lookups.labels("hit" if found else "miss").inc()
 
     def rejected(self, error: ServerError) -> None:
         self._rejected.labels(type(error).__name__).inc()

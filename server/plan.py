@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from engines.base import LANES, TERMS, Array
 from server.noise import NoiseGenerator
 from server.request import Request
 
+_PICTURE = (1.0, 0.0)  # signal and noise, when all steps are done
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -20,9 +23,17 @@ class Placement:
 
     request: Request
     slots: tuple[int, ...]  # one per image
-    prompts: tuple[int, ...]  # context rows: the prompt's and, for a guided request, the negative prompt's
+    prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
     noise: tuple[NoiseGenerator, ...]  # one per image
     hold: ExitStack  # frees all of it
+
+    @property
+    def rows(self) -> tuple[tuple[tuple[int, ...], float], ...]:
+        """The context rows and weight of each UNet row of one image; Ho & Salimans (2022), eq. 6."""
+        if not self.request.guided_now:
+            return ((self.prompts[0], 1.0),)
+        g = self.request.wish.guidance_scale
+        return (self.prompts[0], g), (self.prompts[1], 1 - g)
 
 
 @dataclass(slots=True)
@@ -40,6 +51,11 @@ class Plan:
     def rows(self) -> int:
         return len(self.arrays["timestep"])
 
+    @property
+    def chunks(self) -> int:
+        """How many chunks of prompts each row is told."""
+        return int(self.arrays["row_context"].shape[1])
+
 
 def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int]) -> Plan:
     """Plan the next step of every placed request; `latent_shape` is [channels, h, w].
@@ -47,30 +63,33 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
     Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
     """
     images = sum(len(placement.slots) for placement in placements)
-    rows = sum(placement.request.rows for placement in placements)
+    rows = sum(len(placement.slots) * len(placement.rows) for placement in placements)
+    chunks = math.lcm(*(len(prompt) for placement in placements for prompt, _weight in placement.rows))
     row_image = np.zeros(rows, np.int64)
-    row_context = np.zeros(rows, np.int64)
+    row_context = np.zeros((rows, chunks), np.int64)
     timestep = np.zeros(rows, np.float32)
     guidance = np.zeros((images, rows), np.float32)
     guidance_embedded = np.zeros(rows, np.float32)
     scale = np.zeros(images, np.float32)
     coef = np.zeros((images, LANES, TERMS), np.float32)
+    level = np.zeros((images, 2), np.float32)
     noise = np.zeros((images, *latent_shape), np.float32)
     image = row = 0
     for placement in placements:
-        table = placement.request.table
-        step = table.steps[placement.request.step]
+        request = placement.request
+        step, *later = request.table.steps[request.step : request.step + 2]
         for generator in placement.noise:
             scale[image] = step.scale
             coef[image] = step.matrix
-            if table.stochastic:
+            level[image] = later[0].level if later else _PICTURE
+            if step.draws:
                 noise[image] = generator.randn(latent_shape)
-            for context, weight in _guidance(placement):
+            for prompt, weight in placement.rows:
                 row_image[row] = image
-                row_context[row] = context
+                row_context[row] = prompt * (chunks // len(prompt))  # attention does not notice whole repetitions
                 timestep[row] = step.timestep
                 guidance[image, row] = weight
-                guidance_embedded[row] = placement.request.wish.guidance_scale - 1
+                guidance_embedded[row] = request.wish.guidance_scale - 1
                 row += 1
             image += 1
     slot: NDArray[np.int64] = np.array([slot for placement in placements for slot in placement.slots], np.int64)
@@ -86,13 +105,7 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
             "guidance": guidance,
             "scale": scale,
             "coef": coef,
+            "level": level,
             **told,
         },
     )
-
-
-def _guidance(placement: Placement) -> tuple[tuple[int, float], ...]:
-    """The context row and weight of each UNet row of one image; Ho & Salimans (2022), eq. 6."""
-    wish = placement.request.wish
-    g = wish.guidance_scale if wish.guided else 1.0
-    return tuple(zip(placement.prompts, (g, 1 - g), strict=False))

@@ -13,11 +13,26 @@ from numpy.typing import NDArray
 
 from engines.manifest import Size
 from server.errors import ServerError
-from server.schedulers import Table
+from server.schedulers import Scheduler, Table
 from server.tokenizer import Prompt
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
+Mask = NDArray[np.float32]  # [h, w], of latents: 1 where a picture is drawn anew, 0 where it stays
 Stage = Literal["queue", "encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Original:
+    """The picture to start from. With a mask only a part of it is drawn anew."""
+
+    image: Image
+    strength: float  # how much of the way is gone again; 1 keeps next to nothing
+    mask: Mask | None = None
+
+    @property
+    def starts_from_noise(self) -> bool:
+        """Inpainting at full strength, which in diffusers forgets the picture; image to image never quite does."""
+        return self.mask is not None and self.strength == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +42,17 @@ class Wish:
     prompt: Prompt
     negative_prompt: Prompt
     size: Size
-    scheduler: str
+    scheduler: Scheduler
     num_inference_steps: int
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
+    guided_from: float = 0.0  # of the way: the share of the steps after which guidance begins
+    guided_to: float = 1.0  # and ends
+    clip_skip: int = 0  # layers of the text encoder left out at its end
+    original: Original | None = None
     preview_every: int = 0  # steps; 0 shows none
     embeds_guidance: bool = False  # the model is told its guidance, and the negative prompt has no say
+    exact: bool = False  # steps are shared with nobody, so that company cannot change a bit
 
     @property
     def guided(self) -> bool:
@@ -95,8 +115,14 @@ class Request:
 
     @property
     def rows(self) -> int:
-        """UNet rows per step: a guided image takes two, an unguided one takes one."""
+        """UNet rows that a step may take: a guided image takes two, an unguided one takes one."""
         return self.images * (2 if self.wish.guided else 1)
+
+    @property
+    def guided_now(self) -> bool:
+        """Whether the negative prompt has a say in the next step."""
+        wish = self.wish
+        return wish.guided and wish.guided_from <= self.step / self.steps < wish.guided_to
 
     @property
     def steps(self) -> int:

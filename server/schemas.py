@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import binascii
+import re
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from server.images import ImageFormat
-from server.schedulers import NAMES
+from server.schedulers import FinalSigma, Sigmas, Spacing
+from server.tokenizer import Syntax
+from server.uploads import MAX_FILE
 
 PROMPT_LENGTH = 4000  # characters
 MAX_SEED = 2**32 - 1  # torch's generator reads no more than these bits
 
+_DATA_URL = re.compile(r"data:image/[\w.+-]{1,30};base64,", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
+
+
+def _decode(text: object) -> bytes:
+    """The file in base64 text (RFC 4648, section 4; lines may be broken) or in a data: URL of it."""
+    if isinstance(text, bytes):  # which neither JSON nor a form can say
+        return text
+    if not isinstance(text, str):
+        raise PydanticCustomError("picture", "Input should be a file, as base64 text")
+    if prefix := _DATA_URL.match(text):
+        text = text[prefix.end() :]
+    if _URL.match(text):
+        raise PydanticCustomError("picture", "URLs are not fetched: send the file itself, base64 or multipart")
+    try:
+        content = binascii.a2b_base64(text.replace("\r", "").replace("\n", ""), strict_mode=True)
+    except ValueError:
+        raise PydanticCustomError("picture", "Input should be base64, as of RFC 4648, section 4") from None
+    if not 0 < len(content) <= MAX_FILE:
+        raise PydanticCustomError("picture", f"The file should have at least a byte, and at most {MAX_FILE} bytes")
+    return content
+
+
+Picture = Annotated[
+    bytes, BeforeValidator(_decode), WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1})
+]
 Side = Annotated[int, Field(ge=8, le=8192, description="pixels; default: the model's first resolution")]
 
 
@@ -26,6 +57,12 @@ class GenerateRequest(_Body):
         max_length=PROMPT_LENGTH, description="what the picture shows", examples=["a red heart on a yellow background"]
     )
     negative_prompt: str = Field("", max_length=PROMPT_LENGTH, description="what it should not show")
+    prompt_syntax: Syntax = Field(
+        "a1111", description="a1111 reads (weights:1.2), [less of it] and BREAK; plain reads every character as written"
+    )
+    clip_skip: int = Field(
+        0, ge=0, le=64, description="layers of the text encoder to leave out at its end; not for the negative prompt"
+    )
     width: Side | None = None
     height: Side | None = None
     num_inference_steps: int | None = Field(
@@ -38,14 +75,50 @@ class GenerateRequest(_Body):
         description="how closely the prompt is followed; at 1 or less "
         "the negative prompt has no say and the picture costs half",
     )
+    guidance_start: float = Field(0.0, ge=0, lt=1, description="of the way: where guidance begins")
+    guidance_end: float = Field(
+        1.0, gt=0, le=1, description="where it ends; outside, the negative prompt has no say and a step costs half"
+    )
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="not done: only 0 is taken")
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="the same seed gives the same picture; default: a random one"
     )
     num_images: int = Field(1, ge=1, le=64, description="pictures, of seeds seed, seed+1, …")
-    scheduler: Literal[NAMES] | None = Field(None, description="the numerical method")  # type: ignore[valid-type]
+    scheduler: str | None = Field(
+        None,
+        max_length=64,
+        description="the numerical method: our name, diffusers' class, or the name in AUTOMATIC1111's web UI; "
+        "GET /schedulers lists them all",
+        examples=["dpmpp_2m_karras", "EulerAncestralDiscreteScheduler", "DPM++ 2M Karras"],
+    )
+    sigmas: Sigmas | None = Field(None, description="how noise levels are spaced; also a suffix of scheduler")
+    timestep_spacing: Spacing | None = Field(None, description="how timesteps are spaced; default: the checkpoint's")
+    final_sigmas_type: FinalSigma | None = Field(None, description="where steps end; default: the checkpoint's")
+    eta: float | None = Field(None, ge=0, le=1, description="how much fresh noise ddim and tcd take")
     image_format: ImageFormat = Field("png", description="format of the pictures in a JSON answer")
     preview_every: int = Field(
         0, ge=0, le=200, description="with text/event-stream: show a preview every so many steps; 0: none"
+    )
+    image: Picture | None = Field(
+        None,
+        repr=False,
+        description="a PNG, JPEG or WebP file to start from, stretched to width and height; transparency becomes white",
+    )
+    mask: Picture | None = Field(
+        None,
+        repr=False,
+        description="such a file as large as the image: what is bright in it is drawn anew, and what is dark stays; "
+        "transparency has no say",
+    )
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="with image: how much of the way is gone again, 1 keeping next to nothing; "
+        "default: 0.8, and 1 with a mask",
+    )
+    exact: bool = Field(
+        False, description="share steps with nobody: the same engine then gives the same picture bit for bit"
     )
 
 
@@ -69,17 +142,26 @@ class Timings(BaseModel):
 
 
 class Parameters(BaseModel):
-    """The request with every default filled in: sent again, it gives the same pictures."""
+    """The request with every default filled in: sent again, with its image and mask, it gives the same pictures."""
 
     prompt: str
     negative_prompt: str
+    prompt_syntax: Syntax
+    clip_skip: int
     width: int
     height: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_start: float
+    guidance_end: float
     seed: int
     num_images: int
     scheduler: str
+    timestep_spacing: Spacing | None
+    final_sigmas_type: FinalSigma | None
+    eta: float | None
+    strength: float | None = Field(description="None where no image was sent; pictures are not repeated here")
+    exact: bool
 
 
 class GenerateResponse(BaseModel):
@@ -121,12 +203,25 @@ class Model(BaseModel):
     backend: str
     precision: str
     resolutions: list[str] = Field(description="WIDTHxHEIGHT; the first is the default")
-    schedulers: list[str]
+    schedulers: list[str] = Field(description="GET /schedulers tells more of them")
     scheduler: str = Field(description="the default")
     num_inference_steps: int = Field(description="the default")
     guidance_scale: float = Field(description="the default")
     max_rows: int = Field(description="UNet rows of one request: a guided image takes two, an unguided one takes one")
     examples: list[str]
+
+
+class SchedulerDescription(BaseModel):
+    """A numerical method, and what may be said of it in a request."""
+
+    name: str
+    title: str
+    summary: str
+    aliases: list[str] = Field(description="other names that are taken for it; case does not matter")
+    calls_per_step: int = Field(description="UNet calls")
+    stochastic: bool = Field(description="takes fresh noise at every call")
+    sigmas: list[Sigmas]
+    options: list[str] = Field(description="further fields of a request that it heeds")
 
 
 class Problem(BaseModel):

@@ -32,6 +32,7 @@ ENGINES: dict[str, set[str]] = {
     "engines.graphs": {"engines.base"},
     "engines.trace": {"engines.base", "engines.graphs", "engines.load", "engines.manifest"},
     "engines.weights": {"engines.base", "engines.manifest"},
+    "engines.preview": {"engines.manifest"},
     "engines.trajectory": {"engines.base", "engines.manifest", "engines.progress"},
     "engines.verify": {
         "engines.base",
@@ -58,6 +59,7 @@ ENGINES: dict[str, set[str]] = {
         "engines.export",
         "engines.load",
         "engines.manifest",
+        "engines.preview",
         "engines.profiles",
         "engines.progress",
     },
@@ -79,11 +81,30 @@ ENGINES: dict[str, set[str]] = {
 SERVER: dict[str, set[str]] = {
     "server.errors": set(),
     "server.noise": set(),
-    "server.tokenizer": set(),
-    "server.schedulers": {"engines.base", "engines.manifest"},
+    "server.prompts": set(),
+    "server.tokenizer": {"engines.base", "server.prompts"},
+    "server.schedulers.levels": {"engines.manifest"},
+    "server.schedulers.steps": {"engines.base", "engines.manifest", "server.schedulers.levels"},
+    "server.schedulers.discrete": {"server.schedulers.levels", "server.schedulers.steps"},
+    "server.schedulers.sigma": {"server.schedulers.levels", "server.schedulers.steps"},
+    "server.schedulers.multistep": {"server.schedulers.levels", "server.schedulers.steps"},
+    "server.schedulers.methods": {
+        "server.schedulers.discrete",
+        "server.schedulers.levels",
+        "server.schedulers.multistep",
+        "server.schedulers.sigma",
+        "server.schedulers.steps",
+    },
+    "server.schedulers.catalogue": {
+        "engines.manifest",
+        "server.schedulers.levels",
+        "server.schedulers.methods",
+        "server.schedulers.steps",
+    },
     "server.request": {"engines.manifest", "server.errors", "server.schedulers", "server.tokenizer"},
     "server.images": {"server.request"},
-    "server.schemas": {"server.images", "server.schedulers"},
+    "server.uploads": {"engines.manifest", "server.errors"},
+    "server.schemas": {"server.images", "server.schedulers", "server.tokenizer", "server.uploads"},
     "server.intake": {
         "engines.manifest",
         "server.errors",
@@ -91,6 +112,7 @@ SERVER: dict[str, set[str]] = {
         "server.schedulers",
         "server.schemas",
         "server.tokenizer",
+        "server.uploads",
     },
     "server.batcher": {"engines.manifest", "server.errors", "server.request"},
     "server.metrics": {"engines.manifest", "server.errors", "server.request"},
@@ -123,7 +145,7 @@ SERVER: dict[str, set[str]] = {
 }
 ALLOWED = ENGINES | SERVER
 ONLY_TO_BUILD = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors"}
-EXPORTERS = {"engines.graphs", "engines.load", "engines.trace", "engines.weights", "engines.export"}
+EXPORTERS = {"engines.graphs", "engines.load", "engines.trace", "engines.weights", "engines.preview", "engines.export"}
 # What only a build needs; `engines.present` and `engines.manifest` are all that the server asks about one.
 BUILDERS = EXPORTERS | {
     "engines.bundle",
@@ -188,7 +210,15 @@ def test_only_the_exporters_need_torch(module: str) -> None:
         assert not {name.split(".")[0] for name in imports(module)} & ONLY_TO_BUILD
 
 
-@pytest.mark.parametrize("module", ["server.batcher", "server.schedulers", "server.plan", "server.noise"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "server.batcher",
+        "server.plan",
+        "server.noise",
+        *(name for name in SERVER if name.startswith("server.schedulers.")),
+    ],
+)
 def test_policy_and_numbers_need_neither_device_nor_http(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(module)} & {
         "fastapi",

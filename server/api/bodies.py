@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import binascii
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from server.api.forms import read_form
 from server.errors import (
     STATUS,
     BodyTooLarge,
     Cancelled,
     FieldError,
+    ForeignOrigin,
     InvalidRequest,
     MalformedBody,
     ServerError,
@@ -21,7 +25,10 @@ from server.errors import (
 )
 from server.schemas import Problem
 
-MAX_BODY = 64 * 1024  # bytes
+MAX_BODY = 34 * 1024 * 1024  # bytes: two pictures of 12 MiB in base64, and the rest
+MAX_COMMAS = 64 * 1024  # in a JSON body: one for each value but a few, and none in base64
+FILES = ("image", "mask")  # the fields that a form may send as files
+_A_FILE = {"type": "string", "format": "binary"}
 _ECHO = 200  # characters of a caller's own words in an answer
 _MOST_ERRORS = 10
 
@@ -29,15 +36,40 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(http: HttpRequest, model: type[Body]) -> Body:
-    """Read the body as strict JSON into `model`.
+    """Read the body into `model`: strict JSON, or a form with the same fields, whose pictures may be files.
 
     Raises:
-        UnsupportedMediaType, BodyTooLarge, MalformedBody, InvalidRequest: what is wrong, field by field.
+        UnsupportedMediaType, ForeignOrigin, BodyTooLarge, MalformedBody, InvalidRequest: what is wrong, field by field.
         Cancelled: the caller went away before the body was whole.
     """
-    media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":  # also keeps pages of other origins from posting without being asked
-        raise UnsupportedMediaType("Send JSON, with the header Content-Type: application/json.")
+    content_type = http.headers.get("content-type", "")
+    match content_type.partition(";")[0].strip().lower():
+        case "application/json":
+            validate = partial(model.model_validate_json, await _receive_json(http))
+        case "multipart/form-data":
+            _check_origin(http)
+            validate = partial(model.model_validate_strings, _texts(await _receive(http), content_type, model))
+        case _:
+            raise UnsupportedMediaType(
+                "Send JSON, with the header Content-Type: application/json, or a form, as multipart/form-data."
+            )
+    try:
+        return validate()
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def describe_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What `read_body` takes, for OpenAPI."""
+    as_json = model.model_json_schema()
+    known = as_json["properties"]
+    files = {name: {**_A_FILE, "description": known[name]["description"]} for name in FILES if name in known}
+    as_form = {**as_json, "properties": known | files}
+    content = {"application/json": {"schema": as_json}, "multipart/form-data": {"schema": as_form}}
+    return {"required": True, "content": content}
+
+
+async def _receive(http: HttpRequest) -> bytearray:
     body = bytearray()
     try:
         async for chunk in http.stream():
@@ -46,10 +78,44 @@ async def read_body(http: HttpRequest, model: type[Body]) -> Body:
                 raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes.")
     except ClientDisconnect:
         raise Cancelled("The caller went away before the body was whole.") from None
-    try:
-        return model.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise _explain(error) from None
+    return body
+
+
+async def _receive_json(http: HttpRequest) -> bytearray:
+    body = await _receive(http)
+    if body.count(b",") > MAX_COMMAS:
+        raise BodyTooLarge(f"The body has more than {MAX_COMMAS} values.")
+    return body
+
+
+def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[str, str]:
+    """The form in `body` as texts: files in base64, and no known field that was left empty."""
+    fields = read_form(body, content_type)
+    names = [field.name for field in fields]
+    texts: dict[str, str] = {}
+    for field in fields:
+        if names.count(field.name) > 1:
+            raise _refuse(field.name, "Sent more than once: send it once.")
+        if field.is_file and field.name not in FILES:
+            raise _refuse(field.name, f"Sent as a file, which only {' and '.join(FILES)} may be: send it as text.")
+        if field.is_file:
+            texts[field.name] = binascii.b2a_base64(field.content, newline=False).decode()
+        elif field.content or field.name not in model.model_fields:
+            texts[field.name] = field.text
+    return texts
+
+
+def _check_origin(http: HttpRequest) -> None:
+    """Any page may have its reader's browser post a form, unasked; before it posts JSON, the browser asks."""
+    origin = http.headers.get("origin")
+    foreign = origin is not None and origin.partition("://")[2] != http.headers.get("host")
+    if foreign or http.headers.get("sec-fetch-site") == "cross-site":
+        raise ForeignOrigin("A form from a page of another origin: serve the page from here, or pass on its Host.")
+
+
+def _refuse(name: str, message: str) -> InvalidRequest:
+    field = _shorten(name)
+    return InvalidRequest(f"{field}: {message}", fields=(FieldError(field, message),))
 
 
 def _explain(error: ValidationError) -> ServerError:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from server import images
-from server.api.bodies import problem, problem_response, read_body
+from server.api.bodies import describe_body, problem, problem_response, read_body
 from server.api.service import Accepted, Files, Service
 from server.errors import FieldError, InvalidRequest, NotAcceptable
 from server.images import ImageFormat
@@ -63,14 +63,9 @@ def routes(service: Service) -> APIRouter:
                 "(`queued`, `started`, `step`, then `completed` or `error`).",
                 "content": {kind: {} for kind in ("image/png", "image/jpeg", "image/webp", "text/event-stream")},
             },
-            **{status: {"model": Problem} for status in (400, 406, 413, 415, 422, 429, 500, 503)},
+            **{status: {"model": Problem} for status in (400, 403, 406, 413, 415, 422, 429, 500, 503)},
         },
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": GenerateRequest.model_json_schema()}},
-            }
-        },
+        openapi_extra={"requestBody": describe_body(GenerateRequest)},
     )
     async def generate(http: HttpRequest) -> Response:
         answer = _negotiate(http.headers.get("accept", "*/*"))
@@ -78,10 +73,12 @@ def routes(service: Service) -> APIRouter:
         if answer in images.FORMATS and body.num_images > 1:
             message = "One file holds one picture: ask for num_images 1, or for application/json."
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
-        accepted = service.accept(body, request_id=_request_id(http))
+        image_format = body.image_format
+        accepted = await service.accept(body, request_id=_request_id(http))
+        del body  # megabytes, if it brought pictures, that need not wait for the answer
         if answer == "events":
-            return _stream(service, accepted, body.image_format)
-        return await _answer(service, accepted, http, answer=answer, body=body)
+            return _stream(service, accepted, image_format)
+        return await _answer(service, accepted, http, answer=answer, image_format=image_format)
 
     return router
 
@@ -105,7 +102,7 @@ def _request_id(http: HttpRequest) -> str | None:
 
 
 async def _answer(
-    service: Service, accepted: Accepted, http: HttpRequest, *, answer: Answer, body: GenerateRequest
+    service: Service, accepted: Accepted, http: HttpRequest, *, answer: Answer, image_format: ImageFormat
 ) -> Response:
     """Wait for the pictures, and give up the rows at once when the caller is gone."""
     request = accepted.request
@@ -118,13 +115,13 @@ async def _answer(
     if isinstance(ending, Failed):
         return problem_response(problem(ending.error), retry_after=ending.error.retry_after)
     bare = answer in images.FORMATS
-    files = await service.write_files(ending, cast(ImageFormat, answer) if bare else body.image_format)
+    files = await service.write_files(ending, cast(ImageFormat, answer) if bare else image_format)
     timings = _timings(request, files)
     headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
     if bare:
         headers["X-Seed"] = str(request.wish.seeds[0])
         return Response(files.contents[0], headers=headers, media_type=f"image/{answer}")
-    document = _document(service, request, files, image_format=body.image_format)
+    document = _document(service, request, files, image_format=image_format)
     return JSONResponse(document.model_dump(), headers=headers)
 
 
@@ -203,16 +200,25 @@ def _document(service: Service, request: Request, files: Files, *, image_format:
         parameters=Parameters(
             prompt=wish.prompt.text,
             negative_prompt=wish.negative_prompt.text,
+            prompt_syntax=wish.prompt.syntax,
+            clip_skip=wish.clip_skip,
             width=wish.size.width,
             height=wish.size.height,
             num_inference_steps=wish.num_inference_steps,
             guidance_scale=wish.guidance_scale,
+            guidance_start=wish.guided_from,
+            guidance_end=wish.guided_to,
             seed=wish.seeds[0],
             num_images=request.images,
-            scheduler=wish.scheduler,
+            scheduler=wish.scheduler.name,
+            timestep_spacing=wish.scheduler.timestep_spacing,
+            final_sigmas_type=wish.scheduler.final_sigmas_type,
+            eta=wish.scheduler.eta,
+            strength=wish.original.strength if wish.original else None,
+            exact=wish.exact,
         ),
         timings=_timings(request, files),
-        warnings=_warnings(request, service.manifest.context.tokens),
+        warnings=_warnings(request),
     )
 
 
@@ -232,10 +238,6 @@ def _server_timing(timings: Timings) -> str:
     return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in timings.model_dump().items())
 
 
-def _warnings(request: Request, tokens: int) -> list[str]:
+def _warnings(request: Request) -> list[str]:
     prompts = {"prompt": request.wish.prompt, "negative_prompt": request.wish.negative_prompt}
-    return [
-        f"{field} is longer than the {tokens - 2} tokens the model reads: the rest was left out."
-        for field, prompt in prompts.items()
-        if prompt.truncated
-    ]
+    return [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]

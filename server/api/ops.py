@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from server.api.service import Service
-from server.schedulers import NAMES
-from server.schemas import Model
+from server.schedulers import NAMES, describe
+from server.schemas import Model, SchedulerDescription
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -42,6 +42,15 @@ def routes(service: Service) -> APIRouter:
                 max_rows=manifest.max_rows,
                 examples=list(manifest.examples),
             )
+        ]
+
+    @router.get("/schedulers", summary="The numerical methods, their names, and the options of each")
+    def schedulers() -> list[SchedulerDescription]:
+        prediction = service.manifest.noise_schedule.prediction_type
+        return [
+            SchedulerDescription.model_validate(one, from_attributes=True)
+            for one in describe()
+            if prediction in one.predictions
         ]
 
     return router

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 
@@ -19,6 +20,8 @@ from server.intake import Intake
 from server.metrics import Metrics
 from server.request import Completed, Request
 from server.schemas import GenerateRequest
+
+_READERS = 2  # pictures that are decoded at once: each may take a second, and 250 MB of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,9 @@ class Service:
     batcher: Batcher
     executor: Executor
     metrics: Metrics
+    readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
 
-    def accept(self, body: GenerateRequest, *, request_id: str | None) -> Accepted:
+    async def accept(self, body: GenerateRequest, *, request_id: str | None) -> Accepted:
         """Queue what `body` asks for. From here on the request has exactly one ending.
 
         Raises:
@@ -58,7 +62,12 @@ class Service:
         if not self.executor.ready:
             raise NotReady("The model is still loading, or the server is stopping: try again soon.", retry_after=5)
         ticket = Ticket()
-        request = self.intake.request(body, ticket.hear, self.metrics.observe, request_id=request_id)
+        take = partial(self.intake.request, body, ticket.hear, self.metrics.observe, request_id=request_id)
+        if body.image is None:
+            request = take()
+        else:
+            async with self.readers:
+                request = await run_in_threadpool(take)
         return Accepted(request, ticket, self.batcher.submit(request))
 
     async def write_files(self, completed: Completed, image_format: ImageFormat) -> Files:

@@ -5,20 +5,25 @@ A bundle that is not the one built is refused before anything of it is loaded.
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.api.bodies import MAX_BODY
+from server.api.bodies import MAX_BODY, MAX_COMMAS
+from server.images import encode
 from server.schemas import MAX_SEED, PROMPT_LENGTH, GenerateRequest
+from server.uploads import MAX_FILE
 from tests.serving import Serving, run_server
 
 JSON = {"Content-Type": "application/json"}
@@ -32,17 +37,22 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "seed": (0, MAX_SEED),
     "num_images": (1, 64),
     "preview_every": (0, 200),
+    "clip_skip": (0, 64),
+    "guidance_rescale": (0, 1),
+    "eta": (0, 1),
+    "strength": (0, 1),
 }
+FRACTIONS = ("guidance_scale", "guidance_rescale", "eta", "strength")
 TEXTS = ("prompt", "negative_prompt")
-CHOICES = ("scheduler", "image_format")
+CHOICES = ("image_format", "prompt_syntax", "sigmas", "timestep_spacing", "final_sigmas_type")
 REQUIRED = ("prompt", "negative_prompt", "num_images", "image_format", "preview_every")  # where null says nothing
 
 
 WRONG: list[tuple[str, Any]] = [
     *((field, value) for field in BOUNDS for value in (True, "20", [20], {"value": 20})),
-    *((field, 20.0) for field in BOUNDS if field != "guidance_scale"),
-    *((field, value) for field in TEXTS for value in (1, True, ["a cat"], {"text": "a cat"})),
-    *((field, value) for field in CHOICES for value in (1, True, "", "heun", "PNG", ["pndm"])),
+    *((field, 20.0) for field in BOUNDS if field not in FRACTIONS),
+    *((field, value) for field in (*TEXTS, "scheduler") for value in (1, True, ["a cat"], {"text": "a cat"})),
+    *((field, value) for field in CHOICES for value in (1, True, "", "heun", "PNG", ["png"])),
     *((field, None) for field in REQUIRED),
 ]
 
@@ -81,10 +91,35 @@ def test_a_wrong_type_is_refused(serving: Serving, field: str, value: Any) -> No
     check_refused(serving.generate(**{**QUICK, field: value}), 422, field=field, words=("should be",))
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"scheduler": ""}, "unknown scheduler ''"),
+        ({"scheduler": "dpm++ 2m caras"}, "did you mean dpmpp_2m"),
+        ({"scheduler": "DPM++ SDE Karras"}, "take dpmpp_2m_sde"),
+        ({"scheduler": "ddim", "sigmas": "karras"}, "ddim has no karras levels"),
+        ({"scheduler": "euler_karras", "sigmas": "beta"}, "leave one of them out"),
+        ({"scheduler": "euler", "eta": 0.5}, "euler has no eta"),
+        ({"scheduler": "x" * 65}, "at most 64 characters"),
+    ],
+)
+def test_a_scheduler_that_is_not_to_be_had_is_answered_with_one_that_is(
+    serving: Serving, fields: dict[str, Any], words: str
+) -> None:
+    check_refused(serving.generate(**{**QUICK, **fields}), 422, field="scheduler", words=(words,))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"guidance_start": 1.0}, {"guidance_end": 0.0}, {"guidance_start": 0.7, "guidance_end": 0.2}]
+)
+def test_an_interval_that_holds_nothing_is_refused(serving: Serving, fields: dict[str, float]) -> None:
+    check_refused(serving.generate(**{**QUICK, **fields}), 422)
+
+
 @pytest.mark.parametrize("field", BOUNDS)
 def test_a_value_out_of_bounds_is_answered_with_the_bound(serving: Serving, field: str) -> None:
     least, most = BOUNDS[field]
-    beyond = 0.001 if field == "guidance_scale" else 1
+    beyond = 0.001 if field in FRACTIONS else 1
     check_refused(serving.generate(**{**QUICK, field: least - beyond}), 422, field=field, words=(f"equal to {least}",))
     check_refused(serving.generate(**{**QUICK, field: most + beyond}), 422, field=field, words=(f"equal to {most}",))
 
@@ -223,9 +258,56 @@ def in_chunks(body: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("send", [lambda body: body, in_chunks], ids=["with Content-Length", "chunked"])
 def test_a_body_is_bounded(serving: Serving, send: Callable[[bytes], bytes | Iterator[bytes]]) -> None:
     assert post(serving, send(padded(MAX_BODY))).status_code == 200
-    for length in (MAX_BODY + 1, 100 * MAX_BODY):
+    for length in (MAX_BODY + 1, 2 * MAX_BODY):
         check_refused(post(serving, send(padded(length))), 413, words=(str(MAX_BODY),))
-    check_refused(post(serving, send(b'{"prompt": ' + b"[" * 100_000)), 413)
+    check_refused(post(serving, send(b'{"prompt": [' + b"1," * (MAX_COMMAS + 1))), 413, words=(str(MAX_COMMAS),))
+
+
+HEART = encode(np.full((40, 64, 3), (200, 30, 30), np.uint8), "png")
+PICTURES = {
+    "no picture": (b"a red cat", "PNG, JPEG or WebP"),
+    "a GIF": (b"GIF89a\1\0\1\0\0\0\0;", "PNG, JPEG or WebP"),
+    "cut short": (HEART[:60], "cut short"),
+    "30000 pixels wide": (HEART[:16] + struct.pack(">I", 30_000) + HEART[20:], "damaged"),
+    "twelve megabytes of nothing": (bytes(MAX_FILE), "PNG, JPEG or WebP"),
+    "more than that": (bytes(MAX_FILE + 1), str(MAX_FILE)),
+}
+
+
+@pytest.mark.parametrize(("file", "word"), PICTURES.values(), ids=PICTURES)
+@pytest.mark.parametrize("field", ["image", "mask"])
+def test_a_picture_that_cannot_be_read_is_refused(serving: Serving, field: str, file: bytes, word: str) -> None:
+    files = {"image": HEART, field: file}
+    as_json = serving.generate(**QUICK, **{name: base64.b64encode(content).decode() for name, content in files.items()})
+    check_refused(as_json, 422, field=field, words=(word,))
+    as_form = serving.client.post("/generate", data=QUICK, files={name: (name, files[name]) for name in files})
+    check_refused(as_form, 422, field=field, words=(word,))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/cat.png", "file:///etc/passwd", "data:,cat"])
+def test_a_picture_is_not_fetched(serving: Serving, url: str) -> None:
+    check_refused(serving.generate(**QUICK, image=url), 422, field="image", words=("not fetched",))
+
+
+def test_a_picture_is_not_sent_back(serving: Serving) -> None:
+    answer = serving.generate(**QUICK, image="QUJD" * 1000 + "!")
+    check_refused(answer, 422, field="image", words=("base64",))
+    assert "QUJD" not in answer.text
+
+
+def test_a_form_is_read_as_strictly_as_json(serving: Serving) -> None:
+    form = {"prompt": (None, "a red cat"), "num_inference_steps": (None, "one")}
+    check_refused(serving.client.post("/generate", files=form), 422, field="num_inference_steps", words=("integer",))
+    form["num_inference_steps"] = (None, "1")
+    assert serving.client.post("/generate", files=form).status_code == 200
+    foreign = serving.client.post("/generate", files=form, headers={"Origin": "https://elsewhere.example"})
+    check_refused(foreign, 403, words=("another origin",))
+
+
+@pytest.mark.parametrize("body", [b"", b"--xyz", b"--abc\r\n", b"--xyz\r\n\r\n", b"\xff" * 5000])
+def test_what_is_no_form_is_malformed(serving: Serving, body: bytes) -> None:
+    answer = post(serving, body, **{"Content-Type": "multipart/form-data; boundary=xyz"})
+    check_refused(answer, 400, words=("Invalid form",))
 
 
 def test_who_goes_away_within_a_body_is_no_fault(serving: Serving) -> None:

@@ -11,16 +11,19 @@ from engines.manifest import NoiseSchedule, Size
 from server.batcher import Batch, Batcher
 from server.errors import InvalidRequest, NotReady, QueueFull
 from server.request import Request, Wish
-from server.schedulers import table
+from server.schedulers import Scheduler, table
 from server.tokenizer import Prompt
 
 SMALL, LARGE = Size(width=64, height=64), Size(width=128, height=64)
-NOTHING = Prompt("", (), truncated=False)
+NOTHING = Prompt("", ())
 
 
-def request(name: str, *, images: int = 1, guided: bool = True, size: Size = SMALL, steps: int = 3) -> Request:
-    wish = Wish(NOTHING, NOTHING, size, "euler", steps, 7.5 if guided else 1.0, tuple(range(images)))
-    return Request(wish, table("euler", steps, NoiseSchedule()), (), name)
+def request(
+    name: str, *, images: int = 1, guided: bool = True, size: Size = SMALL, steps: int = 3, exact: bool = False
+) -> Request:
+    scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
+    wish = Wish(NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, exact=exact)
+    return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), name)
 
 
 def batcher(*requests: Request, max_rows: int = 8, max_waiting: int = 100) -> Batcher:
@@ -181,3 +184,19 @@ def test_evicted_requests_are_handed_over_once() -> None:
     assert policy.evict() == (first, second)
     assert policy.evict() == ()
     assert (policy.running, policy.waiting) == (0, 0)
+
+
+def test_who_shares_with_nobody_takes_turns_with_those_who_share() -> None:
+    policy = batcher(request("a"), request("alone", exact=True), request("b"), request("recluse", exact=True))
+    turns = [names(policy.next_batch()) for _ in range(6)]
+    assert turns == [["a", "b"], ["alone"], ["recluse"]] * 2
+
+
+def test_who_shares_with_nobody_holds_rows_like_everyone() -> None:
+    policy = batcher(request("a", images=3), request("alone", exact=True), request("late"), max_rows=8)
+    first = policy.next_batch()
+    assert first is not None
+    assert [item.id for item in first.joined] == ["a", "alone"]
+    for item in first.requests:
+        item.step += 1
+    assert run_to_end(policy) == ["a", "alone", "late"]

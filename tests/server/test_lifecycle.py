@@ -32,7 +32,7 @@ from server.intake import Listener
 from server.metrics import Metrics
 from server.pipeline import Pipeline
 from server.request import Completed, Event, Failed, Image, Request, Wish
-from server.schedulers import table
+from server.schedulers import Scheduler, table
 from server.tokenizer import Prompt
 from tests.serving import Serving, run_server
 
@@ -105,7 +105,7 @@ def test_a_stream_tells_each_thing_once_and_in_order(serving: Serving) -> None:
     assert list(previews) == [3, 6]
     for preview in previews.values():
         picture = decoded(preview.removeprefix("data:image/jpeg;base64,"))
-        assert (picture.format, picture.size) == ("JPEG", (48, 32))
+        assert (picture.format, picture.size) == ("JPEG", (24, 16)), "a pixel per latent"
     completed = told[-1][1]
     assert {told[0][1]["id"], told[1][1]["id"], completed["id"]} == {answer.headers["X-Request-Id"]}
     assert completed["images"] == serving.generate(**wish).json()["images"]
@@ -315,10 +315,10 @@ def outcomes(
 
 def guided(name: str, *listeners: Listener, width: int) -> Request:
     """Two rows for two steps."""
-    prompt = Prompt(text=name, ids=(1,), truncated=False)
+    prompt = Prompt(name, ())
     size = Size(width=width, height=32)
-    wish = Wish(prompt, prompt, size, "ddim", num_inference_steps=2, guidance_scale=7.5, seeds=(0,))
-    return Request(wish, table("ddim", 2, NoiseSchedule()), listeners, name)
+    wish = Wish(prompt, prompt, size, Scheduler("ddim"), num_inference_steps=2, guidance_scale=7.5, seeds=(0,))
+    return Request(wish, table(wish.scheduler, 2, NoiseSchedule()), listeners, name)
 
 
 @pytest.mark.parametrize(("step", "sharing"), [(1, "ab"), (2, "c"), (3, "ab"), (5, "d")])

@@ -11,7 +11,7 @@ from engines.base import Buffer, Call, EngineError
 from engines.manifest import Manifest
 from engines.onnxruntime import OnnxRuntimeDevice
 from server.pools import PromptPool
-from server.tokenizer import Prompt
+from server.tokenizer import Chunk, Prompt
 
 
 class Recorder:
@@ -20,6 +20,8 @@ class Recorder:
     def __init__(self) -> None:
         self.runs = 0
         self.broken = False
+        self.layers: list[int] = []
+        self.found: list[bool] = []
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Call:
         self._buffers = buffers
@@ -31,6 +33,7 @@ class Recorder:
         self.runs += 1
         embeddings = self._buffers["embeddings"]
         embeddings.write(np.full(embeddings.shape, self._buffers["ids"].read()[0, 0], np.float32))
+        self.layers.append(int(self._buffers["layer"].read()[0]))
 
 
 @pytest.fixture
@@ -40,11 +43,17 @@ def encoder() -> Recorder:
 
 @pytest.fixture
 def pool(manifest: Manifest, encoder: Recorder) -> PromptPool:
-    return PromptPool(manifest, encoder, OnnxRuntimeDevice(threads=1), rows=3)
+    return PromptPool(manifest, encoder, OnnxRuntimeDevice(threads=1), rows=3, on_lookup=encoder.found.append)
 
 
-def prompt(number: int, manifest: Manifest) -> Prompt:
-    return Prompt(str(number), (number,) * manifest.context.tokens, truncated=False)
+def prompt(number: int, manifest: Manifest, *, weight: float = 1.0) -> Prompt:
+    return long_prompt(manifest, number, weight=weight)
+
+
+def long_prompt(manifest: Manifest, *numbers: int, weight: float = 1.0) -> Prompt:
+    """A chunk for each number."""
+    tokens = manifest.context.tokens
+    return Prompt(str(numbers), tuple(Chunk((number,) * tokens, (weight,) * tokens) for number in numbers))
 
 
 def test_a_prompt_is_encoded_once_even_after_its_request_is_gone(
@@ -56,6 +65,7 @@ def test_a_prompt_is_encoded_once_even_after_its_request_is_gone(
         pool.release(prompt(1, manifest))
     assert pool.acquire(prompt(1, manifest)) == first
     assert encoder.runs == 1
+    assert encoder.found == [False, True, True]
 
 
 def test_the_least_recently_used_makes_room_and_those_in_use_never_do(
@@ -66,8 +76,8 @@ def test_the_least_recently_used_makes_room_and_those_in_use_never_do(
     pool.release(prompt(3, manifest))
     assert pool.acquire(prompt(4, manifest)) == rows[1]
     assert pool.acquire(prompt(5, manifest)) == rows[2]
-    assert pool.context.read()[rows[0], 0, 0] == 1, "a prompt in use was overwritten"
-    assert [pool.context.read()[row, 0, 0] for row in rows] == [1, 4, 5]
+    assert pool.context.read()[rows[0][0], 0, 0] == 1, "a prompt in use was overwritten"
+    assert [pool.context.read()[row, 0, 0] for (row,) in rows] == [1, 4, 5]
     assert pool.acquire(prompt(1, manifest)) == rows[0]
     assert encoder.runs == 5
 
@@ -80,5 +90,40 @@ def test_a_failed_encoding_leaves_the_pool_as_it_was(pool: PromptPool, encoder: 
     with pytest.raises(EngineError):
         pool.acquire(prompt(4, manifest))
     encoder.broken = False
-    assert [pool.acquire(prompt(number, manifest)) for number in (1, 2, 3)] == [2, 1, 0]
+    assert [pool.acquire(prompt(number, manifest)) for number in (1, 2, 3)] == [(2,), (1,), (0,)]
     assert encoder.runs == 3
+
+
+def test_a_chunk_is_shared_among_prompts_and_within_one(
+    pool: PromptPool, encoder: Recorder, manifest: Manifest
+) -> None:
+    first = pool.acquire(long_prompt(manifest, 1, 2, 1))
+    assert first == (2, 1, 2)
+    assert pool.acquire(long_prompt(manifest, 2)) == (1,)
+    assert encoder.runs == 2
+    pool.release(long_prompt(manifest, 1, 2, 1))
+    assert pool.acquire(long_prompt(manifest, 3, 4)) == (0, 2), "the second chunk was in use, the first no longer"
+
+
+def test_weights_and_skipped_layers_make_another_embedding(
+    pool: PromptPool, encoder: Recorder, manifest: Manifest
+) -> None:
+    rows = {
+        pool.acquire(prompt(1, manifest)),
+        pool.acquire(prompt(1, manifest, weight=1.1)),
+        pool.acquire(prompt(1, manifest), clip_skip=1),
+    }
+    assert len(rows) == 3
+    assert encoder.layers == [2, 2, 1]
+
+
+def test_a_prompt_whose_last_chunk_fails_holds_none_of_them(
+    pool: PromptPool, encoder: Recorder, manifest: Manifest
+) -> None:
+    pool.acquire(prompt(1, manifest))
+    pool.release(prompt(1, manifest))
+    encoder.broken = True
+    with pytest.raises(EngineError):
+        pool.acquire(long_prompt(manifest, 1, 2))
+    encoder.broken = False
+    assert len({*pool.acquire(long_prompt(manifest, 2, 3, 4))}) == 3, "the chunk in use would have left no room"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from server.schedulers import METHODS
 from tests.references import CLASSES, draw, load_pipeline, psnr
 from tests.serving import Serving, pictures
+
+LONGER = ["", "", " BREAK a red cat", " BREAK a blue hill BREAK in the rain", " and two old boats in the rain" * 8]
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +23,9 @@ def reference(checkpoint: Path) -> Any:
     return load_pipeline(checkpoint)
 
 
-@pytest.mark.parametrize("scheduler", CLASSES)
-@pytest.mark.parametrize(("steps", "guidance"), [(20, 7.5), (5, 1.0)])
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "guidance"), [*((name, 20, 7.5) for name in CLASSES), *((name, 5, 1.0) for name in METHODS)]
+)
 def test_the_server_draws_what_diffusers_draws(
     serving: Serving, reference: Any, scheduler: str, steps: int, guidance: float
 ) -> None:
@@ -46,19 +51,21 @@ def test_the_checkpoints_own_defaults_are_diffusers_defaults(serving: Serving, r
 
 
 def crowd() -> list[dict[str, Any]]:
-    """Requests of every scheduler, at odd steps, guidances and sizes."""
-    schedulers = list(CLASSES)
+    """Requests of every scheduler; steps, guidance, lengths of prompts and sizes are dice."""
+    dice, schedulers = random.Random(64), list(CLASSES)
     return [
         {
-            "prompt": f"a {color} bird at night",
+            "prompt": f"a {dice.choice(['red', 'green', 'blue'])} bird at night" + dice.choice(LONGER),
+            "negative_prompt": dice.choice(["", "rain", "two old boats BREAK rain"]),
             "seed": 100 + index,
             "scheduler": schedulers[index % len(schedulers)],
-            "num_inference_steps": 1 + (index * 7) % 23,
-            "guidance_scale": 1.0 + (index % 5) * 2.5,
-            "num_images": 1 + index % 3,
-            "width": 32 if index % 4 else 48,
+            "num_inference_steps": dice.randint(1, 50),
+            "guidance_scale": dice.uniform(1, 12),
+            "guidance_end": dice.choice([1.0, 1.0, 0.6]),
+            "num_images": dice.choice([1, 1, 1, 3]),
+            "width": dice.choice([32, 32, 48]),
         }
-        for index, color in enumerate(["red", "green", "blue", "old"] * 6)
+        for index in range(64)
     ]
 
 
@@ -125,3 +132,21 @@ def test_a_short_request_overtakes_a_long_one(serving: Serving) -> None:
     ended.append("short")
     thread.join(60)
     assert ended == ["short", "long"]
+
+
+def test_an_exact_picture_is_the_same_bytes_in_a_crowd(serving: Serving) -> None:
+    wish = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 12, "exact": True}
+    alone = serving.generate(**wish).json()["images"]
+    with ThreadPoolExecutor(16) as pool:
+        other = {"prompt": "rain", "num_images": 3, "num_inference_steps": 20}
+        others = [pool.submit(serving.generate, **other, seed=seed) for seed in range(15)]
+        crowded = serving.generate(**wish).json()["images"]
+        assert not all(other.done() for other in others), "nobody was there: this proves nothing"
+    assert all(other.result().status_code == 200 for other in others)
+    assert crowded == alone
+
+
+def test_exact_draws_one_picture_at_a_time(serving: Serving) -> None:
+    refused = serving.generate(prompt="a red cat", exact=True, num_images=2)
+    assert refused.status_code == 422
+    assert "ask for each seed on its own" in refused.json()["detail"]

@@ -1,0 +1,76 @@
+"""How near each scheduler's table is to diffusers' class, how many UNet calls it makes, and how long it takes to work out.
+
+python -m tests.schedulers_report
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from itertools import chain
+from typing import get_args
+
+import diffusers
+
+from engines.manifest import NoiseSchedule
+from server.schedulers import METHODS, NAMES, Spacing, find, levels, table
+from tests.stepping import apart, run_diffusers, run_table
+
+SD1 = NoiseSchedule(steps_offset=1, set_alpha_to_one=False)
+STEPS = (2, 4, 10, 20, 30, 50)
+TIMED = 50  # steps
+
+
+def largest_error(name: str, *, double: bool) -> float:
+    """Of any x on the way, relative to its largest value, over step counts, predictions and spacings."""
+    about, worst = METHODS[find(name).method].about, 0.0
+    spacings = get_args(Spacing) if "timestep_spacing" in about.options else (None,)
+    for prediction in about.predictions:
+        schedule = SD1.model_copy(update={"prediction_type": prediction})
+        for scheduler in (find(name, timestep_spacing=spacing) for spacing in spacings):
+            for num_steps in STEPS:
+                ours = run_table(scheduler, num_steps, schedule)
+                theirs = run_diffusers(scheduler, num_steps, schedule, double=double)
+                worst = max(worst, *map(apart, ours.xs, theirs.xs))
+    return worst
+
+
+def calls(name: str) -> str:
+    """UNet calls per step, from counting them."""
+    extra = {len(table(find(name), n, SD1).steps) - n * METHODS[find(name).method].about.calls_per_step for n in STEPS}
+    told = {(1, 0): "1", (1, 1): "1 (second 2)", (2, -1): "2 (last 1)"}
+    return told[METHODS[find(name).method].about.calls_per_step, extra.pop()]
+
+
+def milliseconds(name: str, *, repeats: int = 20) -> float:
+    """The median time to work a table out, when nothing is remembered."""
+    taken = []
+    for _ in range(repeats):
+        table.cache_clear()
+        levels._alpha_bar.cache_clear()
+        start = time.perf_counter()
+        table(find(name), TIMED, SD1)
+        taken.append(time.perf_counter() - start)
+    return 1000 * statistics.median(taken)
+
+
+def row(name: str) -> tuple[str, ...]:
+    exact, as_it_is = (f"{largest_error(name, double=double):.0e}" for double in (True, False))
+    return f"`{name}`", calls(name), exact, as_it_is, f"{milliseconds(name):.2f}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    head = ("scheduler", "UNet calls per step", "error", "of the class as it is", f"ms for {TIMED} steps")
+    for cells in chain([head, ("---", *["--:"] * 4)], map(row, NAMES)):
+        sys.stdout.write(f"| {' | '.join(cells)} |\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
