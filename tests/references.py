@@ -43,7 +43,7 @@ _SDE: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, _PUBLISHED),
     "ddpm": (DDPMScheduler, _PUBLISHED),
-    "pndm": (PNDMScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # likewise
     "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
     "lcm": (LCMScheduler, {}),
     "tcd": (TCDScheduler, {}),

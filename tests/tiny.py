@@ -127,7 +127,7 @@ def _unet(changes: Mapping[str, Any]) -> UNet2DConditionModel:
     with torch.no_grad():
         for name, weight in unet.named_parameters():
             if name.endswith("attn2.to_out.0.weight"):
-                weight *= 10  # or prompts would hardly change the picture, and prove little
+                weight.mul_(10)  # or prompts would hardly change the picture, and prove little
     return unet
 
 

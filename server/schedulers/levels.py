@@ -136,7 +136,7 @@ def beta_quantile(p: Vector, *, a: float = 0.6) -> Vector:
     lower = np.minimum(p, 1 - p) * math.gamma(a) ** 2 / math.gamma(2 * a)
     u = a * lower
     x = u ** (1 / a)
-    for _ in range(6):  # it doubles its digits each time
+    for _ in range(5):  # the digits that are right double each time
         u = u - (u * (np.vander(x, _BETA_TERMS, increasing=True) @ series) - lower) * a * (1 - x) ** (1 - a)
         x = u ** (1 / a)
     return np.where(p <= 0.5, x, 1 - x)

@@ -56,7 +56,9 @@ def test_verification_found_the_same_picture(several: Path) -> None:
     for backend, found in manifest.builds.items():
         assert found.verification is not None, backend
         assert found.verification.psnr >= 60
-        assert all(engine.difference and engine.difference.largest < 1e-3 for engine in found.engines.values())
+        for name, engine in found.engines.items():
+            assert engine.difference is not None
+            assert engine.difference.largest < (2 / 255 if name == "decode" else 1e-3)  # rounding to the next level
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

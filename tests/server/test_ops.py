@@ -6,7 +6,7 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.schedulers import NAMES
+from server.schedulers import METHODS, NAMES
 from server.schemas import GenerateRequest
 from tests.serving import Serving
 
@@ -52,3 +52,20 @@ def test_the_page_needs_nobody_else_and_asks_for_nothing_unknown(serving: Servin
     fields = set(re.findall(r"name=\"(\w+)\"", page)) - {"size", "viewport", "referrer"}
     assert fields <= GenerateRequest.model_fields.keys()
     assert "prompt" in fields
+
+
+def test_the_schedulers_are_described(serving: Serving) -> None:
+    described = {one["name"]: one for one in serving.client.get("/schedulers").json()}
+    assert list(described) == list(METHODS)
+    assert {"DPMSolverMultistepScheduler"} <= set(described["dpmpp_2m"]["aliases"])
+    assert described["dpmpp_2m"]["sigmas"] == ["default", "karras", "exponential", "beta"]
+    assert described["ddim"]["options"] == ["timestep_spacing", "eta"]
+    assert (described["heun"]["calls_per_step"], described["euler_ancestral"]["stochastic"]) == (2, True)
+
+
+def test_every_name_that_is_listed_is_taken(serving: Serving) -> None:
+    for one in serving.client.get("/schedulers").json():
+        for name in (one["name"], one["title"], *one["aliases"], f"{one['name']}_{one['sigmas'][-1]}"):
+            answer = serving.generate(prompt="a red cat", scheduler=name, num_inference_steps=2)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["parameters"]["scheduler"].startswith(one["name"])
