@@ -17,6 +17,8 @@ from server.tokenizer import Chunk, Prompt
 
 Latents = NDArray[np.float32]  # [channels, h, w]
 
+_MOST_BOUND = 64  # bound steps of one size; each holds a plan's buffers, up to a megabyte
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -99,6 +101,8 @@ class Canvas:
         """Run one step. Raises EngineError; the state is as before then."""
         key = (plan.images, plan.rows, plan.chunks)
         if key not in self._steps:
+            if len(self._steps) == _MOST_BOUND:
+                del self._steps[next(iter(self._steps))]
             self._steps[key] = self._bind_step(plan)
         self._steps[key].run(plan.arrays, self._parity)
         self._parity ^= 1

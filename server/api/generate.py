@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Literal, cast
@@ -120,6 +121,8 @@ async def _answer(
     headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
     if bare:
         headers["X-Seed"] = str(request.wish.seeds[0])
+        if warnings := _warnings(request):
+            headers["X-Warnings"] = json.dumps(warnings)  # in ASCII, as headers are
         return Response(files.contents[0], headers=headers, media_type=f"image/{answer}")
     document = _document(service, request, files, image_format=image_format)
     return JSONResponse(document.model_dump(), headers=headers)

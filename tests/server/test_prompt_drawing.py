@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ def test_what_no_chunk_has_room_for_is_told(serving: Serving) -> None:
     warnings = answer.json()["warnings"]
     assert any(text.startswith("prompt: ") and "do not fit" in text for text in warnings)
     assert any(text.startswith("negative_prompt: ") for text in warnings)
+    headers = {"Accept": "image/png"}
+    bare = serving.client.post("/generate", json={"prompt": "ünì [rain|naïve]", **WISH}, headers=headers).headers
+    assert "naïve" in json.loads(bare["X-Warnings"])[0]
 
 
 def test_clip_skip(serving: Serving, reference: Any) -> None:
