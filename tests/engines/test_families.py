@@ -19,6 +19,7 @@ from tests.tiny import make_checkpoint
 WISH: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
 CHANGED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"  # by the LoRA
 LORA_SCALE = 0.5
+WORD = "<boat>"  # of the embedding: two vectors
 PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
 
 
@@ -34,10 +35,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def source(name: str, checkpoint: Path) -> list[str]:
-    """One family comes as a single file and one with a LoRA; the others are folders."""
+    """One family comes as a single file and with a learned word, one with a LoRA; the others are folders."""
     if name == "sd15":
         single = write_single_file(checkpoint, checkpoint.parent / "one.safetensors")
-        return ["--model", str(single), "--config", str(checkpoint)]
+        word = checkpoint.parent / "word.safetensors"
+        save_file({WORD: torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, word)
+        return ["--model", str(single), "--config", str(checkpoint), "--embedding", str(word)]
     if name == "no-mid":
         lora = checkpoint.parent / "style.safetensors"
         up, down = lora_factors()
@@ -58,6 +61,8 @@ def reference_of(name: str, checkpoint: Path) -> Any:
         up, down = lora_factors()
         with torch.no_grad():
             pipeline.unet.get_submodule(CHANGED).weight += LORA_SCALE * up @ down
+    if name == "sd15":
+        pipeline.load_textual_inversion(str(checkpoint.parent / "word.safetensors"))
     return pipeline
 
 
@@ -79,10 +84,11 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
         {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
         {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
     ]
+    wish = {**WISH, "prompt": f"two old {WORD} at night"} if name == "sd15" else WISH
     with Serving(bundle, "--backend", backend) as serving:
         for case in cases:
-            ours = pictures(serving.generate(**WISH, **case, seed=11))[0]
-            theirs = draw(reference, seed=11, **WISH, **case)
+            ours = pictures(serving.generate(**wish, **case, seed=11))[0]
+            theirs = draw(reference, seed=11, **wish, **case)
             assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
             assert psnr(ours, theirs) >= 45, case
 
