@@ -36,6 +36,8 @@ class Intake:
                 cannot be read, or fields contradict each other.
         """
         _refuse_contradictions(body)
+        if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end) != (0, 1):
+            raise _refused("guidance_end", "This model is told its guidance at every step: leave out start and end.")
         defaults = self._manifest.defaults
         seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
         steps = body.num_inference_steps or defaults.num_inference_steps
@@ -50,8 +52,8 @@ class Intake:
             scheduler=scheduler,
             num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
-            guided_from=body.guidance_start,
-            guided_to=body.guidance_end,
+            guidance_start=body.guidance_start,
+            guidance_end=body.guidance_end,
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
             clip_skip=self._clip_skip(body),
             original=original,

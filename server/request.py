@@ -46,8 +46,8 @@ class Wish:
     num_inference_steps: int
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
-    guided_from: float = 0.0  # of the way: the share of the steps after which guidance begins
-    guided_to: float = 1.0  # and ends
+    guidance_start: float = 0.0  # of the way: the share of the steps after which guidance begins
+    guidance_end: float = 1.0  # and ends
     clip_skip: int = 0  # layers of the text encoder left out at its end
     original: Original | None = None
     preview_every: int = 0  # steps; 0 shows none
@@ -122,7 +122,7 @@ class Request:
     def guided_now(self) -> bool:
         """Whether the negative prompt has a say in the next step."""
         wish = self.wish
-        return wish.guided and wish.guided_from <= self.step / self.steps < wish.guided_to
+        return wish.guided and wish.guidance_start <= self.step / self.steps < wish.guidance_end
 
     @property
     def steps(self) -> int:

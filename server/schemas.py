@@ -219,7 +219,7 @@ class SchedulerDescription(BaseModel):
     summary: str
     aliases: list[str] = Field(description="other names that are taken for it; case does not matter")
     calls_per_step: int = Field(description="UNet calls")
-    stochastic: bool = Field(description="takes fresh noise at every call")
+    stochastic: bool = Field(description="takes fresh noise on the way, without being asked to")
     sigmas: list[Sigmas]
     options: list[str] = Field(description="further fields of a request that it heeds")
 

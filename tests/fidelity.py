@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 from engines.manifest import Manifest
 from tests.references import draw, load_pipeline, psnr
@@ -18,20 +19,22 @@ from tests.serving import Serving, pictures
 def compare(checkpoint: Path, bundle: Path, backend: str, *, count: int) -> list[float]:
     """PSNR in dB of `count` pictures of the model's examples, with its own defaults."""
     manifest, pipeline = Manifest.load(bundle), load_pipeline(checkpoint)
-    defaults, size = manifest.defaults, manifest.resolutions[0]
-    found = []
     with Serving(bundle, "--backend", backend, start_seconds=600) as serving:
-        for seed in range(count):
-            prompt = manifest.examples[seed % len(manifest.examples)] if manifest.examples else "a lighthouse at night"
-            wish = {
-                "prompt": prompt,
-                "num_inference_steps": defaults.num_inference_steps,
-                "guidance_scale": defaults.guidance_scale,
-            }
-            ours = pictures(serving.generate(**wish, seed=seed))[0]
-            theirs = draw(pipeline, scheduler=defaults.scheduler, seed=seed, **size.model_dump(), **wish)
-            found.append(psnr(ours, theirs))
-    return found
+        scheduler = manifest.defaults.scheduler
+        return [distance(serving, pipeline, manifest, scheduler=scheduler, seed=seed) for seed in range(count)]
+
+
+def distance(serving: Serving, pipeline: Any, manifest: Manifest, *, scheduler: str, seed: int) -> float:
+    """PSNR in dB of a served picture of one of the model's examples beside diffusers', with the model's defaults."""
+    wish: dict[str, Any] = {
+        "prompt": manifest.examples[seed % len(manifest.examples)] if manifest.examples else "a lighthouse at night",
+        "num_inference_steps": manifest.defaults.num_inference_steps,
+        "guidance_scale": manifest.defaults.guidance_scale,
+        "scheduler": scheduler,
+        "seed": seed,
+        **manifest.resolutions[0].model_dump(),
+    }
+    return psnr(pictures(serving.generate(**wish))[0], draw(pipeline, **wish))
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ import diffusers
 
 from engines.manifest import Manifest, NoiseSchedule
 from server.schedulers import METHODS, NAMES, Spacing, find, levels, table
-from tests.references import draw, load_pipeline, psnr
-from tests.serving import Serving, pictures
+from tests.fidelity import distance
+from tests.references import load_pipeline
+from tests.serving import Serving
 from tests.stepping import apart, run_diffusers, run_table
 
 SD1 = NoiseSchedule(steps_offset=1, set_alpha_to_one=False)
@@ -63,17 +64,7 @@ def milliseconds(name: str, *, repeats: int = 20) -> float:
 
 def end_to_end(name: str, serving: Serving, pipeline: Any, manifest: Manifest) -> str:
     """The least PSNR of the served pictures of a bundle beside those of diffusers in FP32, by the model's defaults."""
-    defaults, size = manifest.defaults, manifest.resolutions[0].model_dump()
-    found = []
-    for seed in SEEDS:
-        wish: dict[str, Any] = {
-            "prompt": manifest.examples[seed],
-            "num_inference_steps": defaults.num_inference_steps,
-            "guidance_scale": defaults.guidance_scale,
-            **size,
-        }
-        ours = pictures(serving.generate(**wish, seed=seed, scheduler=name))[0]
-        found.append(psnr(ours, draw(pipeline, scheduler=name, seed=seed, **wish)))
+    found = [distance(serving, pipeline, manifest, scheduler=name, seed=seed) for seed in SEEDS]
     return "identical" if min(found) == float("inf") else f"{min(found):.0f} dB"
 
 

@@ -61,11 +61,6 @@ class Table:
     init_scale: float  # init_noise_sigma
     steps: tuple[Step, ...]  # one per UNet call
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether any step draws fresh noise, after the noise that x starts from."""
-        return any(step.draws for step in self.steps)
-
 
 @dataclass(frozen=True, slots=True)
 class Setting:

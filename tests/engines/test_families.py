@@ -93,6 +93,13 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
             assert psnr(ours, theirs) >= 45, case
 
 
+def test_a_model_that_is_told_its_guidance_has_no_interval_of_it(family: tuple[str, Path, Path]) -> None:
+    name, _checkpoint, bundle = family
+    with Serving(bundle) as serving:
+        answer = serving.generate(**WISH, num_inference_steps=2, guidance_end=0.5)
+    assert answer.status_code == (422 if name == "lcm" else 200), answer.text
+
+
 def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     manifest = Manifest.load(bundle)
