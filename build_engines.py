@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +27,16 @@ from engines.base import BACKENDS, ON_CPU, EngineError
 from engines.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
 from engines.checkpoint import Embedding, Lora, Origin, count_parameters
 from engines.compile import compile_backend, has_bf16, precisions, typed_graphs
-from engines.console import BuildLog, BuildProgress, inspect_tables, plan_table, progress_on, summary_table, terminal
+from engines.console import (
+    BuildFeed,
+    BuildLog,
+    BuildProgress,
+    inspect_tables,
+    plan_table,
+    progress_on,
+    summary_table,
+    terminal,
+)
 from engines.manifest import Manifest, Size, Typed
 from engines.present import check_fits, choose, obstacle
 from engines.trajectory import Table
@@ -32,7 +44,7 @@ from engines.verify import STEPS, VerificationError, verify
 from server.schedulers import find, table
 
 _ROWS = (2, 4, 8, 16)
-BuildShow = BuildProgress | BuildLog
+BuildShow = BuildProgress | BuildLog | BuildFeed
 Command = Callable[[argparse.Namespace, BuildShow, Console], None]
 
 
@@ -43,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(word).parse_args(words)
     console = terminal()
     try:
-        with progress_on(console) as progress:
+        with _progress(arguments, console) as progress:
             command(arguments, progress, console)
     except EngineError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -56,6 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("cancelled: what was finished is kept, nothing is half written", style="red")
         return 130
     return 0
+
+
+def _progress(arguments: argparse.Namespace, console: Console) -> BuildShow:
+    if getattr(arguments, "progress", None) != "json":
+        return progress_on(console)
+    _end_with_standard_input()
+    return BuildFeed(sys.stdout)
+
+
+def _end_with_standard_input() -> None:
+    """Cancel, as Ctrl-C does, once the program that started this one closes our standard input, or is gone."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background is started to ignore it
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _build(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
@@ -216,6 +247,12 @@ def _compile_parser(word: str) -> argparse.ArgumentParser:
     _add_bundle(parser)
     _add_shapes(parser, rows=None, decode_batch=None)
     _add_compile(parser)
+    parser.add_argument(
+        "--progress",
+        choices=("people", "json"),
+        default="people",
+        help="json is for a program that starts this one: lines on standard output, and the end when its input ends",
+    )
     return parser
 
 

@@ -1,12 +1,14 @@
-"""What a build shows: bars where people watch, plain lines where a log does, and tables before and after."""
+"""What a build shows: bars where people watch, plain lines where a log does, JSON where a program does, and tables."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -109,6 +111,85 @@ class BuildLog:
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+class BuildFeed:
+    """`engines.progress.Progress` for another program: JSON lines, which tell how far the outermost stage is.
+
+    `{"stage": "compiling denoise for tensorrt", "percent": 40}`, with null until the stage says how long it is, and
+    `{"note": "denoise of tensorrt: unchanged"}`.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._open: list[_Share] = []
+        self._percent: int | None = None  # of the outermost stage, as it was told
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to put away."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        self._open.append(_Share(name, self._advance))
+        if len(self._open) == 1:
+            self._tell_percent(None)
+        try:
+            yield self._open[-1]
+        finally:
+            ended = self._open.pop()
+            if self._open and ended.total:
+                self._open[-1].passed += (1 - self._open[-1].passed) / 2
+
+    def note(self, text: str) -> None:
+        self._tell({"note": text})
+
+    def _advance(self) -> None:
+        percent = int(100 * _fraction(self._open))
+        if self._percent is None or percent > self._percent:  # which stages that begin anew would have fall
+            self._tell_percent(percent)
+
+    def _tell_percent(self, percent: int | None) -> None:
+        self._percent = percent
+        self._tell({"stage": self._open[0].name, "percent": percent})
+
+    def _tell(self, said: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(said) + "\n")
+        self._file.flush()
+
+
+@dataclass(slots=True)
+class _Share:
+    """A stage of which `done` of `total` is finished, and `passed` of the step after that.
+
+    Nobody says how many stages lie within a step, so each is taken for half of what is left of it.
+    """
+
+    name: str
+    changed: Callable[[], None]
+    done: float = 0
+    total: float = 0  # 0 until it is known
+    passed: float = 0
+
+    def update(self, done: float, total: float) -> None:
+        if done != self.done:
+            self.passed = 0
+        self.done, self.total = done, total
+        self.changed()
+
+
+def _fraction(stages: Sequence[_Share]) -> float:
+    """How much of the outermost of `stages` is done, each of them within the one before."""
+    within = 0.0
+    for stage in reversed(stages):
+        if stage.total:
+            step = stage.passed + (1 - stage.passed) / 2 * within
+            within = min((stage.done + step) / stage.total, 1.0)
+    return within
 
 
 def terminal() -> Console:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engines.base import KEPT, LANES, MEMORY, TERMS
 
 VARYING = frozenset("SCLBRNnhwHW")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,13 @@ def _u8(*dims: str | int) -> Port:
 
 
 class GraphModule(nn.Module):
-    """A graph's computation, and the names, types and shapes by which engines are bound."""
+    """A graph's computation, and the names, types and shapes by which engines are bound.
+
+    It returns a tensor, or a tuple of them where there are several outputs.
+    """
 
     inputs: ClassVar[Mapping[str, Port]]
-    output: ClassVar[tuple[str, Port]]
+    outputs: ClassVar[Mapping[str, Port]]
 
 
 class EncodePrompt(GraphModule):
@@ -56,7 +60,7 @@ class EncodePrompt(GraphModule):
         "layer": _index("N", of="E"),  # which hidden state; the last, unless clip_skip asks for an earlier one
         "weights": _f32("N", "T", below=2),  # of the tokens; 1 changes nothing
     }
-    output: ClassVar = ("embeddings", _f32("N", "T", "D"))
+    outputs: ClassVar = {"embeddings": _f32("N", "T", "D")}
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
@@ -78,7 +82,8 @@ class Denoise(GraphModule):
     """One denoising step of B images, whichever schedulers, guidances and steps they are at.
 
     A state's lane 0 is x, the next `MEMORY` are the scheduler's memory, and the last is the x0 estimate. The output is
-    the next state; slots that take no step keep their contents.
+    the next state; slots that take no step keep their contents. An image for which the UNet computes NaN or infinity
+    becomes NaN, and the others are what they are without it.
     """
 
     inputs: ClassVar = {
@@ -95,7 +100,7 @@ class Denoise(GraphModule):
         "coef": _f32("B", LANES, TERMS),  # lane i becomes the sum over j of coef[i, j] · term j
         "level": _f32("B", 2),  # signal and noise of what is kept, after this step
     }
-    output: ClassVar = ("state_next", _f32("S", LANES, "c", "h", "w"))
+    outputs: ClassVar = {"state_next": _f32("S", LANES, "c", "h", "w")}
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
@@ -124,7 +129,7 @@ class Denoise(GraphModule):
         told = context[row_context].flatten(1, 2)  # [R, L·T, D]
         condition = None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
         rows = self.unet(seen.to(dtype), timestep, told.to(dtype), timestep_cond=condition, return_dict=False)[0]
-        model = (guidance @ rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
+        model = _guided(guidance, rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         following = (coef @ terms.flatten(2)).view_as(lanes)
         kept = kept[slot]
@@ -141,6 +146,23 @@ class Denoise(GraphModule):
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
+def _guided(guidance: Tensor, rows: Tensor) -> Tensor:
+    """What rows [R, P] come to in each image, by weights [B, R]: [B, P], NaN where a row with a weight is not finite.
+
+    The product alone would spread one row's NaN over every image of the batch: 0 times NaN is NaN.
+    """
+    finite = _finite(rows)
+    broken = torch.where(finite, 0.0, 1.0).amax(dim=1)  # [R], of 0 and 1
+    lost = torch.where(guidance != 0, broken, 0.0).amax(dim=1, keepdim=True)  # [B, 1], of 0 and 1
+    model = guidance @ torch.where(finite, rows, 0.0)
+    return torch.where(lost > 0, torch.nan, model)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Which are neither NaN nor infinite. By size, since optimizers may take `x == x` for true."""
+    return values.abs() <= _LARGEST
+
+
 class GuidedDenoise(Denoise):
     """The step of a UNet that was distilled with its guidance, and is told it instead of asked twice."""
 
@@ -148,31 +170,35 @@ class GuidedDenoise(Denoise):
 
 
 class Decode(GraphModule):
-    """What some slots hold, to RGB pictures."""
+    """What some slots hold, to RGB pictures, and whether each is sound: every value a number before it was rounded."""
 
     inputs: ClassVar = {
         "state": _f32("S", LANES, "c", "h", "w"),
         "slot": _index("n", of="S"),
     }
-    output: ClassVar = ("images", _u8("n", "H", "W", 3))
+    outputs: ClassVar = {
+        "images": _u8("n", "H", "W", 3),
+        "sound": _f32("n"),  # 1, or 0 where latents or the VAE were not finite
+    }
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor: float = vae.config.scaling_factor
 
-    def forward(self, state: Tensor, slot: Tensor) -> Tensor:
+    def forward(self, state: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
         latents = state[slot, 0] / self.scaling_factor
         pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         # Rounding as diffusers does; channels go last before the cast because TensorRT takes UINT8 as an output only.
-        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).to(torch.uint8)
+        images = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).to(torch.uint8)
+        return images, torch.where(_finite(pixels), 1.0, 0.0).amin(dim=(1, 2, 3))
 
 
 class EncodeImage(GraphModule):
     """RGB pictures to latents: a sample of the VAE's posterior, drawn with the given noise."""
 
     inputs: ClassVar = {"images": _u8("n", "H", "W", 3), "noise": _f32("n", "c", "h", "w")}
-    output: ClassVar = ("latents", _f32("n", "c", "h", "w"))
+    outputs: ClassVar = {"latents": _f32("n", "c", "h", "w")}
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""ONNX Runtime over arrays of the host. On the CPU, engines read and write them in place; an execution provider with
-memory of its own copies them in and out in each run.
-"""
+"""ONNX Runtime on the CPU. Engines read and write the bound arrays in place."""
 
 from __future__ import annotations
 
@@ -10,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import DTypeLike
 
-from engines.base import Array, Buffer, EngineError
-from engines.host import HostBuffer, bound_arrays
+from engines.base import Array, Buffer, EngineError, Stream
+from engines.host import HostDevice, bound_arrays
 
-CPU = "CPUExecutionProvider"
+_PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntimeCall:
@@ -26,25 +23,17 @@ class OnnxRuntimeCall:
     ) -> None:
         self._session = session
         self._binding = session.io_binding()
-        self._inputs = inputs
-        self._outputs = outputs
-        self._in_place = session.get_providers() == [CPU]
+        self._arrays = inputs, outputs
+        for name, array in inputs.items():
+            self._binding.bind_input(name, *_location(array))
         for name, array in outputs.items():
             self._binding.bind_output(name, *_location(array))
-        self._bind_inputs()
 
-    def run(self) -> None:
+    def launch(self) -> None:
         try:
-            if not self._in_place:
-                self._bind_inputs()
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime failed in a step: {error}") from error
-
-    def _bind_inputs(self) -> None:
-        """A provider with memory of its own takes its copy of an input here, and sees no later change."""
-        for name, array in self._inputs.items():
-            self._binding.bind_input(name, *_location(array))
 
 
 def _location(array: Array) -> tuple[str, int, np.dtype[Any], tuple[int, ...], int]:
@@ -65,31 +54,22 @@ class OnnxRuntimeEngine:
         return OnnxRuntimeCall(self._session, inputs, outputs)
 
 
-class OnnxRuntimeDevice:
-    """This machine's processor, or what else an execution provider computes on, through ONNX Runtime."""
+class OnnxRuntimeDevice(HostDevice):
+    """This machine's processor, through ONNX Runtime."""
 
-    def __init__(self, *, threads: int, provider: str = CPU) -> None:
-        self.name = f"{provider.removesuffix('ExecutionProvider').lower()}, ONNX Runtime {ort.__version__}"
+    def __init__(self, *, threads: int) -> None:
+        super().__init__()
+        self.name = f"cpu, ONNX Runtime {ort.__version__}"
         self._threads = threads
-        self._provider = provider
 
-    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
-        return HostBuffer(np.zeros(shape, dtype))
-
-    def load(self, path: Path) -> OnnxRuntimeEngine:
+    def load(self, path: Path, stream: Stream) -> OnnxRuntimeEngine:  # noqa: ARG002 - the host's streams are all alike
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors only: optimiser warnings mean nothing to who runs a server
         try:
-            session = ort.InferenceSession(path, options, providers=[self._provider])
+            return OnnxRuntimeEngine(ort.InferenceSession(path, options, providers=[_PROVIDER]))
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
-        if self._provider not in session.get_providers():  # it falls back to the CPU with no more than a line of log
-            raise EngineError(
-                f"ONNX Runtime could not start its {self._provider}, so it would compute on the CPU. "
-                "Often libraries are missing: pip install 'onnxruntime-gpu[cuda,cudnn]' brings them."
-            )
-        return OnnxRuntimeEngine(session)
 
 
 def open_device(*, threads: int) -> OnnxRuntimeDevice:

@@ -6,11 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import DTypeLike
-
-from engines.base import Array, Buffer, EngineError
-from engines.host import HostBuffer, bound_arrays
+from engines.base import Array, Buffer, EngineError, Stream
+from engines.host import HostDevice, bound_arrays
 
 # OpenVINO reports to its makers whenever it is imported, unless this package of its own is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None is how Python marks a missing one
@@ -27,7 +24,7 @@ class OpenVinoCall:
         for name, array in arrays.items():
             request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
-    def run(self) -> None:
+    def launch(self) -> None:
         try:
             self._request.infer()
         except RuntimeError as error:
@@ -45,10 +42,11 @@ class OpenVinoEngine:
         return OpenVinoCall(self._compiled.create_infer_request(), bound_arrays(buffers, self._names))
 
 
-class OpenVinoDevice:
+class OpenVinoDevice(HostDevice):
     """This machine's processor, through OpenVINO."""
 
     def __init__(self, *, threads: int) -> None:
+        super().__init__()
         self.name = f"cpu, OpenVINO {openvino.__version__}"
         self._core = openvino.Core()
         self._options = {
@@ -59,10 +57,7 @@ class OpenVinoDevice:
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = str(threads)
 
-    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> HostBuffer:
-        return HostBuffer(np.zeros(shape, dtype))
-
-    def load(self, path: Path) -> OpenVinoEngine:
+    def load(self, path: Path, stream: Stream) -> OpenVinoEngine:  # noqa: ARG002 - the host's streams are all alike
         try:
             return OpenVinoEngine(self._core.compile_model(path, "CPU", self._options))
         except RuntimeError as error:

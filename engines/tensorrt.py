@@ -9,12 +9,24 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
-from numpy.typing import DTypeLike
 
-from engines.base import Buffer, EngineError
-from engines.cuda import DeviceBuffer, Stream, open_stream, probe
+from engines.base import Buffer, DeviceLost, EngineError, Stream
+from engines.cuda import (
+    MEMORY_IS_FULL,
+    Cuda,
+    CudaDevice,
+    CudaGraph,
+    CudaStream,
+    DeviceBuffer,
+    Graphs,
+    of_cuda,
+    on_gpu,
+    open_cuda,
+    probe,
+)
 from engines.manifest import Build, Gpu
 
 _logger = logging.getLogger(__name__)
@@ -23,47 +35,140 @@ _Shape = tuple[int, ...]
 _Ranges = Mapping[str, tuple[_Shape, _Shape]]  # least and largest shape of each input
 
 
-class TensorRtCall:
-    """An execution context with its shapes and addresses set. Holds the memory that the context points to."""
+class Contexts:
+    """Makes the execution contexts of one engine. TensorRT for RTX, which does more here, has a kind of its own."""
 
-    def __init__(self, context: Any, memory: tuple[DeviceBuffer, ...], *, stream: Stream, log: Any) -> None:
+    def __init__(self, engine: Any, path: Path, *, trt: Any) -> None:
+        self.engine = engine
+        self.path = path
+        self._trt = trt
+
+    def create(self) -> Any:
+        """A context whose scratch memory is given to it; None where TensorRT made none."""
+        return self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+    def capturable(self, context: Any, stream: CudaStream) -> bool:  # noqa: ARG002 - TensorRT does not tell before
+        """Whether it is worth trying."""
+        return True
+
+    def settle(self) -> None:
+        """There is nothing to keep for the next start."""
+
+
+class Scratch:
+    """The scratch memory of one stream. Its calls share it, because they are done one after the other."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._size = 1  # at least a byte, so that every context is given an address of its own
+        self._memory: DeviceBuffer | None = None
+
+    def need(self, size: int) -> None:
+        """Have at least `size` bytes from the next `memory` on."""
+        self._size = max(self._size, size)
+
+    def memory(self) -> DeviceBuffer:
+        """Who was given a smaller one before keeps that. Raises EngineError."""
+        if self._memory is None or self._memory.nbytes < self._size:
+            self._memory = self._cuda.allocate((self._size,), np.uint8, purpose="scratch")
+        return self._memory
+
+
+class TensorRtCall:
+    """An execution context with its shapes and addresses set. Holds the memory that the context points to.
+
+    Whoever drops it has waited for its work: TensorRT wants the context to live that long.
+    """
+
+    def __init__(
+        self,
+        context: Any,
+        memory: tuple[DeviceBuffer, ...],
+        *,
+        stream: CudaStream,
+        contexts: Contexts,
+        graphs: Graphs,
+        log: Any,
+    ) -> None:
         self._context = context
         self._memory = memory
         self._stream = stream
+        self._contexts = contexts
+        self._graphs = graphs
         self._log = log
+        self._graph: CudaGraph | None = None
+        self._ran = False
 
-    def run(self) -> None:
+    def launch(self) -> None:
+        """The first is plain: TensorRT prepares itself in it, and compiles, which no capture allows. The second is
+        captured, and from then on all its kernels are given to the GPU at once, as one graph.
+        """
+        if self._ran and self._graph is None and self._graphs.possible:
+            self._graph = self._captured()
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.launch()
+
+    def _run(self) -> None:
+        try:
+            self._enqueue()
+        except EngineError:
+            self._stream.check_alive()  # TensorRT refuses alike on a device that is lost
+            raise
+        self._ran = True
+
+    def _captured(self) -> CudaGraph | None:
+        """None where that cannot be. Streams that TensorRT adds by itself join the capture and leave it by events."""
+        if not self._contexts.capturable(self._context, self._stream):
+            self._graphs.forbid("TensorRT says that they cannot be captured.")
+            return None
+        try:
+            return self._stream.capture(self._enqueue, keep=(self._context, self._memory))
+        except DeviceLost:
+            raise
+        except EngineError as error:
+            self._graphs.forbid(str(error))
+            return None
+
+    def _enqueue(self) -> None:
         _require(self._context.execute_async_v3(self._stream.handle), "run a step", self._log)
-        self._stream.wait()
 
 
 class TensorRtEngine:
-    """A deserialised engine, and scratch memory for the largest of its profiles.
+    """A deserialised engine, on the stream whose scratch memory its calls share."""
 
-    Its calls share the scratch: they run one after the other, on one stream.
-    """
-
-    def __init__(self, engine: Any, name: str, *, trt: Any, stream: Stream, log: Any) -> None:
-        self._engine = engine
-        self._name = name
+    def __init__(self, contexts: Contexts, *, trt: Any, stream: CudaStream, scratch: Scratch, log: Any) -> None:
+        self._engine = engine = contexts.engine
+        self._name = contexts.path.name
         self._trt = trt
         self._stream = stream
+        self._scratch = scratch
+        self._contexts = contexts
         self._log = log
+        self._graphs = Graphs(self._name)
         self._dtypes = self._read_dtypes()
         self._inputs = [one for one in self._dtypes if engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT]
         self._profiles = [self._read_profile(index) for index in range(engine.num_optimization_profiles)]
-        # At least a byte, so that every context is given an address of its own.
-        self._scratch = DeviceBuffer((max(engine.device_memory_size_v2, 1),), np.uint8, stream)
+        scratch.need(engine.device_memory_size_v2)
 
     def bind(self, buffers: Mapping[str, Buffer]) -> TensorRtCall:
         """Set up a context of its own for `buffers`, in the first profile that takes their shapes."""
         memory = self._checked(buffers)
         context = self._context_in(self._profile_for({name: memory[name].shape for name in self._inputs}))
         self._set_shapes(context, memory)
-        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        scratch = self._scratch.memory()
+        context.set_device_memory(scratch.address, scratch.nbytes)
         for name, buffer in memory.items():
             _require(context.set_tensor_address(name, buffer.address), f"take the memory of {name}", self._log)
-        return TensorRtCall(context, (*memory.values(), self._scratch), stream=self._stream, log=self._log)
+        return TensorRtCall(
+            context,
+            (*memory.values(), scratch),
+            stream=self._stream,
+            contexts=self._contexts,
+            graphs=self._graphs,
+            log=self._log,
+        )
 
     def _read_dtypes(self) -> dict[str, np.dtype[Any]]:
         """The type of every input and output by name, in the engine's order."""
@@ -89,11 +194,10 @@ class TensorRtEngine:
         return {name: self._checked_one(name, buffer) for name, buffer in buffers.items()}
 
     def _checked_one(self, name: str, buffer: Buffer) -> DeviceBuffer:
-        if not isinstance(buffer, DeviceBuffer):
-            raise EngineError(f"{self._name} computes in the GPU's memory, was given {type(buffer).__name__}.")
-        if buffer.dtype != self._dtypes[name]:
-            raise EngineError(f"{self._name} takes {name} as {self._dtypes[name]}, was given {buffer.dtype}.")
-        return buffer
+        memory = on_gpu(buffer)
+        if memory.dtype != self._dtypes[name]:
+            raise EngineError(f"{self._name} takes {name} as {self._dtypes[name]}, was given {memory.dtype}.")
+        return memory
 
     def _profile_for(self, shapes: Mapping[str, _Shape]) -> int:
         for index, ranges in enumerate(self._profiles):
@@ -116,8 +220,7 @@ class TensorRtEngine:
         )
 
     def _context_in(self, profile: int) -> Any:
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._contexts.create()
         _require(context is not None, "create a context: is the GPU's memory full?", self._log)
         done = context.set_optimization_profile_async(profile, self._stream.handle)
         _require(done, f"take profile {profile}", self._log)
@@ -137,14 +240,16 @@ class TensorRtEngine:
                 raise EngineError(f"{self._name} computes {name} as {computed}, was given {buffer.shape}.")
 
 
-class TensorRtDevice:
-    """The first GPU, through TensorRT: one stream, on which everything runs in order."""
+class TensorRtDevice(CudaDevice):
+    """The first GPU, through TensorRT."""
 
-    def __init__(self, trt: Any, stream: Stream, *, gpu: Gpu) -> None:
+    def __init__(self, trt: Any, cuda: Cuda, *, gpu: Gpu, contexts: type[Contexts] = Contexts) -> None:
         """Over the package `trt`: `tensorrt` or `tensorrt_rtx`. Raises EngineError."""
-        self.name = f"{gpu.name}, {_title(trt.__name__)} {trt.__version__}"
+        super().__init__(cuda, name=f"{gpu.name}, {_title(trt.__name__)} {trt.__version__}")
         self._trt = trt
-        self._stream = stream
+        self._kind = contexts
+        self._scratch: dict[CudaStream, Scratch] = {}
+        self._loaded: WeakSet[Contexts] = WeakSet()
         self._log = _log_of(trt)
         try:
             self._runtime = trt.Runtime(self._log)
@@ -153,18 +258,35 @@ class TensorRtDevice:
                 f"TensorRT does not start: {self._log.take() or error}. Is the driver new enough?"
             ) from error
 
-    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceBuffer:
-        return DeviceBuffer(shape, dtype, self._stream)
-
-    def load(self, path: Path) -> TensorRtEngine:
+    def load(self, path: Path, stream: Stream) -> TensorRtEngine:
         """Deserialise the engine at `path`. That runs code in it: the caller has checked its hash."""
+        own = of_cuda(stream)
+        free = self._cuda.free()
+        contexts = self._kind(self._deserialised(path), path, trt=self._trt)
+        self._loaded.add(contexts)
+        # TensorRT takes the memory for weights by itself: what is gone now is counted, until the last call is gone.
+        self._cuda.note(contexts, f"{path.stem} weights", free - self._cuda.free())
+        scratch = self._scratch.setdefault(own, Scratch(self._cuda))
+        return TensorRtEngine(contexts, trt=self._trt, stream=own, scratch=scratch, log=self._log)
+
+    def settle(self) -> None:
+        for contexts in self._loaded:
+            contexts.settle()
+
+    def _deserialised(self, path: Path) -> Any:
         try:
             content = path.read_bytes()
         except OSError as error:
             raise EngineError(f"{path} cannot be read: {error}") from error
         engine = self._runtime.deserialize_cuda_engine(content)
-        _require(engine is not None, f"load {path}; build it on this machine, with this version", self._log)
-        return TensorRtEngine(engine, path.name, trt=self._trt, stream=self._stream, log=self._log)
+        if engine is None:
+            raise EngineError(self._not_loaded(path, self._log.take()))
+        return engine
+
+    def _not_loaded(self, path: Path, errors: str) -> str:
+        if "memory" in errors.lower():
+            return f"{path} does not fit into the GPU's memory: {errors} {self._cuda.holders()} {MEMORY_IS_FULL}"
+        return f"TensorRT did not load {path}; build it on this machine, with this version. {errors}".rstrip()
 
 
 def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every backend is opened alike
@@ -172,7 +294,7 @@ def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every back
     return open_package("tensorrt", extra="cuda")
 
 
-def open_package(package: str, *, extra: str) -> TensorRtDevice:
+def open_package(package: str, *, extra: str, contexts: type[Contexts] = Contexts) -> TensorRtDevice:
     """Open the GPU through `package`, which `pip install 'latentd[extra]'` brings. Raises EngineError."""
     found = probe()
     if found.gpu is None:
@@ -184,7 +306,8 @@ def open_package(package: str, *, extra: str) -> TensorRtDevice:
         trt = import_module(package)
     except ImportError as error:
         raise EngineError(f"Backend {package} needs its package ({error}): pip install 'latentd[{extra}]'.") from error
-    return TensorRtDevice(trt, open_stream(), gpu=found.gpu)
+    cuda, gpu = open_cuda()
+    return TensorRtDevice(trt, cuda, gpu=gpu, contexts=contexts)
 
 
 def check_fits(build: Build, *, backend: str, version: str, gpu: Gpu | None, bundle: Path) -> None:

@@ -211,6 +211,7 @@ class _Phases:
             case {"start": name, "total": total}:
                 ending = ExitStack()
                 stage = ending.enter_context(self._progress.stage(name))
+                stage.update(0, total)
                 self._open.append(_Phase(name, total, stage, ending))
             case {"step": name, "done": done}:
                 for phase in self._named(name):
@@ -412,6 +413,11 @@ class _Compiler:
         config = builder.create_builder_config()
         config.profiling_verbosity = self._trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = self._monitor
+        # TF32 is on by default and keeps 10 bits of FP32's 23, which schedulers' tables cannot spare: they are FP32 in
+        # engines of every precision, and take no time that anyone would notice.
+        config.clear_flag(self._trt.BuilderFlag.TF32)
+        if flag := getattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
+            config.set_flag(flag)  # RTX's alone, without which it does not promise that a graph can be captured
         with suppress(AttributeError, RuntimeError):
             config.max_aux_streams = 0  # one stream, which is what a CUDA graph captures most simply
         return config

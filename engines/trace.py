@@ -50,11 +50,18 @@ class Traced:
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return (self.spec(*self.module.output),)
+        return tuple(self.spec(*named) for named in self.module.outputs.items())
 
     def rounded(self, dtype: torch.dtype) -> Traced:
         """The same graph with its weights in `dtype`; this one keeps its own."""
         return replace(self, module=deepcopy(self.module).to(dtype))
+
+    def compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+        """What torch makes of `inputs`, by the outputs' names."""
+        with torch.inference_mode():
+            made = self.module(**inputs)
+        values = made if isinstance(made, tuple) else (made,)
+        return {name: value.numpy() for name, value in zip(self.module.outputs, values, strict=True)}
 
     def random_inputs(self, **sizes: int) -> dict[str, torch.Tensor]:
         """Values the graph may be given; `sizes` of dimensions in place of its own, which all differ."""
@@ -109,7 +116,7 @@ def to_onnx(traced: Traced) -> ir.Model:
             traced.module,
             kwargs=traced.random_inputs(),
             dynamic_shapes=shapes,
-            output_names=[traced.module.output[0]],
+            output_names=list(traced.module.outputs),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -178,7 +185,7 @@ def _dims(latent: Latent) -> dict[str, Any]:
 
 
 def _tidy(model: ir.Model, traced: Traced) -> None:
-    """Give inputs and output the manifest's dimension names, and drop what the exporter notes on its own way.
+    """Give inputs and outputs the manifest's dimension names, and drop what the exporter notes on its own way.
 
     A stack trace per node holds more bytes than a small model, and paths of the machine that built it.
     """
@@ -191,7 +198,8 @@ def _tidy(model: ir.Model, traced: Traced) -> None:
             value.metadata_props.clear()
     for value in graph.inputs:
         value.shape = ir.Shape(traced.shape(traced.module.inputs[str(value.name)]))
-    graph.outputs[0].shape = ir.Shape(traced.shape(traced.module.output[1]))
+    for value in graph.outputs:
+        value.shape = ir.Shape(traced.shape(traced.module.outputs[str(value.name)]))
     model.metadata_props.clear()
     graph.metadata_props.clear()
 

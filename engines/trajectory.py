@@ -53,29 +53,38 @@ class Graphs:
     def __init__(self, manifest: Manifest, device: Device, files: Mapping[GraphName, Path]) -> None:
         self._manifest = manifest
         self._device = device
+        self._stream = device.stream("graphs")
         self._files = files
         self._engines: dict[GraphName, Engine] = {}
 
-    def __call__(self, graph: GraphName, inputs: Inputs) -> Array:
-        """Run `graph` once. Raises EngineError."""
+    def __call__(self, graph: GraphName, inputs: Inputs) -> dict[str, Array]:
+        """The outputs of `graph` by name. Raises EngineError."""
         if graph not in self._engines:
-            self._engines[graph] = self._device.load(self._files[graph])
-        buffers = {name: self._device.allocate(array.shape, array.dtype) for name, array in inputs.items()}
+            self._engines[graph] = self._device.load(self._files[graph], self._stream)
+        given = {name: self._device.allocate(array.shape, array.dtype) for name, array in inputs.items()}
         for name, array in inputs.items():
-            buffers[name].write(array)
-        spec = self._manifest.graphs[graph].outputs[0]
-        output = self._device.allocate(self._shape(graph, spec, inputs), spec.dtype)
-        self._engines[graph].bind({**buffers, spec.name: output}).run()
-        return output.read()
+            self._stream.write(given[name], array)
+        sizes = self._sizes(graph, inputs)
+        made = {
+            spec.name: self._device.allocate(_shape(spec, sizes), spec.dtype)
+            for spec in self._manifest.graphs[graph].outputs
+        }
+        self._engines[graph].bind({**given, **made}).launch()
+        return {name: self._stream.read(buffer).result() for name, buffer in made.items()}
 
-    def _shape(self, graph: GraphName, spec: TensorSpec, inputs: Inputs) -> tuple[int, ...]:
+    def _sizes(self, graph: GraphName, inputs: Inputs) -> dict[str | int, int]:
+        """Of the dimensions that have a name, as `inputs` have them."""
         sizes: dict[str | int, int] = {}
         for port in self._manifest.graphs[graph].inputs:
             sizes.update(zip(port.shape, inputs[port.name].shape, strict=True))
         if graph == "decode":
             sizes["H"] = sizes["h"] * self._manifest.latent.downscale
             sizes["W"] = sizes["w"] * self._manifest.latent.downscale
-        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
+        return sizes
+
+
+def _shape(spec: TensorSpec, sizes: Mapping[str | int, int]) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
 
 
 def reference(manifest: Manifest, bundle: Path) -> Graphs:
@@ -111,13 +120,13 @@ class Trajectory:
         state = np.zeros((1, LANES, *self._latent_shape), np.float32)
         noise = np.random.default_rng(1).standard_normal(self._latent_shape, np.float32)
         state[0, 0] = noise * self._table.init_scale
-        context = np.concatenate([graphs("encode_prompt", inputs) for inputs in self.chunks])
+        context = np.concatenate([graphs("encode_prompt", inputs)["embeddings"] for inputs in self.chunks])
         passed = []
         for step in self._table.steps:
             passed.append(self._inputs(step, state, context))
-            state = graphs("denoise", passed[-1])
+            state = graphs("denoise", passed[-1])["state_next"]
             each()
-        return Walk(tuple(passed), state, graphs("decode", decode_inputs(state)))
+        return Walk(tuple(passed), state, graphs("decode", decode_inputs(state))["images"])
 
     def _inputs(self, step: Step, state: Array, context: Array) -> dict[str, Array]:
         embeds = self._manifest.embeds_guidance

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from engines.base import EngineError
+from engines.base import BACKENDS, EngineError
 from engines.manifest import Manifest
 from engines.present import check_fits, choose
 from server.app import make_app, make_service
@@ -35,17 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         manifest = Manifest.load(settings.bundle)
-        backend = settings.backend or _choose(manifest)
-        check_fits(manifest, backend, settings.bundle)
+        backend = settings.backend or _choose(BACKENDS if settings.compile else manifest.builds)
+        if not settings.compile:
+            check_fits(manifest, backend, settings.bundle)
     except EngineError as error:
         _complain(str(error))
         return _FAILED_START
     return _serve(settings, manifest, backend)
 
 
-def _choose(manifest: Manifest) -> str:
-    """The first of the bundle's backends that runs here, or ONNX Runtime, which runs every bundle."""
-    wanted = [*manifest.builds, "onnxruntime"]
+def _choose(backends: Iterable[str]) -> str:
+    """The first of `backends` that runs here, or ONNX Runtime, which runs every bundle."""
+    wanted = [*backends, "onnxruntime"]
     choice = choose(wanted)
     if choice.backend != wanted[0]:
         _log.warning("backend %s in place of %s (%s)", choice.backend, wanted[0], choice.why)
@@ -86,8 +88,7 @@ def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
         manifest,
         settings.bundle,
         backend=backend,
-        threads=settings.threads,
-        max_waiting=settings.max_waiting,
+        settings=settings,
         on_ready=on_ready,
         on_failure=on_failure,
     )
@@ -107,6 +108,9 @@ def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
         return _FAILED_START
     server = _Server(config, drain_seconds=settings.drain_seconds, cancel=service.batcher.cancel)
     server.run(sockets=[listener])
+    if service.executor.stuck:
+        logging.shutdown()
+        os._exit(exit_code)  # an interpreter that ends in order would wait for the thread that hangs in the driver
     return exit_code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -22,26 +23,28 @@ from server.api import generate, ops
 from server.api.bodies import problem, problem_response
 from server.api.service import Service
 from server.batcher import Batcher
+from server.compiling import compile_missing
 from server.errors import ServerError
 from server.executor import Executor
 from server.intake import Intake
 from server.metrics import Metrics
+from server.pace import Pace
 from server.pipeline import Pipeline
-from server.request import Request
-from server.schemas import GenerateRequest, Problem
+from server.schemas import Problem
+from server.settings import Settings
 from server.tokenizer import Tokenizer
+from server.trace import Trace
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(playground.__file__).parent / "index.html"
 
 
-def make_service(  # noqa: PLR0913 - the parts, all by keyword
+def make_service(
     manifest: Manifest,
     bundle: Path,
     *,
     backend: str,
-    threads: int,
-    max_waiting: int,
+    settings: Settings,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Service:
@@ -53,24 +56,49 @@ def make_service(  # noqa: PLR0913 - the parts, all by keyword
         embeddings=manifest.tokenizer.embeddings,
     )
     intake = Intake(manifest, tokenizer)
-    batcher = Batcher(max_rows=manifest.max_rows, max_waiting=max_waiting)
-    metrics = Metrics(manifest, backend)
-    executor = Executor(
-        batcher,
-        lambda: Pipeline.load(
-            manifest,
+    pace = Pace(max_rows=manifest.max_rows)
+    trace = Trace(Path(f"latentd-trace-{os.getpid()}.json") if settings.profile else None)
+    batcher = Batcher(max_rows=manifest.max_rows, max_waiting=settings.max_waiting, work=pace.work)
+    metrics = Metrics(max_rows=manifest.max_rows)
+
+    def load(tell: Callable[[str], None]) -> Pipeline:
+        whole = manifest
+        if settings.compile:
+            whole = compile_missing(manifest, bundle, backend, tell=tell, stopped=lambda: batcher.closed)
+        service.manifest = whole
+        metrics.loaded(whole, backend)
+        tell("loading the engines")
+        return Pipeline.load(
+            whole,
             bundle,
             backend=backend,
-            device=open_device(backend, threads=threads),
+            device=open_device(backend, threads=settings.threads),
+            pace=pace,
+            trace=trace,
+            decode_chunk=settings.decode_chunk,
+            decode_beside=settings.decode_beside,
             on_lookup=metrics.prompt_lookup,
-        ),
-        warm_up=_rehearsals(manifest, intake),
+        )
+
+    executor = Executor(
+        batcher,
+        load,
+        pace=pace,
+        trace=trace,
         metrics=metrics,
+        patience=settings.watchdog,
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    metrics.watch(waiting=lambda: batcher.waiting, running=lambda: batcher.running, ready=lambda: float(executor.ready))
-    return Service(manifest, backend, intake, batcher, executor, metrics)
+    gauges = {
+        "latentd_requests_waiting": ("Accepted requests that wait for their first step.", lambda: batcher.waiting),
+        "latentd_requests_running": ("Requests that take steps.", lambda: batcher.running),
+        "latentd_requests_departing": ("Requests whose pictures are decoded.", lambda: executor.departing),
+        "latentd_ready": ("1 when requests are answered.", lambda: float(executor.ready)),
+    }
+    metrics.watch(gauges, pace)
+    service = Service(manifest, backend, intake, batcher, executor, metrics)
+    return service
 
 
 def make_app(service: Service) -> FastAPI:
@@ -99,13 +127,6 @@ def make_app(service: Service) -> FastAPI:
         return FileResponse(_PAGE)
 
     return app
-
-
-def _rehearsals(manifest: Manifest, intake: Intake) -> list[Request]:
-    return [
-        intake.request(GenerateRequest(prompt="", width=size.width, height=size.height, num_inference_steps=1, seed=0))
-        for size in manifest.resolutions
-    ]
 
 
 async def _server_error(service: Service, _http: HttpRequest, error: ServerError) -> JSONResponse:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from engines.manifest import Size
@@ -62,14 +61,16 @@ class Batcher:
     `submit` and the counts are for any thread; `next_batch` and `leave` are for the executor's.
     """
 
-    def __init__(self, *, max_rows: int, max_waiting: int) -> None:
+    def __init__(
+        self, *, max_rows: int, max_waiting: int, work: Callable[[Request], float] = lambda _request: 1.0
+    ) -> None:
+        """`work` estimates the seconds of a full device that a request still needs."""
         self.max_rows = max_rows
         self._max_waiting = max_waiting
+        self._work = work
         self._lines: dict[Size, _Line] = {}  # in the order of their turns
         self._changed = threading.Condition()
         self._closed = False
-        self._seconds_per_request = 1.0  # moving average over those that left
-        self._last_left = 0.0
 
     @property
     def waiting(self) -> int:
@@ -98,17 +99,18 @@ class Batcher:
                 raise NotReady("The server is stopping: ask another one.", retry_after=5)
             before = sum(len(line.waiting) for line in self._lines.values())
             if before >= self._max_waiting:
-                raise QueueFull(
-                    f"{before} requests are waiting: try again later.", retry_after=self._retry_after(before)
-                )
+                raise QueueFull(f"{before} requests are waiting: try again later.", retry_after=self._retry_after())
             self._lines.setdefault(request.wish.size, _Line()).waiting.append(request)
             self._changed.notify()
         return before
 
-    def next_batch(self) -> Batch | None:
-        """Wait for work and return the next step's. None: closed, and nothing is left to do."""
+    def next_batch(self, *, patience: float | None = None) -> Batch | None:
+        """Wait for work, at most `patience` seconds, and return the next step's: nobody's, if there is none.
+
+        None: closed, and nothing is left to do.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._lines)
+            self._changed.wait_for(lambda: self._closed or self._lines, timeout=patience)
             left = tuple(request for line in self._lines.values() for request in line.drop_cancelled())
             self._forget_empty_lines()
             if not self._lines:
@@ -119,16 +121,15 @@ class Batcher:
             return Batch(left, joined, line.take_turn())
 
     def leave(self, request: Request) -> None:
-        """`request` takes no more steps."""
+        """`request` takes no more steps, if it took any."""
         with self._changed:
-            line = self._lines[request.wish.size]
-            line.running.remove(request)
+            line = self._lines.get(request.wish.size, _Line())
+            line.running = [running for running in line.running if running is not request]
             self._forget_empty_lines()
-            now = time.monotonic()
-            spent = sum(request.timings.values()) - request.timings.get("queue", 0.0)
-            gap = min(now - self._last_left, spent)
-            self._seconds_per_request += 0.1 * (gap - self._seconds_per_request)
-            self._last_left = now
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Take no more requests; those accepted go on to their end."""
@@ -154,5 +155,7 @@ class Batcher:
     def _forget_empty_lines(self) -> None:
         self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
 
-    def _retry_after(self, waiting: int) -> int:
-        return min(max(math.ceil(waiting * self._seconds_per_request), 1), _LONGEST_RETRY)
+    def _retry_after(self) -> int:
+        """Seconds until those who run and wait now will have taken their steps."""
+        ahead = sum(self._work(request) for line in self._lines.values() for request in (*line.running, *line.waiting))
+        return min(max(math.ceil(ahead), 1), _LONGEST_RETRY)

@@ -59,6 +59,10 @@ class StepFailed(ServerError):
     """The engine failed in a step this request shared."""
 
 
+class BrokenPicture(ServerError):
+    """The model's numbers went beyond their range in this picture."""
+
+
 class Cancelled(ServerError):
     """The caller went away, or the server stopped before the picture was done."""
 
@@ -73,5 +77,6 @@ STATUS: dict[type[ServerError], int] = {
     QueueFull: 429,
     Cancelled: 499,
     StepFailed: 500,
+    BrokenPicture: 500,
     NotReady: 503,
 }

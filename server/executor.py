@@ -2,146 +2,288 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
-from engines.base import EngineError
+from engines.base import DeviceLost, EngineError
 from server.batcher import Batch, Batcher
-from server.errors import Cancelled, NotReady, StepFailed
+from server.errors import BrokenPicture, Cancelled, NotReady, StepFailed
 from server.metrics import Metrics
-from server.pipeline import Pipeline
-from server.request import Completed, Failed, Image, Request, Started, Stepped
+from server.pace import Pace
+from server.pipeline import Departure, Flight, Move, Pipeline
+from server.request import Completed, Failed, Request, Started, Stepped
+from server.trace import Trace
+from server.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
+_AHEAD = 2  # steps in flight: one that the device does, and one that it finds when it is done
+_LOOK = 0.001  # seconds between looks for finished pictures, while nobody wants a step
+
 
 class Executor:
-    """Loads the pipeline, then takes batch after batch until the batcher is closed and empty."""
+    """Loads the pipeline, then takes batch after batch until the batcher is closed and everything has landed.
 
-    def __init__(
+    Who takes which step does not depend on pixels, so steps are launched before their predecessors are done, and the
+    device always finds the next one. What follows from a step, its events and pictures, happens when it lands.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts, all by keyword
         self,
         batcher: Batcher,
-        load: Callable[[], Pipeline],
+        load: Callable[[Callable[[str], None]], Pipeline],
         *,
-        warm_up: Sequence[Request],
+        pace: Pace,
+        trace: Trace,
         metrics: Metrics,
+        patience: float,
         on_ready: Callable[[], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
+        """`load` is called in the thread, with what tells of its progress; `patience` is the watchdog's."""
         self._batcher = batcher
         self._load = load
-        self._warm_up = warm_up
+        self._pace = pace
+        self._trace = trace
         self._metrics = metrics
         self._on_ready = on_ready
         self._on_failure = on_failure
+        self._watchdog = Watchdog(self._bitten, patience=patience)
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
-        self._current = Batch((), (), ())
+        self._batch = Batch((), (), ())
+        self._flights: deque[Flight] = deque()
+        self._departures: deque[Departure] = deque()
+        self._arriving: set[Request] = set()
+        self._mark = 0.0  # when the device was last known to begin a step
+        self.state = "starting"
         self.ready = False
+        self.stuck = False
 
     def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
-        """Let the accepted requests finish, and return when the thread has ended."""
+        """Let the accepted requests finish, and return when the thread has ended, or hangs."""
         self._batcher.close()
-        self._thread.join()
+        while not self.stuck and self._thread.is_alive():
+            self._thread.join(timeout=0.1)
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self.stuck
+
+    @property
+    def departing(self) -> int:
+        """Requests that take no more steps and have no ending yet."""
+        return len(self._departures)
 
     def _run(self) -> None:
         try:
-            self._pipeline = self._load()
-            for request in self._warm_up:
-                self._rehearse(request)
+            self._pipeline = self._load(self._say)
+            self._pipeline.warm_up(self._say)
+            self._watchdog.start()
             self.ready = True
+            self._say("ready")
             self._on_ready()
-            while batch := self._batcher.next_batch():
-                self._current = batch
-                self._take(batch)
+            self._loop()
+            del self._pipeline  # here and now: only the thread that opened the device may give back its memory
+            self._say("stopped")
         except Exception as error:  # whatever it is, nobody may be left waiting for a thread that is gone
             self._give_up(error)
         finally:
             self.ready = False
+            self._watchdog.close()
+            self._trace.close()
 
-    def _give_up(self, error: Exception) -> None:
-        self.ready = False
-        self._batcher.close()
-        current = self._current
-        for request in (*current.left, *current.joined, *current.requests, *self._batcher.evict()):
-            request.end(Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=5)))
-        self._on_failure(error)
+    def _say(self, state: str) -> None:
+        self.state = state
 
-    def _rehearse(self, request: Request) -> None:
-        """Run one request outside the batcher, so that the first caller pays for nothing but the picture."""
-        self._pipeline.admit(request)
-        while not request.denoised:
-            self._pipeline.step(self._pipeline.plan([request]))
-        self._pipeline.decode(request)
-        self._pipeline.release(request)
+    def _loop(self) -> None:
+        while True:
+            batch = self._batcher.next_batch(patience=self._patience)
+            if batch is None and not self._flights and not self._departures:
+                return
+            launched = batch is not None and self._take(batch)
+            self._land(wait=not launched)
+            self._collect(wait=batch is None and not self._flights)
+            self._trace.collect()
 
-    def _take(self, batch: Batch) -> None:
+    @property
+    def _patience(self) -> float | None:
+        """How long to wait for work: not at all while steps are in flight, and hardly while pictures are on the way."""
+        if self._flights:
+            return 0
+        return _LOOK if self._departures else None
+
+    def _take(self, batch: Batch) -> bool:
+        """Let newcomers in and launch a step; whether one was launched."""
+        self._batch = batch
         for request in batch.left:
             self._drop(request)
         for request in batch.joined:
             self._admit(request)
-        if running := [request for request in batch.requests if request.ending is None]:
-            self._step(running)
+        arrived = [request for request in batch.requests if request.ending is None and self._arrived(request)]
+        if arrived:
+            return self._launch(arrived)
+        if not self._flights and (arriving := [request for request in batch.requests if request in self._arriving]):
+            with self._limit_of(arriving[0]):
+                self._pipeline.wait_for(arriving[0])
+        return False
+
+    def _limit_of(self, request: Request) -> AbstractContextManager[None]:
+        """Watch what is done for `request` alone, before its first step and after its last."""
+        size = request.wish.size
+        return self._watchdog.limit(self._pace.ends(size) * request.images, f"A picture's way in or out at {size}")
 
     def _drop(self, request: Request) -> None:
+        self._arriving.discard(request)
         self._pipeline.release(request)
         request.end(Failed(Cancelled("The request was cancelled before its picture was done.")))
 
     def _admit(self, request: Request) -> None:
         request.finish_stage("queue")
         try:
-            self._pipeline.admit(request)
+            with self._trace.span("admit"), self._limit_of(request):
+                self._pipeline.admit(request)
         except EngineError as error:
             self._fail([request], error)
-            return
+        else:
+            self._arriving.add(request)
+
+    def _arrived(self, request: Request) -> bool:
+        if request not in self._arriving:
+            return True
+        try:
+            if not self._pipeline.arrived(request):
+                return False
+        except EngineError as error:
+            self._fail([request], error)
+            return False
+        self._arriving.remove(request)
         request.finish_stage("encode")
         request.tell(Started())
+        return True
 
-    def _step(self, requests: list[Request]) -> None:
-        started = time.perf_counter()
-        plan = self._pipeline.plan(requests)
+    def _launch(self, requests: list[Request]) -> bool:
+        size = requests[0].wish.size
+        with self._trace.span("plan"):
+            plan = self._pipeline.plan(requests)
+        while self._pipeline.crowded(plan):
+            self._land(wait=True)
+            self._collect(wait=True)
+        if not self._flights:
+            self._mark = time.perf_counter()
+        expected = self._pace.seconds(size, plan.shape.rows)
         try:
-            self._pipeline.step(plan)
+            with self._trace.span("launch"), self._watchdog.limit(expected, f"A step of {plan.rows} rows at {size}"):
+                flight = self._pipeline.step(plan)
         except EngineError as error:
             self._fail(requests, error)
+            return False
+        self._flights.append(flight)
+        for move in flight.moves:
+            if move.last:
+                self._batcher.leave(move.request)
+        return True
+
+    def _land(self, *, wait: bool) -> None:
+        """Bring home the steps that are done. Wait for the first if two are in flight already, or if told to."""
+        while self._flights:
+            flight = self._flights[0]
+            if not (wait or len(self._flights) >= _AHEAD or flight.landed.done()):
+                return
+            expected = self._pace.seconds(flight.size, flight.plan.shape.rows)
+            with self._trace.span("wait"), self._watchdog.limit(expected, flight):
+                flight.landed.wait()
+            with self._trace.span("land"):
+                self._landed(flight)
+            del self._flights[0]  # not before: whoever gives up looks here for those who wait
+            wait = False
+
+    def _landed(self, flight: Flight) -> None:
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self._metrics.step(flight.plan.rows, seconds)
+        self._pace.observe(flight.size, flight.plan.shape.rows, seconds)
+        for move in flight.moves:
+            if move.request.ending is None:
+                self._moved(move)
+
+    def _moved(self, move: Move) -> None:
+        request = move.request
+        preview = self._pipeline.colours(move.preview) if move.preview else None
+        request.tell(Stepped(move.step, request.steps, preview))
+        if not move.last:
             return
-        self._metrics.step(plan.rows, time.perf_counter() - started)
-        for request in requests:
-            request.tell(Stepped(request.step, request.steps, self._preview(request)))
-            if request.denoised:
-                self._finish(request)
-
-    def _preview(self, request: Request) -> Image | None:
-        every = request.wish.preview_every
-        if not every or request.step % every or request.denoised:
-            return None
-        return self._pipeline.preview(request)
-
-    def _finish(self, request: Request) -> None:
         request.finish_stage("denoise")
         try:
-            images = self._pipeline.decode(request)
+            with self._trace.span("decode"), self._limit_of(request):
+                self._departures.append(self._pipeline.decode(request))
         except EngineError as error:
             self._fail([request], error)
-            return
+
+    def _collect(self, *, wait: bool) -> None:
+        """End the requests whose pictures are here. Wait for the first if told to."""
+        while self._departures and (wait or self._departures[0].done()):
+            departure = self._departures[0]
+            with self._trace.span("collect"), self._limit_of(departure.request):
+                self._depart(departure)
+            del self._departures[0]
+            wait = False
+
+    def _depart(self, departure: Departure) -> None:
+        request = departure.request
+        try:
+            ending: Completed | Failed = Completed(departure.images())
+        except BrokenPicture as error:
+            _log.error("request %s: %s", request.id, error)
+            ending = Failed(error)
         request.finish_stage("decode")
-        self._leave(request)
-        request.end(Completed(images))
+        self._pipeline.release(request)
+        request.end(ending)
 
     def _fail(self, requests: Sequence[Request], error: EngineError) -> None:
+        """End those whom an engine failed; nobody goes on on a device that is lost."""
+        if isinstance(error, DeviceLost):
+            raise error
         _log.error("%d requests failed with their step: %s", len(requests), error)
         for request in requests:
-            self._leave(request)
+            self._arriving.discard(request)
+            self._pipeline.release(request)
+            self._batcher.leave(request)
             request.end(Failed(StepFailed("The engine failed while this picture was made: ask again.")))
 
-    def _leave(self, request: Request) -> None:
-        self._pipeline.release(request)
-        self._batcher.leave(request)
+    def _give_up(self, error: Exception) -> None:
+        """End everyone who waits, whichever room they are in."""
+        self.ready = False
+        self._say(f"stopped after a fault: {error}")
+        self._batcher.close()
+        batch = self._batch
+        flying = [move.request for flight in tuple(self._flights) for move in flight.moves]
+        departing = [departure.request for departure in tuple(self._departures)]
+        for request in (*batch.left, *batch.joined, *batch.requests, *flying, *departing, *self._batcher.evict()):
+            request.end(Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=5)))
+        self._on_failure(error)
+
+    def _bitten(self, what: str) -> None:
+        """The device hangs, and this thread with it. Called in the watchdog's."""
+        self.stuck = True
+        _log.critical("%s The last plan: %s", what, self._last_plan())
+        faulthandler.dump_traceback(sys.stderr)
+        self._give_up(DeviceLost(f"{what} The process ends: see nvidia-smi and the kernel's log."))
+
+    def _last_plan(self) -> str:
+        if not self._flights:
+            return "none in flight"
+        return "; ".join(f"{flight}, {dict(_described(flight))}" for flight in tuple(self._flights))
+
+
+def _described(flight: Flight) -> dict[str, list[float]]:
+    """The plan's numbers, without those that fill pages."""
+    return {name: array.tolist() for name, array in flight.plan.arrays.items() if array.size <= 64}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from engines.manifest import Manifest
-from server.errors import Cancelled, ServerError
+from server.errors import BrokenPicture, Cancelled, ServerError
+from server.pace import Pace
 from server.request import Completed, Event, Failed, Request
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -16,7 +19,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """One registry per server, so that several may live in one process."""
 
-    def __init__(self, manifest: Manifest, backend: str) -> None:
+    def __init__(self, *, max_rows: int) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "latentd_requests", "Accepted requests by their ending.", ["api", "outcome"], registry=registry
@@ -30,7 +33,7 @@ class Metrics:
         self._stage = Histogram(
             "latentd_stage_duration_seconds", "Time per stage.", ["stage"], buckets=_SECONDS, registry=registry
         )
-        rows = tuple(range(1, manifest.max_rows + 1))
+        rows = tuple(range(1, max_rows + 1))
         self._step_rows = Histogram("latentd_step_rows", "UNet rows per step.", buckets=rows, registry=registry)
         self._step_seconds = Histogram(
             "latentd_step_duration_seconds", "Time per step.", buckets=_SECONDS, registry=registry
@@ -43,19 +46,26 @@ class Metrics:
         )
         for result in ("hit", "miss"):  # so that a rate can be drawn from the first on
             self._lookups.labels(result)
+        self._broken = Counter(
+            "latentd_broken_pictures",
+            "Requests that failed because NaN or infinity was in a picture.",
+            registry=registry,
+        )
         self._images = Counter("latentd_images", "Pictures made.", registry=registry)
         self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
-        info = Gauge("latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry)
-        info.labels(manifest.name, backend, manifest.precision(backend)).set(1)
+        self._info = Gauge(
+            "latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry
+        )
 
-    def watch(self, *, waiting: Callable[[], float], running: Callable[[], float], ready: Callable[[], float]) -> None:
-        """Read these whenever somebody scrapes."""
-        for name, text, read in (
-            ("latentd_requests_waiting", "Accepted requests that wait for their first step.", waiting),
-            ("latentd_requests_running", "Requests that take steps.", running),
-            ("latentd_ready", "1 when requests are answered.", ready),
-        ):
+    def watch(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], pace: Pace) -> None:
+        """Read these whenever somebody scrapes: by name what each says and how it is read, and how long steps take."""
+        for name, (text, read) in gauges.items():
             Gauge(name, text, registry=self._registry).set_function(read)
+        self._registry.register(_Curve(pace))
+
+    def loaded(self, manifest: Manifest, backend: str) -> None:
+        """This is what is served from now on."""
+        self._info.labels(manifest.name, backend, manifest.precision(backend)).set(1)
 
     def step(self, rows: int, seconds: float) -> None:
         self._steps.inc()
@@ -79,12 +89,30 @@ class Metrics:
         self._duration.observe(sum(request.timings.values()))
         for stage, seconds in request.timings.items():
             self.stage(stage, seconds)
+        if isinstance(event, Failed) and isinstance(event.error, BrokenPicture):
+            self._broken.inc()
         if isinstance(event, Completed):
             self._images.inc(len(event.images))
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self._registry)
+
+
+class _Curve(Collector):
+    """What a step takes by rows, as it is known when somebody scrapes."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "latentd_step_seconds", "What a step takes, a moving average.", labels=["size", "rows"]
+        )
+        for size, curve in self._pace.curves().items():
+            for rows, seconds in curve.items():
+                family.add_metric([str(size), str(rows)], seconds)
+        yield family
 
 
 def _outcome(ending: Completed | Failed) -> str:

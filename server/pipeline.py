@@ -2,106 +2,380 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from engines.base import Device, Engine
-from engines.manifest import GRAPHS, GraphName, Manifest
+from engines.base import Device, Engine, Event, Reading, Stream
+from engines.manifest import GraphName, Manifest, Size
+from server.canvas import Canvas, Decoded, Kept, Latents, Staged, Streams, encoded
+from server.errors import BrokenPicture
 from server.noise import NoiseGenerator
-from server.plan import Placement, Plan, make_plan
-from server.pools import Canvas, Kept, PromptPool
+from server.pace import Pace
+from server.plan import Placement, Plan, StepShape, make_plan, step_shape
+from server.prompt_pool import PromptPool
 from server.request import Image, Request
+from server.trace import Trace
+
+_CHUNK_BUCKETS = (1, 2, 6)  # lengths of prompts that steps of fixed shapes are filled up to; there are 1, 2, 3 and 6
+_RECORDED_AFTER = 2  # launches of a call: the first is plain, the second is recorded
+_MEASURED = 4  # steps
+_LONG = 0.5  # seconds of a step, after which a device that records nothing is warm enough
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One request's part in a flight."""
+
+    request: Request
+    step: int  # how many it has done when the flight has landed
+    preview: Reading | None
+
+    @property
+    def last(self) -> bool:
+        return self.step == self.request.steps
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on its way."""
+
+    plan: Plan
+    size: Size
+    moves: tuple[Move, ...]
+    landed: Event
+
+    def __str__(self) -> str:
+        ids = ", ".join(move.request.id for move in self.moves)
+        return f"A step of {self.plan.rows} rows at {self.size} ({ids})"
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A request's pictures on their way to the host."""
+
+    request: Request
+    decoded: Sequence[Decoded]
+
+    def done(self) -> bool:
+        """Whether they are here. Raises DeviceLost."""
+        return self.decoded[-1].sound.done()
+
+    def images(self) -> tuple[Image, ...]:
+        """The pictures, once they are here. Raises DeviceLost, and BrokenPicture for one that is not sound."""
+        if not all(chunk.sound.result().all() for chunk in self.decoded):
+            raise BrokenPicture(
+                "The model's numbers went beyond their range (NaN or infinity) in this picture: try another seed or a "
+                "lower guidance_scale. If it happens often, build the model with --precision bf16."
+            )
+        return tuple(image for chunk in self.decoded for image in chunk.images.result())
+
+
+@dataclass(frozen=True, slots=True)
+class _Newcomer:
+    """A request that has no slots yet."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    noise: tuple[NoiseGenerator, ...]
+    latents: tuple[Reading, ...]  # of the picture it starts from, sampled for each image
+    encoded: Event  # all that it brings
+    hold: ExitStack
 
 
 class Pipeline:
-    """Takes requests in, moves them on step by step, and reads their pictures. For the thread that owns the device."""
+    """Takes requests in, moves them on step by step, and reads their pictures. For the thread that owns the device.
 
-    def __init__(
+    Only `warm_up` and `wait_for` wait for the device.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts, all by keyword
         self,
         manifest: Manifest,
         engines: Mapping[GraphName, Engine],
         device: Device,
         *,
+        streams: Streams,
+        pace: Pace,
+        trace: Trace,
+        decode_chunk: int = 1,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
-        """`on_lookup` hears of every chunk of a prompt whether its embeddings were still there."""
-        rows = manifest.context_rows
-        self._prompts = PromptPool(manifest, engines["encode_prompt"], device, rows=rows, on_lookup=on_lookup)
+        """Take all memory, over `engines` that were loaded for `streams`.
+
+        At most `decode_chunk` pictures are decoded in one call. `on_lookup` hears of every chunk of a prompt whether
+        its embeddings were still there. Raises EngineError where the memory is full.
+        """
+        self._device, self._streams, self._pace, self._trace = device, streams, pace, trace
+        self._prompts = PromptPool(
+            manifest,
+            engines["encode_prompt"],
+            device,
+            stream=streams.arrivals,
+            rows=manifest.context_rows,
+            on_lookup=on_lookup,
+        )
         self._canvases = {
-            size: Canvas(size, manifest, engines=engines, device=device, context=self._prompts.context)
+            size: Canvas(
+                size,
+                manifest,
+                engines=engines,
+                device=device,
+                streams=streams,
+                context=self._prompts.context,
+                decode_chunk=min(decode_chunk, manifest.decode_batch),
+            )
             for size in manifest.resolutions
         }
+        self._buckets = manifest.rows
+        self._embeds_guidance = manifest.embeds_guidance
         self._to_rgb = np.array(manifest.preview, np.float32)  # [3, channels + 1]
+        self._newcomers: dict[Request, _Newcomer] = {}
         self._placements: dict[Request, Placement] = {}
+        self._staged: dict[Request, Staged] = {}
+        self._last_step: Event | None = None
 
     @classmethod
-    def load(
-        cls, manifest: Manifest, bundle: Path, *, backend: str, device: Device, on_lookup: Callable[[bool], None]
+    def load(  # noqa: PLR0913 - the parts, all by keyword
+        cls,
+        manifest: Manifest,
+        bundle: Path,
+        *,
+        backend: str,
+        device: Device,
+        pace: Pace,
+        trace: Trace,
+        decode_chunk: int = 1,
+        decode_beside: bool = True,
+        on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
-        """Load the engines of the verified bundle in folder `bundle`. Raises EngineError."""
-        engines = {name: device.load(bundle / manifest.engine(backend, name)) for name in GRAPHS}
-        return cls(manifest, engines, device, on_lookup=on_lookup)
+        """Load the engines of the verified bundle in folder `bundle`; decode beside the steps, or between them.
+
+        Raises:
+            EngineError: an engine cannot be loaded, or the memory is full.
+        """
+        steps = device.stream("steps", urgent=True)
+        streams = Streams(
+            arrivals=device.stream("arrivals"),
+            steps=steps,
+            departures=device.stream("departures") if decode_beside else steps,
+        )
+        homes: dict[GraphName, Stream] = {
+            "encode_prompt": streams.arrivals,
+            "encode_image": streams.arrivals,
+            "denoise": streams.steps,
+            "decode": streams.departures,
+        }
+        engines = {name: device.load(bundle / manifest.engine(backend, name), home) for name, home in homes.items()}
+        return cls(
+            manifest,
+            engines,
+            device,
+            streams=streams,
+            pace=pace,
+            trace=trace,
+            decode_chunk=decode_chunk,
+            on_lookup=on_lookup,
+        )
+
+    def warm_up(self, tell: Callable[[str], None]) -> None:
+        """Run everything, as often as it takes to be recorded, and measure the steps. Raises EngineError."""
+        for size, canvas in self._canvases.items():
+            tell(f"warming up {size}")
+            self._pace.observe_ends(size, self._rehearse_ends(canvas))
+            for shape in self._rehearsals():
+                seconds = self._rehearse(canvas, shape)
+                if shape.chunks == 1:
+                    self._pace.observe(size, shape.rows, seconds)
+                if not self._device.pads and seconds > _LONG:
+                    break
+        self._device.settle()
+        self._trace.start(self._streams.steps)
 
     def admit(self, request: Request) -> None:
-        """Give `request` slots, its prompts' embeddings and its first noise. Raises EngineError and takes nothing."""
+        """Begin to encode what `request` brings: its prompts, and the picture it starts from.
+
+        Raises:
+            EngineError: and it holds nothing.
+        """
         wish = request.wish
         canvas = self._canvases[wish.size]
         noise = tuple(NoiseGenerator(seed) for seed in wish.seeds)
-        with ExitStack() as undo:
+        with ExitStack() as undo, self._trace.device("encode", self._streams.arrivals, lane="arrivals"):
             rows = []
             # As in diffusers, the negative prompt is read by all layers.
             prompts = [(wish.prompt, wish.clip_skip), (wish.negative_prompt, 0)]
             for prompt, clip_skip in prompts if wish.guided else prompts[:1]:
-                rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip))
+                rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip, after=self._last_step))
                 undo.callback(self._prompts.release, prompt, clip_skip=clip_skip)
-            slots: list[int] = []
-            undo.callback(canvas.free_slots, slots)
-            for generator in noise:
-                slots.append(_begin(canvas, request, generator))
-            self._placements[request] = Placement(request, tuple(slots), tuple(rows), noise, undo.pop_all())
+            latents = () if wish.original is None else canvas.encode(wish.original.image, noise)
+            self._newcomers[request] = _Newcomer(
+                tuple(rows), noise, latents, self._streams.arrivals.record(), undo.pop_all()
+            )
+
+    def arrived(self, request: Request) -> bool:
+        """Whether `request` may take a step; once what it brings is encoded, it is given its slots.
+
+        Until then others go on: were their next step to wait for it on the device, they would wait with it.
+
+        Raises:
+            EngineError: that picture cannot be started from.
+        """
+        if newcomer := self._newcomers.get(request):
+            if not newcomer.encoded.done():
+                return False
+            self._placements[request] = self._place(request, newcomer)
+            del self._newcomers[request]
+        return True
+
+    def wait_for(self, request: Request) -> None:
+        """Wait for what `arrived` asks of the device. Raises DeviceLost."""
+        self._newcomers[request].encoded.wait()
 
     def plan(self, requests: Sequence[Request]) -> Plan:
-        """Plan one step of `requests`, which share a size and have been admitted."""
+        """Plan one step of `requests`, which share a size and have arrived."""
         placements = [self._placements[request] for request in requests]
-        return make_plan(placements, self._canvases[requests[0].wish.size].latent_shape)
+        canvas = self._canvases[requests[0].wish.size]
+        shape = step_shape(placements)
+        if self._device.pads:
+            shape = self._filled_up(shape, requests)
+        return self._make_plan(canvas, shape, placements)
 
-    def step(self, plan: Plan) -> None:
-        """Run `plan` and move its requests on by one step. Raises EngineError; no request has moved then."""
-        self._canvases[plan.placements[0].request.wish.size].step(plan)
+    def crowded(self, plan: Plan) -> bool:
+        """Whether pictures have to leave before those that this step would finish can be staged."""
+        finishing = [
+            placement for placement in plan.placements if placement.request.step + 1 == placement.request.steps
+        ]
+        images = sum(placement.request.images for placement in finishing)
+        return images > self._canvas(plan).staging_places
+
+    def step(self, plan: Plan) -> Flight:
+        """Launch `plan`. Its requests have moved on by a step, and the finished are on their way out.
+
+        Raises:
+            EngineError: and no request has moved.
+        """
+        canvas = self._canvas(plan)
+        with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, lane="steps"):
+            canvas.step(plan)
         for placement in plan.placements:
             placement.request.step += 1
+        moves = tuple(
+            Move(placement.request, placement.request.step, self._preview(placement, canvas))
+            for placement in plan.placements
+        )
+        for move in moves:
+            if move.last:
+                self._stage(move.request, canvas)
+        self._last_step = self._streams.steps.record()
+        return Flight(plan, canvas.size, moves, self._last_step)
 
-    def decode(self, request: Request) -> tuple[Image, ...]:
-        """The pictures of a request whose last step is done. Raises EngineError."""
-        canvas = self._canvases[request.wish.size]
-        return tuple(canvas.decode(slot) for slot in self._placements[request].slots)
+    def decode(self, request: Request) -> Departure:
+        """Launch the decoding of a request whose last step has been launched. Raises EngineError."""
+        canvas, staged = self._canvases[request.wish.size], self._staged[request]
+        with self._trace.device(f"decode, {request.images}", self._streams.departures, lane="departures"):
+            return Departure(request, canvas.decode(staged))
 
-    def preview(self, request: Request) -> Image:
-        """The first picture as the model sees it now, a pixel per latent: its x0 estimate, projected to colours."""
-        latents = self._canvases[request.wish.size].denoised(self._placements[request].slots[0])
+    def colours(self, preview: Reading) -> Image:
+        """A picture as the model sees it now, a pixel per latent: its x0 estimate, projected to colours."""
+        latents = preview.result()[-1]
         colours = np.tensordot(self._to_rgb[:, :-1], latents, axes=1) + self._to_rgb[:, -1, None, None]
         image: Image = (np.nan_to_num(colours).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
         return image
 
     def release(self, request: Request) -> None:
         """Free what `request` holds on the device; nothing if it was never admitted."""
-        if placement := self._placements.pop(request, None):
-            placement.hold.close()
+        if placed := self._newcomers.pop(request, None) or self._placements.pop(request, None):
+            placed.hold.close()
+        if staged := self._staged.pop(request, None):
+            self._canvases[request.wish.size].free_entries(staged)
+
+    def _canvas(self, plan: Plan) -> Canvas:
+        return self._canvases[plan.placements[0].request.wish.size]
+
+    def _place(self, request: Request, newcomer: _Newcomer) -> Placement:
+        canvas = self._canvases[request.wish.size]
+        slots: list[int] = []
+        newcomer.hold.callback(canvas.free_slots, slots)
+        for index, generator in enumerate(newcomer.noise):
+            latents = encoded(newcomer.latents[index]) if newcomer.latents else None
+            slots.append(canvas.take_slot(*_beginning(request, canvas, generator, latents)))
+        return Placement(request, tuple(slots), newcomer.prompts, newcomer.noise, newcomer.hold)
+
+    def _stage(self, request: Request, canvas: Canvas) -> None:
+        placement = self._placements.pop(request)
+        self._staged[request] = canvas.stage(placement.slots)
+        placement.hold.close()
+
+    def _preview(self, placement: Placement, canvas: Canvas) -> Reading | None:
+        """The lanes of its first picture, if this is a step after which it shows them."""
+        request = placement.request
+        every = request.wish.preview_every
+        if not every or request.step % every or request.denoised:
+            return None
+        return canvas.read(placement.slots[0])
+
+    def _filled_up(self, shape: StepShape, requests: Sequence[Request]) -> StepShape:
+        """The shape that engines were recorded for. Who shares with nobody is given the same one every time."""
+        fitting = [rows for rows in self._buckets if rows >= shape.rows]
+        exact = requests[0].wish.exact
+        rows = fitting[0] if exact else self._pace.cheapest(requests[0].wish.size, fitting)
+        return StepShape(rows, rows, next(chunks for chunks in _CHUNK_BUCKETS if chunks % shape.chunks == 0))
+
+    def _rehearsals(self) -> Iterator[StepShape]:
+        if self._device.pads:
+            yield from (StepShape(rows, rows, chunks) for rows in self._buckets for chunks in _CHUNK_BUCKETS)
+        else:
+            yield from (StepShape(max(rows // 2, 1), rows, 1) for rows in self._buckets)
+
+    def _rehearse_ends(self, canvas: Canvas) -> float:
+        """Encode and decode nobody's pictures; returns the seconds of one."""
+        for _ in range(_RECORDED_AFTER + 1 if self._device.pads else 1):
+            started = time.perf_counter()
+            self._prompts.warm_up()
+            canvas.warm_up()
+        return time.perf_counter() - started
+
+    def _rehearse(self, canvas: Canvas, shape: StepShape) -> float:
+        """Step nobody's pictures; returns the seconds of a step."""
+        plan = self._make_plan(canvas, shape, ())
+        if self._device.pads:
+            first = self._time_steps(canvas, plan, 2 * _RECORDED_AFTER)  # from each state buffer to the other
+            return self._time_steps(canvas, plan, _MEASURED) if shape.chunks == 1 else first
+        first = self._time_steps(canvas, plan, 1)  # takes the memory, too, which matters little if it takes so long
+        return first if first > _LONG else self._time_steps(canvas, plan, 1)
+
+    def _time_steps(self, canvas: Canvas, plan: Plan, steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            canvas.step(plan)
+        self._streams.steps.record().wait()
+        return (time.perf_counter() - started) / steps
+
+    def _make_plan(self, canvas: Canvas, shape: StepShape, placements: Sequence[Placement]) -> Plan:
+        return make_plan(
+            placements,
+            canvas.latent_shape,
+            shape=shape,
+            spare=canvas.spare,
+            embeds_guidance=self._embeds_guidance,
+        )
 
 
-def _begin(canvas: Canvas, request: Request, generator: NoiseGenerator) -> int:
-    """A slot with the first x of one picture: noise, or the original under noise. Draws in diffusers' order."""
+def _beginning(
+    request: Request, canvas: Canvas, generator: NoiseGenerator, latents: Latents | None
+) -> tuple[Latents, Kept | None]:
+    """The first x of one picture, noise or the original under noise, and what is kept. Draws in diffusers' order."""
     original, table = request.wish.original, request.table
-    if original is None:
-        return canvas.take_slot(generator.randn(canvas.latent_shape) * np.float32(table.init_scale), None)
-    latents = canvas.encode(original.image, generator.randn(canvas.latent_shape))
     noise = generator.randn(canvas.latent_shape)
+    if original is None or latents is None:
+        return noise * np.float32(table.init_scale), None
     signal, sigma = (0.0, table.init_scale) if original.starts_from_noise else table.steps[0].level
     x = np.float32(signal) * latents + np.float32(sigma) * noise
     if original.mask is None:
-        return canvas.take_slot(x, None)
+        return x, None
     generator.randn(canvas.latent_shape)  # diffusers encodes the masked picture too, which only other UNets look at
-    return canvas.take_slot(x, Kept(latents, noise, original.mask))
+    return x, Kept(latents, noise, original.mask)

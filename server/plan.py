@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.base import LANES, TERMS, Array
 from server.noise import NoiseGenerator
@@ -36,36 +36,49 @@ class Placement:
         return (self.prompts[0], g), (self.prompts[1], 1 - g)
 
 
-@dataclass(slots=True)
+class StepShape(NamedTuple):
+    """How large a step's inputs are; engines are bound once for each."""
+
+    images: int
+    rows: int  # of the UNet
+    chunks: int  # of prompts, that each row is told
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """One step's inputs to the denoise graph, for B images in R rows; see `engines/graphs.py` for each."""
+    """One step's inputs to the denoise graph, without `noise` where nobody draws any; see `engines/graphs.py`."""
 
     placements: tuple[Placement, ...]
-    arrays: dict[str, Array] = field(default_factory=dict)
-
-    @property
-    def images(self) -> int:
-        return len(self.arrays["slot"])
-
-    @property
-    def rows(self) -> int:
-        return len(self.arrays["timestep"])
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks of prompts each row is told."""
-        return int(self.arrays["row_context"].shape[1])
+    rows: int  # that somebody asked for; the shape's others only fill it up
+    shape: StepShape
+    arrays: dict[str, Array]
 
 
-def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int]) -> Plan:
-    """Plan the next step of every placed request; `latent_shape` is [channels, h, w].
+def step_shape(placements: Sequence[Placement]) -> StepShape:
+    """What one step of all `placements` takes."""
+    return StepShape(
+        images=sum(len(placement.slots) for placement in placements),
+        rows=sum(len(placement.slots) * len(placement.rows) for placement in placements),
+        chunks=math.lcm(*(len(prompt) for placement in placements for prompt, _weight in placement.rows)),
+    )
 
-    Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
+
+def make_plan(
+    placements: Sequence[Placement],
+    latent_shape: tuple[int, int, int],
+    *,
+    shape: StepShape,
+    spare: int,
+    embeds_guidance: bool = False,
+) -> Plan:
+    """Plan the next step of every placed request, filled up to `shape`; `latent_shape` is [channels, h, w].
+
+    What fills up is images of the slot `spare`, which nobody owns. Stochastic schedulers draw their noise here, so a
+    plan must be run, or its requests ended.
     """
-    images = sum(len(placement.slots) for placement in placements)
-    rows = sum(len(placement.slots) * len(placement.rows) for placement in placements)
-    chunks = math.lcm(*(len(prompt) for placement in placements for prompt, _weight in placement.rows))
-    row_image = np.zeros(rows, np.int64)
+    images, rows, chunks = shape
+    slot = np.full(images, spare, np.int64)
+    row_image = np.full(rows, images - 1, np.int64)  # never more images than rows: where rows are spare, so is the last
     row_context = np.zeros((rows, chunks), np.int64)
     timestep = np.zeros(rows, np.float32)
     guidance = np.zeros((images, rows), np.float32)
@@ -73,16 +86,17 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
     scale = np.zeros(images, np.float32)
     coef = np.zeros((images, LANES, TERMS), np.float32)
     level = np.zeros((images, 2), np.float32)
-    noise = np.zeros((images, *latent_shape), np.float32)
+    noise: Array | None = None
     image = row = 0
     for placement in placements:
         request = placement.request
         step, *later = request.table.steps[request.step : request.step + 2]
-        for generator in placement.noise:
+        for slot[image], generator in zip(placement.slots, placement.noise, strict=True):
             scale[image] = step.scale
             coef[image] = step.matrix
             level[image] = later[0].level if later else _PICTURE
             if step.draws:
+                noise = np.zeros((images, *latent_shape), np.float32) if noise is None else noise
                 noise[image] = generator.randn(latent_shape)
             for prompt, weight in placement.rows:
                 row_image[row] = image
@@ -92,20 +106,18 @@ def make_plan(placements: Sequence[Placement], latent_shape: tuple[int, int, int
                 guidance_embedded[row] = request.wish.guidance_scale - 1
                 row += 1
             image += 1
-    slot: NDArray[np.int64] = np.array([slot for placement in placements for slot in placement.slots], np.int64)
-    told = {"guidance_embedded": guidance_embedded} if placements[0].request.wish.embeds_guidance else {}
-    return Plan(
-        tuple(placements),
-        {
-            "noise": noise,
-            "slot": slot,
-            "row_image": row_image,
-            "row_context": row_context,
-            "timestep": timestep,
-            "guidance": guidance,
-            "scale": scale,
-            "coef": coef,
-            "level": level,
-            **told,
-        },
-    )
+    arrays: dict[str, Array] = {
+        "slot": slot,
+        "row_image": row_image,
+        "row_context": row_context,
+        "timestep": timestep,
+        "guidance": guidance,
+        "scale": scale,
+        "coef": coef,
+        "level": level,
+    }
+    if embeds_guidance:
+        arrays["guidance_embedded"] = guidance_embedded
+    if noise is not None:
+        arrays["noise"] = noise
+    return Plan(tuple(placements), row, shape, arrays)

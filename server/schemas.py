@@ -224,6 +224,13 @@ class SchedulerDescription(BaseModel):
     options: list[str] = Field(description="further fields of a request that it heeds")
 
 
+class Readiness(BaseModel):
+    """Whether requests are answered, and what the server is at."""
+
+    ready: bool
+    detail: str = Field(description="'loading the engines', 'warming up 512x512', 'ready' …")
+
+
 class Problem(BaseModel):
     """What went wrong; RFC 9457."""
 

@@ -21,6 +21,7 @@ class Settings(BaseSettings):
         env_prefix="LATENTD_",
         cli_prog_name="python -m server",
         cli_kebab_case=True,
+        cli_implicit_flags=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
         extra="ignore",
@@ -37,6 +38,11 @@ class Settings(BaseSettings):
         description=f"what runs the graphs: {' or '.join(BACKENDS)}; "
         "unless given, the first of the bundle's that runs here",
     )
+    compile: bool = Field(
+        False,
+        description="compile the engines that the bundle lacks for this machine's GPU before loading it. "
+        "The first start takes minutes, which /v2/health/ready tells of; the bundle's folder has to be writable",
+    )
     threads: int = Field(
         0,
         ge=0,
@@ -50,6 +56,29 @@ class Settings(BaseSettings):
         le=100_000,
         description="requests that may wait; more are refused with 429. "
         "A longer queue refuses fewer and lets each wait longer",
+    )
+    decode_chunk: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="pictures decoded in one call, as far as the bundle was built for it. "
+        "More are decoded faster, and hold up the steps of others longer",
+    )
+    decode_beside: bool = Field(
+        True,
+        description="on a GPU, decode while others step; without it, between their steps. "
+        "Beside, steps take a little longer, and nobody waits for a whole decode",
+    )
+    watchdog: float = Field(
+        20,
+        ge=0,
+        description="a step may take so many times what it usually does, and at least 10 seconds, "
+        "before the device counts as lost and the process ends with code 70; 0 waits forever",
+    )
+    profile: bool = Field(
+        False,
+        description="write what the first minute of work spends its time on to latentd-trace-PID.json "
+        "in the current folder, for https://ui.perfetto.dev",
     )
     drain_seconds: int = Field(
         30,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import KEPT, LANES, MOST_CHUNKS, TERMS, Array, Call, Device, Engine, open_device
+from engines.base import KEPT, LANES, MOST_CHUNKS, TERMS, Array, Call, Device, Engine, Stream, open_device
 from engines.manifest import Manifest
 from server.tokenizer import CHUNK_COUNTS
 
@@ -41,16 +41,16 @@ def step_inputs(manifest: Manifest, *, width: int, height: int, chunks: int) -> 
     }
 
 
-def bound(device: Device, engine: Engine, inputs: dict[str, Array]) -> Call:
+def bound(device: Device, stream: Stream, engine: Engine, inputs: dict[str, Array]) -> Call:
     buffers = {name: device.allocate(array.shape, array.dtype) for name, array in inputs.items()}
     for name, array in inputs.items():
-        buffers[name].write(array)
+        stream.write(buffers[name], array)
     return engine.bind({**buffers, "state_next": device.allocate(inputs["state"].shape, np.float32)})
 
 
 def seconds(call: Call) -> float:
     start = time.process_time()
-    call.run()
+    call.launch()
     return time.process_time() - start
 
 
@@ -62,14 +62,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=6)
     given = parser.parse_args()
     manifest, device = Manifest.read(given.bundle), open_device(given.backend, threads=1)
-    engine = device.load(given.bundle / manifest.graphs["denoise"].onnx["fp32"].files[0].path)
+    stream = device.stream("steps")
+    engine = device.load(given.bundle / manifest.graphs["denoise"].onnx["fp32"].files[0].path, stream)
     width, height = map(int, given.size.split("x"))
     calls = {
-        chunks: bound(device, engine, step_inputs(manifest, width=width, height=height, chunks=chunks))
+        chunks: bound(device, stream, engine, step_inputs(manifest, width=width, height=height, chunks=chunks))
         for chunks in CHUNK_COUNTS
     }
     for call in calls.values():
-        call.run()
+        call.launch()
     rounds = [{chunks: seconds(call) for chunks, call in calls.items()} for _ in range(given.repeat)]
     for chunks in CHUNK_COUNTS:
         median = statistics.median(one[chunks] for one in rounds)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 from server.api.service import Service
 from server.schedulers import NAMES, describe
-from server.schemas import Model, SchedulerDescription
+from server.schemas import Model, Readiness, SchedulerDescription
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -19,8 +19,10 @@ def routes(service: Service) -> APIRouter:
         return Response(status_code=200 if service.executor.alive else 503)
 
     @router.get("/v2/health/ready", summary="200 while requests are answered; send traffic elsewhere when not")
-    def ready() -> Response:
-        return Response(status_code=200 if service.executor.ready else 503)
+    def ready(response: Response) -> Readiness:
+        executor = service.executor
+        response.status_code = 200 if executor.ready else 503
+        return Readiness(ready=executor.ready, detail=executor.state)
 
     @router.api_route("/metrics", methods=["GET", "HEAD"], summary="Prometheus metrics", response_class=Response)
     def metrics() -> Response:

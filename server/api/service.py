@@ -41,11 +41,11 @@ class Files:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Service:
     """The rooms behind the HTTP faces."""
 
-    manifest: Manifest
+    manifest: Manifest  # of what was asked for, and once it is loaded, with the engines that were compiled for that
     backend: str
     intake: Intake
     batcher: Batcher
@@ -60,7 +60,7 @@ class Service:
             NotReady, InvalidRequest, QueueFull
         """
         if not self.executor.ready:
-            raise NotReady("The model is still loading, or the server is stopping: try again soon.", retry_after=5)
+            raise NotReady(f"The server is not ready ({self.executor.state}): try again soon.", retry_after=5)
         ticket = Ticket()
         take = partial(self.intake.request, body, ticket.hear, self.metrics.observe, request_id=request_id)
         if body.image is None:

@@ -12,9 +12,9 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_engines
-from engines.base import open_device
 from engines.manifest import Manifest, Size
 from server.tokenizer import Tokenizer
+from tests.loaded import Loaded
 from tests.tiny import TOKENS, WIDTH
 
 
@@ -33,7 +33,10 @@ def test_the_manifest_holds_the_checkpoints_facts(manifest: Manifest) -> None:
     assert manifest.noise_schedule.set_alpha_to_one is False
     assert manifest.defaults.scheduler == "pndm"
     assert manifest.graphs["denoise"].inputs[0].shape == ("S", 5, 4, "h", "w")
-    assert manifest.graphs["decode"].outputs[0].dtype == "uint8"
+    assert [(one.name, one.dtype) for one in manifest.graphs["decode"].outputs] == [
+        ("images", "uint8"),
+        ("sound", "float32"),
+    ]
 
 
 def test_weights_keep_their_names(bundle: Path) -> None:
@@ -50,20 +53,16 @@ def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manif
     prompt = tokenizer("a red cat BREAK on a blue hill BREAK rain")
     assert len(prompt.chunks) == 3
     rng = np.random.default_rng(0)
-    device = open_device("onnxruntime")
     ids, weights = np.array([chunk.ids for chunk in prompt.chunks]), rng.uniform(0.5, 2, (3, TOKENS))
     inputs = {"ids": ids, "layer": np.array([2, 1, 0]), "weights": weights.astype(np.float32)}
-    buffers = {name: device.allocate(array.shape, array.dtype) for name, array in inputs.items()}
-    for name, array in inputs.items():
-        buffers[name].write(array)
-    embeddings = device.allocate((3, TOKENS, WIDTH), np.float32)
-    device.load(bundle / "onnx/encode_prompt.onnx").bind({**buffers, "embeddings": embeddings}).run()
+    encode = Loaded("onnxruntime", bundle / "onnx/encode_prompt.onnx")
+    embeddings = encode(inputs, {"embeddings": np.empty((3, TOKENS, WIDTH), np.float32)})["embeddings"]
     with torch.inference_mode():
         encoder = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").eval()
         made = encoder(input_ids=torch.from_numpy(ids), output_hidden_states=True)
         plain = [encoder.final_layer_norm(made.hidden_states[layer][n]) for n, layer in enumerate((2, 1, 0))]
         np.testing.assert_array_equal(plain[0], made.last_hidden_state[0])
-    for ours, whole, weight in zip(embeddings.read(), plain, weights, strict=True):
+    for ours, whole, weight in zip(embeddings, plain, weights, strict=True):
         weighted = whole.numpy() * weight[:, None]
         expected = weighted * whole.numpy().mean() / weighted.mean()
         assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines.base import KEPT, LANES, ON_CPU, TERMS, Array, Engine, open_device
+from engines.base import KEPT, LANES, ON_CPU, TERMS, Array
 from engines.manifest import Manifest
+from tests.loaded import Loaded
 from tests.tiny import TOKENS, WIDTH
 
 SLOTS, PROMPTS = 6, 5
@@ -23,9 +24,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine(bundle: Path, backend: str) -> Engine:
+def denoise(bundle: Path, backend: str) -> Loaded:
     manifest = Manifest.load(bundle)
-    return open_device(backend, threads=1).load(bundle / manifest.engine(backend, "denoise"))
+    return Loaded(backend, bundle / manifest.engine(backend, "denoise"), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,8 @@ def random_plan(
     }
 
 
-def run(engine: Engine, plan: dict[str, Array]) -> Array:
-    device = open_device("onnxruntime", threads=1)
-    buffers = {name: device.allocate(array.shape, array.dtype) for name, array in plan.items()}
-    for name, array in plan.items():
-        buffers[name].write(array)
-    buffers["state_next"] = device.allocate(plan["state"].shape, np.float32)
-    engine.bind(buffers).run()
-    return buffers["state_next"].read()
+def run(denoise: Loaded, plan: dict[str, Array]) -> Array:
+    return denoise(plan, {"state_next": plan["state"]})["state_next"]
 
 
 def reference(unet: Any, plan: dict[str, Array]) -> Array:
@@ -90,50 +85,50 @@ def reference(unet: Any, plan: dict[str, Array]) -> Array:
 
 
 @pytest.mark.parametrize(("images", "rows"), [(1, 1), (1, 2), (2, 3), (3, 3), (4, 8), (5, 6)])
-def test_any_mix_of_rows(engine: Engine, unet: Any, images: int, rows: int) -> None:
+def test_any_mix_of_rows(denoise: Loaded, unet: Any, images: int, rows: int) -> None:
     plan = random_plan(np.random.default_rng(rows), images=images, rows=rows, h=16, w=24)
     expected = reference(unet, plan)
-    assert np.abs(run(engine, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(run(denoise, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("chunks", [2, 6])
-def test_prompts_of_several_chunks(engine: Engine, unet: Any, chunks: int) -> None:
+def test_prompts_of_several_chunks(denoise: Loaded, unet: Any, chunks: int) -> None:
     plan = random_plan(np.random.default_rng(chunks), images=2, rows=3, h=8, w=8, chunks=chunks)
     expected = reference(unet, plan)
-    assert np.abs(run(engine, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(run(denoise, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_a_repeated_prompt_is_the_prompt(engine: Engine) -> None:
+def test_a_repeated_prompt_is_the_prompt(denoise: Loaded) -> None:
     """Which lets prompts of different lengths share a step."""
     plan = random_plan(np.random.default_rng(4), images=2, rows=3, h=8, w=8, chunks=2)
     longer = plan | {"row_context": np.tile(plan["row_context"], 3)}
-    once, thrice = run(engine, plan), run(engine, longer)
+    once, thrice = run(denoise, plan), run(denoise, longer)
     assert np.abs(once - thrice).max() <= 1e-5 * np.abs(once).max()
 
 
-def test_nothing_kept_changes_nothing(engine: Engine) -> None:
+def test_nothing_kept_changes_nothing(denoise: Loaded) -> None:
     plan = random_plan(np.random.default_rng(5), images=2, rows=3, h=8, w=8)
     plan["kept"][:] = 0
     levels = (plan | {"level": level} for level in (plan["level"], 0 * plan["level"]))
-    one, other = (run(engine, each) for each in levels)
+    one, other = (run(denoise, each) for each in levels)
     assert np.array_equal(one, other)
 
 
-def test_any_size_that_the_unet_can_halve(engine: Engine, unet: Any) -> None:
+def test_any_size_that_the_unet_can_halve(denoise: Loaded, unet: Any) -> None:
     for h, w in [(2, 4), (8, 8), (10, 32)]:
         plan = random_plan(np.random.default_rng(h), images=2, rows=3, h=h, w=w)
         expected = reference(unet, plan)
-        assert np.abs(run(engine, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert np.abs(run(denoise, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_slots_that_take_no_step_keep_every_bit(engine: Engine) -> None:
+def test_slots_that_take_no_step_keep_every_bit(denoise: Loaded) -> None:
     plan = random_plan(np.random.default_rng(0), images=2, rows=4, h=8, w=8)
-    after = run(engine, plan)
+    after = run(denoise, plan)
     resting = [slot for slot in range(SLOTS) if slot not in plan["slot"]]
     assert np.array_equal(after[resting], plan["state"][resting])
 
 
-def test_padding_to_a_bucket_changes_nothing(engine: Engine) -> None:
+def test_padding_to_a_bucket_changes_nothing(denoise: Loaded) -> None:
     """Spare rows weigh nothing, and spare images write to a slot of their own."""
     plan = random_plan(np.random.default_rng(1), images=2, rows=3, h=8, w=8)
     scratch = next(slot for slot in range(SLOTS) if slot not in plan["slot"])
@@ -146,6 +141,44 @@ def test_padding_to_a_bucket_changes_nothing(engine: Engine) -> None:
         padded[name][:3] = plan[name]
     padded["guidance"][:] = 0
     padded["guidance"][:2, :3] = plan["guidance"]
-    alone, crowded = run(engine, plan), run(engine, padded)
+    alone, crowded = run(denoise, plan), run(denoise, padded)
     kept = [slot for slot in range(SLOTS) if slot != scratch]
     assert np.abs(alone[kept] - crowded[kept]).max() <= 1e-4 * np.abs(alone).max()
+
+
+def guided_plan(rng: np.random.Generator) -> dict[str, Array]:
+    """Three images of two rows each, each row told a chunk of its own or one that only its image's other row is told;
+    and a row that pads, which weighs nothing."""
+    plan = random_plan(rng, images=3, rows=7, h=8, w=8)
+    plan["row_image"] = np.array([0, 0, 1, 1, 2, 2, 0])
+    plan["row_context"] = np.array([0, 1, 2, 2, 3, 0, 4])[:, None]
+    plan["guidance"] = np.append(np.kron(np.eye(3), [[4, -3]]), np.zeros((3, 1)), axis=1).astype(np.float32)
+    return plan
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["state", "context", "noise", "timestep", "coef"])
+def test_an_image_breaks_alone(denoise: Loaded, name: str, value: float) -> None:
+    """Whatever of it is no number: the others keep every bit, and it does not pass for a picture."""
+    plan = guided_plan(np.random.default_rng(6))
+    slot = plan["slot"][1]
+    entry = {"state": (slot, 0, 0, 3, 3), "context": (2, 5, 5), "noise": (1,), "timestep": (3,), "coef": (1,)}[name]
+    broken = {**plan, name: plan[name].copy()}
+    broken[name][entry] = value
+    alone, beside = run(denoise, plan), run(denoise, broken)
+    assert not np.isfinite(beside[slot, 0]).any()
+    others = np.arange(SLOTS) != slot
+    np.testing.assert_array_equal(beside[others], alone[others])
+
+
+def test_rows_that_weigh_nothing_break_nothing(denoise: Loaded) -> None:
+    plan = guided_plan(np.random.default_rng(7))
+    broken = plan | {"context": plan["context"].copy()}
+    broken["context"][4] = np.nan
+    np.testing.assert_array_equal(run(denoise, broken), run(denoise, plan))
+
+
+def test_large_numbers_are_numbers(denoise: Loaded) -> None:
+    plan = guided_plan(np.random.default_rng(8))
+    plan["guidance"] *= 1e30
+    assert np.isfinite(run(denoise, plan)).all()

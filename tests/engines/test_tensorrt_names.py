@@ -9,15 +9,20 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from tests.engines import fake_tensorrt as fake
+
 RTX = import_module("tensorrt_rtx")  # not by `import`: it has no types
 ENGINES = Path(__file__).parents[2] / "engines"
 SOURCES = sorted(ENGINES.glob("tensorrt*.py"))
+FOR_RTX = "tensorrt_rtx.py"  # runs over that package alone
 
 # What each name stands for in the source, and what each method gives.
 OBJECTS = {
@@ -32,12 +37,17 @@ OBJECTS = {
     "parser_error": "ParserError",
     "profile": "IOptimizationProfile",
     "runtime": "Runtime",
+    "runtime_cache": "IRuntimeCache",
+    "runtime_config": "IRuntimeConfig",
     "severity": "ILogger",
 }
 RESULTS = {
     "create_builder_config": "IBuilderConfig",
     "create_engine_inspector": "EngineInspector",
+    "create_execution_context": "IExecutionContext",
     "create_network": "INetworkDefinition",
+    "create_runtime_cache": "IRuntimeCache",
+    "create_runtime_config": "IRuntimeConfig",
     "deserialize_cuda_engine": "ICudaEngine",
     "get_error": "ParserError",
     "get_input": "ITensor",
@@ -78,7 +88,7 @@ def class_of(node: ast.expr) -> str | None:
             return class_of(called) if isinstance(called, ast.Attribute) and is_module(called.value) else None
         case ast.Attribute(value=value, attr=name) if is_module(value):
             return name
-        case ast.Name() | ast.Attribute(value=ast.Name(id="self")):
+        case ast.Name() | ast.Attribute(value=ast.Name()):
             return OBJECTS.get(word(node))
     return None
 
@@ -133,8 +143,41 @@ def test_the_sources_are_found_and_say_much() -> None:
     } <= found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-@pytest.mark.parametrize("version", ["10.16", "11.4", "RTX"])
+def test_what_only_the_runtime_needs_is_found_too() -> None:
+    found = set(uses((ENGINES / "tensorrt.py").read_text()))
+    assert {
+        ("IExecutionContext", "execute_async_v3"),
+        ("IExecutionContext", "set_device_memory"),
+        ("ICudaEngine", "create_execution_context"),
+        ("ICudaEngine", "device_memory_size_v2"),
+        ("Runtime", "deserialize_cuda_engine"),
+    } <= found
+
+
+def test_rtx_uses_what_the_others_lack() -> None:
+    source = (ENGINES / FOR_RTX).read_text()
+    only = {
+        ("CudaGraphStrategy", "DISABLED"),
+        ("DynamicShapesKernelSpecializationStrategy", "EAGER"),
+        ("IExecutionContext", "is_stream_capturable"),
+        ("IRuntimeCache", "deserialize"),
+        ("IRuntimeCache", "serialize"),
+        ("IRuntimeConfig", "create_runtime_cache"),
+        ("IRuntimeConfig", "set_runtime_cache"),
+    }
+    assert only <= set(uses(source)) & set(lacking(source, recorded("11.4")))
+
+
+@pytest.mark.parametrize(
+    ("path", "version"),
+    [
+        (path, version)
+        for path in SOURCES
+        for version in ("10.16", "11.4", "RTX")
+        if version == "RTX" or path.name != FOR_RTX
+    ],
+    ids=lambda one: one.name if isinstance(one, Path) else one,
+)
 def test_every_name_is_there(path: Path, version: str) -> None:
     names = installed() if version == "RTX" else recorded(version)
     assert lacking(path.read_text(), names) == []
@@ -158,6 +201,12 @@ def test_what_version_11_took_away_would_be_noticed(source: str, missing: Use) -
     assert lacking(source, installed()) == [missing]
 
 
+def test_what_only_rtx_has_would_be_noticed_elsewhere() -> None:
+    source = "context.is_stream_capturable(stream)"
+    assert lacking(source, installed()) == []
+    assert lacking(source, recorded("11.4")) == [("IExecutionContext", "is_stream_capturable")]
+
+
 def test_a_misspelt_override_would_be_noticed() -> None:
     source = "_subclass(trt.IProgressMonitor, step_complete=f, phase_begin=f)"
     assert lacking(source, recorded("11.4")) == [("IProgressMonitor", "phase_begin")]
@@ -166,3 +215,38 @@ def test_a_misspelt_override_would_be_noticed() -> None:
 def test_rtx_is_told_apart_by_a_name_that_only_it_has() -> None:
     assert "ComputeCapability" in installed()
     assert "ComputeCapability" not in [*recorded("10.16"), *recorded("11.4")]
+
+
+# The fake's functions take what the real ones take, so what runs over it passes the right arguments.
+
+
+def signatures(owner: str, member: str) -> set[tuple[str, ...]]:
+    """The names of the parameters of each overload, as pybind11 documents them in its first lines."""
+    text = getattr(getattr(RTX, owner), member).__doc__ or ""
+    lines = [line for line in text.splitlines() if re.match(rf"(\d+\. )?{member}\(", line.strip())]
+    return {tuple(name for name in re.findall(r"[(,] ?(\w+): ", line) if name != "self") for line in lines}
+
+
+def offered() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Class, function and parameters of all that the fakes offer."""
+    kinds = [(name, getattr(fake, name, fake.RTX_NAMES.get(name))) for name in {*fake.__all__, *fake.RTX_NAMES}]
+    kinds += list(fake.RTX_NAMES.items())
+    return sorted(
+        {
+            (name, member, tuple(inspect.signature(function).parameters)[1:])
+            for name, kind in kinds
+            if inspect.isclass(kind) and not issubclass(kind, Enum)
+            for member, function in inspect.getmembers(kind, inspect.isfunction)
+            if not member.startswith("_")
+        }
+    )
+
+
+def test_the_fake_offers_much() -> None:
+    assert ("IExecutionContext", "set_device_memory", ("memory", "size")) in offered()
+    assert ("IRuntimeCache", "deserialize", ("blob",)) in offered()
+
+
+@pytest.mark.parametrize(("owner", "member", "parameters"), offered())
+def test_the_fake_takes_the_real_parameters(owner: str, member: str, parameters: tuple[str, ...]) -> None:
+    assert parameters in signatures(owner, member)

@@ -7,7 +7,8 @@ import pytest
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-from engines.verify import VerificationError, difference_of, psnr
+from engines.base import Array, TensorSpec
+from engines.verify import VerificationError, difference_of, psnr, tolerance, worst_difference
 
 
 def test_the_figures_are_polygraphys() -> None:
@@ -26,6 +27,22 @@ def test_the_figures_are_polygraphys() -> None:
 def test_an_output_that_is_no_number_is_an_error(value: float) -> None:
     with pytest.raises(VerificationError, match="NaN or infinity"):
         difference_of(np.array([0.0, value]), np.zeros(2))
+
+
+def test_of_several_outputs_the_worst_counts() -> None:
+    """In as many pictures as there is a reference for; one that is told wrongly to be sound exceeds every tolerance."""
+    right: dict[str, Array] = {"images": np.full((2, 4, 4, 3), 255, np.uint8), "sound": np.ones(2, np.float32)}
+    first = {name: array[:1] for name, array in right.items()}
+    assert worst_difference(right, first).largest == 0
+    assert worst_difference(right | {"images": right["images"] - np.uint8(1)}, first).largest == 1 / 255
+    assert worst_difference(right | {"sound": 1 - right["sound"]}, first).largest == 1
+
+
+def test_rounding_explains_two_levels_of_a_picture() -> None:
+    image, sound = TensorSpec("images", "uint8", ("n", 3)), TensorSpec("sound", "float32", ("n",))
+    assert (
+        tolerance("fp32", [sound]) < 1 / 255 < tolerance("fp32", [image, sound]) < 3 / 255 < tolerance("fp16", [image])
+    )
 
 
 def test_psnr_is_what_the_word_means() -> None:

@@ -14,24 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
-import numpy as np
 import PIL.Image
 import pytest
 
-from engines.base import EngineError
-from engines.manifest import Manifest, NoiseSchedule, Size
-from server.batcher import Batcher
+from engines.manifest import NoiseSchedule, Size
 from server.errors import Cancelled
-from server.executor import Executor
-from server.intake import Listener
-from server.metrics import Metrics
-from server.pipeline import Pipeline
-from server.request import Completed, Event, Failed, Image, Request, Wish
+from server.request import Completed, Event, Failed, Request, Wish
 from server.schedulers import Scheduler, table
 from server.tokenizer import Prompt
 from tests.serving import Serving, run_server
@@ -242,117 +234,11 @@ def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
     assert "already in use" in ended.stderr
 
 
-@dataclass
-class FakePlan:
-    requests: list[Request]
-
-    @property
-    def rows(self) -> int:
-        return sum(request.rows for request in self.requests)
-
-
-class FakePipeline:
-    """Knows who holds slots, and raises the fault that is due in a step."""
-
-    def __init__(self, faults: dict[int, Exception], release_faults: dict[str, Exception] | None = None) -> None:
-        self._faults = faults
-        self._release_faults = release_faults or {}
-        self._steps = 0
-        self.admitted: list[str] = []
-        self.released: list[str] = []
-
-    def admit(self, request: Request) -> None:
-        self.admitted.append(request.id)
-
-    def plan(self, requests: list[Request]) -> FakePlan:
-        return FakePlan(requests)
-
-    def step(self, plan: FakePlan) -> None:
-        self._steps += 1
-        if fault := self._faults.get(self._steps):
-            raise fault
-        for request in plan.requests:
-            request.step += 1
-
-    def decode(self, request: Request) -> tuple[Image, ...]:
-        return tuple(np.zeros((32, 32, 3), np.uint8) for _ in request.wish.seeds)
-
-    def release(self, request: Request) -> None:
-        if fault := self._release_faults.get(request.id):
-            raise fault
-        self.released.append(request.id)
-
-
-def outcomes(
-    manifest: Manifest, pipeline: FakePipeline, failures: list[Exception], *, cancelled: str = ""
-) -> dict[str, list[str]]:
-    """How requests a, b and d, of one size, and c, of another, end where two fit in a step: a+b, c, a+b, c, d, d."""
-    heard: dict[str, list[str]] = {}
-
-    def hear(request: Request, event: Event) -> None:
-        if isinstance(event, Completed | Failed):
-            name = type(event.error if isinstance(event, Failed) else event).__name__
-            heard.setdefault(request.id, []).append(name)
-
-    batcher = Batcher(max_rows=4, max_waiting=4)
-    executor = Executor(
-        batcher,
-        lambda: cast(Pipeline, pipeline),
-        warm_up=(),
-        metrics=Metrics(manifest, "onnxruntime"),
-        on_ready=lambda: None,
-        on_failure=failures.append,
-    )
-    for name in "abcd":
-        request = guided(name, hear, width=48 if name == "c" else 32)
-        batcher.submit(request)
-        if name in cancelled:
-            request.cancel()
-    executor.start()
-    executor.close()
-    return heard
-
-
-def guided(name: str, *listeners: Listener, width: int) -> Request:
-    """Two rows for two steps."""
-    prompt = Prompt(name, ())
-    size = Size(width=width, height=32)
-    wish = Wish(prompt, prompt, size, Scheduler("ddim"), num_inference_steps=2, guidance_scale=7.5, seeds=(0,))
-    return Request(wish, table(wish.scheduler, 2, NoiseSchedule()), listeners, name)
-
-
-@pytest.mark.parametrize(("step", "sharing"), [(1, "ab"), (2, "c"), (3, "ab"), (5, "d")])
-def test_an_engine_that_fails_ends_those_who_shared_the_step(manifest: Manifest, step: int, sharing: str) -> None:
-    pipeline, failures = FakePipeline({step: EngineError("out of memory")}), list[Exception]()
-    ended = outcomes(manifest, pipeline, failures)
-    assert ended == {name: ["StepFailed" if name in sharing else "Completed"] for name in "abcd"}
-    assert sorted(pipeline.released) == sorted(pipeline.admitted) == list("abcd")
-    assert not failures
-
-
-@pytest.mark.parametrize("step", [1, 2, 5])
-def test_a_fault_nobody_expected_leaves_nobody_waiting(manifest: Manifest, step: int) -> None:
-    fault = RuntimeError("a bug")
-    pipeline, failures = FakePipeline({step: fault}), list[Exception]()
-    ended = outcomes(manifest, pipeline, failures)
-    assert sorted(ended) == list("abcd")
-    assert ended["d"] == ["NotReady"]
-    assert ended["a"] == ended["b"] == ["Completed" if step == 5 else "NotReady"]
-    assert failures == [fault]
-
-
-@pytest.mark.parametrize("cancelled", ["", "a", "abcd"])
-def test_a_fault_while_slots_are_freed_leaves_nobody_waiting(manifest: Manifest, cancelled: str) -> None:
-    fault = RuntimeError("a bug")
-    pipeline, failures = FakePipeline({}, dict.fromkeys("abcd", fault)), list[Exception]()
-    ended = outcomes(manifest, pipeline, failures, cancelled=cancelled)
-    assert sorted(ended) == list("abcd")
-    assert failures == [fault]
-
-
 def test_the_first_ending_is_the_only_one() -> None:
     heard: list[Event] = []
-    request = guided("a", lambda _request, event: heard.append(event), width=32)
+    wish = Wish(Prompt("", ()), Prompt("", ()), Size(width=64, height=64), Scheduler("ddim"), 2, 7.5, (0,))
+    steps = table(wish.scheduler, 2, NoiseSchedule())
+    request = Request(wish, steps, (lambda _request, event: heard.append(event),), "a")
     first = Completed(())
     for ending in (first, Failed(Cancelled("too late"))):
         request.end(ending)

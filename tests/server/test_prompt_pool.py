@@ -7,17 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from engines.base import Buffer, Call, EngineError
+from engines.base import Buffer, Call, Device, EngineError, Stream
 from engines.manifest import Manifest
 from engines.onnxruntime import OnnxRuntimeDevice
-from server.pools import PromptPool
+from server.prompt_pool import PromptPool
 from server.tokenizer import Chunk, Prompt
 
 
 class Recorder:
     """A text encoder whose embeddings are the prompt's first token, and which counts its runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self.runs = 0
         self.broken = False
         self.layers: list[int] = []
@@ -27,23 +28,34 @@ class Recorder:
         self._buffers = buffers
         return self
 
-    def run(self) -> None:
+    def launch(self) -> None:
         if self.broken:
             raise EngineError("broken")
         self.runs += 1
+        ids, layer = (self._stream.read(self._buffers[name]).result() for name in ("ids", "layer"))
         embeddings = self._buffers["embeddings"]
-        embeddings.write(np.full(embeddings.shape, self._buffers["ids"].read()[0, 0], np.float32))
-        self.layers.append(int(self._buffers["layer"].read()[0]))
+        self._stream.write(embeddings, np.full(embeddings.shape, ids[0, 0], np.float32))
+        self.layers.append(int(layer[0]))
 
 
 @pytest.fixture
-def encoder() -> Recorder:
-    return Recorder()
+def device() -> Device:
+    return OnnxRuntimeDevice(threads=1)
 
 
 @pytest.fixture
-def pool(manifest: Manifest, encoder: Recorder) -> PromptPool:
-    return PromptPool(manifest, encoder, OnnxRuntimeDevice(threads=1), rows=3, on_lookup=encoder.found.append)
+def stream(device: Device) -> Stream:
+    return device.stream("arrivals")
+
+
+@pytest.fixture
+def encoder(stream: Stream) -> Recorder:
+    return Recorder(stream)
+
+
+@pytest.fixture
+def pool(manifest: Manifest, encoder: Recorder, device: Device, stream: Stream) -> PromptPool:
+    return PromptPool(manifest, encoder, device, stream=stream, rows=3, on_lookup=encoder.found.append)
 
 
 def prompt(number: int, manifest: Manifest, *, weight: float = 1.0) -> Prompt:
@@ -69,15 +81,16 @@ def test_a_prompt_is_encoded_once_even_after_its_request_is_gone(
 
 
 def test_the_least_recently_used_makes_room_and_those_in_use_never_do(
-    pool: PromptPool, encoder: Recorder, manifest: Manifest
+    pool: PromptPool, encoder: Recorder, manifest: Manifest, stream: Stream
 ) -> None:
     rows = [pool.acquire(prompt(number, manifest)) for number in (1, 2, 3)]
     pool.release(prompt(2, manifest))
     pool.release(prompt(3, manifest))
     assert pool.acquire(prompt(4, manifest)) == rows[1]
     assert pool.acquire(prompt(5, manifest)) == rows[2]
-    assert pool.context.read()[rows[0][0], 0, 0] == 1, "a prompt in use was overwritten"
-    assert [pool.context.read()[row, 0, 0] for (row,) in rows] == [1, 4, 5]
+    context = stream.read(pool.context).result()
+    assert context[rows[0][0], 0, 0] == 1, "a prompt in use was overwritten"
+    assert [context[row, 0, 0] for (row,) in rows] == [1, 4, 5]
     assert pool.acquire(prompt(1, manifest)) == rows[0]
     assert encoder.runs == 5
 

@@ -1,0 +1,62 @@
+"""How long steps take, by picture size and rows: measured when warming up, and kept true by every step since."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from engines.manifest import Size
+from server.request import Request
+
+_WEIGHT = 0.1  # of a new measurement beside those before it
+
+
+class Pace:
+    """The curve from rows to seconds of each size. For any thread."""
+
+    def __init__(self, *, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._seconds: dict[Size, dict[int, float]] = {}
+        self._ends: dict[Size, float] = {}
+        self._lock = threading.Lock()
+
+    def observe(self, size: Size, rows: int, seconds: float) -> None:
+        """A step of `rows` took `seconds`."""
+        with self._lock:
+            known = self._seconds.setdefault(size, {})
+            known[rows] = known.get(rows, seconds) * (1 - _WEIGHT) + seconds * _WEIGHT
+
+    def seconds(self, size: Size, rows: int) -> float:
+        """What a step of `rows` takes: between measured points on a line, beyond them in proportion; 0 if unknown."""
+        with self._lock:
+            known = sorted(self._seconds.get(size, {}).items())
+        if not known:
+            return 0.0
+        counts, seconds = zip(*known, strict=True)
+        return float(np.interp(rows, counts, seconds) * max(rows / counts[-1], 1.0))
+
+    def cheapest(self, size: Size, row_counts: Sequence[int]) -> int:
+        """The row count whose step takes the least time: kernels of a larger one are sometimes the faster."""
+        return min(row_counts, key=lambda rows: self.seconds(size, rows))
+
+    def observe_ends(self, size: Size, seconds: float) -> None:
+        """Encoding what a request of one picture brings, and decoding what it leaves, took `seconds`."""
+        with self._lock:
+            self._ends[size] = seconds
+
+    def ends(self, size: Size) -> float:
+        """What encoding and decoding take together; 0 if unknown."""
+        with self._lock:
+            return self._ends.get(size, 0.0)
+
+    def work(self, request: Request) -> float:
+        """Seconds of a full device that `request` still needs for its steps."""
+        share = request.rows / self._max_rows
+        return self.seconds(request.wish.size, self._max_rows) * share * (request.steps - request.step)
+
+    def curves(self) -> Mapping[Size, Mapping[int, float]]:
+        """Everything measured."""
+        with self._lock:
+            return {size: dict(sorted(known.items())) for size, known in self._seconds.items()}

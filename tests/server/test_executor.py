@@ -1,0 +1,448 @@
+"""The loop over real engines: on the CPU, and on a GPU that is the host (`tests/engines/fake_cuda.py`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+import build_engines
+from engines.base import Device, DeviceLost, EngineError, Stream, open_device
+from engines.cuda import CudaStream
+from engines.manifest import Build, Compiled, File, Manifest
+from engines.onnxruntime import OnnxRuntimeDevice
+from server import watchdog
+from server.request import Image, Request
+from server.trace import Trace
+from tests.engines import fake_tensorrt
+from tests.engines.fake_cuda import FakeCuda
+from tests.engines.fake_tensorrt import fake_device, write_bundle_engine
+from tests.executing import SECONDS, Asked, Running
+from tests.gpus import on_a_gpu
+from tests.references import psnr
+
+CROWD: list[dict[str, Any]] = [
+    {"seed": 1, "num_inference_steps": 6, "scheduler": "ddim"},
+    {"seed": 2, "num_inference_steps": 9, "scheduler": "euler_ancestral", "guidance_scale": 3},
+    {"seed": 3, "num_inference_steps": 4, "scheduler": "dpmpp_2m_karras", "guidance_scale": 1, "num_images": 3},
+    {"seed": 4, "num_inference_steps": 7, "prompt": "a red cat " * 60},
+    {"seed": 5, "num_inference_steps": 5, "width": 48, "scheduler": "heun", "preview_every": 2},
+    {"seed": 6, "num_inference_steps": 8, "exact": True},
+]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the tests run: a bundle, and a device for its engines of `backend`."""
+
+    bundle: Path
+    backend: str
+    device: Callable[[], Device]
+
+    def running(self, **options: Any) -> Running:
+        return Running(self.bundle, self.device, backend=self.backend, **options)
+
+
+@dataclass(frozen=True)
+class FakeMachine(Machine):
+    """A GPU that is the host."""
+
+    cuda: FakeCuda
+
+    def gate(self, stream: Stream) -> AbstractContextManager[None]:
+        """Hold `stream` meanwhile."""
+        assert isinstance(stream, CudaStream)
+        return self.cuda.gate(stream.handle)
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def fake_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with engines that `fake_tensorrt` takes for TensorRT's."""
+    out = tmp_path_factory.mktemp("fake") / "bundle"
+    shutil.copytree(bundle, out)
+    manifest = Manifest.read(out).model_copy(update={"rows": (2, 4), "decode_batch": 2})
+    engines = {}
+    for name, graph in manifest.graphs.items():
+        onnx = out / graph.onnx["fp32"].files[0].path
+        file = File.of(write_bundle_engine(out / f"{name}.engine", onnx, name, manifest), root=out)
+        engines[name] = Compiled(precision="fp32", files=(file,), profiles=(), key="fake", seconds=0, memory=0)
+    builds = {"tensorrt": Build(version=fake_tensorrt.__version__, engines=engines)}
+    manifest.model_copy(update={"builds": builds}).save(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def compiled(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle with engines of a backend, compiled on this machine's GPU."""
+
+    @cache
+    def compile_for(backend: str) -> Path:
+        out = tmp_path_factory.mktemp(backend) / "bundle"
+        shutil.copytree(bundle, out)
+        assert build_engines.main(["compile", str(out), "--backend", backend]) == 0
+        return out
+
+    return compile_for
+
+
+@pytest.fixture
+def cpu(bundle: Path) -> Machine:
+    return Machine(bundle, "onnxruntime", lambda: OnnxRuntimeDevice(threads=1))
+
+
+@pytest.fixture
+def gpu(fake_bundle: Path) -> Iterator[FakeMachine]:
+    cuda = FakeCuda()
+    yield FakeMachine(fake_bundle, "tensorrt", lambda: fake_device(cuda), cuda)
+    assert not cuda.faults
+
+
+@pytest.fixture(params=["cpu", "fake", *(on_a_gpu(backend) for backend in ("tensorrt", "tensorrt_rtx"))])
+def machine(request: pytest.FixtureRequest) -> Machine:
+    """Each kind of machine that is here."""
+    if request.param == "cpu":
+        return cast(Machine, request.getfixturevalue("cpu"))
+    if request.param == "fake":
+        return cast(Machine, request.getfixturevalue("gpu"))
+    bundle = request.getfixturevalue("compiled")(request.param)
+    return Machine(bundle, request.param, lambda: open_device(request.param))
+
+
+def alike(image: Image, other: Image) -> bool:
+    return psnr(image.astype(np.float64), other.astype(np.float64)) >= 50
+
+
+def read_trace(path: Path) -> dict[str, list[tuple[str, float, float]]]:
+    """Name, begin and end of each span, by lane."""
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans: dict[str, list[tuple[str, float, float]]] = {lane: [] for lane in lanes.values()}
+    for event in events:
+        if event["ph"] == "X":
+            spans[lanes[event["tid"]]].append((event["name"], event["ts"], event["ts"] + event["dur"]))
+    return {lane: sorted(found, key=lambda span: span[1]) for lane, found in spans.items()}
+
+
+def test_everyone_gets_the_picture_they_would_get_alone(machine: Machine) -> None:
+    with machine.running() as running:
+        together = [asked.images() for asked in [running.ask(**fields) for fields in CROWD]]
+        alone = [running.ask(**fields).images() for fields in CROWD]
+    for crowd, solo in zip(together, alone, strict=True):
+        assert all(alike(one, other) for one, other in zip(crowd, solo, strict=True))
+    np.testing.assert_array_equal(together[-1], alone[-1], err_msg="exact")
+
+
+def test_each_hears_every_step_once_and_in_order(machine: Machine) -> None:
+    with machine.running() as running:
+        crowd = [running.ask(**fields) for fields in CROWD]
+        for asked in crowd:
+            asked.images()
+    for asked, fields in zip(crowd, CROWD, strict=True):
+        calls = fields["num_inference_steps"] * 2 - 1 if fields.get("scheduler") == "heun" else len(asked.steps)
+        assert asked.steps == list(range(1, calls + 1))
+        assert len(asked.endings) == 1
+
+
+def test_nothing_is_held_when_all_have_left(machine: Machine) -> None:
+    with machine.running() as running:
+        before = {size: (list(c._slots), c._entries[:]) for size, c in running.pipeline._canvases.items()}
+        for _ in range(2):
+            for asked in [running.ask(**fields) for fields in CROWD]:
+                asked.images()
+        assert not running.pipeline._prompts._users
+        assert running.batcher.running == running.batcher.waiting == running.executor.departing == 0
+        for size, canvas in running.pipeline._canvases.items():
+            assert (sorted(canvas._slots), sorted(canvas._entries)) == tuple(map(sorted, before[size]))
+
+
+@pytest.mark.parametrize(("step", "ended"), [(1, "ab"), (2, "c"), (3, "ab"), (5, "d")])
+def test_an_engine_that_fails_ends_those_who_shared_the_step(cpu: Machine, step: int, ended: str) -> None:
+    """Steps are of a+b, c, a+b, c, d, d: c is of another size, and d has to wait for a and b."""
+
+    def fail() -> None:
+        raise EngineError("out of order")
+
+    with cpu.running() as running:
+        running.device.before("denoise", step, fail)
+        asked = {name: Asked() for name in "abcd"}
+        requests = [
+            running.request(
+                asked[name], num_inference_steps=2, num_images=2, width=48 if name == "c" else 32, scheduler="ddim"
+            )
+            for name in "abcd"
+        ]
+        with running.batcher._changed:  # all of them before the first step
+            for request in requests:
+                running.batcher.submit(request)
+        outcomes = {name: one.outcome() for name, one in asked.items()}
+        assert outcomes == {name: "StepFailed" if name in ended else "Completed" for name in "abcd"}
+        assert running.ask().outcome() == "Completed"
+    assert not running.failures
+
+
+def test_a_fault_nobody_expected_leaves_nobody_waiting(cpu: Machine) -> None:
+    fault = RuntimeError("a bug")
+
+    def fail() -> None:
+        raise fault
+
+    with cpu.running() as running:
+        running.device.before("denoise", 3, fail)
+        crowd = [running.ask(num_inference_steps=50, num_images=2) for _ in range(6)]
+        assert [asked.outcome() for asked in crowd] == ["NotReady"] * 6
+        assert not running.executor.ready
+    assert running.failures == [fault]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_fault_while_places_are_freed_leaves_nobody_waiting(
+    cpu: Machine, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    def fail(_request: Request) -> None:
+        raise RuntimeError("a bug")
+
+    with cpu.running() as running:
+        monkeypatch.setattr(running.pipeline, "release", fail)
+        asked = [Asked() for _ in range(5)]
+        requests = [running.request(one, num_inference_steps=50, num_images=2) for one in asked]
+        with running.batcher._changed:
+            for request in requests:
+                running.batcher.submit(request)
+        if cancelled:
+            requests[0].cancel()
+        assert {one.outcome() for one in asked} == {"NotReady"}
+        assert all(len(one.endings) == 1 for one in asked)
+    assert isinstance(running.failures[0], RuntimeError)
+
+
+def test_an_engine_that_fails_to_decode_ends_one_request(cpu: Machine) -> None:
+    def fail() -> None:
+        raise EngineError("out of order")
+
+    with cpu.running() as running:
+        running.device.before("decode", 2, fail)
+        crowd = [running.ask(num_inference_steps=steps, num_images=2) for steps in (2, 4)]
+        assert [asked.outcome() for asked in crowd] == ["StepFailed", "Completed"]
+        assert running.ask(num_images=4).outcome() == "Completed", "its places were not freed"
+
+
+def test_an_encoder_that_fails_ends_one_request(cpu: Machine) -> None:
+    def fail() -> None:
+        raise EngineError("out of order")
+
+    with cpu.running() as running:
+        running.device.before("encode_prompt", 1, fail)
+        crowd = [running.ask(prompt=prompt, num_inference_steps=2) for prompt in ("a boat", "a bird")]
+        assert [asked.outcome() for asked in crowd] == ["StepFailed", "Completed"]
+
+
+def test_who_is_cancelled_frees_the_place_of_others(machine: Machine) -> None:
+    with machine.running() as running:
+        leaving = Asked()
+        request = running.request(leaving, num_inference_steps=200, num_images=2, scheduler="ddim")
+        running.batcher.submit(request)
+        leaving.wait(lambda: leaving.steps)
+        staying = running.ask(num_inference_steps=2)
+        request.cancel()
+        assert leaving.outcome() == "Cancelled"
+        assert staying.outcome() == "Completed"
+        assert len(leaving.steps) < 200
+
+
+def test_a_picture_that_is_not_a_number_fails_alone(machine: Machine) -> None:
+    """NaN in what one request is told: the others' pictures stay as they are to the last bit."""
+    company = {"seed": 7, "num_inference_steps": 4, "exact": False}
+    with machine.running() as running:
+        undisturbed = [running.ask(**company, prompt=prompt) for prompt in ("a boat", "a bird")]
+        expected = [asked.images() for asked in undisturbed]
+
+        def poison() -> None:
+            canvas = running.pipeline._canvases[running.manifest.resolutions[0]]
+            slot = next(place.slots[0] for place in running.pipeline._placements.values() if place.request is request)
+            state = canvas._states[canvas._parity]
+            nothing = np.full(state.shape[1:], np.nan, np.float32)
+            running.pipeline._streams.steps.write(state, nothing, at=slot)
+
+        running.device.before("denoise", running.device.launches["denoise"] + 2, poison)
+        broken = Asked()
+        request = running.request(broken, num_inference_steps=4)
+        with running.batcher._changed:
+            running.batcher.submit(request)
+            disturbed = [running.ask(**company, prompt=prompt) for prompt in ("a boat", "a bird")]
+        assert broken.outcome() == "BrokenPicture"
+        for asked, images in zip(disturbed, expected, strict=True):
+            assert all(alike(one, other) for one, other in zip(asked.images(), images, strict=True))
+        assert running.metric("latentd_broken_pictures_total") == 1
+        assert running.ask(**company, num_images=2).outcome() == "Completed", "its slot is sound again"
+
+
+def test_the_curve_is_measured_before_ready_and_exported(machine: Machine) -> None:
+    with machine.running() as running:
+        curves = running.pace.curves()
+        assert set(curves) == set(running.manifest.resolutions)
+        assert all(set(curve) == set(running.manifest.rows) for curve in curves.values())
+        assert all(seconds > 0 for curve in curves.values() for seconds in curve.values())
+        assert 'latentd_step_seconds{rows="4",size="32x32"}' in running.metrics.render().decode()
+
+
+def test_the_retry_of_who_is_refused_is_estimated_from_the_work_before_them(machine: Machine) -> None:
+    with machine.running(max_waiting=1) as running:
+        request = running.request(Asked(), num_inference_steps=100, scheduler="ddim")
+        full = running.pace.seconds(request.wish.size, running.manifest.max_rows)
+        assert running.pace.work(request) == pytest.approx(full * 100 * 2 / running.manifest.max_rows)
+
+
+# What only a device with streams can show
+
+
+def test_steps_are_launched_ahead_but_no_further_than_two(gpu: FakeMachine) -> None:
+    with gpu.running() as running:
+        launched = running.device.launches
+        with gpu.gate(running.pipeline._streams.steps):
+            asked = running.ask(num_inference_steps=6, scheduler="ddim")
+            gpu.wait(lambda: launched["denoise"] == 2)
+            assert not asked.steps, "it was told before it was done"
+            assert launched["denoise"] == 2
+        asked.images()
+        assert launched["denoise"] == 6
+
+
+def test_others_step_while_pictures_are_decoded(gpu: FakeMachine) -> None:
+    with gpu.running() as running, gpu.gate(running.pipeline._streams.departures):
+        short, long = (running.ask(num_inference_steps=steps, scheduler="ddim") for steps in (2, 12))
+        long.wait(lambda: len(long.steps) == 12)
+        assert short.steps == [1, 2]
+        assert not short.endings
+        assert not long.endings
+
+
+def test_others_step_while_newcomers_are_encoded(gpu: FakeMachine) -> None:
+    with gpu.running() as running:
+        first = running.ask(num_inference_steps=30, scheduler="ddim")
+        first.wait(lambda: first.steps)
+        with gpu.gate(running.pipeline._streams.arrivals):
+            second = running.ask(prompt="something new", num_inference_steps=2)
+            reached = len(first.steps) + 5
+            first.wait(lambda: len(first.steps) >= reached)
+            assert not second.events
+        assert second.outcome() == first.outcome() == "Completed"
+
+
+def test_decoding_between_the_steps_uses_their_stream(gpu: FakeMachine) -> None:
+    with gpu.running(decode_beside=False) as running:
+        assert running.pipeline._streams.departures is running.pipeline._streams.steps
+        assert running.ask().outcome() == "Completed"
+
+
+def test_more_pictures_than_places_wait_for_the_decoder(gpu: FakeMachine) -> None:
+    """All staging places are taken while the decoder is held; nobody is lost by it, and nothing is overwritten."""
+    with gpu.running() as running:
+        wishes = [
+            {"seed": seed, "num_inference_steps": 1, "guidance_scale": 1, "num_images": 4} for seed in (1, 20, 40)
+        ]
+        with gpu.gate(running.pipeline._streams.departures):
+            crowd = [running.ask(**fields) for fields in wishes]
+            crowd[0].wait(lambda: crowd[0].steps)
+            assert running.device.launches["denoise"] <= 2
+        pictures = [asked.images() for asked in crowd]
+        alone = [running.ask(**fields).images() for fields in wishes]
+    for one, other in zip(pictures, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("decode_chunk", [1, 2])
+def test_pictures_are_decoded_in_chunks_as_large_as_the_bundle_allows(gpu: FakeMachine, decode_chunk: int) -> None:
+    with gpu.running(decode_chunk=decode_chunk) as running:
+        before = running.device.launches["decode"]
+        images = running.ask(num_images=3, guidance_scale=1).images()
+        assert len(images) == 3
+        assert running.device.launches["decode"] - before == (3 if decode_chunk == 1 else 2)
+
+
+def test_everything_is_bound_and_recorded_before_ready(gpu: FakeMachine) -> None:
+    with gpu.running() as running:
+        bound, memory = len(running.device.bound), running.device.memory()
+        recorded, launched = gpu.cuda.calls["cudaGraphLaunch"], sum(running.device.launches.values())
+        for asked in [running.ask(**fields) for fields in CROWD]:
+            asked.images()
+        assert len(running.device.bound) == bound
+        assert running.device.memory() == memory
+        launched = sum(running.device.launches.values()) - launched
+        assert gpu.cuda.calls["cudaGraphLaunch"] - recorded == launched, "something ran that had not been recorded"
+
+
+def test_a_long_run_leaves_memory_as_it_was(gpu: FakeMachine) -> None:
+    with gpu.running() as running:
+        for asked in [running.ask(num_inference_steps=2, seed=seed) for seed in range(20)]:
+            asked.images()
+        before = gpu.cuda.live(pinned=True), gpu.cuda.live(pinned=False), gpu.cuda.graphs
+        for asked in [running.ask(num_inference_steps=2, seed=seed) for seed in range(60)]:
+            asked.images()
+        assert (gpu.cuda.live(pinned=True), gpu.cuda.live(pinned=False), gpu.cuda.graphs) == before
+
+
+def test_a_lost_device_ends_the_process_and_nobody_waits(gpu: FakeMachine) -> None:
+    with gpu.running() as running:
+        crowd = [running.ask(num_inference_steps=60, num_images=2, seed=seed) for seed in range(6)]
+        crowd[0].wait(lambda: crowd[0].steps)
+        gpu.cuda.lose("cudaErrorIllegalAddress")
+        assert [asked.outcome() for asked in crowd] == ["NotReady"] * 6
+        gpu.wait(lambda: not running.executor.alive)
+    (failure,) = running.failures
+    assert isinstance(failure, DeviceLost)
+
+
+def test_a_device_that_hangs_is_noticed(
+    gpu: FakeMachine,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(watchdog, "_LEAST", 0.5)
+    monkeypatch.setattr(watchdog, "_LOOK", 0.05)
+    with gpu.running(patience=0.001) as running, gpu.gate(running.pipeline._streams.steps):
+        crowd = [running.ask(num_inference_steps=3, seed=seed) for seed in range(6)]
+        assert [asked.outcome() for asked in crowd] == ["NotReady"] * 6
+        assert running.executor.stuck
+        assert not running.executor.alive
+    assert isinstance(running.failures[0], DeviceLost)
+    assert "took longer than" in caplog.text
+    assert "The last plan: A step of" in caplog.text
+    assert 'executor.py", line' in capfd.readouterr().err, "no stack was dumped"
+
+
+def test_memory_that_is_full_at_start_says_what_takes_it(gpu: FakeMachine) -> None:
+    gpu.cuda.total = 500_000
+    with gpu.running() as running:
+        (failure,) = running.failures
+    assert isinstance(failure, EngineError)
+    assert "state of 32x32" in str(failure)
+    assert "--rows" in str(failure)
+
+
+def test_a_trace_shows_steps_launched_ahead(gpu: FakeMachine, tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "trace.json")
+    with gpu.running(trace=trace) as running:
+        for asked in [running.ask(num_inference_steps=8, seed=seed, scheduler="ddim") for seed in range(3)]:
+            asked.images()
+    spans = read_trace(tmp_path / "trace.json")
+    steps, launches = spans["steps"], [span for span in spans["executor"] if span[0] == "launch"]
+    assert len(steps) == len(launches)
+    ahead = [launch for launch, before in zip(launches[1:], steps, strict=False) if launch[1] < before[2]]
+    assert len(ahead) >= len(steps) // 2, "steps were not launched before those before them were done"
+    assert len(spans["departures"]) == 3
