@@ -19,6 +19,7 @@ from engines.base import BACKENDS, EngineError
 from engines.manifest import Manifest
 from engines.present import check_fits, choose
 from server.app import make_app, make_service
+from server.compiling import CompilingStopped
 from server.settings import Settings
 
 _log = logging.getLogger("latentd")
@@ -77,6 +78,10 @@ def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
+        if isinstance(error, CompilingStopped):
+            exit_code = 0  # as it was told to
+            _say(str(error))
+            return
         if isinstance(error, EngineError):
             _complain(str(error))
         else:

@@ -29,7 +29,7 @@ from engines.present import check_fits, obstacle
 _log = logging.getLogger(__name__)
 _LOCK = ".compiling"  # in the bundle's folder; the file stays, since removing it would let two hold the lock
 _GLANCE = 0.5  # seconds between looks at whether to stop, and at whether the lock is free
-_GRACE = 10.0  # seconds in which a cancelled build may put away what it has half written
+_GRACE = 5.0  # seconds in which a cancelled build may put away what it has half written; Docker grants 10 in all
 _LAST_WORDS = 5  # lines of a build that ended without saying why
 
 Tell = Callable[[str], None]
@@ -131,10 +131,11 @@ def _build(command: list[str], backend: str, *, lock: IO[bytes], tell: Tell, sto
             said = _parsed(line)
             if "stage" in said:
                 tell(_described(said, backend))
+            elif "note" in said:
+                _log.info("%s", said["note"])
             else:
-                text = str(said["note"])
-                _log.info("%s", text)
-                last_words.append(text)
+                _log.debug("%s", line)
+                last_words.append(line)
         status = child.wait()
     if status:
         raise EngineError(f"The {backend} engines were not compiled. {_reason(status, list(last_words))}")
@@ -202,12 +203,12 @@ def _lines(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> Iterato
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """What `--progress json` says; a line of anybody else's is a note."""
+    """What `--progress json` says; nothing where the line is a table's, an error's, or a library's."""
     with suppress(ValueError):
         said = json.loads(line)
-        if isinstance(said, dict) and said.keys() & {"stage", "note"}:
+        if isinstance(said, dict):
             return said
-    return {"note": line}
+    return {}
 
 
 def _described(said: dict[str, Any], backend: str) -> str:
