@@ -120,7 +120,6 @@ class Served:
     ) -> None:
         self.batcher.cancel()
         self._executor.close()
-        _finish_writing()
 
     def draw(self, steps: int) -> float:
         """Ask for one picture, and wait for it: the seconds that took."""
@@ -166,10 +165,9 @@ class Served:
             return ()
         self._rest()
         self._trace.close()
-        _finish_writing()
+        began = self._trace.began
         return tuple(
-            Span(span.lane, span.name, span.begin + self._ready_at, span.end + self._ready_at)
-            for span in read_trace(self._traced)
+            Span(span.lane, span.name, span.begin + began, span.end + began) for span in read_trace(self._traced)
         )
 
     def _submit(self, steps: int, number: int, ended: queue.SimpleQueue[Ended]) -> Request:
@@ -234,17 +232,9 @@ class Served:
             raise EngineError(f"The executor failed: {self._failure}") from self._failure
 
     def _on_ready(self) -> None:
-        self._ready_at = time.perf_counter()  # which is when the trace begins
         self._started.set()
 
     def _on_failure(self, error: Exception) -> None:
         self._failure = error
         self._failed.set()
         self._started.set()
-
-
-def _finish_writing() -> None:
-    """Wait for the trace's file, which a thread of its own writes."""
-    for thread in threading.enumerate():
-        if thread.name == "trace":
-            thread.join()

@@ -131,10 +131,17 @@ class Executor:
         arrived = [request for request in batch.requests if request.ending is None and self._arrived(request)]
         if arrived:
             return self._launch(arrived)
-        if not self._flights and (arriving := [request for request in batch.requests if request in self._arriving]):
-            with self._limit_of(arriving[0]):
-                self._pipeline.wait_for(arriving[0])
+        if arriving := [request for request in batch.requests if request in self._arriving]:
+            self._await(arriving[0])
         return False
+
+    def _await(self, request: Request) -> None:
+        """Nobody has arrived who could step: wait for who comes next, but not while others' pictures are on the way."""
+        if self._departures:
+            time.sleep(_LOOK)
+        elif not self._flights:
+            with self._limit_of(request):
+                self._pipeline.wait_for(request)
 
     def _limit_of(self, request: Request) -> AbstractContextManager[None]:
         """Watch what is done for `request` alone, before its first step and after its last."""

@@ -66,13 +66,15 @@ class Trace:
         self._path = path
         self._seconds = seconds
         self._recording: _Recording | None = None
+        self.began = 0.0  # on perf_counter's clock: the origin of what is written
 
     def start(self, stream: Stream) -> None:
         """Begin, with the device idle."""
         if self._path:
             base = stream.record(timed=True)
             base.wait()
-            self._recording = _Recording(self._path, base, time.perf_counter(), self._seconds)
+            self.began = time.perf_counter()
+            self._recording = _Recording(self._path, base, self.began, self._seconds)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

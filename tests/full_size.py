@@ -14,67 +14,9 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from engines.demo.tokenizer import write_tokenizer
 from engines.manifest import Manifest
-
-_TOKENS = 77
-
-
-def make_full_size(folder: Path) -> None:
-    """Write the checkpoint: the architecture of OFA-Sys/small-stable-diffusion-v0, with a smaller vocabulary."""
-    write_tokenizer(folder / "tokenizer", ["a photograph of a lighthouse on a rock in the sea"])
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=_TOKENS)
-    torch.manual_seed(0)
-    StableDiffusionPipeline(
-        tokenizer=tokenizer,
-        text_encoder=CLIPTextModel(_text_config(tokenizer)),
-        unet=UNet2DConditionModel(
-            sample_size=64,
-            layers_per_block=1,
-            block_out_channels=(320, 640, 1280, 1280),
-            down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        ),
-        vae=AutoencoderKL(
-            sample_size=512,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=4,
-        ),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-
-
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+from loadtest.models import write_checkpoint
 
 
 def run(command: list[str]) -> tuple[int, float, int]:
@@ -105,7 +47,7 @@ def main() -> int:
     given, more = parser.parse_known_args()
     checkpoint, bundle = given.out / "checkpoint", given.out / "bundle"
     if not (checkpoint / "model_index.json").exists():
-        make_full_size(checkpoint)
+        write_checkpoint(checkpoint, layers_per_block=1)
     build = ["build_engines.py", "--model", str(checkpoint), "--out", str(bundle), "--backend", given.backend, *more]
     code, seconds, peak = run([sys.executable, *build])
     sys.stderr.write(f"exit {code} after {seconds / 60:.1f} minutes, {peak / 1e9:.1f} GB at the peak\n")

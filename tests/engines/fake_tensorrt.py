@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import threading
 import weakref
@@ -25,7 +26,7 @@ import onnxruntime as ort
 
 from engines.base import Array, TensorSpec
 from engines.cuda import Cuda
-from engines.manifest import Geometry, Gpu, GraphName
+from engines.manifest import Build, Compiled, File, Geometry, Gpu, GraphName, Manifest
 from engines.profiles import shapes
 from engines.tensorrt import TensorRtDevice
 from engines.tensorrt_rtx import RtxContexts
@@ -63,6 +64,19 @@ def write_bundle_engine(path: Path, onnx: Path, graph: GraphName, geometry: Geom
     specs = [TensorSpec(one.name, "", tuple(one.shape)) for one in ort.InferenceSession(onnx).get_inputs()]
     profiles = [{spec.name: one.of(spec) for spec in specs} for one in shapes(geometry, graph)]
     return write_engine(path, onnx, profiles, **traits)
+
+
+def write_bundle(bundle: Path, out: Path, **geometry: Any) -> None:
+    """A copy of a bundle, with engines for each of its graphs; `geometry` are fields of its manifest to be others."""
+    shutil.copytree(bundle, out)
+    manifest = Manifest.read(out).model_copy(update=geometry)
+    engines = {}
+    for name, graph in manifest.graphs.items():
+        onnx = out / graph.onnx["fp32"].files[0].path
+        file = File.of(write_bundle_engine(out / f"{name}.engine", onnx, name, manifest), root=out)
+        engines[name] = Compiled(precision="fp32", files=(file,), profiles=(), key="fake", seconds=0, memory=0)
+    builds = {"tensorrt": Build(version=__version__, engines=engines)}
+    manifest.model_copy(update={"builds": builds}).save(out)
 
 
 def fake_device(cuda: FakeCuda | None = None, *, for_rtx: bool = False) -> TensorRtDevice:

@@ -1,0 +1,67 @@
+"""Plans that are filled up to a shape of which engines were recorded."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from engines.manifest import NoiseSchedule, Size
+from server.noise import NoiseGenerator
+from server.plan import Placement, StepShape, make_plan, step_shape
+from server.request import Request, Wish
+from server.schedulers import Scheduler, table
+from server.tokenizer import Prompt
+
+LATENT = (4, 8, 8)
+SPARE = 8
+NOTHING = Prompt("", ())
+
+
+def placement(*, slots: tuple[int, ...], guided: bool = True, scheduler: str = "ddim", chunks: int = 1) -> Placement:
+    scale = 7.5 if guided else 1.0
+    size, method = Size(width=64, height=64), Scheduler(scheduler)
+    wish = Wish(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))))
+    request = Request(wish, table(method, 4, NoiseSchedule()), (), "a")
+    prompts = (tuple(range(1, 1 + chunks)), (9,))
+    return Placement(request, slots, prompts, tuple(map(NoiseGenerator, wish.seeds)), ExitStack())
+
+
+def test_what_fills_a_step_up_is_an_image_of_the_spare_slot_that_changes_nothing() -> None:
+    placements = [placement(slots=(3, 5)), placement(slots=(1,), guided=False)]
+    assert step_shape(placements) == (3, 5, 1)
+    plan = make_plan(placements, LATENT, shape=StepShape(8, 8, 1), spare=SPARE)
+    assert plan.rows == 5
+    exact = make_plan(placements, LATENT, shape=StepShape(3, 5, 1), spare=SPARE)
+    for name, array in exact.arrays.items():
+        part = tuple(slice(length) for length in array.shape)
+        np.testing.assert_array_equal(plan.arrays[name][part], array, err_msg=name)
+    assert plan.arrays["slot"].tolist() == [3, 5, 1, *[SPARE] * 5]
+    assert (plan.arrays["row_image"][5:] >= 3).all(), "a row that fills up would be an image's"
+    assert not plan.arrays["guidance"][3:].any()
+    assert not plan.arrays["guidance"][:, 5:].any()
+    assert not plan.arrays["coef"][3:].any()
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_prompts_are_repeated_whole_up_to_the_length_of_the_shape(chunks: int) -> None:
+    plan = make_plan([placement(slots=(0,), chunks=chunks)], LATENT, shape=StepShape(2, 2, 6), spare=SPARE)
+    told, negative = plan.arrays["row_context"].tolist()
+    assert told == list(range(1, 1 + chunks)) * (6 // chunks)
+    assert negative == [9] * 6
+
+
+def test_nobody_at_all_may_step() -> None:
+    plan = make_plan([], LATENT, shape=StepShape(2, 2, 1), spare=SPARE)
+    assert plan.rows == 0
+    assert set(plan.arrays["slot"]) == {SPARE}
+
+
+def test_noise_is_brought_only_where_somebody_draws_it() -> None:
+    shape = StepShape(2, 2, 1)
+    assert "noise" not in make_plan([placement(slots=(0,))], LATENT, shape=shape, spare=SPARE).arrays
+    drawn = make_plan([placement(slots=(0,), scheduler="euler_ancestral")], LATENT, shape=shape, spare=SPARE).arrays
+    assert drawn["noise"].shape == (2, *LATENT)
+    assert drawn["noise"][0].any()
+    assert not drawn["noise"][1].any()
