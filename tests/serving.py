@@ -38,8 +38,8 @@ def pictures(answer: httpx.Response) -> list[NDArray[np.float64]]:
 class Serving:
     """`python -m server` on a free port. A context manager; `client` speaks to it."""
 
-    def __init__(self, bundle: Path, *arguments: str, start_seconds: float = 60) -> None:
-        command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", "--threads", "1", *arguments]
+    def __init__(self, bundle: Path, *arguments: str, start_seconds: float = 60, module: str = "server") -> None:
+        command = [sys.executable, "-m", module, "--bundle", str(bundle), "--port", "0", "--threads", "1", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
         self.stderr: list[str] = []
         self._url = ""

@@ -205,6 +205,22 @@ def test_a_server_that_may_not_drain_for_long_tells_those_who_wait(bundle: Path)
         assert not [line for line in serving.stderr if "Traceback" in line]
 
 
+@pytest.mark.parametrize("how", ["hangs", "is-lost"])
+def test_a_device_that_breaks_ends_the_process_with_everyone_answered(bundle: Path, how: str) -> None:
+    with Serving(bundle, "--watchdog", "0.001", how, module="tests.broken_server") as serving:
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(serving.generate, **{**LONG, "seed": seed}) for seed in range(6)]
+            documents = [future.result() for future in answers]
+        assert {document.status_code for document in documents} == {503}
+        assert {document.json()["detail"] for document in documents} == {
+            "The server is stopping after a fault: ask another one."
+        }
+        assert serving.process.wait(20) == 70, "the supervisor is to start another"
+        if how == "hangs":
+            assert "took longer than" in "".join(serving.stderr)
+            assert 'executor.py", line' in "".join(serving.stderr), "no stack was dumped"
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "setting"),
     [
