@@ -292,6 +292,8 @@ class Manifest(Geometry):
     def _has_every_graph(self) -> Self:
         if missing := [name for name in GRAPHS if name not in self.graphs]:
             raise ValueError(f"the graph {missing[0]} is missing")
+        if all(spec.name != "sound" for spec in self.graphs["decode"].outputs):
+            raise ValueError("the graph decode does not tell whether pictures are sound, as earlier ones did not")
         return self
 
     @model_validator(mode="after")
