@@ -329,7 +329,8 @@ class _Pinned:
         self.size = size
         self.event = CudaEvent(cuda)
         self.address = int(check(calls.cudaHostAlloc(size, calls.cudaHostAllocDefault)))
-        cuda.releases.when_dropped(self, partial(_unpin, calls, self.address, self.event.handle))
+        # With the event and not its handle: of what dies together in a cycle, the event might go first.
+        cuda.releases.when_dropped(self, partial(_unpin, calls, self.address, self.event))
 
     def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """The memory itself: valid as long as this is."""
@@ -338,8 +339,8 @@ class _Pinned:
         return np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
 
 
-def _unpin(calls: Any, address: int, event: Any) -> None:
-    calls.cudaEventSynchronize(event)  # a copy may still be under way
+def _unpin(calls: Any, address: int, event: CudaEvent) -> None:
+    calls.cudaEventSynchronize(event.handle)  # a copy may still be under way
     calls.cudaFreeHost(address)
 
 

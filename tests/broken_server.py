@@ -29,7 +29,7 @@ def break_device(how: str) -> None:
         else:
             raise DeviceLost("CUDA error 700, an illegal memory access was encountered.")
 
-    OnnxRuntimeCall.launch = launch_until_broken  # type: ignore[method-assign]
+    OnnxRuntimeCall.launch = launch_until_broken  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

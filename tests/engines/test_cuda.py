@@ -235,6 +235,16 @@ def test_pinned_memory_is_used_again_once_its_copy_is_done(device: CudaDevice, f
     assert fake.live(pinned=True) == [4096]
 
 
+def test_a_pinned_block_that_goes_after_its_event_still_waits_for_it(device: CudaDevice, fake: FakeCuda) -> None:
+    """As in a cycle of garbage, whose parts go in any order."""
+    block = device.stream("test")._staging.take(64)
+    del block.event
+    gc.collect()
+    del block
+    gc.collect()
+    assert fake.live(pinned=True) == []
+
+
 def test_a_reading_keeps_its_pinned_memory_until_it_is_dropped(device: CudaDevice, fake: FakeCuda) -> None:
     stream = device.stream("work")
     buffer = filled(device, stream, 4)
