@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -21,6 +21,7 @@ class Metrics:
 
     def __init__(self, *, max_rows: int) -> None:
         self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # this process's memory and processor time, where the system tells
         self._requests = Counter(
             "latentd_requests", "Accepted requests by their ending.", ["api", "outcome"], registry=registry
         )
