@@ -53,11 +53,16 @@ def test_after_its_time_it_is_written_and_no_more_is_recorded(tmp_path: Path, de
     assert spans(tmp_path / "trace.json") == [("executor", "launch"), ("steps", "step")]
 
 
-def test_without_a_path_nothing_is_recorded(device: HostDevice) -> None:
+def test_without_a_path_nothing_is_recorded(
+    tmp_path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     trace = Trace()
     trace.start(device.stream("steps"))
     work(trace, device)
     trace.close()
+    assert trace.began == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_a_line_of_log(
