@@ -180,9 +180,12 @@ class Canvas:
         self._slots.extend(slots)
 
     def bind(self, plan: Plan) -> _BoundStep:
-        """The denoise engine for steps of the plan's shape; those that were bound first go when there are too many."""
+        """The denoise engine for steps of the plan's shape; those that were bound first go when there are too many.
+
+        Where steps are padded there are as many shapes as were recorded, and none of them goes.
+        """
         if plan.shape not in self._steps:
-            if len(self._steps) == _MOST_BOUND:
+            if not self._device.pads and len(self._steps) == _MOST_BOUND:
                 del self._steps[next(iter(self._steps))]
             self._steps[plan.shape] = self._bind_step(plan)
         return self._steps[plan.shape]

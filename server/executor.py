@@ -17,6 +17,7 @@ from server.errors import BrokenPicture, Cancelled, NotReady, StepFailed
 from server.metrics import Metrics
 from server.pace import Pace
 from server.pipeline import Departure, Flight, Move, Pipeline
+from server.plan import Plan
 from server.request import Completed, Failed, Request, Started, Stepped
 from server.trace import Trace
 from server.watchdog import Watchdog
@@ -60,6 +61,7 @@ class Executor:
         self._flights: deque[Flight] = deque()
         self._departures: deque[Departure] = deque()
         self._arriving: set[Request] = set()
+        self._plan: Plan | None = None  # the last one
         self._mark = 0.0  # when the device was last known to begin a step
         self.state = "starting"
         self.ready = False
@@ -180,7 +182,7 @@ class Executor:
     def _launch(self, requests: list[Request]) -> bool:
         size = requests[0].wish.size
         with self._trace.span("plan"):
-            plan = self._pipeline.plan(requests)
+            plan = self._plan = self._pipeline.plan(requests)
         while self._pipeline.crowded(plan):
             self._land(wait=True)
             self._collect(wait=True)
@@ -286,11 +288,10 @@ class Executor:
         self._give_up(DeviceLost(f"{what} The process ends: see nvidia-smi and the kernel's log."))
 
     def _last_plan(self) -> str:
-        if not self._flights:
-            return "none in flight"
-        return "; ".join(f"{flight}, {dict(_described(flight))}" for flight in tuple(self._flights))
-
-
-def _described(flight: Flight) -> dict[str, list[float]]:
-    """The plan's numbers, without those that fill pages."""
-    return {name: array.tolist() for name, array in flight.plan.arrays.items() if array.size <= 64}
+        """Whose it is, and its numbers without those that fill pages."""
+        if self._plan is None:
+            return "there was none."
+        ids = ", ".join(placement.request.id for placement in self._plan.placements)
+        return (
+            f"of {ids}: { ({name: array.tolist() for name, array in self._plan.arrays.items() if array.size <= 64}) }"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,8 @@ from server.plan import Placement, Plan, StepShape, make_plan, step_shape
 from server.prompt_pool import PromptPool
 from server.request import Image, Request
 from server.trace import Trace
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_BUCKETS = (1, 2, 6)  # lengths of prompts that steps of fixed shapes are filled up to; there are 1, 2, 3 and 6
 _RECORDED_AFTER = 2  # launches of a call: the first is plain, the second is recorded
@@ -193,6 +196,8 @@ class Pipeline:
                 if not self._device.pads and seconds > _LONG:
                     break
         self._device.settle()
+        taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
+        _log.info("%s holds %s", self._device.name, taken)
         self._trace.start(self._streams.steps)
 
     def admit(self, request: Request) -> None:

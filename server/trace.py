@@ -7,12 +7,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines.base import Event, Stream
+from engines.base import DeviceLost, Event, Stream
 
 try:
     import nvtx
@@ -113,7 +113,8 @@ class Trace:
     def close(self) -> None:
         """Write what was recorded, if the time was not over."""
         if self._recording:
-            self._recording.collect()
+            with suppress(DeviceLost):  # what it passed before is told all the same
+                self._recording.collect()
             _write(self._recording.path, self._recording.spans)
             self._recording = None
 

@@ -142,6 +142,7 @@ SERVER: dict[str, set[str]] = {
         "server.metrics",
         "server.pace",
         "server.pipeline",
+        "server.plan",
         "server.request",
         "server.trace",
         "server.watchdog",

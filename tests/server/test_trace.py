@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.host import HostDevice
+from engines.base import DeviceLost
+from engines.host import HostDevice, HostEvent
 from engines.onnxruntime import OnnxRuntimeDevice
 from loadtest.spans import read_trace
 from server.trace import Trace
@@ -63,6 +64,23 @@ def test_without_a_path_nothing_is_recorded(
     trace.close()
     assert trace.began == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_device_that_is_lost_what_was_known_is_written(
+    tmp_path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = Trace(tmp_path / "trace.json")
+    trace.start(device.stream("steps"))
+    work(trace, device)
+    with trace.device("the last", device.stream("steps"), lane="steps"):
+        pass
+
+    def lost(_event: HostEvent) -> bool:
+        raise DeviceLost("gone")
+
+    monkeypatch.setattr(HostEvent, "done", lost)
+    trace.close()
+    assert spans(tmp_path / "trace.json") == [("executor", "launch"), ("steps", "step")]
 
 
 def test_a_folder_that_cannot_be_written_is_a_line_of_log(
