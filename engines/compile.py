@@ -6,14 +6,16 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from engines.base import EngineError
+from engines.base import Array, EngineError
 from engines.manifest import (
     GRAPHS,
+    STEPS,
     Build,
     Compiled,
     File,
@@ -69,7 +71,7 @@ def precisions(backend: str, precision: Precision | None, *, prefers_bf16: bool)
     check_precision(backend, precision)
     chosen = precision or _default(backend, prefers_bf16=prefers_bf16)
     beside: Precision = "fp16" if chosen == "bf16" else "fp32" if chosen == "int8" else chosen
-    return {name: chosen if name == "denoise" else beside for name in GRAPHS}
+    return {name: chosen if name in STEPS else beside for name in GRAPHS}
 
 
 def has_bf16(manifest: Manifest) -> bool:
@@ -192,16 +194,20 @@ class _Compiler:
             memory=report.memory,
         )
 
-    def _quantized(self, name: GraphName, precision: Precision, onnx: Onnx) -> Compiled:
-        from engines.quantize import quantize_denoise  # noqa: PLC0415 - seconds of imports, for those who ask for it
+    @cached_property
+    def _trajectories(self) -> dict[GraphName, list[dict[str, Array]]]:
+        """What INT8 is calibrated on: minutes of work, for all that asks for it."""
+        return recorded(self._manifest, self._bundle, self._table(self._manifest, CALIBRATION_STEPS), self._progress)
 
-        table = self._table(self._manifest, CALIBRATION_STEPS)
-        trajectory = recorded(self._manifest, self._bundle, table, self._progress)
+    def _quantized(self, name: GraphName, precision: Precision, onnx: Onnx) -> Compiled:
+        from engines.quantize import quantize_step  # noqa: PLC0415 - seconds of imports, for those who ask for it
+
         out = self._bundle / "engines" / self._backend
         out.mkdir(parents=True, exist_ok=True)
+        trajectory = self._trajectories[name]
         began = time.monotonic()
         with self._progress.stage(f"quantizing {name}"):
-            paths = quantize_denoise(self._bundle / onnx.files[0].path, out, trajectory)
+            paths = quantize_step(self._bundle / onnx.files[0].path, out, trajectory)
         return Compiled(
             files=tuple(File.of(path, root=self._bundle) for path in paths),
             precision=precision,

@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.base import KEPT, LANES
-from engines.manifest import GRAPHS, Build, Compiled, Geometry, GraphName, Layers, Manifest, Precision
+from engines.manifest import GRAPHS, STEPS, Build, Compiled, Geometry, GraphName, Layers, Manifest, Precision
 from engines.profiles import shapes
 from engines.progress import Stage
 
 # Bytes per latent of a row, or per pixel: what TensorRT for RTX says of SD 1.x in FP16.
-_ACTIVATIONS = {"denoise": 10_000, "decode": 1_600, "encode_image": 810}
+_ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810}
 _BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
 
 
@@ -330,7 +330,7 @@ def _activations(geometry: Geometry, name: GraphName) -> float:
     if name == "encode_prompt":
         return geometry.context.tokens * geometry.context.width * 32
     profiles = [shape.profile for shape in shapes(geometry, name)]
-    unit = geometry.latent.downscale**2 if name == "denoise" else 1
+    unit = geometry.latent.downscale**2 if name in STEPS else 1
     areas = [one.size.width * one.size.height / unit * one.batch for one in profiles if one.size]
     return max(areas) * _ACTIVATIONS[name]
 

@@ -14,6 +14,7 @@ from engines.load import Modules, load_tokenizer
 from engines.manifest import (
     GRAPHS,
     MANIFEST,
+    STEPS,
     File,
     Graph,
     GraphName,
@@ -106,7 +107,7 @@ class _Export:
 
     def _wanted(self, typed: Sequence[Typed]) -> list[Typed]:
         """BF16 is for the UNet's range; the text encoder and the VAE stay within FP16's, and keep its digits."""
-        if self._name == "denoise":
+        if self._name in STEPS:
             return [precision for precision in typed if precision != "fp32"]
         return ["fp16"] if set(typed) - {"fp32"} else []
 

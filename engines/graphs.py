@@ -1,8 +1,9 @@
-"""The four graphs as torch modules, shaped for serving: everything of a denoising step that touches pixels is inside.
+"""The five graphs as torch modules, shaped for serving: everything of a denoising step that touches pixels is inside.
 
 Letters that vary between calls: S slots, C chunks of prompts, L chunks each row is told, B images and R rows of one
-step, N chunks to encode, n images decoded or encoded, h×w latent size, H×W picture size. Fixed by the checkpoint:
-c latent channels, T tokens the text encoder reads at once, D context width, V words it knows, E its hidden states.
+step, P places for kept features, N chunks to encode, n images decoded or encoded, h×w latent size, H×W picture size.
+Fixed by the checkpoint: c latent channels, f channels of features, T tokens the text encoder reads at once, D context
+width, V words it knows, E its hidden states.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from engines.base import KEPT, LANES, MEMORY, TERMS
 
-VARYING = frozenset("SCLBRNnhwHW")
+VARYING = frozenset("SCLBRPNnhwHW")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -83,7 +84,8 @@ class Denoise(GraphModule):
 
     A state's lane 0 is x, the next `MEMORY` are the scheduler's memory, and the last is the x0 estimate. The output is
     the next state; slots that take no step keep their contents. An image for which the UNet computes NaN or infinity
-    becomes NaN, and the others are what they are without it.
+    becomes NaN, and the others are what they are without it. The features are what a row's next steps may take in place
+    of computing them; see `ShallowDenoise`.
     """
 
     inputs: ClassVar = {
@@ -100,11 +102,15 @@ class Denoise(GraphModule):
         "coef": _f32("B", LANES, TERMS),  # lane i becomes the sum over j of coef[i, j] · term j
         "level": _f32("B", 2),  # signal and noise of what is kept, after this step
     }
-    outputs: ClassVar = {"state_next": _f32("S", LANES, "c", "h", "w")}
+    outputs: ClassVar = {
+        "state_next": _f32("S", LANES, "c", "h", "w"),
+        "features": _f32("R", "f", "h", "w"),
+    }
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        self.feature_channels: int = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
 
     def forward(  # noqa: PLR0913, PLR0917 - the graph's inputs, bound by name
         self,
@@ -121,14 +127,19 @@ class Denoise(GraphModule):
         coef: Tensor,
         level: Tensor,
         guidance_embedded: Tensor | None = None,
-    ) -> Tensor:
+        features: Tensor | None = None,
+        row_feature: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         dtype = self.unet.dtype
         lanes = state[slot]  # [B, LANES, c, h, w]
         x = lanes[:, 0]
-        seen = (x * scale[:, None, None, None])[row_image]  # [R, c, h, w]
-        told = context[row_context].flatten(1, 2)  # [R, L·T, D]
+        seen = (x * scale[:, None, None, None])[row_image].to(dtype)  # [R, c, h, w]
+        told = context[row_context].flatten(1, 2).to(dtype)  # [R, L·T, D]
         condition = None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
-        rows = self.unet(seen.to(dtype), timestep, told.to(dtype), timestep_cond=condition, return_dict=False)[0]
+        if features is None or row_feature is None:
+            rows, deep = self._full(seen, timestep, told, condition)
+        else:
+            rows, deep = self._shallow(seen, timestep, told, condition, features[row_feature].to(dtype)), None
         model = _guided(guidance, rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         following = (coef @ terms.flatten(2)).view_as(lanes)
@@ -136,7 +147,31 @@ class Denoise(GraphModule):
         still = kept[:, 2:]  # [B, 1, c, h, w], 1 where it stays
         held = (level[:, :, None, None, None] * kept[:, :2]).sum(dim=1, keepdim=True)
         following = torch.cat([following[:, :1] * (1 - still) + held * still, following[:, 1:]], dim=1)
-        return state.index_put((slot,), following)
+        state_next = state.index_put((slot,), following)
+        return state_next if deep is None else (state_next, deep.float())
+
+    def _full(self, seen: Tensor, timestep: Tensor, told: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The UNet's output for each row, and what its last layer was given by those below: [R, f, h, w]."""
+        found: list[Tensor] = []
+        last = self.unet.up_blocks[-1]
+        before = (last.attentions if _attends(last) else last.resnets)[-2]
+        hook = before.register_forward_hook(lambda _layer, _given, made: found.append(_tensor(made)))
+        try:
+            rows = self.unet(seen, timestep, told, timestep_cond=condition, return_dict=False)[0]
+        finally:
+            hook.remove()
+        return rows, found[0]
+
+    def _shallow(self, seen: Tensor, timestep: Tensor, told: Tensor, condition: Tensor | None, deep: Tensor) -> Tensor:
+        """The UNet's output for each row by its first convolution and its last layer, as diffusers runs them."""
+        unet = self.unet
+        embedded = unet.time_embedding(unet.get_time_embed(sample=seen, timestep=timestep), condition)
+        last = unet.up_blocks[-1]
+        rows = last.resnets[-1](torch.cat([deep, unet.conv_in(seen)], dim=1), embedded)
+        if _attends(last):
+            rows = last.attentions[-1](rows, encoder_hidden_states=told, return_dict=False)[0]
+        made: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(rows)))
+        return made
 
     def _embed(self, w: Tensor) -> Tensor:
         """Guidance as sines and cosines [R, width]; Luo et al. (2023), Latent Consistency Models, section 4.3."""
@@ -144,6 +179,16 @@ class Denoise(GraphModule):
         frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
         angles = 1000 * w[:, None] * frequencies
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+def _attends(block: Any) -> bool:
+    return getattr(block, "has_cross_attention", False)
+
+
+def _tensor(made: Any) -> Tensor:
+    """What a layer returns, bare or in a tuple."""
+    tensor: Tensor = made[0] if isinstance(made, tuple) else made
+    return tensor
 
 
 def _guided(guidance: Tensor, rows: Tensor) -> Tensor:
@@ -167,6 +212,26 @@ class GuidedDenoise(Denoise):
     """The step of a UNet that was distilled with its guidance, and is told it instead of asked twice."""
 
     inputs: ClassVar = {**Denoise.inputs, "guidance_embedded": _f32("R")}  # the guidance scale minus 1
+
+
+class ShallowDenoise(Denoise):
+    """A step that takes the features of an earlier one, and computes the first and the last layer of the UNet alone.
+
+    Between neighbouring steps the deep layers hardly change; Ma et al. (2024), DeepCache.
+    """
+
+    inputs: ClassVar = {
+        **Denoise.inputs,
+        "features": _f32("P", "f", "h", "w"),  # kept from earlier steps
+        "row_feature": _index("R", of="P"),  # which of them each row takes
+    }
+    outputs: ClassVar = {"state_next": Denoise.outputs["state_next"]}
+
+
+class GuidedShallowDenoise(ShallowDenoise):
+    """The shallow step of a UNet that is told its guidance."""
+
+    inputs: ClassVar = {**ShallowDenoise.inputs, "guidance_embedded": _f32("R")}
 
 
 class Decode(GraphModule):

@@ -14,8 +14,9 @@ from engines.base import MOST_CHUNKS, ON_CPU, EngineError, TensorSpec
 MANIFEST = "manifest.json"
 _CACHED_CHUNKS = 32  # embeddings that may outlive their requests
 
-GraphName = Literal["encode_prompt", "denoise", "decode", "encode_image"]
-GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "decode", "encode_image")
+GraphName = Literal["encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image"]
+GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image")
+STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # of the UNet; the others frame them
 
 Storage = Literal["fp32", "fp16"]  # how weights lie on disk
 Typed = Literal["fp32", "fp16", "bf16"]  # what an ONNX graph computes in
@@ -260,6 +261,11 @@ class Geometry(_Fact):
         return self.max_rows + 1
 
     @property
+    def feature_places(self) -> int:
+        """Places in each size's pool of features: one per row, and a scratch place for rows that only pad."""
+        return self.max_rows + 1
+
+    @property
     def context_rows(self) -> int:
         """Places in the pool of prompt embeddings: each row may be told the most chunks, and sizes take turns."""
         return self.max_rows * MOST_CHUNKS * len(self.resolutions) + _CACHED_CHUNKS
@@ -322,6 +328,12 @@ class Manifest(Geometry):
     def embeds_guidance(self) -> bool:
         """Whether guidance is told to the UNet, as to latent consistency models, and costs no second row."""
         return any(spec.name == "guidance_embedded" for spec in self.graphs["denoise"].inputs)
+
+    @property
+    def feature_channels(self) -> int:
+        """Of what a step keeps for the shallow ones after it."""
+        features = next(spec for spec in self.graphs["denoise"].outputs if spec.name == "features")
+        return int(features.shape[1])
 
     def engine(self, backend: str, graph: GraphName) -> str:
         """The path of what `backend` loads for `graph`, relative to the manifest.

@@ -35,6 +35,7 @@ def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
         return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1)}),)
     batches = {
         "denoise": geometry.rows,
+        "denoise_shallow": geometry.rows,
         "decode": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
     }[graph]
@@ -58,6 +59,7 @@ def _dims(profile: Profile, graph: GraphName, geometry: Geometry) -> dict[str, R
         "L": (1, 1, MOST_CHUNKS),
         "B": up_to_batch,
         "R": up_to_batch,
+        "P": (1, geometry.feature_places, geometry.feature_places),
         "n": _exactly(batch) if graph == "decode" else up_to_batch,
     }
 

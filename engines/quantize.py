@@ -1,4 +1,4 @@
-"""The denoise graph in INT8 for OpenVINO: its weights everywhere, and the arithmetic of most convolutions.
+"""The step graphs in INT8 for OpenVINO: its weights everywhere, and the arithmetic of most convolutions.
 
 Convolutions are where a UNet spends its time, and normalised activations suit eight bits. What reaches into the latents
 themselves, or sums up without a norm in between, keeps floating-point activations, as attention and guidance do.
@@ -21,8 +21,8 @@ from engines.openvino import openvino
 Model = Any  # an openvino.Model, which ships no types
 
 
-def quantize_denoise(onnx: Path, out: Path, trajectory: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
-    """Write `denoise.xml` and `denoise.bin` to folder `out`: the FP32 graph at `onnx` with its weights in INT8.
+def quantize_step(onnx: Path, out: Path, trajectory: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
+    """Write an .xml and a .bin by the name of `onnx` to folder `out`: that FP32 graph with its weights in INT8.
 
     `trajectory` holds every input of the graph, by name, at each step of pictures in the making: the activations seen
     there set the ranges of eight bits. Dimensions that vary still do.
@@ -39,7 +39,7 @@ def quantize_denoise(onnx: Path, out: Path, trajectory: Sequence[Mapping[str, Ar
             model = _calibrated(nncf, model, convolutions, trajectory)
     except RuntimeError as error:
         raise EngineError(f"{onnx} cannot be calibrated on this trajectory: {error}") from error
-    return _write(model, out)
+    return _write(model, out / onnx.stem)
 
 
 def _read(onnx: Path) -> Model:
@@ -102,13 +102,13 @@ def _calibrated(nncf: Any, model: Model, convolutions: list[str], trajectory: Se
     )
 
 
-def _write(model: Model, out: Path) -> tuple[Path, ...]:
+def _write(model: Model, path: Path) -> tuple[Path, ...]:
     """Write beside, flush to disk, rename: the weights first, so that a graph never lacks them."""
-    weights, graph = out / "denoise.bin", out / "denoise.xml"
-    with TemporaryDirectory(prefix=".denoise.", dir=out) as beside:
+    weights, graph = path.with_suffix(".bin"), path.with_suffix(".xml")
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         openvino.save_model(model, Path(beside) / graph.name, compress_to_fp16=False)
-        for path in (weights, graph):
-            settle(Path(beside) / path.name, path)
+        for file in (weights, graph):
+            settle(Path(beside) / file.name, file)
     return graph, weights
 
 

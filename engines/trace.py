@@ -16,7 +16,18 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.base import Array, EngineError, TensorSpec
-from engines.graphs import VARYING, Decode, Denoise, EncodeImage, EncodePrompt, GraphModule, GuidedDenoise, Port
+from engines.graphs import (
+    VARYING,
+    Decode,
+    Denoise,
+    EncodeImage,
+    EncodePrompt,
+    GraphModule,
+    GuidedDenoise,
+    GuidedShallowDenoise,
+    Port,
+    ShallowDenoise,
+)
 from engines.load import Modules, quiet
 from engines.manifest import Context, GraphName, Latent, Typed
 
@@ -73,11 +84,13 @@ class Traced:
 def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[GraphName, Traced]:
     """Every graph over `modules`, with small sizes to trace and check it at."""
     unit = latent.multiple // latent.downscale
+    denoise, shallow = _steps(modules.unet)
     sizes = {
         "S": 6,
         "C": 5,
         "B": 2,
         "R": 3,
+        "P": 7,
         "N": 2,
         "n": 2,
         "h": 2 * unit,
@@ -86,6 +99,7 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
         "W": 3 * latent.multiple,
         "L": 2,
         "c": latent.channels,
+        "f": denoise.feature_channels,
         "T": context.tokens,
         "D": context.width,
         "V": modules.text_encoder.get_input_embeddings().num_embeddings,
@@ -93,15 +107,18 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
     }
     graphs: dict[GraphName, GraphModule] = {
         "encode_prompt": EncodePrompt(modules.text_encoder),
-        "denoise": _denoise(modules.unet),
+        "denoise": denoise,
+        "denoise_shallow": shallow,
         "decode": Decode(modules.vae),
         "encode_image": EncodeImage(modules.vae),
     }
     return {name: Traced(module.eval(), sizes, latent) for name, module in graphs.items()}
 
 
-def _denoise(unet: Any) -> Denoise:
-    return Denoise(unet) if unet.config.time_cond_proj_dim is None else GuidedDenoise(unet)
+def _steps(unet: Any) -> tuple[Denoise, ShallowDenoise]:
+    if unet.config.time_cond_proj_dim is None:
+        return Denoise(unet), ShallowDenoise(unet)
+    return GuidedDenoise(unet), GuidedShallowDenoise(unet)
 
 
 def to_onnx(traced: Traced) -> ir.Model:

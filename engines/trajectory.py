@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from engines.base import KEPT, LANES, Array, Device, Engine, TensorSpec, open_device
-from engines.manifest import GraphName, Manifest, Size
+from engines.manifest import STEPS, GraphName, Manifest, Size
 from engines.progress import Progress
 
 Inputs = Mapping[str, Array]
@@ -25,6 +25,7 @@ _PROMPTS = (
     "a cat asleep on a blue sofa",
 )
 _GUIDANCE = 5.0
+_THINNED = 3  # one in so many shallow steps is calibrated on
 
 
 class Step(Protocol):
@@ -98,6 +99,7 @@ class Walk:
     """What one trajectory passed through."""
 
     inputs: tuple[dict[str, Array], ...]  # of the denoise graph, by step
+    shallow: tuple[dict[str, Array], ...]  # of the shallow one, with the features of the step before; not of the first
     state: Array  # [1, LANES, c, h, w], after the last step
     pictures: Array  # [1, H, W, 3], uint8
 
@@ -121,12 +123,18 @@ class Trajectory:
         noise = np.random.default_rng(1).standard_normal(self._latent_shape, np.float32)
         state[0, 0] = noise * self._table.init_scale
         context = np.concatenate([graphs("encode_prompt", inputs)["embeddings"] for inputs in self.chunks])
-        passed = []
+        passed, features = list[dict[str, Array]](), list[Array]()
         for step in self._table.steps:
             passed.append(self._inputs(step, state, context))
-            state = graphs("denoise", passed[-1])["state_next"]
+            made = graphs("denoise", passed[-1])
+            state = made["state_next"]
+            features.append(made["features"])
             each()
-        return Walk(tuple(passed), state, graphs("decode", decode_inputs(state))["images"])
+        shallow = (
+            {**inputs, "features": earlier, "row_feature": np.arange(len(earlier))}
+            for inputs, earlier in zip(passed[1:], features, strict=False)
+        )
+        return Walk(tuple(passed), tuple(shallow), state, graphs("decode", decode_inputs(state))["images"])
 
     def _inputs(self, step: Step, state: Array, context: Array) -> dict[str, Array]:
         embeds = self._manifest.embeds_guidance
@@ -150,14 +158,19 @@ class Trajectory:
         }
 
 
-def recorded(manifest: Manifest, bundle: Path, table: Table, progress: Progress) -> list[dict[str, Array]]:
-    """The denoise graph's inputs along the model's own trajectories, for calibration. Its examples are the prompts."""
-    graphs, found = reference(manifest, bundle), list[dict[str, Array]]()
+def recorded(
+    manifest: Manifest, bundle: Path, table: Table, progress: Progress
+) -> dict[GraphName, list[dict[str, Array]]]:
+    """The step graphs' inputs along the model's own trajectories, for calibration. Its examples are the prompts."""
+    graphs = reference(manifest, bundle)
+    found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in STEPS}
     prompts, steps = _prompts(manifest), count(1)
     with progress.stage("recording trajectories to calibrate on") as stage:
         for prompt in prompts:
             way = Trajectory(manifest, bundle, table, size=manifest.resolutions[0], prompt=prompt)
-            found += way.walk(graphs, lambda: stage.update(next(steps), len(prompts) * len(table.steps))).inputs
+            walk = way.walk(graphs, lambda: stage.update(next(steps), len(prompts) * len(table.steps)))
+            found["denoise"] += walk.inputs
+            found["denoise_shallow"] += walk.shallow[::_THINNED]  # features are megabytes
     return found
 
 

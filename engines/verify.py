@@ -27,6 +27,7 @@ STEPS = 6  # of the trajectory that engines are compared on
 _TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1, "int8": 2.5e-1}  # largest error, relative to the range
 _ROUNDING = 2 / 255  # of pictures: a value between two levels may become either
 _IDENTICAL = 999.0  # dB
+_POOLS = ("context", "features")  # that any row may look into
 
 
 class VerificationError(EngineError):
@@ -112,6 +113,7 @@ def _cases(
         noise = np.ones((1, *walk.state.shape[2:]), np.float32)
         own = {
             "denoise": walk.inputs,
+            "denoise_shallow": walk.shallow,
             "decode": [decode_inputs(walk.state)],
             "encode_image": [{"images": walk.pictures, "noise": noise}],
         }[name]
@@ -121,10 +123,15 @@ def _cases(
 def _random_case(name: GraphName, manifest: Manifest, profile: Profile) -> tuple[Inputs, Inputs]:
     """A full batch of noise for one profile; the reference computes its first image only."""
     assert profile.size is not None  # noqa: S101 - every graph but encode_prompt has one
-    maker: Any = {"denoise": _random_denoise, "decode": _random_decode, "encode_image": _random_encode}[name]
+    maker: Any = {
+        "denoise": _random_denoise,
+        "denoise_shallow": _random_shallow,
+        "decode": _random_decode,
+        "encode_image": _random_encode,
+    }[name]
     inputs: Inputs = maker(manifest, profile.size, profile.batch, np.random.default_rng(3))
     alone = {
-        key: array[:1, :1] if key == "guidance" else array if key == "context" else array[:1]
+        key: array[:1, :1] if key == "guidance" else array if key in _POOLS else array[:1]
         for key, array in inputs.items()
     }
     return inputs, alone
@@ -157,6 +164,15 @@ def _random_denoise(manifest: Manifest, size: Size, batch: int, random: np.rando
         "level": random.standard_normal((batch, 2), np.float32),
         **told,
     }
+
+
+def _random_shallow(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
+    shape = (batch, manifest.feature_channels, *_latents(manifest, size)[1:])
+    features: Inputs = {
+        "features": random.standard_normal(shape, np.float32),
+        "row_feature": np.arange(batch)[::-1].copy(),
+    }
+    return {**_random_denoise(manifest, size, batch, random), **features}
 
 
 def _random_kept(batch: int, latents: tuple[int, int, int], random: np.random.Generator) -> Array:

@@ -303,7 +303,7 @@ def measure_rows(session: Served, options: Options, budget: Budget, *, on_host: 
     return Rows(
         steps=steps,
         points=tuple(_full(rows, saturated, spans, on_host=on_host) for rows, saturated in filled.items()),
-        curve=dict(session.pace.curves()[session.manifest.resolutions[0]]),
+        curve=dict(session.pace.curves()[session.manifest.resolutions[0], "full"]),
         left_out=tuple(rows for rows in asked if rows not in filled),
         broken=session.broken - broken,
     )

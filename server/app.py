@@ -55,7 +55,7 @@ def make_service(
         pad=manifest.tokenizer.pad,
         embeddings=manifest.tokenizer.embeddings,
     )
-    intake = Intake(manifest, tokenizer)
+    intake = Intake(manifest, tokenizer, cache=settings.cache)
     pace = Pace(max_rows=manifest.max_rows)
     trace = Trace(Path(f"latentd-trace-{os.getpid()}.json") if settings.profile else None)
     batcher = Batcher(max_rows=manifest.max_rows, max_waiting=settings.max_waiting, work=pace.work)

@@ -21,7 +21,7 @@ class Batch:
 
     left: tuple[Request, ...]  # cancelled since the last batch: free what they hold
     joined: tuple[Request, ...]  # newcomers, who may have to wait for their first step if they share with nobody
-    requests: tuple[Request, ...]
+    requests: tuple[Request, ...]  # whose next steps are of one depth
 
 
 @dataclass
@@ -43,7 +43,7 @@ class _Line:
     def take_turn(self) -> tuple[Request, ...]:
         """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
         first = self.running[0]
-        turn = (first,) if first.wish.exact else tuple(one for one in self.running if not one.wish.exact)
+        turn = (first,) if first.wish.exact else tuple(one for one in self.running if one.shares_with(first))
         self.running = [*(one for one in self.running if one not in turn), *turn]
         return turn
 

@@ -23,10 +23,10 @@ from engines.base import (
     Reading,
     Stream,
 )
-from engines.manifest import GraphName, Manifest, Size
+from engines.manifest import STEPS, GraphName, Manifest, Size
 from server.noise import NoiseGenerator
 from server.plan import Plan, StepShape
-from server.request import Image, Mask
+from server.request import DEPTHS, Image, Mask
 
 Latents = NDArray[np.float32]  # [channels, h, w]
 
@@ -141,9 +141,10 @@ class Canvas:
         latent = manifest.latent
         self.size = size
         self.latent_shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
-        self.spare = manifest.max_rows  # the last of the slots is for what only fills steps up
+        self.spare = manifest.max_rows  # the last of the slots, and of the places, is for what only fills steps up
         self._slots = list(range(manifest.max_rows))
         self._entries = list(range(manifest.max_rows))
+        self._places = list(range(manifest.max_rows))
         self._device = device
         self._streams = streams
         self._context = context
@@ -153,7 +154,12 @@ class Canvas:
         self._states = tuple(device.allocate((manifest.slots, *shape), np.float32, purpose=purpose) for _ in range(2))
         self._kept = device.allocate((manifest.slots, KEPT, *self.latent_shape), np.float32, purpose=purpose)
         self._staging = device.allocate((manifest.max_rows, *shape), np.float32, purpose=purpose)
-        self._denoise = engines["denoise"]
+        height, width = self.latent_shape[1:]
+        features = (manifest.feature_channels, height, width)
+        purpose = f"features of {size}"
+        self._features = device.allocate((manifest.feature_places, *features), np.float32, purpose=purpose)
+        self._made_features = device.allocate((manifest.max_rows, *features), np.float32, purpose=purpose)
+        self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=True)}
         self._steps: dict[StepShape, _BoundStep] = {}
         self._decode = [self._bind_decode(engines["decode"], n) for n in range(1, decode_chunk + 1)]
         self._encode = self._bind_encode(engines["encode_image"])
@@ -176,6 +182,13 @@ class Canvas:
         self._streams.steps.write(self._kept, still, at=slot)
         return slot
 
+    def take_feature_place(self) -> int:
+        """Take a free place for the features of a row."""
+        return self._places.pop()
+
+    def free_feature_places(self, places: Sequence[int]) -> None:
+        self._places.extend(places)
+
     def free_slots(self, slots: Sequence[int]) -> None:
         self._slots.extend(slots)
 
@@ -193,8 +206,11 @@ class Canvas:
     def step(self, plan: Plan) -> None:
         """Launch one step. Raises EngineError; the state is as before then."""
         bound = self.bind(plan)
-        bound.plan.write(plan, self._streams.steps)
+        steps = self._streams.steps
+        bound.plan.write(plan, steps)
         bound.calls[self._parity].launch()
+        for row, place in plan.keeps:
+            steps.copy(self._made_features, self._features, source_at=row, at=place)
         self._parity ^= 1
 
     def read(self, slot: int) -> Reading:
@@ -252,9 +268,12 @@ class Canvas:
 
     def _bind_step(self, plan: Plan) -> _BoundStep:
         memory = PlanMemory(self._device, plan, self.latent_shape)
-        pools = {"context": self._context, "kept": self._kept}
+        pools = {"context": self._context, "kept": self._kept, "features": self._features}
+        if plan.shape.depth == "full":  # then they are made
+            shape = (plan.shape.rows, *self._made_features.shape[1:])
+            pools["features"] = self._made_features.view(shape, np.float32, offset=0)
         there, back = (
-            self._denoise.bind({**memory.buffers, **pools, "state": current, "state_next": following})
+            self._denoise[plan.shape.depth].bind({**memory.buffers, **pools, "state": current, "state_next": following})
             for current, following in (self._states, self._states[::-1])
         )
         return _BoundStep(memory, (there, back))

@@ -188,7 +188,7 @@ class Executor:
             self._collect(wait=True)
         if not self._flights:
             self._mark = time.perf_counter()
-        expected = self._pace.seconds(size, plan.shape.rows)
+        expected = self._pace.seconds((size, plan.shape.depth), plan.shape.rows)
         try:
             with self._trace.span("launch"), self._watchdog.limit(expected, f"A step of {plan.rows} rows at {size}"):
                 flight = self._pipeline.step(plan)
@@ -207,7 +207,7 @@ class Executor:
             flight = self._flights[0]
             if not (wait or len(self._flights) >= _AHEAD or flight.landed.done()):
                 return
-            expected = self._pace.seconds(flight.size, flight.plan.shape.rows)
+            expected = self._pace.seconds(flight.kind, flight.plan.shape.rows)
             with self._trace.span("wait"), self._watchdog.limit(expected, flight):
                 flight.landed.wait()
             with self._trace.span("land"):
@@ -219,7 +219,7 @@ class Executor:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._metrics.step(flight.plan.rows, seconds)
-        self._pace.observe(flight.size, flight.plan.shape.rows, seconds)
+        self._pace.observe(flight.kind, flight.plan.shape.rows, seconds)
         for move in flight.moves:
             if move.request.ending is None:
                 self._moved(move)

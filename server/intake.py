@@ -11,7 +11,7 @@ import PIL.Image
 from engines.manifest import Manifest, Size
 from server import uploads
 from server.errors import FieldError, InvalidRequest
-from server.request import Event, Original, Request, Wish
+from server.request import Cache, Event, Original, Request, Wish
 from server.schedulers import Scheduler, Table, find, table
 from server.schemas import MAX_SEED, GenerateRequest
 from server.tokenizer import Tokenizer
@@ -24,9 +24,11 @@ _STRENGTH = 0.8  # of image to image, as in diffusers
 class Intake:
     """Knows the model's defaults and limits, and nothing of queues or devices."""
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, *, cache: Cache = "off") -> None:
+        """`cache` is what requests get that do not say."""
         self._manifest = manifest
         self._tokenizer = tokenizer
+        self._cache = cache
 
     def request(self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None) -> Request:
         """Fill in the defaults, tokenize, decode pictures, and compile the scheduler's table.
@@ -60,6 +62,7 @@ class Intake:
             preview_every=body.preview_every,
             embeds_guidance=self._manifest.embeds_guidance,
             exact=body.exact,
+            cache=body.cache or self._cache,
         )
         return Request(wish, self._table(scheduler, steps, original), listeners, request_id or uuid.uuid4().hex)
 

@@ -108,11 +108,11 @@ class _Curve(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
-            "latentd_step_seconds", "What a step takes, a moving average.", labels=["size", "rows"]
+            "latentd_step_seconds", "What a step takes, a moving average.", labels=["size", "depth", "rows"]
         )
-        for size, curve in self._pace.curves().items():
+        for (size, depth), curve in self._pace.curves().items():
             for rows, seconds in curve.items():
-                family.add_metric([str(size), str(rows)], seconds)
+                family.add_metric([str(size), depth, str(rows)], seconds)
         yield family
 
 

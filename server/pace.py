@@ -1,4 +1,4 @@
-"""How long steps take, by picture size and rows: measured when warming up, and kept true by every step since."""
+"""How long steps take, by picture size, depth and rows: measured when warming up, and kept true by every step since."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from engines.manifest import Size
-from server.request import Request
+from server.request import Depth, Request
+
+Kind = tuple[Size, Depth]  # of steps
 
 _WEIGHT = 0.1  # of a new measurement beside those before it
 
 
 class Pace:
-    """The curve from rows to seconds of each size. For any thread."""
+    """The curve from rows to seconds of each kind of step. For any thread."""
 
     def __init__(self, *, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._seconds: dict[Size, dict[int, float]] = {}
+        self._seconds: dict[Kind, dict[int, float]] = {}
         self._ends: dict[Size, float] = {}
         self._lock = threading.Lock()
 
-    def observe(self, size: Size, rows: int, seconds: float) -> None:
+    def observe(self, kind: Kind, rows: int, seconds: float) -> None:
         """A step of `rows` took `seconds`."""
         with self._lock:
-            known = self._seconds.setdefault(size, {})
+            known = self._seconds.setdefault(kind, {})
             known[rows] = known.get(rows, seconds) * (1 - _WEIGHT) + seconds * _WEIGHT
 
-    def seconds(self, size: Size, rows: int) -> float:
+    def seconds(self, kind: Kind, rows: int) -> float:
         """What a step of `rows` takes: between measured points on a line, beyond them in proportion; 0 if unknown."""
         with self._lock:
-            known = sorted(self._seconds.get(size, {}).items())
+            known = sorted(self._seconds.get(kind, {}).items())
         if not known:
             return 0.0
         counts, seconds = zip(*known, strict=True)
         return float(np.interp(rows, counts, seconds) * max(rows / counts[-1], 1.0))
 
-    def cheapest(self, size: Size, row_counts: Sequence[int]) -> int:
+    def cheapest(self, kind: Kind, row_counts: Sequence[int]) -> int:
         """The row count whose step takes the least time: kernels of a larger one are sometimes the faster."""
-        return min(row_counts, key=lambda rows: self.seconds(size, rows))
+        return min(row_counts, key=lambda rows: self.seconds(kind, rows))
 
     def observe_ends(self, size: Size, seconds: float) -> None:
         """Encoding what a request of one picture brings, and decoding what it leaves, took `seconds`."""
@@ -54,9 +56,10 @@ class Pace:
     def work(self, request: Request) -> float:
         """Seconds of a full device that `request` still needs for its steps."""
         share = request.rows / self._max_rows
-        return self.seconds(request.wish.size, self._max_rows) * share * (request.steps - request.step)
+        size = request.wish.size
+        return share * sum(count * self.seconds((size, depth), self._max_rows) for depth, count in request.left.items())
 
-    def curves(self) -> Mapping[Size, Mapping[int, float]]:
+    def curves(self) -> Mapping[Kind, Mapping[int, float]]:
         """Everything measured."""
         with self._lock:
-            return {size: dict(sorted(known.items())) for size, known in self._seconds.items()}
+            return {kind: dict(sorted(known.items())) for kind, known in self._seconds.items()}

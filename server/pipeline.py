@@ -16,10 +16,10 @@ from engines.manifest import GraphName, Manifest, Size
 from server.canvas import Canvas, Decoded, Kept, Latents, Staged, Streams, encoded
 from server.errors import BrokenPicture
 from server.noise import NoiseGenerator
-from server.pace import Pace
+from server.pace import Kind, Pace
 from server.plan import Placement, Plan, StepShape, make_plan, step_shape
 from server.prompt_pool import PromptPool
-from server.request import Image, Request
+from server.request import DEPTHS, Depth, Image, Request
 from server.trace import Trace
 
 _log = logging.getLogger(__name__)
@@ -51,6 +51,10 @@ class Flight:
     size: Size
     moves: tuple[Move, ...]
     landed: Event
+
+    @property
+    def kind(self) -> Kind:
+        return self.size, self.plan.shape.depth
 
     def __str__(self) -> str:
         ids = ", ".join(move.request.id for move in self.moves)
@@ -170,6 +174,7 @@ class Pipeline:
             "encode_prompt": streams.arrivals,
             "encode_image": streams.arrivals,
             "denoise": streams.steps,
+            "denoise_shallow": streams.steps,
             "decode": streams.departures,
         }
         engines = {name: device.load(bundle / manifest.engine(backend, name), home) for name, home in homes.items()}
@@ -189,12 +194,8 @@ class Pipeline:
         for size, canvas in self._canvases.items():
             tell(f"warming up {size}")
             self._pace.observe_ends(size, self._rehearse_ends(canvas))
-            for shape in self._rehearsals():
-                seconds = self._rehearse(canvas, shape)
-                if shape.chunks == 1:
-                    self._pace.observe(size, shape.rows, seconds)
-                if not self._device.pads and seconds > _LONG:
-                    break
+            for depth in DEPTHS:
+                self._rehearse_steps(canvas, depth)
         self._device.settle()
         taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
         _log.info("%s holds %s", self._device.name, taken)
@@ -303,12 +304,17 @@ class Pipeline:
 
     def _place(self, request: Request, newcomer: _Newcomer) -> Placement:
         canvas = self._canvases[request.wish.size]
-        slots: list[int] = []
+        slots, places = list[int](), list[int]()
         newcomer.hold.callback(canvas.free_slots, slots)
+        newcomer.hold.callback(canvas.free_feature_places, places)
         for index, generator in enumerate(newcomer.noise):
             latents = encoded(newcomer.latents[index]) if newcomer.latents else None
             slots.append(canvas.take_slot(*_beginning(request, canvas, generator, latents)))
-        return Placement(request, tuple(slots), newcomer.prompts, newcomer.noise, newcomer.hold)
+        if request.wish.cache == "fast":
+            places.extend(canvas.take_feature_place() for _ in range(request.rows))
+        lanes = request.rows // request.images
+        features = tuple(tuple(places[start : start + lanes]) for start in range(0, len(places), lanes))
+        return Placement(request, tuple(slots), newcomer.prompts, newcomer.noise, features, newcomer.hold)
 
     def _stage(self, request: Request, canvas: Canvas) -> None:
         placement = self._placements.pop(request)
@@ -327,14 +333,24 @@ class Pipeline:
         """The shape that engines were recorded for. Who shares with nobody is given the same one every time."""
         fitting = [rows for rows in self._buckets if rows >= shape.rows]
         exact = requests[0].wish.exact
-        rows = fitting[0] if exact else self._pace.cheapest(requests[0].wish.size, fitting)
-        return StepShape(rows, rows, next(chunks for chunks in _CHUNK_BUCKETS if chunks % shape.chunks == 0))
+        rows = fitting[0] if exact else self._pace.cheapest((requests[0].wish.size, shape.depth), fitting)
+        chunks = next(chunks for chunks in _CHUNK_BUCKETS if chunks % shape.chunks == 0)
+        return StepShape(rows, rows, chunks, shape.depth)
 
-    def _rehearsals(self) -> Iterator[StepShape]:
+    def _rehearse_steps(self, canvas: Canvas, depth: Depth) -> None:
+        """Learn how long steps of `depth` take, as far as that is worth the time."""
+        for shape in self._rehearsals(depth):
+            seconds = self._rehearse(canvas, shape)
+            if shape.chunks == 1:
+                self._pace.observe((canvas.size, depth), shape.rows, seconds)
+            if not self._device.pads and seconds > _LONG:
+                return
+
+    def _rehearsals(self, depth: Depth) -> Iterator[StepShape]:
         if self._device.pads:
-            yield from (StepShape(rows, rows, chunks) for rows in self._buckets for chunks in _CHUNK_BUCKETS)
+            yield from (StepShape(rows, rows, chunks, depth) for rows in self._buckets for chunks in _CHUNK_BUCKETS)
         else:
-            yield from (StepShape(max(rows // 2, 1), rows, 1) for rows in self._buckets)
+            yield from (StepShape(max(rows // 2, 1), rows, 1, depth) for rows in self._buckets)
 
     def _rehearse_ends(self, canvas: Canvas) -> float:
         """Encode and decode nobody's pictures; returns the seconds of one."""

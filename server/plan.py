@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.base import LANES, TERMS, Array
 from server.noise import NoiseGenerator
-from server.request import Request
+from server.request import Depth, Request
 
 _PICTURE = (1.0, 0.0)  # signal and noise, when all steps are done
 
@@ -25,12 +25,13 @@ class Placement:
     slots: tuple[int, ...]  # one per image
     prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
     noise: tuple[NoiseGenerator, ...]  # one per image
+    features: tuple[tuple[int, ...], ...]  # for each image, places for those of its rows; none where it caches nothing
     hold: ExitStack  # frees all of it
 
     @property
     def rows(self) -> tuple[tuple[tuple[int, ...], float], ...]:
         """The context rows and weight of each UNet row of one image; Ho & Salimans (2022), eq. 6."""
-        if not self.request.guided_now:
+        if not self.request.guided_at(self.request.step):
             return ((self.prompts[0], 1.0),)
         g = self.request.wish.guidance_scale
         return (self.prompts[0], g), (self.prompts[1], 1 - g)
@@ -42,6 +43,7 @@ class StepShape(NamedTuple):
     images: int
     rows: int  # of the UNet
     chunks: int  # of prompts, that each row is told
+    depth: Depth = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +54,16 @@ class Plan:
     rows: int  # that somebody asked for; the shape's others only fill it up
     shape: StepShape
     arrays: dict[str, Array]
+    keeps: tuple[tuple[int, int], ...] = ()  # rows of which the features are kept, and in which places
 
 
 def step_shape(placements: Sequence[Placement]) -> StepShape:
-    """What one step of all `placements` takes."""
+    """What one step of all `placements`, which are due for one of the same depth, takes."""
     return StepShape(
         images=sum(len(placement.slots) for placement in placements),
         rows=sum(len(placement.slots) * len(placement.rows) for placement in placements),
         chunks=math.lcm(*(len(prompt) for placement in placements for prompt, _weight in placement.rows)),
+        depth=placements[0].request.depth,
     )
 
 
@@ -73,10 +77,10 @@ def make_plan(
 ) -> Plan:
     """Plan the next step of every placed request, filled up to `shape`; `latent_shape` is [channels, h, w].
 
-    What fills up is images of the slot `spare`, which nobody owns. Stochastic schedulers draw their noise here, so a
-    plan must be run, or its requests ended.
+    What fills up is images of the slot `spare`, with features of the place of that number: nobody owns either.
+    Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
     """
-    images, rows, chunks = shape
+    images, rows, chunks, depth = shape
     slot = np.full(images, spare, np.int64)
     row_image = np.full(rows, images - 1, np.int64)  # never more images than rows: where rows are spare, so is the last
     row_context = np.zeros((rows, chunks), np.int64)
@@ -86,19 +90,25 @@ def make_plan(
     scale = np.zeros(images, np.float32)
     coef = np.zeros((images, LANES, TERMS), np.float32)
     level = np.zeros((images, 2), np.float32)
+    row_feature = np.full(rows, spare, np.int64)
     noise: Array | None = None
+    keeps: list[tuple[int, int]] = []
     image = row = 0
     for placement in placements:
         request = placement.request
         step, *later = request.table.steps[request.step : request.step + 2]
-        for slot[image], generator in zip(placement.slots, placement.noise, strict=True):
+        for index, generator in enumerate(placement.noise):
+            slot[image] = placement.slots[index]
             scale[image] = step.scale
             coef[image] = step.matrix
             level[image] = later[0].level if later else _PICTURE
             if step.draws:
                 noise = np.zeros((images, *latent_shape), np.float32) if noise is None else noise
                 noise[image] = generator.randn(latent_shape)
-            for prompt, weight in placement.rows:
+            for lane, (prompt, weight) in enumerate(placement.rows):
+                if placement.features:
+                    row_feature[row] = placement.features[index][lane]
+                    keeps.append((row, placement.features[index][lane]))
                 row_image[row] = image
                 row_context[row] = prompt * (chunks // len(prompt))  # attention does not notice whole repetitions
                 timestep[row] = step.timestep
@@ -116,8 +126,10 @@ def make_plan(
         "coef": coef,
         "level": level,
     }
+    if depth == "shallow":
+        arrays["row_feature"] = row_feature
     if embeds_guidance:
         arrays["guidance_embedded"] = guidance_embedded
     if noise is not None:
         arrays["noise"] = noise
-    return Plan(tuple(placements), row, shape, arrays)
+    return Plan(tuple(placements), row, shape, arrays, tuple(keeps) if depth == "full" else ())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,11 @@ from server.tokenizer import Prompt
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.float32]  # [h, w], of latents: 1 where a picture is drawn anew, 0 where it stays
 Stage = Literal["queue", "encode", "denoise", "decode"]
+Cache = Literal["off", "fast"]
+Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
+DEPTHS: tuple[Depth, ...] = get_args(Depth)
+
+_FULL_EVERY = 3  # steps with the fast cache: a full one, and two that take its features
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +59,7 @@ class Wish:
     preview_every: int = 0  # steps; 0 shows none
     embeds_guidance: bool = False  # the model is told its guidance, and the negative prompt has no say
     exact: bool = False  # steps are shared with nobody, so that company cannot change a bit
+    cache: Cache = "off"  # fast: most steps take deep features of the UNet from a step before
 
     @property
     def guided(self) -> bool:
@@ -118,11 +125,30 @@ class Request:
         """UNet rows that a step may take: a guided image takes two, an unguided one takes one."""
         return self.images * (2 if self.wish.guided else 1)
 
-    @property
-    def guided_now(self) -> bool:
-        """Whether the negative prompt has a say in the next step."""
+    def guided_at(self, step: int) -> bool:
+        """Whether the negative prompt has a say in that step."""
         wish = self.wish
-        return wish.guided and wish.guidance_start <= self.step / self.steps < wish.guidance_end
+        return wish.guided and wish.guidance_start <= step / self.steps < wish.guidance_end
+
+    def depth_at(self, step: int) -> Depth:
+        """Of that step. It hangs on nothing but the request: company changes no picture."""
+        since = step % _FULL_EVERY if self.wish.cache == "fast" else 0
+        known = self.guided_at(step - since) or not self.guided_at(step)  # features of every row
+        return "shallow" if since and known else "full"
+
+    @property
+    def depth(self) -> Depth:
+        """Of the next step."""
+        return self.depth_at(self.step)
+
+    @property
+    def left(self) -> Counter[Depth]:
+        """How many steps of each depth are still to be done."""
+        return Counter(map(self.depth_at, range(self.step, self.steps)))
+
+    def shares_with(self, other: Request) -> bool:
+        """Whether both may take their next step in one call."""
+        return not (self.wish.exact or other.wish.exact) and self.depth == other.depth
 
     @property
     def steps(self) -> int:

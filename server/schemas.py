@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from server.images import ImageFormat
+from server.request import Cache
 from server.schedulers import FinalSigma, Sigmas, Spacing
 from server.tokenizer import Syntax
 from server.uploads import MAX_FILE
@@ -121,6 +122,12 @@ class GenerateRequest(_Body):
         False, description="share steps with nobody: the same engine then gives the same picture bit for bit"
     )
 
+    cache: Cache | None = Field(
+        None,
+        description="fast: two steps of three take what the UNet's deep layers made of the step before them, which is "
+        "quicker and changes the picture a little; default: the server's, which is off unless set",
+    )
+
 
 class GeneratedImage(BaseModel):
     """One picture."""
@@ -162,6 +169,7 @@ class Parameters(BaseModel):
     eta: float | None
     strength: float | None = Field(description="None where no image was sent; pictures are not repeated here")
     exact: bool
+    cache: Cache
 
 
 class GenerateResponse(BaseModel):

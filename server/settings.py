@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import engines.demo
 from engines.base import BACKENDS
+from server.request import Cache
 
 DEMO = Path(engines.demo.__file__).parent
 
@@ -49,6 +50,11 @@ class Settings(BaseSettings):
         le=1024,
         description="CPU threads of the engines; 0 takes one per core. "
         "Fewer leave room for other programs, and slow each step",
+    )
+    cache: Cache = Field(
+        "off",
+        description="what requests get that do not say: fast reuses deep features of the UNet between steps, which is "
+        "twice as quick and changes pictures a little",
     )
     max_waiting: int = Field(
         64,

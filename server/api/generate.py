@@ -219,6 +219,7 @@ def _document(service: Service, request: Request, files: Files, *, image_format:
             eta=wish.scheduler.eta,
             strength=wish.original.strength if wish.original else None,
             exact=wish.exact,
+            cache=wish.cache,
         ),
         timings=_timings(request, files),
         warnings=_warnings(request),

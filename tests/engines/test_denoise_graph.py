@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from engines.manifest import Manifest
 from tests.loaded import Loaded
 from tests.tiny import TOKENS, WIDTH
 
-SLOTS, PROMPTS = 6, 5
+SLOTS, PROMPTS, PLACES = 6, 5, 7
+CHANNELS = 16  # of features
 
 
 @pytest.fixture(scope="module", params=ON_CPU)
@@ -59,19 +61,32 @@ def random_plan(
 
 
 def run(denoise: Loaded, plan: dict[str, Array]) -> Array:
-    return denoise(plan, {"state_next": plan["state"]})["state_next"]
+    return run_whole(denoise, plan)["state_next"]
 
 
-def reference(unet: Any, plan: dict[str, Array]) -> Array:
-    """One step, image by image and lane by lane; only the UNet itself is torch."""
-    state = plan["state"].copy()
-    outputs = []
+def run_whole(denoise: Loaded, plan: dict[str, Array]) -> dict[str, Array]:
+    """Features too, which a full step makes."""
+    shape = (len(plan["row_image"]), CHANNELS, *plan["state"].shape[3:])
+    return denoise(plan, {"state_next": plan["state"], "features": np.zeros(shape, np.float32)})
+
+
+def rows_of(unet: Any, plan: dict[str, Array]) -> Iterator[Array]:
+    """What the UNet makes of each row, on its own."""
     for row, image in enumerate(plan["row_image"]):
         x = plan["state"][plan["slot"][image], 0] * plan["scale"][image]
         context = np.concatenate(plan["context"][plan["row_context"][row]])
         with torch.inference_mode():
             sample = torch.from_numpy(x[None]), torch.tensor([plan["timestep"][row]]), torch.from_numpy(context[None])
-            outputs.append(unet(*sample).sample[0].numpy())
+            yield unet(*sample).sample[0].numpy()
+
+
+def reference(unet: Any, plan: dict[str, Array]) -> Array:
+    """One step, image by image and lane by lane; only the UNet itself is torch."""
+    return stepped(plan, list(rows_of(unet, plan)))
+
+
+def stepped(plan: dict[str, Array], outputs: list[Array]) -> Array:
+    state = plan["state"].copy()
     for image, slot in enumerate(plan["slot"]):
         before = plan["state"][slot]
         model = sum(weight * output for weight, output in zip(plan["guidance"][image], outputs, strict=True))
@@ -182,3 +197,63 @@ def test_large_numbers_are_numbers(denoise: Loaded) -> None:
     plan = guided_plan(np.random.default_rng(8))
     plan["guidance"] *= 1e30
     assert np.isfinite(run(denoise, plan)).all()
+
+
+# The shallow step
+
+
+@pytest.fixture(scope="module")
+def shallow(bundle: Path, backend: str) -> Loaded:
+    return Loaded(backend, bundle / Manifest.load(bundle).engine(backend, "denoise_shallow"), threads=1)
+
+
+def shallow_plan(rng: np.random.Generator, *, images: int, rows: int, h: int, w: int) -> dict[str, Array]:
+    features = rng.standard_normal((PLACES, CHANNELS, h, w)).astype(np.float32)
+    plan = random_plan(rng, images=images, rows=rows, h=h, w=w)
+    return {**plan, "features": features, "row_feature": rng.integers(PLACES, size=rows)}
+
+
+def shallow_reference(unet: Any, plan: dict[str, Array]) -> Array:
+    """The whole UNet, in which the layer before the last is made to return the features of each row."""
+    places = iter(plan["row_feature"])
+
+    def replace(_layer: Any, _given: Any, made: Any) -> Any:
+        kept = torch.from_numpy(plan["features"][next(places)][None])
+        return (kept,) if isinstance(made, tuple) else kept
+
+    hook = unet.up_blocks[-1].attentions[-2].register_forward_hook(replace)
+    try:
+        return reference(unet, plan)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("images", "rows", "h", "w"), [(1, 1, 8, 8), (2, 3, 16, 24), (4, 8, 10, 32)])
+def test_a_shallow_step_is_the_unet_over_features_of_another(
+    shallow: Loaded, unet: Any, images: int, rows: int, h: int, w: int
+) -> None:
+    plan = shallow_plan(np.random.default_rng(rows), images=images, rows=rows, h=h, w=w)
+    made = shallow(plan, {"state_next": plan["state"]})["state_next"]
+    expected = shallow_reference(unet, plan)
+    assert np.abs(made - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_over_its_own_features_a_shallow_step_is_the_full_one(denoise: Loaded, shallow: Loaded) -> None:
+    plan = random_plan(np.random.default_rng(9), images=3, rows=5, h=8, w=8)
+    full = run_whole(denoise, plan)
+    plan |= {"features": full["features"], "row_feature": np.arange(5)}
+    again = shallow(plan, {"state_next": plan["state"]})["state_next"]
+    assert np.abs(again - full["state_next"]).max() <= 1e-5 * np.abs(again).max()
+
+
+def test_in_a_shallow_step_too_an_image_breaks_alone(shallow: Loaded) -> None:
+    plan = {**guided_plan(np.random.default_rng(10)), "row_feature": np.arange(7)}
+    plan["features"] = np.random.default_rng(11).standard_normal((PLACES, CHANNELS, 8, 8)).astype(np.float32)
+    broken = {**plan, "features": plan["features"].copy()}
+    broken["features"][3, 0, 1, 1] = np.nan
+    like = {"state_next": plan["state"]}
+    alone, beside = shallow(plan, like)["state_next"], shallow(broken, like)["state_next"]
+    slot = plan["slot"][1]
+    assert not np.isfinite(beside[slot, 0]).any()
+    others = np.arange(SLOTS) != slot
+    np.testing.assert_array_equal(beside[others], alone[others])

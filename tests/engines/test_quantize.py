@@ -18,7 +18,7 @@ import engines.demo
 from engines.base import KEPT, LANES, Array, EngineError
 from engines.manifest import NoiseSchedule
 from engines.openvino import openvino
-from engines.quantize import quantize_denoise
+from engines.quantize import quantize_step
 from server.schedulers import Scheduler, table
 from tests.loaded import Loaded
 
@@ -40,7 +40,7 @@ def exact() -> Loaded:
 def files(exact: Loaded, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     pictures = (steps(exact, (prompt,), seed=seed) for seed, prompt in enumerate(CALIBRATED_ON))
     trajectory = [inputs for picture in pictures for inputs, _state in picture]
-    return quantize_denoise(DEMO / "onnx" / "denoise.onnx", tmp_path_factory.mktemp("int8"), trajectory)
+    return quantize_step(DEMO / "onnx" / "denoise.onnx", tmp_path_factory.mktemp("int8"), trajectory)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_nothing_is_printed_and_nothing_else_is_written(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    quantize_denoise(small, out, small_trajectory())
+    quantize_step(small, out, small_trajectory())
     assert sorted(path.name for path in out.iterdir()) == ["denoise.bin", "denoise.xml"]
     assert capfd.readouterr() == ("", "")
 
@@ -215,22 +215,22 @@ def test_an_interrupted_write_leaves_what_was_there(
     (out / "denoise.bin").write_bytes(b"before")
     monkeypatch.setattr(openvino, "save_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantize_denoise(small, out, small_trajectory())
+        quantize_step(small, out, small_trajectory())
     assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("denoise.bin", b"before")]
 
 
 def test_what_is_missing_is_named(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="no trajectory"):
-        quantize_denoise(small, tmp_path, [])
+        quantize_step(small, tmp_path, [])
     with pytest.raises(EngineError, match=r"takes \['x'\], the trajectory has \['y'\]"):
-        quantize_denoise(small, tmp_path, [{"y": np.zeros(1)}])
+        quantize_step(small, tmp_path, [{"y": np.zeros(1)}])
     with pytest.raises(EngineError, match="cannot be calibrated"):
-        quantize_denoise(small, tmp_path, [{"x": np.zeros((1, 3, 8, 8), np.float32)}])
+        quantize_step(small, tmp_path, [{"x": np.zeros((1, 3, 8, 8), np.float32)}])
     with pytest.raises(EngineError, match=r"OpenVINO cannot read .*absent\.onnx"):
-        quantize_denoise(tmp_path / "absent.onnx", tmp_path, small_trajectory())
+        quantize_step(tmp_path / "absent.onnx", tmp_path, small_trajectory())
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(EngineError, match=r"pip install 'latentd\[int8\]'"):
-        quantize_denoise(small, tmp_path, small_trajectory())
+        quantize_step(small, tmp_path, small_trajectory())
 
 
 def test_nobody_is_told_of_it(tmp_path: Path) -> None:

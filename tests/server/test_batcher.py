@@ -10,7 +10,7 @@ import pytest
 from engines.manifest import NoiseSchedule, Size
 from server.batcher import Batch, Batcher
 from server.errors import InvalidRequest, NotReady, QueueFull
-from server.request import Request, Wish
+from server.request import Cache, Request, Wish
 from server.schedulers import Scheduler, table
 from server.tokenizer import Prompt
 
@@ -19,10 +19,17 @@ NOTHING = Prompt("", ())
 
 
 def request(
-    name: str, *, images: int = 1, guided: bool = True, size: Size = SMALL, steps: int = 3, exact: bool = False
+    name: str,
+    *,
+    images: int = 1,
+    guided: bool = True,
+    size: Size = SMALL,
+    steps: int = 3,
+    exact: bool = False,
+    cache: Cache = "off",
 ) -> Request:
     scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
-    wish = Wish(NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, exact=exact)
+    wish = Wish(NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, exact=exact, cache=cache)
     return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), name)
 
 
@@ -200,3 +207,23 @@ def test_who_shares_with_nobody_holds_rows_like_everyone() -> None:
     for item in first.requests:
         item.step += 1
     assert run_to_end(policy) == ["a", "alone", "late"]
+
+
+def test_full_and_shallow_steps_take_turns() -> None:
+    """The first step of a cached request is full, and shared with those who cache nothing; its next two are its own."""
+    policy = batcher(request("plain", steps=4), request("cached", steps=4, cache="fast"))
+    assert names(step(policy)) == ["plain", "cached"]
+    assert names(step(policy)) == ["plain"]
+    assert names(step(policy)) == ["cached"]
+    assert names(step(policy)) == ["plain"]
+    assert names(step(policy)) == ["cached"]
+    assert names(step(policy)) == ["plain", "cached"]
+
+
+def step(policy: Batcher) -> Batch | None:
+    batch = policy.next_batch()
+    for item in batch.requests if batch else ():
+        item.step += 1
+        if item.denoised:
+            policy.leave(item)
+    return batch

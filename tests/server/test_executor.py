@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from engines.base import DeviceLost, EngineError
 from loadtest.spans import read_trace
 from server import watchdog
-from server.request import Image, Request
+from server.request import DEPTHS, Image, Request
 from server.trace import Trace
 from tests.executing import Asked
 from tests.machines import FakeMachine, Machine
@@ -23,6 +24,9 @@ CROWD: list[dict[str, Any]] = [
     {"seed": 3, "num_inference_steps": 4, "scheduler": "dpmpp_2m_karras", "guidance_scale": 1, "num_images": 3},
     {"seed": 4, "num_inference_steps": 7, "prompt": "a red cat " * 60},
     {"seed": 5, "num_inference_steps": 5, "width": 48, "scheduler": "heun", "preview_every": 2},
+    {"seed": 7, "num_inference_steps": 8, "cache": "fast"},
+    {"seed": 8, "num_inference_steps": 7, "cache": "fast", "num_images": 2, "guidance_start": 0.5, "preview_every": 2},
+    {"seed": 9, "num_inference_steps": 5, "cache": "fast", "guidance_scale": 1, "prompt": "a red cat " * 60},
     {"seed": 6, "num_inference_steps": 8, "exact": True},
 ]
 
@@ -51,16 +55,31 @@ def test_each_hears_every_step_once_and_in_order(machine: Machine) -> None:
         assert len(asked.endings) == 1
 
 
+def test_with_the_cache_two_steps_of_three_are_shallow(machine: Machine) -> None:
+    with machine.running() as running:
+        before = running.device.launches.copy()
+        cached = running.ask(num_inference_steps=7, scheduler="ddim", cache="fast").images()
+        launched = running.device.launches - before
+        assert (launched["denoise"], launched["denoise_shallow"]) == (3, 4)
+        (plain,) = running.ask(num_inference_steps=7, scheduler="ddim").images()
+        assert running.device.launches["denoise_shallow"] - before["denoise_shallow"] == 4
+    assert not np.array_equal(cached[0], plain)
+
+
 def test_nothing_is_held_when_all_have_left(machine: Machine) -> None:
     with machine.running() as running:
-        before = {size: (list(c._slots), c._entries[:]) for size, c in running.pipeline._canvases.items()}
+
+        def places() -> list[list[int]]:
+            pools = ((one._slots, one._entries, one._places) for one in running.pipeline._canvases.values())
+            return [sorted(pool) for each in pools for pool in each]
+
+        before = places()
         for _ in range(2):
             for asked in [running.ask(**fields) for fields in CROWD]:
                 asked.images()
         assert not running.pipeline._prompts._users
         assert running.batcher.running == running.batcher.waiting == running.executor.departing == 0
-        for size, canvas in running.pipeline._canvases.items():
-            assert (sorted(canvas._slots), sorted(canvas._entries)) == tuple(map(sorted, before[size]))
+        assert places() == before
 
 
 @pytest.mark.parametrize(("step", "ended"), [(1, "ab"), (2, "c"), (3, "ab"), (5, "d")])
@@ -187,16 +206,16 @@ def test_a_picture_that_is_not_a_number_fails_alone(machine: Machine) -> None:
 def test_the_curve_is_measured_before_ready_and_exported(machine: Machine) -> None:
     with machine.running() as running:
         curves = running.pace.curves()
-        assert set(curves) == set(running.manifest.resolutions)
+        assert set(curves) == set(product(running.manifest.resolutions, DEPTHS))
         assert all(set(curve) == set(running.manifest.rows) for curve in curves.values())
         assert all(seconds > 0 for curve in curves.values() for seconds in curve.values())
-        assert 'latentd_step_seconds{rows="4",size="32x32"}' in running.metrics.render().decode()
+        assert 'latentd_step_seconds{depth="shallow",rows="4",size="32x32"}' in running.metrics.render().decode()
 
 
 def test_the_retry_of_who_is_refused_is_estimated_from_the_work_before_them(machine: Machine) -> None:
     with machine.running(max_waiting=1) as running:
         request = running.request(Asked(), num_inference_steps=100, scheduler="ddim")
-        full = running.pace.seconds(request.wish.size, running.manifest.max_rows)
+        full = running.pace.seconds((request.wish.size, "full"), running.manifest.max_rows)
         assert running.pace.work(request) == pytest.approx(full * 100 * 2 / running.manifest.max_rows)
 
 

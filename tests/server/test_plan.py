@@ -10,7 +10,7 @@ import pytest
 from engines.manifest import NoiseSchedule, Size
 from server.noise import NoiseGenerator
 from server.plan import Placement, StepShape, make_plan, step_shape
-from server.request import Request, Wish
+from server.request import Cache, Request, Wish
 from server.schedulers import Scheduler, table
 from server.tokenizer import Prompt
 
@@ -19,18 +19,27 @@ SPARE = 8
 NOTHING = Prompt("", ())
 
 
-def placement(*, slots: tuple[int, ...], guided: bool = True, scheduler: str = "ddim", chunks: int = 1) -> Placement:
+def placement(
+    *,
+    slots: tuple[int, ...],
+    guided: bool = True,
+    scheduler: str = "ddim",
+    chunks: int = 1,
+    features: tuple[tuple[int, ...], ...] = (),
+    step: int = 0,
+) -> Placement:
     scale = 7.5 if guided else 1.0
     size, method = Size(width=64, height=64), Scheduler(scheduler)
-    wish = Wish(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))))
-    request = Request(wish, table(method, 4, NoiseSchedule()), (), "a")
+    cache: Cache = "fast" if features else "off"
+    wish = Wish(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))), cache=cache)
+    request = Request(wish, table(method, 4, NoiseSchedule()), (), "a", step=step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
-    return Placement(request, slots, prompts, tuple(map(NoiseGenerator, wish.seeds)), ExitStack())
+    return Placement(request, slots, prompts, tuple(map(NoiseGenerator, wish.seeds)), features, ExitStack())
 
 
 def test_what_fills_a_step_up_is_an_image_of_the_spare_slot_that_changes_nothing() -> None:
     placements = [placement(slots=(3, 5)), placement(slots=(1,), guided=False)]
-    assert step_shape(placements) == (3, 5, 1)
+    assert step_shape(placements) == (3, 5, 1, "full")
     plan = make_plan(placements, LATENT, shape=StepShape(8, 8, 1), spare=SPARE)
     assert plan.rows == 5
     exact = make_plan(placements, LATENT, shape=StepShape(3, 5, 1), spare=SPARE)
@@ -65,3 +74,18 @@ def test_noise_is_brought_only_where_somebody_draws_it() -> None:
     assert drawn["noise"].shape == (2, *LATENT)
     assert drawn["noise"][0].any()
     assert not drawn["noise"][1].any()
+
+
+def test_a_full_step_keeps_the_features_of_those_who_ask_and_a_shallow_one_takes_them() -> None:
+    features = ((0, 4), (2, 1))
+    company = placement(slots=(1,))
+    full = make_plan(
+        [company, placement(slots=(3, 5), features=features)], LATENT, shape=StepShape(8, 8, 1), spare=SPARE
+    )
+    assert full.keeps == ((2, 0), (3, 4), (4, 2), (5, 1))
+    assert "row_feature" not in full.arrays
+    due = [placement(slots=(3, 5), features=features, step=1)]
+    assert step_shape(due) == (2, 4, 1, "shallow")
+    shallow = make_plan(due, LATENT, shape=StepShape(8, 8, 1, "shallow"), spare=SPARE)
+    assert shallow.arrays["row_feature"].tolist() == [0, 4, 2, 1, *[SPARE] * 4]
+    assert shallow.keeps == ()
