@@ -105,14 +105,7 @@ class Checkpoint:
     name: str
 
     def config(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
-        path = self.folder / part / file
-        try:
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: {self.name} is not a whole diffusers checkpoint.") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return config
+        return _read_config(self.folder / part / file, f"{self.name} is not a whole diffusers checkpoint")
 
     @cached_property
     def latent(self) -> Latent:
@@ -206,6 +199,16 @@ class Checkpoint:
         yield from sorted(path for path in (self.folder / "tokenizer").glob("*") if path.suffix in {".json", ".txt"})
 
 
+def _read_config(path: Path, if_missing: str) -> Mapping[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {if_missing}.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return config
+
+
 def _published(config: Mapping[str, Any]) -> str | None:
     """Our name for the scheduler of `config`, with its sigmas; None where we have no table for it."""
     kind = config.get("_class_name", "")
@@ -296,6 +299,29 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """A diffusers `AutoencoderTiny`, whose distilled decoder takes the place of the VAE's."""
+
+    name: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return _read_config(self.folder / "config.json", f"{self.name} is no diffusers AutoencoderTiny")
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / _DECODER_FILES[1]
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, in each direction."""
+        stages = len(self.config.get("num_decoder_blocks", (3, 3, 3, 1)))
+        downscale: int = self.config.get("upsampling_scaling_factor", 2) ** (stages - 1)
+        return downscale
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a checkpoint is, before any weight of it is read."""
 
@@ -305,6 +331,7 @@ class Origin:
     allow_pickle: bool = False
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    decoder: Decoder | None = None  # None: the VAE's own
 
     @property
     def single_file(self) -> bool:
@@ -328,11 +355,15 @@ class Origin:
         taught = [(embedding.path, word.token) for embedding in self.embeddings for word in embedding.words]
         for path, token in taught:
             digest.update(f"embedding {token!r} {sha256_of(path)}\n".encode())
+        if self.decoder:
+            for file in _DECODER_FILES:
+                digest.update(f"decoder {file} {sha256_of(self.decoder.folder / file)}\n".encode())
         return Source(
             name=self.name,
             sha256=digest.hexdigest(),
             loras=tuple(map(str, self.loras)),
             embeddings=tuple(f"{path.name}:{token}" for path, token in taught),
+            decoder=self.decoder.name if self.decoder else None,
         )
 
     @property
@@ -362,21 +393,32 @@ def find(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
     allow_pickle: bool = False,
     loras: Sequence[Lora] = (),
     embeddings: Sequence[Embedding] = (),
+    decoder: str | None = None,
     progress: Progress = _NOBODY,
 ) -> Origin:
     """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
 
     A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x there is
-    a default. `revision` is the hub's: the model's, or that of `config` for a single file.
+    a default. `revision` is the hub's: the model's, or that of `config` for a single file. `decoder` is the folder or
+    hub id of what decodes in place of the VAE.
 
     Raises:
-        CheckpointError: there is none, the hub cannot be reached, its architecture is not one we build, or a LoRA or an
-            embedding is not for it.
+        CheckpointError: there is none, the hub cannot be reached, its architecture is not one we build, or a LoRA, an
+            embedding or the decoder is not for it.
     """
-    path, wanted = Path(model), _Wanted(revision, config, allow_pickle, tuple(loras), tuple(embeddings), progress)
-    for lora in wanted.loras:
+    for lora in loras:
         _refuse_lora(lora.path)
-    _refuse_same_tokens(wanted.embeddings)
+    _refuse_same_tokens(embeddings)
+    path = Path(model)
+    wanted = _Wanted(
+        revision,
+        config,
+        allow_pickle,
+        tuple(loras),
+        tuple(embeddings),
+        decoder=_find_decoder(decoder, progress) if decoder else None,
+        progress=progress,
+    )
     if path.suffix.lower() in {".safetensors", *_PICKLES} and not path.is_dir():
         return _single_file(path, wanted)
     if path.is_file():
@@ -395,6 +437,7 @@ class _Wanted:
     allow_pickle: bool
     loras: tuple[Lora, ...]
     embeddings: tuple[Embedding, ...]
+    decoder: Decoder | None
     progress: Progress
 
     def origin(self, name: str, path: Path, config: Path | None = None) -> Origin:
@@ -405,6 +448,7 @@ class _Wanted:
             allow_pickle=self.allow_pickle,
             loras=self.loras,
             embeddings=self.embeddings,
+            decoder=self.decoder,
         )
 
 
@@ -561,6 +605,8 @@ def _refuse_unsupported(origin: Origin) -> None:
         )
     for embedding in origin.embeddings:
         _refuse_misfit(embedding, checkpoint)
+    if origin.decoder:
+        _refuse_decoder(origin.decoder, checkpoint)
 
 
 def _refuse_channels(name: str, channels: int, latent: int) -> None:
@@ -674,6 +720,9 @@ def count_parameters(origin: Origin) -> dict[GraphName, int]:
                 name = _graph_of(key if origin.single_file else f"{path.parent.name}.{key}")
                 if name:
                     counts[name] = counts.get(name, 0) + math.prod(shape)
+    if counts and origin.decoder:
+        shapes, _ = read_header(origin.decoder.weights)
+        counts["decode"] = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("decoder."))
     return counts
 
 
@@ -726,6 +775,49 @@ _LORA_SIGNS = {
     r"dora_scale|lora_magnitude_vector": "a DoRA, which scales weights too",
     r"\.lora_mid\.": "a LoRA in three factors",
 }
+
+
+# --- decoders
+
+_DECODER_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+def _find_decoder(decoder: str, progress: Progress) -> Decoder:
+    """The decoder in folder `decoder`, or the one with that hub id, downloaded once its config is found to be ours."""
+    path = Path(decoder)
+    if path.is_dir():
+        found = Decoder(name=path.resolve().name, folder=path)
+        _refuse_other_decoder(found)
+    else:
+        found = Decoder(name=decoder, folder=_download(decoder, _DECODER_FILES[:1], revision=None, progress=progress))
+        _refuse_other_decoder(found)
+        _download(decoder, _DECODER_FILES, revision=found.folder.name, progress=progress)
+    if not found.weights.is_file():
+        raise CheckpointError(
+            f"{found.name} has no {found.weights.name}: take a decoder that has, or write the file with diffusers' "
+            "AutoencoderTiny.save_pretrained(safe_serialization=True)."
+        )
+    read_header(found.weights)
+    return found
+
+
+def _refuse_other_decoder(decoder: Decoder) -> None:
+    if (kind := decoder.config.get("_class_name")) != "AutoencoderTiny":
+        raise CheckpointError(
+            f"{decoder.name} is of kind {kind}; what decodes in place of the VAE is an AutoencoderTiny, such as "
+            "madebyollin/taesd."
+        )
+
+
+def _refuse_decoder(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where the decoder reads other latents than this model makes, as far as its config tells."""
+    latent = checkpoint.latent
+    channels, colors = decoder.config.get("latent_channels", 4), decoder.config.get("out_channels", 3)
+    if (channels, decoder.downscale, colors) != (latent.channels, latent.downscale, 3):
+        raise CheckpointError(
+            f"{decoder.name} makes {colors} colours of {channels} channels at {decoder.downscale} pixels a latent, "
+            f"{checkpoint.name} has {latent.channels} channels at {latent.downscale}: take a decoder of its kind."
+        )
 
 
 # --- embeddings

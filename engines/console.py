@@ -268,6 +268,8 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "LoRA", lora
     for embedding in manifest.source.embeddings:
         yield "embedding", embedding
+    if manifest.source.decoder:
+        yield "decoder", manifest.source.decoder
     yield "resolutions", ", ".join(map(str, manifest.resolutions))
     yield "row buckets", ", ".join(map(str, manifest.rows))
     yield "prediction", manifest.noise_schedule.prediction_type

@@ -235,7 +235,10 @@ class GuidedShallowDenoise(ShallowDenoise):
 
 
 class Decode(GraphModule):
-    """What some slots hold, to RGB pictures, and whether each is sound: every value a number before it was rounded."""
+    """What some slots hold, to RGB pictures, and whether each is sound: every value a number before it was rounded.
+
+    `vae` is the model's own, or what was distilled from it, which takes latents divided by a factor of its own.
+    """
 
     inputs: ClassVar = {
         "state": _f32("S", LANES, "c", "h", "w"),
@@ -256,7 +259,9 @@ class Decode(GraphModule):
         pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         # Rounding as diffusers does; channels go last before the cast because TensorRT takes UINT8 as an output only.
         images = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1).to(torch.uint8)
-        return images, torch.where(_finite(pixels), 1.0, 0.0).amin(dim=(1, 2, 3))
+        # Distilled decoders bend any latent into their range: only the latents themselves tell that they are infinite.
+        sound = [torch.where(_finite(values), 1.0, 0.0).amin(dim=(1, 2, 3)) for values in (pixels, latents)]
+        return images, torch.minimum(*sound)
 
 
 class EncodeImage(GraphModule):

@@ -20,7 +20,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from engines.checkpoint import (
     Checkpoint,
     CheckpointError,
+    Decoder,
     Layout,
     Lora,
     Origin,
@@ -60,6 +61,7 @@ class Modules:
     text_encoder: Any
     unet: Any
     vae: Any
+    decoder: Any  # what decodes: the VAE, or what was distilled from it
 
 
 @contextmanager
@@ -144,16 +146,18 @@ def _layout_of_pickle(origin: Origin) -> Layout:
 
 
 def load_modules(checkpoint: Checkpoint, origin: Origin) -> Modules:
-    """Read the weights, fuse the origin's LoRAs into them in order, and add its embeddings.
+    """Read the weights, fuse the origin's LoRAs into them in order, and add its embeddings and its decoder.
 
     Raises:
         CheckpointError: a file is damaged or lacks weights, or a LoRA was made for another model.
     """
     with quiet():
+        vae = _part(AutoencoderKL, checkpoint, "vae")
         modules = Modules(
             text_encoder=_part(CLIPTextModel, checkpoint, "text_encoder", attn_implementation="sdpa"),
             unet=_part(UNet2DConditionModel, checkpoint, "unet"),
-            vae=_part(AutoencoderKL, checkpoint, "vae"),
+            vae=vae,
+            decoder=_decoder(origin.decoder) if origin.decoder else vae,
         )
     for lora in origin.loras:
         _fuse(lora, modules)
@@ -180,21 +184,29 @@ def load_tokenizer(checkpoint: Checkpoint, words: Sequence[Word] = ()) -> Any:
 
 def _part(kind: Any, checkpoint: Checkpoint, part: str, **options: Any) -> Any:
     """One module. Pickles are read by torch's weights_only loading, which both libraries are set to."""
+    place, safe = checkpoint.folder / part, not checkpoint.pickled(part)
+    return _module(kind, place, name=checkpoint.name, part=part, use_safetensors=safe, **options)
+
+
+def _decoder(decoder: Decoder) -> Any:
+    return _module(AutoencoderTiny, decoder.folder, name=decoder.name, part="decoder", use_safetensors=True)
+
+
+def _module(kind: Any, folder: Path, *, name: str, part: str, **options: Any) -> Any:
     dtype = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
     try:
         module, info = kind.from_pretrained(
-            checkpoint.folder / part,
-            use_safetensors=not checkpoint.pickled(part),
+            folder,
             local_files_only=True,
             output_loading_info=True,
             **{dtype: torch.float32},
             **options,
         )
     except _UNREADABLE as error:
-        raise CheckpointError(f"The weights of {checkpoint.name} cannot be loaded: {part}: {error}") from error
+        raise CheckpointError(f"The weights of {name} cannot be loaded: {part}: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"The weights of {checkpoint.name} cannot be loaded: {part} lacks {len(missing)} that its config needs, "
+            f"The weights of {name} cannot be loaded: {part} lacks {len(missing)} that its config needs, "
             f"such as {missing[0]}. Download the checkpoint again."
         )
     return module.eval()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from engines import cores
 from engines.base import Array, Buffer, EngineError, Stream
 from engines.host import HostDevice, bound_arrays
 
@@ -54,7 +55,7 @@ class OpenVinoDevice(HostDevice):
             # Where the processor has bfloat16 it would be taken unasked, and the picture would no longer be diffusers'.
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        if threads:
+        if threads := threads or cores.limit():
             self._options["INFERENCE_NUM_THREADS"] = str(threads)
 
     def load(self, path: Path, stream: Stream) -> OpenVinoEngine:  # noqa: ARG002 - the host's streams are all alike

@@ -109,7 +109,7 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
         "encode_prompt": EncodePrompt(modules.text_encoder),
         "denoise": denoise,
         "denoise_shallow": shallow,
-        "decode": Decode(modules.vae),
+        "decode": Decode(modules.decoder),
         "encode_image": EncodeImage(modules.vae),
     }
     return {name: Traced(module.eval(), sizes, latent) for name, module in graphs.items()}

@@ -9,18 +9,19 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from engines.base import BACKENDS, EngineError
+from engines.base import BACKENDS, ON_CPU, EngineError
 from engines.manifest import Manifest
-from engines.present import check_fits, choose
+from engines.present import check_fits, choose, obstacle
 from server.app import make_app, make_service
 from server.compiling import CompilingStopped
-from server.settings import Settings
+from server.fastest import MeasuringStopped
+from server.settings import AUTO, Settings
 
 _log = logging.getLogger("latentd")
 _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
@@ -37,22 +38,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         manifest = Manifest.load(settings.bundle)
-        backend = settings.backend or _choose(BACKENDS if settings.compile else manifest.builds)
+        backends = _contenders(settings, manifest)
         if not settings.compile:
-            check_fits(manifest, backend, settings.bundle)
+            for backend in backends:
+                check_fits(manifest, backend, settings.bundle)
     except EngineError as error:
         _complain(str(error))
         return _FAILED_START
-    return _serve(settings, manifest, backend)
+    return _serve(settings, manifest, backends)
 
 
-def _choose(backends: Iterable[str]) -> str:
-    """The first of `backends` that runs here, or ONNX Runtime, which runs every bundle."""
-    wanted = [*backends, "onnxruntime"]
-    choice = choose(wanted)
-    if choice.backend != wanted[0]:
-        _log.warning("backend %s in place of %s (%s)", choice.backend, wanted[0], choice.why)
-    return choice.backend
+def _contenders(settings: Settings, manifest: Manifest) -> Sequence[str]:
+    """The backend to serve with; or several, all on the CPU, of which the fastest is to be found by measuring.
+
+    Those are asked for by name, or left where no build of the bundle runs here.
+    """
+    if settings.backend not in (None, AUTO):
+        return [settings.backend]
+    wanted = list(BACKENDS if settings.compile else manifest.builds)
+    if settings.backend == AUTO or settings.compile:
+        wanted = [backend for backend in wanted if backend not in ON_CPU]
+    choice = choose([*wanted, *ON_CPU])
+    if wanted and choice.backend != wanted[0]:
+        _log.warning("backend %s is not to be had (%s)", wanted[0], choice.why)
+    if choice.backend in wanted:
+        return [choice.backend]
+    return [backend for backend in ON_CPU if obstacle(backend) is None]
 
 
 class _Server(uvicorn.Server):
@@ -68,7 +79,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
+def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> int:
     exit_code = _FAILED_START
 
     def on_ready() -> None:
@@ -78,7 +89,7 @@ def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
-        if isinstance(error, CompilingStopped):
+        if isinstance(error, CompilingStopped | MeasuringStopped):
             exit_code = 0  # as it was told to
             _say(str(error))
             return
@@ -92,7 +103,7 @@ def _serve(settings: Settings, manifest: Manifest, backend: str) -> int:
     service = make_service(
         manifest,
         settings.bundle,
-        backend=backend,
+        backends=backends,
         settings=settings,
         on_ready=on_ready,
         on_failure=on_failure,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
@@ -26,6 +26,7 @@ from server.batcher import Batcher
 from server.compiling import compile_missing
 from server.errors import ServerError
 from server.executor import Executor
+from server.fastest import fastest
 from server.intake import Intake
 from server.metrics import Metrics
 from server.pace import Pace
@@ -43,12 +44,15 @@ def make_service(
     manifest: Manifest,
     bundle: Path,
     *,
-    backend: str,
+    backends: Sequence[str],
     settings: Settings,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Service:
-    """Wire the rooms around the verified bundle in folder `bundle`. Engines are loaded when the executor starts."""
+    """Wire the rooms around the verified bundle in folder `bundle`.
+
+    When the executor starts, the fastest of `backends` is found and its engines are loaded.
+    """
     tokenizer = Tokenizer(
         bundle / manifest.tokenizer.file.path,
         tokens=manifest.context.tokens,
@@ -62,10 +66,14 @@ def make_service(
     metrics = Metrics(max_rows=manifest.max_rows)
 
     def load(tell: Callable[[str], None]) -> Pipeline:
+        def stopped() -> bool:
+            return batcher.closed
+
+        backend = fastest(manifest, bundle, backends, threads=settings.threads, tell=tell, stopped=stopped)
         whole = manifest
         if settings.compile:
-            whole = compile_missing(manifest, bundle, backend, tell=tell, stopped=lambda: batcher.closed)
-        service.manifest = whole
+            whole = compile_missing(manifest, bundle, backend, tell=tell, stopped=stopped)
+        service.manifest, service.backend = whole, backend
         metrics.loaded(whole, backend)
         tell("loading the engines")
         return Pipeline.load(
@@ -97,7 +105,7 @@ def make_service(
         "latentd_ready": ("1 when requests are answered.", lambda: float(executor.ready)),
     }
     metrics.watch(gauges, pace)
-    service = Service(manifest, backend, intake, batcher, executor, metrics)
+    service = Service(manifest, backends[0], intake, batcher, executor, metrics)
     return service
 
 
@@ -109,6 +117,7 @@ def make_app(service: Service) -> FastAPI:
         service.executor.start()
         yield
         service.executor.close()
+        service.writers.shutdown(wait=False)
 
     app = FastAPI(
         title="latentd",

@@ -12,6 +12,7 @@ import engines.demo
 from engines.base import BACKENDS
 from server.request import Cache
 
+AUTO = "auto"  # as a backend
 DEMO = Path(engines.demo.__file__).parent
 
 
@@ -37,7 +38,9 @@ class Settings(BaseSettings):
     backend: str | None = Field(
         None,
         description=f"what runs the graphs: {' or '.join(BACKENDS)}; "
-        "unless given, the first of the bundle's that runs here",
+        "unless given, the first of the bundle's that runs here. "
+        f"{AUTO} takes the bundle's GPU where there is one, and else what is the fastest on this CPU, "
+        "measured at the first start and remembered",
     )
     compile: bool = Field(
         False,
@@ -48,7 +51,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="CPU threads of the engines; 0 takes one per core. "
+        description="CPU threads of the engines; 0 takes one per core, or as many as a container's quota allows. "
         "Fewer leave room for other programs, and slow each step",
     )
     cache: Cache = Field(

@@ -16,12 +16,13 @@ ENGINES: dict[str, set[str]] = {
     "engines.base": set(),
     "engines.manifest": {"engines.base"},
     "engines.progress": set(),
+    "engines.cores": set(),
     "engines.profiles": {"engines.base", "engines.manifest"},
     # The backends.
     "engines.host": {"engines.base"},
-    "engines.onnxruntime": {"engines.base", "engines.host"},
+    "engines.onnxruntime": {"engines.base", "engines.cores", "engines.host"},
     "engines.onnxruntime_cuda": {"engines.base", "engines.cuda"},
-    "engines.openvino": {"engines.base", "engines.host"},
+    "engines.openvino": {"engines.base", "engines.cores", "engines.host"},
     "engines.cuda": {"engines.base", "engines.manifest"},
     "engines.tensorrt": {"engines.base", "engines.cuda", "engines.manifest"},
     "engines.tensorrt_rtx": {"engines.cuda", "engines.tensorrt"},
@@ -104,7 +105,7 @@ SERVER: dict[str, set[str]] = {
     "server.request": {"engines.manifest", "server.errors", "server.schedulers", "server.tokenizer"},
     "server.images": {"server.request"},
     "server.uploads": {"engines.manifest", "server.errors"},
-    "server.schemas": {"server.images", "server.schedulers", "server.tokenizer", "server.uploads"},
+    "server.schemas": {"server.images", "server.request", "server.schedulers", "server.tokenizer", "server.uploads"},
     "server.intake": {
         "engines.manifest",
         "server.errors",
@@ -118,6 +119,15 @@ SERVER: dict[str, set[str]] = {
     "server.pace": {"engines.manifest", "server.request"},
     "server.metrics": {"engines.manifest", "server.errors", "server.pace", "server.request"},
     "server.compiling": {"engines.base", "engines.manifest", "engines.present"},
+    "server.fastest": {
+        "engines.base",
+        "engines.cores",
+        "engines.manifest",
+        "engines.present",
+        "server.pace",
+        "server.pipeline",
+        "server.trace",
+    },
     "server.trace": {"engines.base"},
     "server.watchdog": set(),
     "server.plan": {"engines.base", "server.noise", "server.request"},
@@ -147,7 +157,7 @@ SERVER: dict[str, set[str]] = {
         "server.trace",
         "server.watchdog",
     },
-    "server.settings": {"engines.base", "engines.demo"},
+    "server.settings": {"engines.base", "engines.demo", "server.request"},
 }
 ALLOWED = ENGINES | SERVER
 ONLY_TO_BUILD = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors"}

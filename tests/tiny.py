@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -79,6 +80,20 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
     if kind.pipeline:
         index = folder / "model_index.json"
         index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": kind.pipeline}, indent=2))
+    return folder
+
+
+def make_decoder(folder: Path, **changes: Any) -> Path:
+    """Write an `AutoencoderTiny` that reads those checkpoints' latents to `folder`."""
+    torch.manual_seed(1)
+    config = {
+        "encoder_block_out_channels": (16, 16),
+        "decoder_block_out_channels": (16, 16),
+        "num_encoder_blocks": (1, 1),
+        "num_decoder_blocks": (1, 1),
+        "scaling_factor": 1.5,  # real ones have 1, which would prove nothing
+    }
+    AutoencoderTiny(**{**config, **changes}).save_pretrained(folder)
     return folder
 
 

@@ -26,7 +26,7 @@ from engines.checkpoint import Checkpoint, CheckpointError, Lora, Origin, find
 from engines.load import Modules, load_modules, opened
 from engines.progress import Silent
 from tests.ldm import single_file, write_single_file
-from tests.tiny import FAMILIES, make_checkpoint
+from tests.tiny import FAMILIES, make_checkpoint, make_decoder
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("text_encoder", "unet", "vae")
@@ -784,6 +784,20 @@ def test_a_single_files_configs_come_from_the_hub(hub: Hub, ask: Ask, published:
     given, default = ask(hub.url, {"model": str(path), "config": "us/tiny"}, {"model": str(path)})
     assert given["sha256"] == default["sha256"] == find(str(path), config=str(published)).source.sha256
     assert not [file for file in hub.fetched if file.endswith((".safetensors", ".bin"))]
+
+
+def test_a_decoder_comes_from_the_hub(hub: Hub, ask: Ask, copied: Path, tmp_path: Path) -> None:
+    decoder = make_decoder(tmp_path / "decoder")
+    (decoder / "taesd_decoder.safetensors").write_bytes(b"not needed")
+    hub.models["us/taesd"] = {"main": decoder}
+    (told,) = ask(hub.url, {"model": str(copied), "decoder": "us/taesd"})
+    assert told["sha256"] == find(str(copied), decoder=str(decoder)).source.sha256
+    assert hub.fetched == ["config.json", "diffusion_pytorch_model.safetensors"]
+    edit(decoder / "config.json", _class_name="AutoencoderKL")
+    hub.models["us/vae"] = {"main": decoder}
+    (told,) = ask(hub.url, {"model": str(copied), "decoder": "us/vae"})
+    assert "us/vae is of kind AutoencoderKL" in told["error"]
+    assert hub.fetched[2:] == ["config.json"]
 
 
 def test_a_hub_out_of_reach_is_said_so(ask: Ask, families: Families, tmp_path: Path) -> None:
