@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from engines.base import EngineError, open_device
+from engines.base import Device, EngineError, open_device
 from engines.manifest import Manifest
 from engines.present import check_fits
 from loadtest.arrivals import Arrival
@@ -65,7 +65,9 @@ class Served:
         threads: int = 0,
         decode_beside: bool = True,
         trace: Path | None = None,
+        device: Callable[[], Device] | None = None,
     ) -> None:
+        """`device` opens another one than the backend's, for the same bundle."""
         self.manifest = manifest = Manifest.load(bundle)
         check_fits(manifest, backend, bundle)
         tokenizer = Tokenizer(
@@ -92,7 +94,7 @@ class Served:
                 manifest,
                 bundle,
                 backend=backend,
-                device=open_device(backend, threads=threads),
+                device=device() if device else open_device(backend, threads=threads),
                 pace=self.pace,
                 trace=self._trace,
                 decode_beside=decode_beside,

@@ -44,14 +44,16 @@ class _Line:
         """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
         first = self.running[0]
         turn = (first,) if first.wish.exact else tuple(one for one in self.running if one.shares_with(first))
-        self.running = [*(one for one in self.running if one not in turn), *turn]
+        taken = set(turn)
+        self.running = [*(one for one in self.running if one not in taken), *turn]
         return turn
 
     def drop_cancelled(self) -> frozenset[Request]:
         """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""
         dropped = frozenset(request for request in (*self.running, *self.waiting) if request.cancelled)
-        self.running = [request for request in self.running if request not in dropped]
-        self.waiting = deque(request for request in self.waiting if request not in dropped)
+        if dropped:
+            self.running = [request for request in self.running if request not in dropped]
+            self.waiting = deque(request for request in self.waiting if request not in dropped)
         return dropped
 
 

@@ -12,8 +12,10 @@ from server.request import Image
 ImageFormat = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
+# PNG filters a picture before it packs it, after which there is little to find but runs, which RLE packs. Photographs
+# take less than half the time of zlib's level 4, and as much room; flat pictures a little less of both.
 _OPTIONS: dict[ImageFormat, dict[str, int]] = {
-    "png": {"compress_level": 4},  # a third of the time of the default 6, within a few percent of its size
+    "png": {"compress_level": 1, "compress_type": PIL.Image.RLE},
     "jpeg": {"quality": 92},
     "webp": {"quality": 90},
 }

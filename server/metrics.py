@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from engines.manifest import Manifest
 from server.errors import BrokenPicture, Cancelled, ServerError
 from server.pace import Pace
-from server.request import Completed, Event, Failed, Request
+from server.request import Completed, Ending, Event, Failed, Request
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -84,7 +84,7 @@ class Metrics:
 
     def observe(self, request: Request, event: Event) -> None:
         """Count an ending: a listener of every accepted request."""
-        if not isinstance(event, Completed | Failed):
+        if not isinstance(event, Ending):
             return
         self._requests.labels("generate", _outcome(event)).inc()
         self._duration.observe(sum(request.timings.values()))
@@ -116,7 +116,7 @@ class _Curve(Collector):
         yield family
 
 
-def _outcome(ending: Completed | Failed) -> str:
+def _outcome(ending: Ending) -> str:
     if isinstance(ending, Completed):
         return "completed"
     return "cancelled" if isinstance(ending.error, Cancelled) else "failed"

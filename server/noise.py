@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
+
+_idle: list[np.random.RandomState] = []  # for others to seed: that takes a hundredth of the time of making one
 
 BLOCK = 16  # torch's vectorised Box-Muller takes uniforms in blocks: 8 for radii, then 8 for angles
 
@@ -20,7 +23,8 @@ class NoiseGenerator:
     def __init__(self, seed: int) -> None:
         if seed < 0:
             raise ValueError(f"seed {seed} is negative: choose one from 0 upwards.")
-        self._mt19937 = np.random.RandomState(seed % 2**32)
+        self._mt19937 = _seeded(seed % 2**32)
+        weakref.finalize(self, _idle.append, self._mt19937).atexit = False
         self._spare: float | None = None  # the second normal of a scalar pair, kept for the next odd draw
 
     def randn(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -55,9 +59,19 @@ class NoiseGenerator:
         return r * math.cos(theta)
 
 
+def _seeded(seed: int) -> np.random.RandomState:
+    try:
+        twister = _idle.pop()
+    except IndexError:
+        return np.random.RandomState(seed)
+    twister.seed(seed)
+    return twister
+
+
 def _box_muller(u: NDArray[np.float32]) -> NDArray[np.float32]:
     """Box & Muller (1958) over blocks of 16, in float32: cosines fill the first half of a block, sines the second."""
-    u1, u2 = np.moveaxis(u.reshape(-1, 2, BLOCK // 2), 1, 0)
-    r, theta = np.sqrt(-2 * np.log(1 - u1)), np.float32(2 * np.pi) * u2
-    z: NDArray[np.float32] = np.stack([r * np.cos(theta), r * np.sin(theta)], axis=1)
+    blocks = u.reshape(-1, 2, BLOCK // 2)
+    r, theta = np.sqrt(-2 * np.log(1 - blocks[:, 0])), np.float32(2 * np.pi) * blocks[:, 1]
+    z = np.empty_like(blocks)
+    z[:, 0], z[:, 1] = r * np.cos(theta), r * np.sin(theta)
     return z.ravel()

@@ -33,10 +33,13 @@ class Pace:
     def seconds(self, kind: Kind, rows: int) -> float:
         """What a step of `rows` takes: between measured points on a line, beyond them in proportion; 0 if unknown."""
         with self._lock:
-            known = sorted(self._seconds.get(kind, {}).items())
-        if not known:
+            known = self._seconds.get(kind, {})
+            if rows in known:
+                return known[rows]
+            curve = sorted(known.items())
+        if not curve:
             return 0.0
-        counts, seconds = zip(*known, strict=True)
+        counts, seconds = zip(*curve, strict=True)
         return float(np.interp(rows, counts, seconds) * max(rows / counts[-1], 1.0))
 
     def cheapest(self, kind: Kind, row_counts: Sequence[int]) -> int:

@@ -59,10 +59,11 @@ class Plan:
 
 def step_shape(placements: Sequence[Placement]) -> StepShape:
     """What one step of all `placements`, which are due for one of the same depth, takes."""
+    told = [(len(placement.slots), placement.rows) for placement in placements]
     return StepShape(
-        images=sum(len(placement.slots) for placement in placements),
-        rows=sum(len(placement.slots) * len(placement.rows) for placement in placements),
-        chunks=math.lcm(*(len(prompt) for placement in placements for prompt, _weight in placement.rows)),
+        images=sum(images for images, _rows in told),
+        rows=sum(images * len(rows) for images, rows in told),
+        chunks=math.lcm(*(len(prompt) for _images, rows in told for prompt, _weight in rows)),
         depth=placements[0].request.depth,
     )
 
@@ -83,34 +84,34 @@ def make_plan(
     images, rows, chunks, depth = shape
     slot = np.full(images, spare, np.int64)
     row_image = np.full(rows, images - 1, np.int64)  # never more images than rows: where rows are spare, so is the last
-    row_context = np.zeros((rows, chunks), np.int64)
     timestep = np.zeros(rows, np.float32)
     guidance = np.zeros((images, rows), np.float32)
     guidance_embedded = np.zeros(rows, np.float32)
     scale = np.zeros(images, np.float32)
     coef = np.zeros((images, LANES, TERMS), np.float32)
-    level = np.zeros((images, 2), np.float32)
-    row_feature = np.full(rows, spare, np.int64)
     noise: Array | None = None
-    keeps: list[tuple[int, int]] = []
+    # Small tuples go into an array one by one in nearly the time that all of them take at once.
+    levels: list[tuple[float, float]] = []
+    contexts: list[tuple[int, ...]] = []
+    places: list[int] = []  # by row, of features; spare where none are kept
     image = row = 0
     for placement in placements:
         request = placement.request
         step, *later = request.table.steps[request.step : request.step + 2]
+        told = placement.rows
         for index, generator in enumerate(placement.noise):
             slot[image] = placement.slots[index]
             scale[image] = step.scale
             coef[image] = step.matrix
-            level[image] = later[0].level if later else _PICTURE
+            levels.append(later[0].level if later else _PICTURE)
             if step.draws:
                 noise = np.zeros((images, *latent_shape), np.float32) if noise is None else noise
                 noise[image] = generator.randn(latent_shape)
-            for lane, (prompt, weight) in enumerate(placement.rows):
-                if placement.features:
-                    row_feature[row] = placement.features[index][lane]
-                    keeps.append((row, placement.features[index][lane]))
+            features = placement.features[index] if placement.features else (spare,) * len(told)
+            places += features[: len(told)]
+            for prompt, weight in told:
                 row_image[row] = image
-                row_context[row] = prompt * (chunks // len(prompt))  # attention does not notice whole repetitions
+                contexts.append(prompt * (chunks // len(prompt)))  # attention does not notice whole repetitions
                 timestep[row] = step.timestep
                 guidance[image, row] = weight
                 guidance_embedded[row] = request.wish.guidance_scale - 1
@@ -119,17 +120,18 @@ def make_plan(
     arrays: dict[str, Array] = {
         "slot": slot,
         "row_image": row_image,
-        "row_context": row_context,
+        "row_context": np.array(contexts + [(0,) * chunks] * (rows - row), np.int64),
         "timestep": timestep,
         "guidance": guidance,
         "scale": scale,
         "coef": coef,
-        "level": level,
+        "level": np.array(levels + [(0.0, 0.0)] * (images - image), np.float32),
     }
     if depth == "shallow":
-        arrays["row_feature"] = row_feature
+        arrays["row_feature"] = np.array(places + [spare] * (rows - row), np.int64)
     if embeds_guidance:
         arrays["guidance_embedded"] = guidance_embedded
     if noise is not None:
         arrays["noise"] = noise
-    return Plan(tuple(placements), row, shape, arrays, tuple(keeps) if depth == "full" else ())
+    keeps = tuple((row, place) for row, place in enumerate(places) if place != spare) if depth == "full" else ()
+    return Plan(tuple(placements), row, shape, arrays, keeps)

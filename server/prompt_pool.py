@@ -79,7 +79,10 @@ class PromptPool:
         self._users[key] += 1
 
     def _let_go(self, keys: list[_Key]) -> None:
-        self._users -= Counter(keys)  # forgets those that reach zero
+        for key in keys:
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
 
     def _encoded(self, key: _Key, after: Event | None) -> int:
         self._launch(*key)

@@ -7,7 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +73,7 @@ class Started:
     """The request left the queue."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(NamedTuple):
     """One more denoising step is done."""
 
     step: int
@@ -112,15 +112,15 @@ class Request:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._cancelled = threading.Event()
+        self._cancelled = False  # only ever becomes True, so any thread may read it and write it
         self._mark = time.perf_counter()
         self.ending: Ending | None = None
 
-    @property
+    @cached_property
     def images(self) -> int:
         return len(self.wish.seeds)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """UNet rows that a step may take: a guided image takes two, an unguided one takes one."""
         return self.images * (2 if self.wish.guided else 1)
@@ -150,7 +150,7 @@ class Request:
         """Whether both may take their next step in one call."""
         return not (self.wish.exact or other.wish.exact) and self.depth == other.depth
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """UNet calls in all; some schedulers make more of them than steps."""
         return len(self.table.steps)
@@ -161,11 +161,11 @@ class Request:
 
     @property
     def cancelled(self) -> bool:
-        return self._cancelled.is_set()
+        return self._cancelled
 
     def cancel(self) -> None:
         """Ask that no more steps be spent; the ending follows when its rows are free."""
-        self._cancelled.set()
+        self._cancelled = True
 
     def finish_stage(self, stage: Stage) -> None:
         """Book the time since the last stage ended to `stage`."""

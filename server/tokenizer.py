@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -21,6 +22,7 @@ CHUNK_COUNTS = tuple(count for count in range(1, MOST_CHUNKS + 1) if MOST_CHUNKS
 _COMMA = ",</w>"
 _COMMA_REACH = 20  # AUTOMATIC1111's: how near its end a full chunk may be cut after a comma instead; tokens
 _BREAK = " BREAK "  # what quoted text shows between parts
+_REMEMBERED = 256  # prompts, of up to 20 kB each: the negative one is nearly everyone's
 _NONE: Mapping[str, int] = MappingProxyType({})
 
 
@@ -70,8 +72,13 @@ class Tokenizer:
         self._comma_reach = min(_COMMA_REACH, self._room // 3)  # a small chunk goes no emptier than that
         self._vectors = {ids[0]: ids for ids in (self._vectors_of(*item) for item in embeddings.items())}
 
+        self._read_before = lru_cache(_REMEMBERED)(self._read)
+
     def __call__(self, text: str, *, syntax: Syntax = "a1111") -> Prompt:
         """Read `text`: its AUTOMATIC1111 syntax, or, if "plain", every character as it is written."""
+        return self._read_before(text, syntax)
+
+    def _read(self, text: str, syntax: Syntax) -> Prompt:
         parts = parse(text) if syntax == "a1111" else [[Span(text, 1.0)]]
         warnings = unsupported(text) if syntax == "a1111" else ()
         contents = [content for pieces in self._tokenize(parts) for content in self._split(pieces)]

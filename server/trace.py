@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ except ImportError:  # comes with the extra `cuda`; ranges cost next to nothing 
 
 _log = logging.getLogger(__name__)
 _HOST = "executor"
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,13 @@ class _Recording:
     def over(self) -> bool:
         return time.perf_counter() - self.began > self.seconds
 
+    @contextmanager
+    def mark(self, name: str, stream: Stream, lane: str) -> Iterator[None]:
+        """Have `stream` tell when it begins and ends what the body gives to it."""
+        begin = stream.record(timed=True)
+        yield
+        self.marks.append(_Mark(lane, name, begin, stream.record(timed=True)))
+
     def collect(self) -> None:
         """Read the times of what the device has done."""
         passed = [mark for mark in self.marks if mark.end.done()]
@@ -56,6 +64,25 @@ class _Recording:
             (mark.lane, mark.name, mark.begin.seconds_since(self.base), mark.end.seconds_since(self.base))
             for mark in passed
         ]
+
+
+@dataclass(slots=True)
+class _Span:
+    """A context manager of its own, not a generator: several are made for every step."""
+
+    trace: Trace
+    name: str
+    begin: float = 0.0
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+        if nvtx:
+            nvtx.push_range(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        if nvtx:
+            nvtx.pop_range()
+        self.trace.spent(self.name, self.begin)
 
 
 class Trace:
@@ -76,30 +103,19 @@ class Trace:
             self.began = time.perf_counter()
             self._recording = _Recording(self._path, base, self.began, self._seconds)
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def span(self, name: str) -> AbstractContextManager[None]:
         """What the executor's thread does in the body."""
-        begin = time.perf_counter()
-        if nvtx:
-            nvtx.push_range(name)
-        try:
-            yield
-        finally:
-            if nvtx:
-                nvtx.pop_range()
-            if self._recording:
-                began = self._recording.began
-                self._recording.spans.append((_HOST, name, begin - began, time.perf_counter() - began))
+        return _Span(self, name)
 
-    @contextmanager
-    def device(self, name: str, stream: Stream, *, lane: str) -> Iterator[None]:
+    def spent(self, name: str, begin: float) -> None:
+        """The executor's thread has done something since `begin`, on perf_counter's clock."""
+        if self._recording:
+            began = self._recording.began
+            self._recording.spans.append((_HOST, name, begin - began, time.perf_counter() - began))
+
+    def device(self, name: str, stream: Stream, *, lane: str) -> AbstractContextManager[None]:
         """What the device does of that which the body gives to `stream`."""
-        if not self._recording:
-            yield
-            return
-        begin = stream.record(timed=True)
-        yield
-        self._recording.marks.append(_Mark(lane, name, begin, stream.record(timed=True)))
+        return self._recording.mark(name, stream, lane) if self._recording else _NOTHING
 
     def collect(self) -> None:
         """Read what the device has passed; write the file when the time is over."""

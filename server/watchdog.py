@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 _LEAST = 10.0  # seconds; a busy machine may hold up anything for some
 _LOOK = 0.5  # seconds between looks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Limit:
-    deadline: float
+    """A context manager of its own, not a generator: one is made for every step."""
+
+    watchdog: Watchdog
     seconds: float
     what: object
+    deadline: float = 0.0
+
+    def __enter__(self) -> None:
+        self.deadline = time.monotonic() + self.seconds
+        self.watchdog.limited = self
+
+    def __exit__(self, *_: object) -> None:
+        self.watchdog.limited = None
 
 
 class Watchdog:
@@ -29,7 +39,7 @@ class Watchdog:
         """
         self._bite = bite
         self._patience = patience
-        self._limit: _Limit | None = None
+        self.limited: _Limit | None = None  # what is watched now
         self._closed = threading.Event()
 
     def start(self) -> None:
@@ -39,19 +49,13 @@ class Watchdog:
     def close(self) -> None:
         self._closed.set()
 
-    @contextmanager
-    def limit(self, expected: float, what: object) -> Iterator[None]:
+    def limit(self, expected: float, what: object) -> AbstractContextManager[None]:
         """Watch the body, which should take `expected` seconds; `what` is said of it if it does not end."""
-        seconds = max(self._patience * expected, _LEAST)
-        self._limit = _Limit(time.monotonic() + seconds, seconds, what)
-        try:
-            yield
-        finally:
-            self._limit = None
+        return _Limit(self, max(self._patience * expected, _LEAST), what)
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK):
-            limit = self._limit
+            limit = self.limited
             if limit and time.monotonic() > limit.deadline:
                 self._bite(f"{limit.what} took longer than {limit.seconds:.0f} s.")
                 return

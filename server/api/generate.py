@@ -6,8 +6,8 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, Literal, cast
+from collections.abc import AsyncIterator
+from typing import Literal, cast
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
@@ -21,7 +21,7 @@ from server.api.bodies import describe_body, problem, problem_response, read_bod
 from server.api.service import Accepted, Files, Service
 from server.errors import FieldError, InvalidRequest, NotAcceptable
 from server.images import ImageFormat
-from server.request import Completed, Ending, Event, Failed, Image, Request, Started, Stepped
+from server.request import Completed, Event, Failed, Image, Request, Started, Stepped
 from server.schemas import (
     GeneratedImage,
     GenerateRequest,
@@ -36,7 +36,6 @@ from server.schemas import (
 
 KEEPALIVE_SECONDS = 15.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_CLIENT_GONE = 499
 
 Answer = Literal["json", "events", "png", "jpeg", "webp"]
 _ANSWERS: dict[str, Answer] = {
@@ -75,7 +74,7 @@ def routes(service: Service) -> APIRouter:
             message = "One file holds one picture: ask for num_images 1, or for application/json."
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         image_format = body.image_format
-        accepted = await service.accept(body, request_id=_request_id(http))
+        accepted = await service.accept(body, request_id=_request_id(http), follows=answer == "events")
         del body  # megabytes, if it brought pictures, that need not wait for the answer
         if answer == "events":
             return _stream(service, accepted, image_format)
@@ -107,12 +106,12 @@ async def _answer(
 ) -> Response:
     """Wait for the pictures, and give up the rows at once when the caller is gone."""
     request = accepted.request
+    watching = asyncio.ensure_future(_cancel_when_gone(request, http))
     try:
-        ending = await _unless(accepted.ticket.ending(), _disconnected(http))
+        ending = await accepted.ticket.ending()
     finally:
+        watching.cancel()
         request.cancel()
-    if ending is None:
-        return Response(status_code=_CLIENT_GONE)
     if isinstance(ending, Failed):
         return problem_response(problem(ending.error), retry_after=ending.error.retry_after)
     bare = answer in images.FORMATS
@@ -128,20 +127,10 @@ async def _answer(
     return JSONResponse(document.model_dump(), headers=headers)
 
 
-async def _unless(wanted: Coroutine[Any, Any, Ending], interruption: Coroutine[Any, Any, None]) -> Ending | None:
-    """What `wanted` returns, or None if `interruption` ends first."""
-    tasks = (asyncio.ensure_future(wanted), asyncio.ensure_future(interruption))
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _disconnected(http: HttpRequest) -> None:
+async def _cancel_when_gone(request: Request, http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+    request.cancel()
 
 
 def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> StreamingResponse:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -52,16 +54,20 @@ class Service:
     executor: Executor
     metrics: Metrics
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
+    # No more of them than cores: most of their work is without the interpreter's lock, and none of it waits.
+    writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
-    async def accept(self, body: GenerateRequest, *, request_id: str | None) -> Accepted:
+    async def accept(self, body: GenerateRequest, *, request_id: str | None, follows: bool) -> Accepted:
         """Queue what `body` asks for. From here on the request has exactly one ending.
+
+        Only a caller who `follows` its steps hears of them.
 
         Raises:
             NotReady, InvalidRequest, QueueFull
         """
         if not self.executor.ready:
             raise NotReady(f"The server is not ready ({self.executor.state}): try again soon.", retry_after=5)
-        ticket = Ticket()
+        ticket = Ticket(follows=follows)
         take = partial(self.intake.request, body, ticket.hear, self.metrics.observe, request_id=request_id)
         if body.image is None:
             request = take()
@@ -73,8 +79,9 @@ class Service:
     async def write_files(self, completed: Completed, image_format: ImageFormat) -> Files:
         """Encode the pictures off the event loop."""
         started = time.perf_counter()
-        jobs = (run_in_threadpool(images.encode, image, image_format) for image in completed.images)
-        contents = tuple(await asyncio.gather(*jobs))
+        loop = asyncio.get_running_loop()
+        jobs = [loop.run_in_executor(self.writers, images.encode, image, image_format) for image in completed.images]
+        contents = tuple([await job for job in jobs])
         seconds = time.perf_counter() - started
         self.metrics.stage("image", seconds)
         return Files(contents, seconds)

@@ -6,18 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from server.request import Completed, Event, Failed, Request
+from server.request import Ending, Event, Request
 
 
 class Ticket:
-    """Carries a request's events into the event loop that made it."""
+    """Carries a request's events into the event loop that made it; where nobody follows its steps, only the ending."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, follows: bool) -> None:
+        self._follows = follows
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def hear(self, _request: Request, event: Event) -> None:
         """A listener for `Request`; callable from any thread."""
+        if not self._follows and not isinstance(event, Ending):
+            return  # each one told would wake the loop
         with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -30,12 +33,12 @@ class Ticket:
                 yield None
                 continue
             yield event
-            if isinstance(event, Completed | Failed):
+            if isinstance(event, Ending):
                 return
 
-    async def ending(self) -> Completed | Failed:
+    async def ending(self) -> Ending:
         """Wait for the end."""
         while True:
             event = await self._events.get()
-            if isinstance(event, Completed | Failed):
+            if isinstance(event, Ending):
                 return event

@@ -31,3 +31,12 @@ def test_png_loses_nothing() -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_the_same_pixels_give_the_same_bytes(image_format: ImageFormat) -> None:
     assert encode(gradient(), image_format) == encode(gradient(), image_format)
+
+
+def test_a_photograph_takes_no_more_room_than_at_the_usual_level() -> None:
+    """Which is what the quicker way of packing must not cost."""
+    dice = np.random.default_rng(0)
+    grain = gradient() // 2 + dice.integers(0, 8, (40, 64, 3), np.uint8)
+    usual = io.BytesIO()
+    PIL.Image.fromarray(grain).save(usual, "png")
+    assert len(encode(grain, "png")) <= len(usual.getvalue()) * 1.02

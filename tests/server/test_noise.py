@@ -50,3 +50,12 @@ def test_only_the_low_32_bits_of_a_seed_count() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed -1 is negative: choose one from 0 upwards"):
         NoiseGenerator(-1)
+
+
+def test_a_generator_begins_anew_whoever_drew_before() -> None:
+    """Twisters of generators that are gone are seeded again; those of the living are theirs alone."""
+    first = NoiseGenerator(3).randn((4, 16, 16))
+    NoiseGenerator(9).randn((17,))
+    again, other = NoiseGenerator(3), NoiseGenerator(9)
+    other.randn((5,))
+    np.testing.assert_array_equal(again.randn((4, 16, 16)), first)

@@ -124,6 +124,11 @@ def test_weights_lie_beside_their_tokens(reference: Reference, tokenizer: Tokeni
     assert chunk.weights == pytest.approx([*weights, *[1] * (TOKENS - len(weights))])
 
 
+def test_a_text_that_was_read_before_is_read_no_other_way(reference: Reference, tokenizer: Tokenizer) -> None:
+    plain, weighted = (tokenizer("(red:1.5)", syntax=syntax) for syntax in ("plain", "a1111"))
+    assert tokenizer("(red:1.5)", syntax="plain") == plain != weighted == reference.open()("(red:1.5)")
+
+
 def test_plain_text_is_read_as_it_is_written(reference: Reference, tokenizer: Tokenizer) -> None:
     text = r"(red:1.5) BREAK [a|b]\("
     prompt = tokenizer(text, syntax="plain")
