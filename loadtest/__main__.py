@@ -30,8 +30,10 @@ from engines.manifest import write_atomically
 from loadtest.client import Node, Unusable
 from loadtest.compare import compare, matches, too_short
 from loadtest.drive import Driver, measure_alone
+from loadtest.faces import FACES
 from loadtest.html import page, ratio, seconds
-from loadtest.mix import Entry, Mix, MixError, plain_entries, read_entries
+from loadtest.mix import Mix, MixError
+from loadtest.options import add_what, conflict, count, entries_of, number, positive
 from loadtest.record import Environment, Run, begin_run, now
 from loadtest.results import OUTCOMES, Load, Measured, Outcome, Point, Sent, Summary
 from loadtest.sweep import breaks, knee, next_rate
@@ -56,11 +58,10 @@ class Options:
     warm_up: float
     slo: float | None
     timeout: float
-    prompts: tuple[str, ...]
-    steps: int | None
-    mix: Path | None
+    face: str
     seed: int
     baseline: Path | None
+    what: argparse.Namespace  # of the options that say what is sent
 
     def load(self, *, rate: float | None = None, users: int | None = None) -> Load:
         return Load(rate=rate, users=users, warm_up=self.warm_up, seconds=self.duration)
@@ -111,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _measure(options: Options, run: Run) -> Found:
     """Everything that is asked of the server. Raises Unusable, MixError."""
-    async with Node(options.url, timeout=options.timeout) as node:
+    async with Node(options.url, timeout=options.timeout, face=FACES[options.face]) as node:
         await node.check_ready()
         models = await node.models()
-        mix = Mix(_entries(options, models), options.seed)
+        mix = Mix(entries_of(options.what, lambda: models[0]["examples"] if models else ()), options.seed)
         found = Found(run, models, await node.version(), mix, await measure_alone(node, mix))
         with (options.out / "requests.jsonl").open("w", encoding="utf-8") as file, _Watching(file) as watching:
             driver = Driver(node, mix, alone=found.alone, accepted=_accepted(options, found.alone), hear=watching.hear)
@@ -172,14 +173,6 @@ class _Watching:
         self._file.write(sent.model_dump_json() + "\n")
 
 
-def _entries(options: Options, models: Sequence[dict[str, Any]]) -> tuple[Entry, ...]:
-    """What is sent: a mix, prompts, or the served model's own examples."""
-    if options.mix:
-        return read_entries(options.mix.read_text(encoding="utf-8"))
-    prompts = options.prompts or tuple(models[0]["examples"][:8] if models else ()) or ("a picture",)
-    return plain_entries(prompts, steps=options.steps)
-
-
 def _accepted(options: Options, alone: Sequence[float]) -> tuple[float, ...]:
     return tuple(options.slo if options.slo is not None else _SLO * one for one in alone)
 
@@ -188,6 +181,7 @@ def _summary(options: Options, found: Found, earlier: tuple[Summary, list[Measur
     summary = Summary(
         run=found.run.model_copy(update={"ended": now(), "environment": _with_client(found.run)}),
         url=options.url,
+        face=options.face,
         server_version=found.server_version,
         models=found.models,
         seed=options.seed,
@@ -209,7 +203,8 @@ def _beside(
     pairs = list(matches(kept, loads))
     same_loads = all(one.point.load == other.point.load for one, other in pairs)
     notes = list(summary.notes)
-    if not same_loads or (before.seed, before.entries) != (summary.seed, summary.entries):
+    callers = [(one.face, one.seed, one.entries) for one in (before, summary)]
+    if not same_loads or callers[0] != callers[1]:
         notes.append("The earlier run had other callers.")
     if short := [later.point.load.label for one, later in pairs if too_short(one, later)]:
         notes.append(f"Too short to compare latencies at {', '.join(short)}: give it a longer --duration.")
@@ -294,8 +289,8 @@ def _options(words: Sequence[str]) -> Options:
         parser.error("say how much load: --rate R, --sweep or --users N")
     if given.sweep and given.baseline:
         parser.error("--baseline compares equal loads, and a sweep finds its own: give --rate in place of --sweep")
-    if given.mix and (given.prompt or given.steps):
-        parser.error("--mix says prompts and steps itself: leave out --prompt and --steps")
+    if wrong := conflict(given):
+        parser.error(wrong)
     return Options(
         url=given.url,
         out=given.out,
@@ -307,11 +302,10 @@ def _options(words: Sequence[str]) -> Options:
         warm_up=given.warm_up,
         slo=given.slo,
         timeout=given.timeout,
-        prompts=tuple(given.prompt),
-        steps=given.steps,
-        mix=given.mix,
+        face=given.face,
         seed=given.seed,
         baseline=given.baseline,
+        what=given,
     )
 
 
@@ -323,67 +317,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--baseline", type=Path, metavar="DIR", help="an earlier run's folder, to compare with")
     _add_load(parser.add_argument_group("how much"))
-    _add_what(parser.add_argument_group("what is sent"))
+    add_what(parser.add_argument_group("what is sent"))
     return parser
 
 
 def _add_load(group: argparse._ArgumentGroup) -> None:
     add, default = group.add_argument, "default: %(default)s"
     often = "may be given several times"
-    add("--rate", type=_positive, action="append", default=[], metavar="R", help=f"callers per second; {often}")
+    add("--rate", type=positive, action="append", default=[], metavar="R", help=f"callers per second; {often}")
     add(
         "--sweep",
         action="store_true",
         help="raise the rate, from --rate or a quarter of an idle server's, past the knee",
     )
     add("--factor", type=_above_one, default=1.5, help=f"by which a sweep raises it ({default})")
-    add("--users", type=_count, action="append", default=[], metavar="N", help=f"who wait for their pictures; {often}")
-    add("--duration", type=_positive, default=30, metavar="S", help=f"seconds of each load that count ({default})")
+    add("--users", type=count, action="append", default=[], metavar="N", help=f"who wait for their pictures; {often}")
+    add("--duration", type=positive, default=30, metavar="S", help=f"seconds of each load that count ({default})")
     add("--warm-up", type=_not_negative, default=5, metavar="S", help=f"seconds before those, of each load ({default})")
-    add("--slo", type=_positive, metavar="S", help="seconds within which an answer is good (default: 4 idle latencies)")
-    add("--timeout", type=_positive, default=120, metavar="S", help=f"after which the client gives up ({default})")
-
-
-def _add_what(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--prompt", action="append", default=[], help="may be given several times (default: the model's examples)")
-    add("--steps", type=_count, metavar="N", help="denoising steps (default: the model's)")
-    add("--mix", type=Path, metavar="FILE", help="JSON lines: fields of a request, and its weight if that is not 1")
-    add("--seed", type=_seed, default=0, help="of the callers and their pictures (default: %(default)s)")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda value: value > 0, "above 0")
+    add("--slo", type=positive, metavar="S", help="seconds within which an answer is good (default: 4 idle latencies)")
+    add("--timeout", type=positive, default=120, metavar="S", help=f"after which the client gives up ({default})")
 
 
 def _not_negative(text: str) -> float:
-    return _number(text, lambda value: value >= 0, "of 0 or more")
+    return number(text, lambda value: value >= 0, "of 0 or more")
 
 
 def _above_one(text: str) -> float:
-    return _number(text, lambda value: value > 1.05, "above 1.05")
-
-
-def _number(text: str, holds: Callable[[float], bool], bound: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not holds(value) or value == float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number {bound}")
-    return value
+    return number(text, lambda value: value > 1.05, "above 1.05")
 
 
 if __name__ == "__main__":

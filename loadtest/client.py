@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -11,25 +11,13 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.results import STAGES, Outcome, outcome_of
+from loadtest.faces import FACES, Answer, Face, Part, Reply, detail_of
 
 _ASKING = 10.0  # seconds for health, models and metrics
-_DETAIL = 500  # characters that are kept of what went wrong
 
 
 class Unusable(Exception):
     """The server cannot be measured; the message says what to do next."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a request ended."""
-
-    outcome: Outcome
-    status: int | None = None
-    retry_after: float | None = None
-    detail: str = ""
-    stages: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +31,10 @@ class Scrape:
 class Node:
     """A server. An async context manager."""
 
-    def __init__(self, url: str, *, timeout: float) -> None:
+    def __init__(self, url: str, *, timeout: float, face: Face = FACES["json"]) -> None:
         self.url = url.rstrip("/")
         self._timeout = timeout
+        self._face = face
         # As many connections as there are callers: waiting for one would be the client's queue, not the server's.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False)  # noqa: S113 - below
@@ -64,7 +53,7 @@ class Node:
         if reply.status_code == 404:
             raise Unusable(f"What answers at {self.url} is no latentd server: it has no /v2/health/ready.")
         if reply.status_code != 200:
-            raise Unusable(f"The server is not ready ({_detail(reply.content)}): wait until /v2/health/ready is 200.")
+            raise Unusable(f"The server is not ready ({detail_of(reply.content)}): wait until /v2/health/ready is 200.")
 
     async def models(self) -> list[dict[str, Any]]:
         reply = await self._ask("/models")
@@ -93,12 +82,18 @@ class Node:
         """One request to its end, whatever that is."""
         try:
             async with asyncio.timeout(self._timeout):
-                reply = await self._http.post("/generate", json=fields, headers={"Accept": "application/json"})
+                return self._face.answer(await self._post(fields))
         except TimeoutError:
             return Answer("client timeout", detail=f"no answer within {self._timeout:g} s")
         except httpx.HTTPError as error:
-            return Answer("failed", detail=f"{type(error).__name__}: {error}"[:_DETAIL])
-        return answer_of(reply.status_code, reply.headers, reply.content)
+            return Answer("failed", detail=f"{type(error).__name__}: {error}")
+
+    async def _post(self, fields: Mapping[str, Any]) -> Reply:
+        face, began = self._face, time.perf_counter()
+        headers = {"Accept": face.accept}
+        async with self._http.stream("POST", face.path, json=face.body(fields), headers=headers) as reply:
+            parts = [Part(time.perf_counter() - began, content) async for content in reply.aiter_bytes()]
+        return Reply(reply.status_code, reply.headers, parts)
 
     async def _ask(self, path: str) -> httpx.Response:
         try:
@@ -106,20 +101,6 @@ class Node:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise Unusable(f"No server answers at {self.url} ({reason}): start one, or check --url.") from None
-
-
-def answer_of(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
-    """What the server's answer says."""
-    if status != 200:
-        retry_after = _number(headers.get("retry-after"))
-        return Answer(outcome_of(status), status, retry_after, _detail(content))
-    try:
-        document = json.loads(content)
-        stages = {stage: float(document["timings"][stage]) for stage in STAGES}
-        whole = bool(document["images"])
-    except (ValueError, KeyError, TypeError):
-        return Answer(outcome_of(status, whole=False), status, detail="the answer has no pictures or no timings")
-    return Answer(outcome_of(status, whole=whole), status, stages=stages)
 
 
 def read_metrics(text: str) -> Scrape:
@@ -133,20 +114,3 @@ def read_metrics(text: str) -> Scrape:
             elif not sample.labels:
                 gauges[sample.name] = sample.value
     return Scrape(gauges, rows)
-
-
-def _detail(content: bytes) -> str:
-    """A problem's own words, or what there is instead."""
-    try:
-        text = json.loads(content)["detail"]
-    except (ValueError, KeyError, TypeError):
-        text = content.decode("utf-8", "replace")
-    return str(text)[:_DETAIL]
-
-
-def _number(text: str | None) -> float | None:
-    """Seconds; None for the dates that Retry-After may also say."""
-    try:
-        return max(float(text or ""), 0.0)
-    except ValueError:
-        return None

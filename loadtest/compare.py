@@ -14,7 +14,7 @@ from loadtest.results import Compared, Measured
 Floats = NDArray[np.float64]
 Pick = NDArray[np.int64]  # indices of stretches
 
-_MARGIN = 0.05  # of change that nobody minds
+MARGIN = 0.05  # of change that nobody minds
 _LEVEL = 99  # per cent of the resampled ratios lie in the interval: a run compares many figures
 _RESAMPLED = 1000
 # Latencies that follow each other are alike, so whole stretches of time are resampled, not requests: at most so many,
@@ -103,7 +103,7 @@ def _line(
         ratio=_ratio(new, old),
         low=low,
         high=high,
-        regressed=high < 1 - _MARGIN if more_is_better else low > 1 + _MARGIN,
+        regressed=high < 1 - MARGIN if more_is_better else low > 1 + MARGIN,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from loadtest.arrivals import poisson
 from loadtest.client import Node, Scrape, Unusable
+from loadtest.faces import Answer
 from loadtest.mix import Mix, abridged
 from loadtest.results import Load, Measured, Sample, Sent, rows_between, sum_up
 
@@ -20,7 +21,6 @@ Tell = Callable[[float], None]  # seconds into the load
 
 _SAMPLES = 240  # of the metrics in a load, at most
 _EVERY = 0.25  # seconds between them, at least
-_LONGEST_PAUSE = 5.0  # seconds that a user who was sent away waits
 _ALONE = 24  # requests for idle latencies, beside the first of each entry
 
 
@@ -103,11 +103,10 @@ class Driver:
         """One user, who asks again as soon as there is a picture, and after a pause where there is none."""
         while (due := under.now) < under.load.end:
             number = next(numbers)
-            sent = await self._send(under, Caller(number, due, self._mix.pick(number)))
-            if sent.outcome != "completed":
-                await asyncio.sleep(min(sent.retry_after or 1.0, _LONGEST_PAUSE))
+            answer = await self._send(under, Caller(number, due, self._mix.pick(number)))
+            await asyncio.sleep(answer.pause)
 
-    async def _send(self, under: _Under, caller: Caller) -> Sent:
+    async def _send(self, under: _Under, caller: Caller) -> Answer:
         fields = self._mix.fields(caller.entry, caller.number)
         began = under.now
         answer = await self._node.send(fields)
@@ -126,11 +125,12 @@ class Driver:
             retry_after=answer.retry_after,
             detail=answer.detail,
             stages=answer.stages,
+            first_step=None if answer.first_step is None else began + answer.first_step,
             fields=abridged(fields),
         )
         under.sent.append(sent)
         self._hear(sent)
-        return sent
+        return answer
 
     async def _watch(self, under: _Under, tell: Tell) -> None:
         every = max(_EVERY, under.load.end / _SAMPLES)

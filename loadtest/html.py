@@ -219,6 +219,8 @@ def _stages(sent: Sequence[Sent]) -> str:
         Series(name, steps([max(value, least) for value in values]), colour)
         for colour, (name, values) in enumerate(named.items(), 1)
     ]
+    if told := [one.to_first_step for one in done if one.to_first_step is not None]:
+        series.append(Series("first step", steps(told), 7, "dashes"))
     series.insert(0, Series("latency", steps([one.latency for one in done]), 0, "area"))
     x = over([at for one in series for at, _ in one.points], "seconds")
     return chart(x, Axis("share of requests", 0.0, 1.0), series)

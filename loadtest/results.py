@@ -57,6 +57,7 @@ class Sent(Fact):
     retry_after: float | None = None
     detail: str = ""
     stages: dict[str, float] | None = Field(default=None, description="seconds, by the server")
+    first_step: float | None = Field(default=None, description="when the first step was told of, where they are")
     fields: dict[str, Any]
 
     @property
@@ -67,6 +68,11 @@ class Sent(Fact):
     @property
     def late(self) -> float:
         return self.sent - self.due
+
+    @property
+    def to_first_step(self) -> float | None:
+        """From when it was due, as latency is."""
+        return None if self.first_step is None else self.first_step - self.due
 
     @property
     def rest(self) -> float:
@@ -106,6 +112,7 @@ class Point(Fact):
     goodput: float = Field(description="counted requests per second that were completed within what is accepted")
     outcomes: dict[Outcome, int]
     latency: Percentiles | None = Field(description="of the completed, from when they were due; None without any")
+    first_step: Percentiles | None = Field(default=None, description="until then, where steps were told of")
     slowdown: float | None = Field(description="99th percentile of latency over that of an idle server")
     late: Percentiles | None = Field(description="the client's own lateness")
     kept_up: bool = Field(description="the client was on time")
@@ -137,6 +144,7 @@ class Summary(Fact):
     format: Literal[1] = 1
     run: Run = Field(description="of the client: its command, machine and packages")
     url: str
+    face: str = Field(default="json", description="how pictures were asked for")
     server_version: str | None
     models: list[dict[str, Any]]
     seed: int
@@ -197,6 +205,7 @@ def sum_up(
         goodput=goodput([one.latency for one in done], [one.accepted for one in done], seconds=load.seconds),
         outcomes={outcome: tally[outcome] for outcome in OUTCOMES},
         latency=latency,
+        first_step=percentiles([one.to_first_step for one in done if one.to_first_step is not None]),
         slowdown=percentile([one.latency / one.alone for one in done], 99) if done else None,
         late=late,
         kept_up=late is None or late.p99 <= max(_ON_TIME, _ON_TIME_SHARE * (latency.p50 if latency else 0.0)),

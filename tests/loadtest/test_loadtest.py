@@ -15,9 +15,10 @@ import pytest
 
 import engines.demo
 from loadtest import __main__ as command
-from loadtest.client import answer_of, read_metrics
+from loadtest.client import read_metrics
 from loadtest.compare import compare, too_short
 from loadtest.drive import callers
+from loadtest.faces import FACES, Answer, Part, Reply, server_sent
 from loadtest.html import page
 from loadtest.mix import Entry, Mix, MixError, abridged, plain_entries, read_entries
 from loadtest.record import begin_run
@@ -129,20 +130,86 @@ def test_every_status_is_one_outcome(status: int, outcome: Outcome) -> None:
     assert outcome_of(status) == outcome
 
 
-def test_an_answer_without_pictures_has_failed() -> None:
-    timings = dict.fromkeys((*STAGES, "total"), 0.5)
-    whole = {"images": [{}], "timings": timings}
-    assert answer_of(200, {}, json.dumps(whole).encode()).stages == dict.fromkeys(STAGES, 0.5)
-    for content in (b"", b"[]", json.dumps({**whole, "images": []}).encode(), b'{"images": [1], "timings": {}}'):
-        assert answer_of(200, {}, content).outcome == "failed"
+WHOLE = {"images": [{}], "timings": dict.fromkeys((*STAGES, "total"), 0.5)}
+TIMING = ", ".join(f"{stage};dur=500.0" for stage in (*STAGES, "total"))
+PNG = b"\x89PNG\r\n\x1a\n and so on"
+
+
+def event(name: str, document: object) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(document)}\n\n".encode()
+
+
+def answer_of(face: str, status: int, *contents: bytes, **headers: str) -> Answer:
+    """To a request whose answer came in pieces, a second apart."""
+    parts = [Part(float(second), content) for second, content in enumerate(contents, 1)]
+    told = httpx.Headers({name.replace("_", "-"): value for name, value in headers.items()})
+    return FACES[face].answer(Reply(status, told, parts))
+
+
+@pytest.mark.parametrize(
+    ("face", "content"),
+    [("json", json.dumps(WHOLE).encode()), ("png", PNG), ("events", event("completed", WHOLE))],
+    ids=["json", "png", "events"],
+)
+def test_every_face_tells_the_stages(face: str, content: bytes) -> None:
+    answer = answer_of(face, 200, content[:9], content[9:], server_timing=TIMING)
+    assert (answer.outcome, answer.stages) == ("completed", dict.fromkeys(STAGES, 0.5))
+    assert answer.pause == 0
+
+
+@pytest.mark.parametrize(
+    ("face", "content"),
+    [
+        ("json", b""),
+        ("json", b"[]"),
+        ("json", json.dumps({**WHOLE, "images": []}).encode()),
+        ("json", b'{"images": [1], "timings": {}}'),
+        ("png", b"<html>"),
+        ("events", b""),
+        ("events", event("step", {"step": 1, "steps": 2})),
+        ("events", event("completed", {**WHOLE, "images": []})),
+        ("events", event("completed", WHOLE)[:-1]),  # cut off before it was whole
+    ],
+)
+def test_an_answer_without_pictures_has_failed(face: str, content: bytes) -> None:
+    assert answer_of(face, 200, content, server_timing=TIMING).outcome == "failed"
+
+
+def test_a_file_without_timings_has_failed() -> None:
+    assert answer_of("png", 200, PNG).outcome == "failed"
+    assert answer_of("png", 200, PNG, server_timing="queue;dur=1").outcome == "failed"
+
+
+def test_events_tell_when_the_first_step_was_done() -> None:
+    step = event("step", {"step": 1, "steps": 2})
+    answer = answer_of(
+        "events", 200, event("queued", {}), step[:5], step[5:] + b": ping\n\n", event("completed", WHOLE)
+    )
+    assert answer.first_step == 3.0
+    assert answer.outcome == "completed"
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "pause"), [(429, "refused", 1.0), (503, "not ready", 1.0), (500, "failed", 1.0)]
+)
+def test_an_error_among_events_is_judged_by_its_status(status: int, outcome: Outcome, pause: float) -> None:
+    problem = {"title": "Gone", "status": status, "detail": "The device is lost."}
+    answer = answer_of("events", 200, event("queued", {}), event("error", problem))
+    assert (answer.outcome, answer.status, answer.detail) == (outcome, status, "The device is lost.")
+    assert answer.pause == pause
+
+
+def test_lines_of_events_may_end_as_they_like() -> None:
+    parts = [Part(1.0, b": hello\r\n\r"), Part(2.0, b"\nevent: a\r\ndata: 1\r\ndata:2\r\n\r\n")]
+    assert list(server_sent(parts)) == [(2.0, "a", b"1\n2")]
 
 
 @pytest.mark.parametrize(
     ("told", "seconds"), [("3", 3.0), ("Wed, 21 Oct 2026 07:28:00 GMT", None), (None, None)], ids=["s", "date", "none"]
 )
 def test_a_refusal_keeps_what_the_server_said(told: str | None, seconds: float | None) -> None:
-    headers = httpx.Headers({"retry-after": told} if told else {})
-    answer = answer_of(429, headers, b'{"detail": "64 wait."}')
+    answer = answer_of("events", 429, b'{"detail": "64 wait."}', **({"retry_after": told} if told else {}))
+    assert answer.pause == (seconds or 1.0)
     assert (answer.outcome, answer.retry_after, answer.detail) == ("refused", seconds, "64 wait.")
 
 
@@ -396,6 +463,44 @@ def test_a_run_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def read_entries_of(out: Path) -> tuple[Entry, ...]:
     return Summary.model_validate_json((out / "summary.json").read_bytes()).entries
+
+
+@pytest.mark.parametrize("face", ["png", "events"])
+def test_a_run_that_asks_otherwise(face: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures come, stages are told, and a wrong mix is refused in the server's words all the same."""
+    with Serving(DEMO) as serving:
+        words = ["--url", serving.url, "--face", face, "--steps", "2", "--timeout", "60", "--out", str(tmp_path)]
+        assert command.main([*words, "--users", "2", "--warm-up", "0", "--duration", "1.5"]) == 0
+        mix = tmp_path / "mix.jsonl"
+        mix.write_text(json.dumps({"prompt": "a heart", "scheduler": "magic"}))
+        wrong = [
+            "--url",
+            serving.url,
+            "--face",
+            face,
+            "--users",
+            "1",
+            "--mix",
+            str(mix),
+            "--out",
+            str(tmp_path / "bad"),
+        ]
+        assert command.main(wrong) == 2
+    assert re.search(r"error: line 1: failed \(422\): .*magic", " ".join(capsys.readouterr().out.split()))
+    requests = [Sent.model_validate_json(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    summary = Summary.model_validate_json((tmp_path / "summary.json").read_bytes())
+    assert {one.outcome for one in requests} == {"completed"}
+    assert all(one.stages and one.stages["denoise"] > 0 for one in requests)
+    assert summary.face == face
+    assert ("first step" in (tmp_path / "report.html").read_text()) == (face == "events")
+    (found,) = summary.points
+    if face == "events":
+        assert found.first_step
+        assert found.latency
+        assert found.first_step.p50 < found.latency.p50
+        assert all(one.first_step and one.sent < one.first_step < one.ended for one in requests)
+    else:
+        assert found.first_step is None
 
 
 def test_a_run_in_which_nothing_came_through_is_still_told() -> None:

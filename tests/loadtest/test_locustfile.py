@@ -1,0 +1,149 @@
+"""Locust itself, in processes of its own: it patches the standard library of whoever imports it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engines.demo
+from tests.serving import Serving
+
+ROOT = Path(__file__).parents[2]
+DEMO = Path(engines.demo.__file__).parent
+PROMPT = "a red heart on a yellow background"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("locust") is None, reason="needs Locust: pip install -e '.[locust]'"
+)
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> Path:
+    path = tmp_path / "mix.jsonl"
+    entry = {"prompt": PROMPT, "num_inference_steps": 2}
+    path.write_text("\n".join(json.dumps({**entry, "scheduler": name}) for name in ("euler", "dpmpp_2m")))
+    return path
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603 - our own
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code, and what was said."""
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def counted(run: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Requests and failures by type and name, in Locust's own words once it has ended."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for line in json.loads(run.with_suffix(".json").read_text()):
+        found.setdefault(line["method"], {})[line["name"]] = (line["num_requests"], line["num_failures"])
+    return found
+
+
+def in_all(said: str) -> tuple[int, int]:
+    """Requests and failures, of the last table."""
+    requests, failures = re.findall(r"Aggregated +(\d+) +(\d+)\(", said)[-1]
+    return int(requests), int(failures)
+
+
+def completed(serving: Serving) -> float:
+    """Requests, by the server's own count."""
+    counts = serving.metrics().items()
+    return sum(value for name, value in counts if name.startswith("latentd_requests_total") and "completed" in name)
+
+
+def run_words(url: str, seconds: int = 3) -> list[str]:
+    return ["--host", url, "--users", "2", "--spawn-rate", "2", "--run-time", f"{seconds}s", "--stop-timeout", "60"]
+
+
+@pytest.mark.parametrize("face", ["json", "events"])
+def test_every_entry_is_counted_by_its_name(face: str, mix: Path, tmp_path: Path) -> None:
+    with Serving(DEMO) as serving:
+        words = [*run_words(serving.url), "--mix", str(mix), "--face", face, "--stages"]
+        code, said = end(start(*words, "--csv", str(tmp_path / "run"), "--json-file", str(tmp_path / "run")))
+        done = completed(serving)
+    assert code == 0, said
+    found = counted(tmp_path / "run")
+    assert found.keys() == {"POST", "stage"}
+    assert found["POST"].keys() <= {"line 1", "line 2"}
+    assert sum(count for count, _ in found["POST"].values()) == done > 0
+    assert not any(failures for _, failures in found["POST"].values())
+    assert found["stage"] == dict.fromkeys(("queue", "encode", "denoise", "decode", "image"), (done, 0))
+    assert "stage,denoise," in (tmp_path / "run_stats.csv").read_text()
+
+
+def test_workers_are_told_by_the_master_what_to_send(mix: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+    with Serving(DEMO) as serving:
+        words = [*run_words(serving.url), "--mix", str(mix), "--json-file", str(tmp_path / "run")]
+        bound = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+        master = start(*words, "--master", "--expect-workers", "1", *bound)
+        worker = start("--worker", "--master-host", "127.0.0.1", "--master-port", port)
+        code, said = end(master)
+        worker_code, worker_said = end(worker)
+        done = completed(serving)
+    assert code == 0, said
+    assert worker_code == 0, worker_said
+    asked = counted(tmp_path / "run")["POST"]
+    assert asked.keys() <= {"line 1", "line 2"}
+    assert 0 < sum(count for count, _ in asked.values()) <= done  # it ends without what workers are still asking for
+    assert not any(failures for _, failures in asked.values())
+
+
+def test_refusals_are_named_and_waited_for(mix: Path) -> None:
+    """Many users and a queue of one: most are sent away, and come back when the server said."""
+    users = 24
+    with Serving(DEMO, "--max-waiting", "1") as serving:
+        words = [*run_words(serving.url), "--users", str(users), "--spawn-rate", str(users), "--mix", str(mix)]
+        code, said = end(start(*words))
+        refused = serving.metrics()['latentd_requests_rejected_total{reason="QueueFull"}']
+    assert code == 1
+    assert "refused (429)" in said
+    assert in_all(said)[1] == refused > 0
+    assert refused <= users * 4  # a second's pause after each, in a run of three
+
+
+def test_a_server_that_breaks_makes_failures() -> None:
+    """Some pictures come before its device is lost; then its process ends."""
+    with Serving(DEMO, "is-lost", module="tests.broken_server") as serving:
+        words = [*run_words(serving.url, seconds=20), "--steps", "8"]
+        process = start(*words)
+        assert serving.process.wait(60) == 70
+        code, said = end(process)
+    assert code == 1, said
+    requests, failures = in_all(said)
+    assert 0 < failures < requests
+    assert "prompt 'a red heart on a yellow background'" in said  # of the model's examples
+    assert "not ready (503)" in said
+    assert "failed: ConnectionError" in said  # the process is gone then
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mix", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--mix", "x", "--steps", "3"], "--mix says prompts and steps itself"),
+        ([], "Say which server with --host"),
+        (["--host", "http://127.0.0.1:9"], "refused"),
+        (["--face", "smiling"], "invalid choice"),
+    ],
+)
+def test_what_cannot_be_sent_ends_it_at_once(words: list[str], message: str) -> None:
+    code, said = end(start(*words))
+    assert code == 2, said
+    assert message in said
