@@ -128,6 +128,19 @@ def write_checkpoint(folder: Path, *, layers_per_block: int) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    name_as_published(folder / "text_encoder" / "model.safetensors")
+
+
+def name_as_published(text_encoder: Path) -> None:
+    """Give weights the names that published checkpoints have, and that every reader knows.
+
+    Newer versions of transformers leave their first part out; those read both.
+    """
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415 - as above
+
+    first = "text_model."
+    named = {f"{first}{name.removeprefix(first)}": weight for name, weight in load_file(text_encoder).items()}
+    save_file(named, text_encoder, metadata={"format": "pt"})
 
 
 def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
