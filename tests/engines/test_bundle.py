@@ -48,7 +48,7 @@ def test_backends_share_the_graphs(several: Path) -> None:
     for name in GRAPHS:
         files = {build.engines[name].files for build in manifest.builds.values()}
         assert files == {manifest.graphs[name].onnx["fp32"].files}
-    assert len(list(several.rglob("*.onnx"))) == len(list(several.rglob("*.weights"))) == 4
+    assert len(list(several.rglob("*.onnx"))) == len(list(several.rglob("*.weights"))) == 5
 
 
 def test_verification_found_the_same_picture(several: Path) -> None:

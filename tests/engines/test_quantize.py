@@ -101,8 +101,14 @@ def steps(denoise: Loaded, prompts: tuple[str, ...], *, seed: int) -> Iterator[t
         coef = np.tile(way.matrix.astype(np.float32), (images, 1, 1))
         timestep = np.full(2 * images, way.timestep, np.float32)
         inputs = {**facts, "state": state, "timestep": timestep, "coef": coef}
-        state = denoise(inputs, {"state_next": state})["state_next"]
+        state = stepped(denoise, inputs)
         yield inputs, state
+
+
+def stepped(denoise: Loaded, inputs: dict[str, Array]) -> Array:
+    """The next state."""
+    features = np.empty((len(inputs["row_image"]), 64, *inputs["state"].shape[3:]), np.float32)
+    return denoise(inputs, {"state_next": inputs["state"], "features": features})["state_next"]
 
 
 def pictures(denoise: Loaded) -> Array:
@@ -142,7 +148,7 @@ def test_any_rows_and_sizes(exact: Loaded, int8: Loaded, images: int, rows: int,
         "scale": np.ones(images, np.float32),
         "coef": coef,
     }
-    expected, actual = (denoise(inputs, {"state_next": state})["state_next"] for denoise in (exact, int8))
+    expected, actual = (stepped(denoise, inputs) for denoise in (exact, int8))
     error = np.sqrt(((actual - expected) ** 2)[inputs["slot"], 0].mean())
     assert error < 0.2 * np.sqrt((expected**2)[inputs["slot"], 0].mean())
     resting = np.setdiff1d(np.arange(6), inputs["slot"])
@@ -153,7 +159,7 @@ def test_an_image_breaks_alone(int8: Loaded) -> None:
     inputs, state = next(steps(int8, DRAWN, seed=5))
     broken = inputs | {"state": inputs["state"].copy()}
     broken["state"][1, 0, 2, 3, 3] = np.nan
-    beside = int8(broken, {"state_next": state})["state_next"]
+    beside = stepped(int8, broken)
     np.testing.assert_array_equal(beside[[0, 2]], state[[0, 2]])
     assert not np.isfinite(beside[1, 0]).all()
 
@@ -190,7 +196,7 @@ def test_dimensions_still_vary(files: tuple[Path, ...]) -> None:
     names = {port.any_name: port.get_partial_shape().rank.get_length() for port in model.inputs}
     assert names.keys() >= {"state", "context", "timestep", "guidance", "coef"}
     assert all(port.get_partial_shape().is_dynamic for port in (*model.inputs, *model.outputs))
-    assert model.output().any_name == "state_next"
+    assert {port.any_name for port in model.outputs} == {"state_next", "features"}
 
 
 def test_nothing_is_printed_and_nothing_else_is_written(
@@ -199,7 +205,7 @@ def test_nothing_is_printed_and_nothing_else_is_written(
     out = tmp_path / "out"
     out.mkdir()
     quantize_step(small, out, small_trajectory())
-    assert sorted(path.name for path in out.iterdir()) == ["denoise.bin", "denoise.xml"]
+    assert sorted(path.name for path in out.iterdir()) == ["small.bin", "small.xml"]
     assert capfd.readouterr() == ("", "")
 
 
@@ -212,11 +218,11 @@ def test_an_interrupted_write_leaves_what_was_there(
 
     out = tmp_path / "out"
     out.mkdir()
-    (out / "denoise.bin").write_bytes(b"before")
+    (out / "small.bin").write_bytes(b"before")
     monkeypatch.setattr(openvino, "save_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize_step(small, out, small_trajectory())
-    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("denoise.bin", b"before")]
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("small.bin", b"before")]
 
 
 def test_what_is_missing_is_named(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from server import compiling
 from server.compiling import CompilingStopped, compile_missing
 
 RTX = "tensorrt_rtx"
-STARTED = "compiling encode_prompt for tensorrt_rtx, 1 of 4 engines"
+STARTED = "compiling encode_prompt for tensorrt_rtx, 1 of 5 engines"
 WAITS = "import os\nprint(os.getpid(), file=open('pid', 'w'), flush=True)\nwhile os.read(0, 1): pass\n"
 
 # A server as far as this goes: compiles the bundle it is given, and prints what it is told.
@@ -80,7 +80,7 @@ def test_engines_are_compiled_once_and_told_of(copied: Path, manifest_of_copy: M
     assert {engine.precision for engine in made.builds[RTX].engines.values()} == {"fp32"}  # all that the bundle holds
     assert told[0] == STARTED
     for position, graph in enumerate(GRAPHS, start=1):
-        of_graph = [text for text in told if text.startswith(f"compiling {graph} for {RTX}, {position} of 4 engines")]
+        of_graph = [text for text in told if text.startswith(f"compiling {graph} for {RTX}, {position} of 5 engines")]
         percents = [int(text.split()[-2]) for text in of_graph if text.endswith("%")]
         assert percents
         assert percents == sorted(percents)

@@ -115,7 +115,8 @@ def test_a_fault_nobody_expected_leaves_nobody_waiting(cpu: Machine) -> None:
 
     with cpu.running() as running:
         running.device.before("denoise", 3, fail)
-        crowd = [running.ask(num_inference_steps=50, num_images=2) for _ in range(6)]
+        with running.batcher._changed:  # all of them before the fault
+            crowd = [running.ask(num_inference_steps=50, num_images=2) for _ in range(6)]
         assert [asked.outcome() for asked in crowd] == ["NotReady"] * 6
         assert not running.executor.ready
     assert running.failures == [fault]
