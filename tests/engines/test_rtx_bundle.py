@@ -79,7 +79,7 @@ def test_precisions_share_the_weights(built: Path) -> None:
         assert {weight.data_location for weight in large} == {onnx.TensorProto.EXTERNAL}
         assert {weight.data_type for weight in large} == {onnx.TensorProto.FLOAT16}
     assert len(list(built.rglob("*.onnx"))) == 10
-    assert len(list(built.rglob("*.weights"))) == 4
+    assert len(list(built.rglob("*.weights"))) == 5
 
 
 def test_every_attention_and_group_norm_of_the_unet_is_fused(built: Path) -> None:
