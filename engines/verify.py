@@ -26,7 +26,7 @@ from engines.trajectory import Graphs, Inputs, Table, Trajectory, Walk, decode_i
 STEPS = 6  # of the trajectory that engines are compared on
 _TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1, "int8": 2.5e-1}  # largest error, relative to the range
 _ROUNDING = 2 / 255  # of pictures: a value between two levels may become either
-_IDENTICAL = 999.0  # dB
+IDENTICAL = 999.0  # dB, of equal pictures
 _POOLS = ("context", "features")  # that any row may look into
 
 
@@ -97,7 +97,7 @@ def tolerance(precision: Precision, outputs: Iterable[TensorSpec]) -> float:
 def psnr(picture: Array, expected: Array) -> float:
     """Peak signal-to-noise ratio of two uint8 pictures, dB."""
     error = float(np.mean((picture.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    return 10 * float(np.log10(255**2 / error)) if error else _IDENTICAL
+    return 10 * float(np.log10(255**2 / error)) if error else IDENTICAL
 
 
 def _cases(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engines.manifest import Size
 from loadtest.faces import FACES
 from loadtest.mix import Entry, plain_entries, read_entries
 
@@ -39,6 +41,12 @@ def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def size(text: str) -> Size:
+    if not (found := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write WIDTHxHEIGHT, such as 512x512")
+    return Size(width=int(found[1]), height=int(found[2]))
 
 
 def positive(text: str) -> float:

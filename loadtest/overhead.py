@@ -34,6 +34,7 @@ import engines.demo
 from engines.manifest import MANIFEST, Manifest, Size, write_atomically
 from loadtest.figures import Fact, Spread, percentile
 from loadtest.null_engine import NullDevice, waves
+from loadtest.options import count, positive, size
 from loadtest.record import Run, begin_run, now
 from loadtest.served import Served
 from loadtest.wire import Reply, ask, get, post
@@ -344,22 +345,21 @@ def _options(words: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(prog="python -m loadtest.overhead", description=(__doc__ or "").partition("\n")[0])
     add, default = parser.add_argument, "default: %(default)s"
     add("--out", type=Path, required=True, metavar="FILE", help="where the raw values go")
-    add("--rows", type=int, action="append", default=[], help="UNet rows in a step, often (default: the demo bundle's)")
-    add("--size", type=_size, metavar="WxH", help="of pictures (default: the demo bundle's)")
-    add("--users", type=int, default=32, help=f"who each wait for their picture ({default})")
-    add("--steps", type=int, default=20, help=f"of a request ({default})")
-    add("--seconds", type=float, default=10.0, help=f"of each closed loop that count ({default})")
+    add(
+        "--rows",
+        type=count,
+        action="append",
+        default=[],
+        help="UNet rows in a step (default: the demo bundle's)",
+    )
+    add("--size", type=size, metavar="WxH", help="of pictures (default: the demo bundle's)")
+    add("--users", type=count, default=32, help=f"who each wait for their picture ({default})")
+    add("--steps", type=count, default=20, help=f"of a request ({default})")
+    add("--seconds", type=positive, default=10.0, help=f"of each closed loop that count ({default})")
     add("--warm-up", type=float, default=2.0, help=f"seconds before those ({default})")
-    add("--runs", type=int, default=500, help=f"requests one after the other ({default})")
+    add("--runs", type=count, default=500, help=f"requests one after the other ({default})")
     given = parser.parse_args(words)
     return Options(**{**vars(given), "rows": tuple(given.rows)})
-
-
-def _size(text: str) -> Size:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 512x512.")
-    return Size(width=int(found[1]), height=int(found[2]))
 
 
 if __name__ == "__main__":

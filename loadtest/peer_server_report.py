@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from engines.verify import IDENTICAL
 from loadtest.html import seconds
-from loadtest.peer_server_results import SCENARIOS, SLO, YARDSTICK, Record, Result, Scenario
+from loadtest.peer_server_results import SCENARIOS, SLO, Record, Result, Scenario
 from loadtest.results import Point
 from loadtest.svg import Axis, Mark, Series, chart, over
 
@@ -91,10 +92,10 @@ def _about(record: Record, result: Result) -> Iterator[str]:
     yield seconds(result.ready_after) if result.ready_after else "–"
     yield seconds(record.mix(first.scenario).mean(first.alone)) if first else "–"
     yield f"{result.memory / 2**20:.0f} MiB" if result.memory else "–"
-    if result.server == YARDSTICK or not first:
+    if result.psnr is None:
         yield "–"
     else:
-        yield f"{result.psnr:.1f} dB" if result.psnr is not None else "the same"
+        yield "the same" if result.psnr == IDENTICAL else f"{result.psnr:.1f} dB"
 
 
 def _rows(record: Record, scenario: Scenario, titles: Sequence[tuple[str, str]]) -> Iterator[tuple[str, ...]]:

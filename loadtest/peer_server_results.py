@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -55,7 +54,7 @@ class Result(Fact):
         default=None, description="bytes at most, of all its processes; of a page they share, each counts its part"
     )
     psnr: float | None = Field(
-        default=None, description="dB, the least of a picture of each entry beside the yardstick's; None: bit for bit"
+        default=None, description="dB, the least of a picture of each entry beside the yardstick's; 999: bit for bit"
     )
     loads: tuple[Under, ...] = ()
     note: str = ""
@@ -105,11 +104,6 @@ def entries(scenario: Scenario, steps: int) -> tuple[Entry, ...]:
     """What callers ask for: all the same but for prompts and seeds, or several kinds of requests."""
     kinds = _MIXED if scenario == "mixed" else (_DEFAULTS,) * len(_PROMPTS)
     return tuple(_entry(kind, prompt, steps) for kind, prompt in zip(kinds, _PROMPTS, strict=True))
-
-
-def least(values: Sequence[float | None]) -> float | None:
-    """The least PSNR, where None is that of equal pictures."""
-    return min((value for value in values if value is not None), default=None)
 
 
 def _entry(kind: tuple[float, str, float, float], prompt: str, steps: int) -> Entry:

@@ -36,8 +36,10 @@ from rich.markup import escape
 
 from engines.manifest import write_atomically
 from engines.present import obstacle
+from engines.verify import psnr
 from loadtest.client import Node, Unusable
 from loadtest.drive import Driver, measure_alone
+from loadtest.options import count, positive
 from loadtest.peer_server_process import ROOT, Running, free_port
 from loadtest.peer_server_report import picture, table
 from loadtest.peer_server_results import (
@@ -50,7 +52,6 @@ from loadtest.peer_server_results import (
     Settings,
     Under,
     entries,
-    least,
 )
 from loadtest.record import begin_run, now
 from loadtest.results import Load, Sent
@@ -122,10 +123,10 @@ class Bench:
         log = self.options.out / f"{server.name}.log"
         try:
             with Running(self._command(server, port), port=port, log=log) as running:
-                psnr = self._compare(server, running.url)
+                alike = self._compare(server, running.url)
                 loads = asyncio.run(self._put_loads(server, running.url))
                 took = {"ready_after": running.ready_after, "memory": running.memory or None}
-                return Result(server=server.name, run=run, psnr=psnr, loads=loads, **took)
+                return Result(server=server.name, run=run, psnr=alike, loads=loads, **took)
         except (Unusable, httpx.HTTPError) as error:
             return Result(server=server.name, run=run, note=str(error) or type(error).__name__)
 
@@ -152,7 +153,7 @@ class Bench:
 
     def _compare(self, server: Server, url: str) -> float | None:
         """Draw a picture of each entry: the yardstick's are kept, and the least PSNR beside them is told."""
-        found: list[float | None] = []
+        found: list[float] = []
         with httpx.Client(base_url=url, timeout=_WAIT, trust_env=False) as client:
             for scenario in self.options.scenarios:
                 for number, entry in enumerate(self.record.scenarios[scenario]):
@@ -161,8 +162,8 @@ class Bench:
                         self.pictures[scenario, number] = pixels
                         write_atomically(self._picture(scenario, number), _file_of(pixels))
                     else:
-                        found.append(_psnr(pixels, self._yardstick(scenario, number)))
-        return least(found)
+                        found.append(psnr(pixels, self._yardstick(scenario, number)))
+        return min(found, default=None)
 
     def _yardstick(self, scenario: Scenario, number: int) -> Pixels:
         if (scenario, number) not in self.pictures:
@@ -300,12 +301,6 @@ def _file_of(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def _psnr(one: Pixels, other: Pixels) -> float | None:
-    """dB; None for equal pictures."""
-    error = float(np.mean((one - other) ** 2))
-    return 10 * float(np.log10(255**2 / error)) if error else None
-
-
 def _writer(file: TextIO) -> Callable[[Sent], None]:
     def hear(sent: Sent) -> None:
         file.write(sent.model_dump_json() + "\n")
@@ -330,13 +325,17 @@ def _options(words: Sequence[str]) -> Options:
     add("--peers-python", default=sys.executable, metavar="PATH", help="interpreter that has the peers' packages")
     add("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="what is asked (default: both)")
     shares = "callers, as shares of what the yardstick draws one after the other"
-    add("--rate", nargs="+", type=_positive, default=[0.5, 1.0, 2.0], metavar="R", help=f"{shares}; {default}")
-    add("--duration", type=_positive, default=40.0, metavar="S", help=f"seconds of each rate that count; {default}")
-    add("--warm-up", type=_positive, default=3.0, metavar="S", help=f"seconds before them; {default}")
+    add("--rate", nargs="+", type=positive, default=[0.5, 1.0, 2.0], metavar="R", help=f"{shares}; {default}")
+    add("--duration", type=positive, default=40.0, metavar="S", help=f"seconds of each rate that count; {default}")
+    add("--warm-up", type=positive, default=3.0, metavar="S", help=f"seconds before them; {default}")
     add(
-        "--steps", type=int, default=20, metavar="N", help=f"of a request; a mix has half and one and a half; {default}"
+        "--steps",
+        type=count,
+        default=20,
+        metavar="N",
+        help=f"of a request; a mix has half and half more; {default}",
     )
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help=f"of each server; {default}")
+    add("--threads", type=count, default=len(os.sched_getaffinity(0)), metavar="N", help=f"of each server; {default}")
     add("--seed", type=int, default=0, help=f"of the callers; {default}")
     add("--resume", action="store_true", help="keep what DIR holds, and measure what is missing there")
     given = parser.parse_args(words)
@@ -350,13 +349,6 @@ def _options(words: Sequence[str]) -> Options:
     )
     scenarios = tuple(scenario for scenario in SCENARIOS if scenario in given.scenario)
     return Options(given.out, tuple(given.only), given.peers_python, scenarios, given.resume, settings)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
 
 
 if __name__ == "__main__":

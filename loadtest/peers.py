@@ -34,6 +34,7 @@ from rich.table import Table
 
 from engines.base import EngineError
 from engines.manifest import BundleError, Manifest, write_atomically
+from loadtest.options import count, size
 from loadtest.peer_processes import ROOT, Pipeline, Running, Server, Wish, complaint_in
 from loadtest.peer_report import EAGER, FULL_EAGER, Record, Settings, Turn, cells, measured, page
 from loadtest.record import begin_run, now
@@ -408,7 +409,7 @@ def _options(words: Sequence[str]) -> Options:
     by_name = {one.name: one for one in CONTESTANTS}
     if unknown := set(given.only) - set(by_name):
         parser.error(f"there is no {', '.join(sorted(unknown))}: {', '.join(by_name)}")
-    sizes = {size: given.steps or _STEPS.get(size, max(_STEPS.values())) for size in given.size or _STEPS}
+    sizes = {size: given.steps or _STEPS.get(size, max(_STEPS.values())) for size in map(str, given.size or _STEPS)}
     return Options(
         out=given.out,
         models=given.models or given.out / "models",
@@ -441,33 +442,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="an interpreter with what loadtest/peers.txt lists",
     )
-    add("--size", type=_size, action="append", metavar="WxH", help="repeatable (default: 256x256 and 512x512)")
-    add("--steps", type=_positive, metavar="N", help="at every size (default: 8, and 4 at 512x512)")
-    add("--repeats", type=_positive, default=2, metavar="K", help=f"pictures of each turn ({default})")
+    add("--size", type=size, action="append", metavar="WxH", help="repeatable (default: 256x256 and 512x512)")
+    add("--steps", type=count, metavar="N", help="at every size (default: 8, and 4 at 512x512)")
+    add("--repeats", type=count, default=2, metavar="K", help=f"pictures of each turn ({default})")
     add(
         "--rounds",
-        type=_positive,
+        type=count,
         default=1,
         metavar="N",
         help=f"turns of each, and everyone before a second ({default})",
     )
-    add("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help=f"of each contestant ({default})")
+    add("--threads", type=count, default=len(os.sched_getaffinity(0)), help=f"of each contestant ({default})")
     add("--prompt", action="append", metavar="TEXT", help="repeatable; pictures take them in turns")
     add("--resume", action="store_true", help="keep what was measured, and go on")
     add("--prepare", action="store_true", help="make models that are missing, and measure nothing")
     return parser
-
-
-def _size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{1,3}x[1-9]\d{1,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write WIDTHxHEIGHT, such as 512x512")
-    return text
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ from rich.progress import track
 from rich.table import Table
 
 from engines.manifest import write_atomically
+from engines.verify import psnr
 from loadtest.record import Run, begin_run, now
 
 Picture = NDArray[np.uint8]  # [H, W, 3]
 
 _WINDOW, _SPREAD = 11, 1.5  # pixels, of the Gaussian that SSIM looks through
 _SCHEDULERS, _STEPS = ("dpmpp_2m", "euler", "ddim"), (20, 50)
-_IDENTICAL = 99.0  # dB, in place of infinity
 
 
 class Pair(BaseModel):
@@ -43,7 +43,7 @@ class Pair(BaseModel):
     prompt: str
     seed: int
     seconds: tuple[float, float]  # of the steps, as the server times them
-    psnr: float  # dB
+    psnr: float  # dB; 999 where the pictures are identical
     ssim: float
 
 
@@ -112,12 +112,6 @@ def table(report: Report) -> Table:
             f"{min(likeness):.3f}",
         )
     return made
-
-
-def psnr(picture: Picture, other: Picture) -> float:
-    """Peak signal-to-noise ratio, dB."""
-    error = float(np.mean((picture.astype(np.float64) - other) ** 2))
-    return min(10 * float(np.log10(255**2 / error)), _IDENTICAL) if error else _IDENTICAL
 
 
 def ssim(picture: Picture, other: Picture) -> float:

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     cache: Cache = Field(
         "off",
         description="what requests get that do not say: fast reuses deep features of the UNet between steps, which is "
-        "twice as quick and changes pictures a little",
+        "quicker and changes pictures a little",
     )
     max_waiting: int = Field(
         64,

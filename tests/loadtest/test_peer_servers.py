@@ -17,7 +17,7 @@ from loadtest import peer_servers as command
 from loadtest.client import Unusable
 from loadtest.drive import callers
 from loadtest.peer_server_process import Running, free_port
-from loadtest.peer_server_results import SLO, Record, Result, Settings, Under, entries, least
+from loadtest.peer_server_results import SLO, Record, Result, Settings, Under, entries
 from loadtest.results import Load, Sent
 
 NAMES = ["fastapi", "litserve", "onnxruntime"]
@@ -36,11 +36,6 @@ def test_a_mix_asks_what_the_peers_know() -> None:
     pipeline = pytest.importorskip("loadtest.peer_server_pipeline", exc_type=ImportError)
     for entry in (*entries("same", 20), *entries("mixed", 20)):
         assert pipeline.Body(seed=0, **entry.fields).scheduler in pipeline.SCHEDULERS
-
-
-def test_equal_pictures_are_no_bound() -> None:
-    assert least([None, 50.0, 40.0]) == 40.0
-    assert least([None, None]) is None
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
