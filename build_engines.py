@@ -26,7 +26,7 @@ from engines import checkpoint
 from engines.base import BACKENDS, ON_CPU, EngineError
 from engines.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
 from engines.checkpoint import Embedding, Lora, Origin, count_parameters
-from engines.compile import compile_backend, has_bf16, precisions, typed_graphs
+from engines.compile import compile_backend, precisions, prefers_bf16, typed_graphs
 from engines.console import (
     BuildFeed,
     BuildLog,
@@ -37,7 +37,7 @@ from engines.console import (
     summary_table,
     terminal,
 )
-from engines.manifest import Manifest, Size, Typed
+from engines.manifest import Manifest, Size
 from engines.present import check_fits, choose, obstacle
 from engines.trajectory import Table
 from engines.verify import STEPS, VerificationError, verify
@@ -121,14 +121,12 @@ def _find(arguments: argparse.Namespace, progress: BuildShow) -> Origin:
 
 def _wanted(arguments: argparse.Namespace, origin: Origin) -> Wanted:
     backends = arguments.backend or ["tensorrt"]
-    prefers_bf16 = origin.facts.prefers_bf16
-    typed: set[Typed] = {
-        one for backend in backends for one in typed_graphs(backend, arguments.precision, prefers_bf16=prefers_bf16)
-    }
+    bf16 = origin.facts.prefers_bf16
+    typed = (typed_graphs(backend, arguments.precision, prefers_bf16=bf16) for backend in backends)
     halved = not set(backends) & set(ON_CPU) and arguments.precision != "fp32"
     return Wanted(
         weights=arguments.weights or stored(arguments.out) or ("fp16" if halved else "fp32"),
-        typed=tuple(sorted(typed)),
+        typed=tuple(sorted(set().union(*typed))),
         name=arguments.name,
         resolutions=tuple(arguments.resolution),
         rows=arguments.rows,
@@ -145,7 +143,7 @@ def _compile(arguments: argparse.Namespace, progress: BuildShow, console: Consol
     asked = {"resolutions": arguments.resolution, "rows": arguments.rows, "decode_batch": arguments.decode_batch}
     manifest = reshaped(manifest, **{fact: tuple(v) if isinstance(v, list) else v for fact, v in asked.items() if v})
     for backend in arguments.backend:
-        chosen = precisions(backend, arguments.precision, prefers_bf16=has_bf16(manifest))
+        chosen = precisions(backend, arguments.precision, prefers_bf16=prefers_bf16(manifest))
         console.print(plan_table(backend, manifest, chosen, manifest.parameters))
     _compile_each(manifest, arguments, progress, console)
 
@@ -378,7 +376,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "fp16", "bf16", "int8"),
         help="what the engines compute in (default: fp16 on GPUs, bf16 for SD 2.x there, fp32 on CPUs; "
-        "int8 is for openvino)",
+        "openvino has bf16 and int8 too)",
     )
     parser.add_argument("--force", action="store_true", help="do everything anew")
 

@@ -41,7 +41,7 @@ class Wanted:
     """What a bundle shall be. None and the empty leave it to the checkpoint, or to what the bundle already says."""
 
     weights: Storage
-    typed: tuple[Typed, ...]
+    typed: tuple[tuple[GraphName, Typed], ...]  # graphs, beside FP32
     rows: tuple[int, ...]
     decode_batch: int
     name: str | None = None
@@ -142,9 +142,8 @@ def _earlier(out: Path, key: str) -> Manifest | None:
     return None
 
 
-def _missing(manifest: Manifest, typed: Sequence[Typed]) -> list[Typed]:
-    """BF16 is asked of the UNet alone."""
-    return [precision for precision in typed if precision not in manifest.graphs["denoise"].onnx]
+def _missing(manifest: Manifest, typed: Sequence[tuple[GraphName, Typed]]) -> bool:
+    return any(precision not in manifest.graphs[name].onnx for name, precision in typed)
 
 
 def _described(manifest: Manifest, wanted: Wanted) -> Manifest:

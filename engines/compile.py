@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
-from engines.base import Array, EngineError
+from engines.base import ON_CPU, Array, EngineError
 from engines.manifest import (
     GRAPHS,
     STEPS,
@@ -38,7 +38,7 @@ _OFFERED: Mapping[str, tuple[Precision, ...]] = {
     "tensorrt": ("fp16", "bf16", "fp32"),
     "tensorrt_rtx": ("fp16", "bf16", "fp32"),
     "onnxruntime_cuda": ("fp16", "fp32"),
-    "openvino": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
     "onnxruntime": ("fp32",),
 }
 
@@ -51,32 +51,42 @@ def check_precision(backend: str, precision: Precision | None) -> None:
         raise EngineError(f"{backend} computes in {' or '.join(offered)}, not in {precision}.{hint}")
 
 
-def typed_graphs(backend: str, precision: Precision | None, *, prefers_bf16: bool) -> tuple[Typed, ...]:
-    """The precisions, beside FP32, in which the ONNX graphs are needed."""
-    check_precision(backend, precision)
-    chosen = precision or _default(backend, prefers_bf16=prefers_bf16)
-    return tuple(one for one in get_args(Typed) if one == chosen and one != "fp32")
-
-
-def _default(backend: str, *, prefers_bf16: bool) -> Precision:
-    offered = _OFFERED[backend]
-    return "bf16" if prefers_bf16 and "bf16" in offered else offered[0]
-
-
 def precisions(backend: str, precision: Precision | None, *, prefers_bf16: bool) -> dict[GraphName, Precision]:
     """What each engine of `backend` will compute in. Raises EngineError where it cannot.
 
-    BF16 and INT8 are for the UNet; the text encoder and the VAE take what those fall back to.
+    BF16 and INT8 are for what takes the time, which on a CPU is the VAE's decoder too. The rest takes what is nearest:
+    FP16 on GPUs, whose range it stays within and whose digits it keeps, FP32 on CPUs.
     """
     check_precision(backend, precision)
     chosen = precision or _default(backend, prefers_bf16=prefers_bf16)
-    beside: Precision = "fp16" if chosen == "bf16" else "fp32" if chosen == "int8" else chosen
-    return {name: chosen if name in STEPS else beside for name in GRAPHS}
+    if chosen in ("fp32", "fp16"):
+        return dict.fromkeys(GRAPHS, chosen)
+    if backend in ON_CPU:
+        return {name: chosen if name in (*STEPS, "decode") else "fp32" for name in GRAPHS}
+    return {name: chosen if name in STEPS else "fp16" for name in GRAPHS}
 
 
-def has_bf16(manifest: Manifest) -> bool:
-    """Whether the UNet was exported in BF16, which is done where FP16 would not hold it."""
-    return "bf16" in manifest.graphs["denoise"].onnx
+def typed_graphs(backend: str, precision: Precision | None, *, prefers_bf16: bool) -> set[tuple[GraphName, Typed]]:
+    """The graphs that are needed in another precision than FP32, each with that precision. Raises EngineError."""
+    chosen = precisions(backend, precision, prefers_bf16=prefers_bf16)
+    return {(name, typed) for name, one in chosen.items() if (typed := _typed(one)) != "fp32"}
+
+
+def _typed(precision: Precision) -> Typed:
+    """The precision of the ONNX graph that an engine is made of: INT8 is made of FP32."""
+    return "fp32" if precision == "int8" else precision
+
+
+def _default(backend: str, *, prefers_bf16: bool) -> Precision:
+    """BF16 where the model asks for it, on GPUs alone: CPUs lack no range in FP32."""
+    offered = _OFFERED[backend]
+    return "bf16" if prefers_bf16 and "bf16" in offered and backend not in ON_CPU else offered[0]
+
+
+def prefers_bf16(manifest: Manifest) -> bool:
+    """Whether the UNet was exported in BF16 for the lack of range in FP16, in which case there is no FP16."""
+    typed = manifest.graphs["denoise"].onnx
+    return "bf16" in typed and "fp16" not in typed
 
 
 def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
@@ -95,7 +105,7 @@ def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
         EngineError: the backend is not installed, does not compile on this machine, or the graphs it needs are missing.
     """
     made = _Compiler(manifest, bundle, backend, table, progress)
-    chosen = precisions(backend, precision, prefers_bf16=has_bf16(manifest))
+    chosen = precisions(backend, precision, prefers_bf16=prefers_bf16(manifest))
     engines = {name: made.engine(name, chosen[name], force=force) for name in GRAPHS}
     earlier = manifest.builds.get(backend)
     if earlier and _unverified(earlier.engines) == _unverified(engines):
@@ -143,7 +153,7 @@ class _Compiler:
         return Compiled(files=onnx.files, precision=precision, key=key, seconds=0, memory=0)
 
     def _onnx(self, name: GraphName, precision: Precision) -> Onnx:
-        typed = "fp32" if precision == "int8" else precision
+        typed = _typed(precision)
         try:
             return self._manifest.graphs[name].onnx[typed]
         except KeyError:
@@ -195,19 +205,19 @@ class _Compiler:
         )
 
     @cached_property
-    def _trajectories(self) -> dict[GraphName, list[dict[str, Array]]]:
+    def _recordings(self) -> dict[GraphName, list[dict[str, Array]]]:
         """What INT8 is calibrated on: minutes of work, for all that asks for it."""
         return recorded(self._manifest, self._bundle, self._table(self._manifest, CALIBRATION_STEPS), self._progress)
 
     def _quantized(self, name: GraphName, precision: Precision, onnx: Onnx) -> Compiled:
-        from engines.quantize import quantize_step  # noqa: PLC0415 - seconds of imports, for those who ask for it
+        from engines.quantize import quantize  # noqa: PLC0415 - seconds of imports, for those who ask for it
 
         out = self._bundle / "engines" / self._backend
         out.mkdir(parents=True, exist_ok=True)
-        trajectory = self._trajectories[name]
+        recording = self._recordings[name]
         began = time.monotonic()
         with self._progress.stage(f"quantizing {name}"):
-            paths = quantize_step(self._bundle / onnx.files[0].path, out, trajectory)
+            paths = quantize(self._bundle / onnx.files[0].path, out, recording)
         return Compiled(
             files=tuple(File.of(path, root=self._bundle) for path in paths),
             precision=precision,

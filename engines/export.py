@@ -14,7 +14,6 @@ from engines.load import Modules, load_tokenizer
 from engines.manifest import (
     GRAPHS,
     MANIFEST,
-    STEPS,
     File,
     Graph,
     GraphName,
@@ -40,12 +39,12 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     out: Path,
     *,
     storage: Storage,
-    typed: Sequence[Typed],
+    typed: Sequence[tuple[GraphName, Typed]],
     size: Size,
     known: dict[GraphName, Graph],
     progress: Progress,
 ) -> dict[GraphName, Graph]:
-    """Write every graph in FP32 and in each of `typed` to folder `out`, but for those that `known` has.
+    """Write every graph in FP32, and those of `typed` in that precision, to folder `out`, but for what `known` has.
 
     What computes in FP16 is first seen to stay within its range at `size`.
 
@@ -54,9 +53,10 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     """
     traced = traced_graphs(modules, checkpoint.latent, checkpoint.context)
     exports = {name: _Export(name, traced[name], out, progress) for name in GRAPHS}
+    wanted = {name: [precision for graph, precision in typed if graph == name] for name in GRAPHS}
     for name, one in exports.items():
-        one.refuse_overflow(known.get(name), typed, size)  # of all, before minutes go into the first
-    return {name: one.every_precision(known.get(name), storage, typed) for name, one in exports.items()}
+        one.refuse_overflow(known.get(name), wanted[name], size)  # of all, before minutes go into the first
+    return {name: one.every_precision(known.get(name), storage, wanted[name]) for name, one in exports.items()}
 
 
 def export_tokenizer(checkpoint: Checkpoint, words: Sequence[Word], out: Path) -> Tokenizer:
@@ -84,7 +84,7 @@ class _Export:
 
     def refuse_overflow(self, known: Graph | None, typed: Sequence[Typed], size: Size) -> None:
         """Raise ExportError if what is to be computed in FP16 leaves its range at `size`."""
-        if "fp16" not in self._wanted(typed) or (known and "fp16" in known.onnx):
+        if "fp16" not in typed or (known and "fp16" in known.onnx):
             return
         latent = self._traced.latent
         shape = {"h": size.height // latent.downscale, "w": size.width // latent.downscale}
@@ -100,16 +100,10 @@ class _Export:
 
     def every_precision(self, known: Graph | None, storage: Storage, typed: Sequence[Typed]) -> Graph:
         onnx: dict[Typed, Onnx] = dict(known.onnx) if known else {"fp32": self._reference(storage)}
-        for precision in self._wanted(typed):
+        for precision in typed:
             if precision not in onnx:
                 onnx[precision] = self._typed(precision)
         return Graph(inputs=self._traced.inputs, outputs=self._traced.outputs, onnx=onnx)
-
-    def _wanted(self, typed: Sequence[Typed]) -> list[Typed]:
-        """BF16 is for the UNet's range; the text encoder and the VAE stay within FP16's, and keep its digits."""
-        if self._name in STEPS:
-            return [precision for precision in typed if precision != "fp32"]
-        return ["fp16"] if set(typed) - {"fp32"} else []
 
     def _path(self, precision: Typed) -> Path:
         suffix = "" if precision == "fp32" else f".{precision}"

@@ -1,11 +1,13 @@
-"""The step graphs in INT8 for OpenVINO: its weights everywhere, and the arithmetic of most convolutions.
+"""Graphs in INT8 for OpenVINO: their weights everywhere, and the arithmetic of most convolutions and linear layers.
 
-Convolutions are where a UNet spends its time, and normalised activations suit eight bits. What reaches into the latents
-themselves, or sums up without a norm in between, keeps floating-point activations, as attention and guidance do.
+Those are where a UNet and a decoder spend their time, and normalised activations suit eight bits. What reaches into
+the latents themselves, or sums up without a norm in between, keeps floating-point activations, as attention and
+guidance do.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,27 +20,31 @@ from engines.base import Array, EngineError
 from engines.manifest import settle
 from engines.openvino import openvino
 
+_NORMS = ("MVN", "GroupNormalization")
+_TRANSFORMER = ".transformer_blocks."
+_OF_PROMPT = (".attn2.to_k.", ".attn2.to_v.")
+
 Model = Any  # an openvino.Model, which ships no types
 
 
-def quantize_step(onnx: Path, out: Path, trajectory: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
+def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
     """Write an .xml and a .bin by the name of `onnx` to folder `out`: that FP32 graph with its weights in INT8.
 
-    `trajectory` holds every input of the graph, by name, at each step of pictures in the making: the activations seen
-    there set the ranges of eight bits. Dimensions that vary still do.
+    `recording` holds every input of the graph, by name, each time it is called for pictures in the making: the
+    activations seen there set the ranges of eight bits. Dimensions that vary still do.
 
     Raises:
-        EngineError: NNCF is not installed, the graph cannot be read, or the trajectory is empty or not of this graph.
+        EngineError: NNCF is not installed, the graph cannot be read, or the recording is empty or not of this graph.
     """
     model = _read(onnx)
-    _check(trajectory, model)
-    convolutions = _robust_convolutions(model)
+    _check(recording, model)
+    robust = [*_robust_convolutions(model), *_robust_linears(model)]
     try:
         with _quiet_nncf() as nncf:
-            model = _compressed(nncf, model, convolutions)
-            model = _calibrated(nncf, model, convolutions, trajectory)
+            model = _compressed(nncf, model, robust)
+            model = _calibrated(nncf, model, robust, recording)
     except RuntimeError as error:
-        raise EngineError(f"{onnx} cannot be calibrated on this trajectory: {error}") from error
+        raise EngineError(f"{onnx} cannot be calibrated on this recording: {error}") from error
     return _write(model, out / onnx.stem)
 
 
@@ -49,25 +55,26 @@ def _read(onnx: Path) -> Model:
         raise EngineError(f"OpenVINO cannot read {onnx}: {error}") from error
 
 
-def _check(trajectory: Sequence[Mapping[str, Array]], model: Model) -> None:
-    if not trajectory:
-        raise EngineError("There is no trajectory to calibrate INT8 on: record the inputs of at least one picture.")
+def _check(recording: Sequence[Mapping[str, Array]], model: Model) -> None:
+    if not recording:
+        raise EngineError("There is nothing to calibrate INT8 on: record the inputs of at least one picture.")
     names = {port.any_name for port in model.inputs}
-    for inputs in trajectory:
+    for inputs in recording:
         if names != inputs.keys():
-            raise EngineError(
-                f"This graph takes {sorted(names)}, the trajectory has {sorted(inputs)}: record it again."
-            )
+            raise EngineError(f"This graph takes {sorted(names)}, the recording has {sorted(inputs)}: record it again.")
 
 
 def _robust_convolutions(model: Model) -> list[str]:
     """Names of the convolutions that may compute in eight bits, in the order in which they run.
 
-    Not the first and the last, which read and write latents, nor the shortcuts, which read the sum of all that went
-    before them: a twentieth of the work, and half of the error.
+    Not those that read latents before the first norm (a decoder without norms has no others), nor the last, which
+    writes them, nor the shortcuts, which read the sum of all that went before them: a twentieth of the work, and half
+    of the error.
     """
-    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
-    return [node.get_friendly_name() for node in convolutions[1:-1] if not _is_shortcut(node)]
+    nodes = model.get_ordered_ops()
+    normed = itertools.dropwhile(lambda node: node.get_type_name() not in _NORMS, nodes)
+    convolutions = [node for node in normed if node.get_type_name() == "Convolution"]
+    return [node.get_friendly_name() for node in convolutions[:-1] if not _is_shortcut(node)]
 
 
 def _is_shortcut(convolution: Any) -> bool:
@@ -76,20 +83,41 @@ def _is_shortcut(convolution: Any) -> bool:
     return set(kernel) == {1} and channels_out != channels_in
 
 
-def _compressed(nncf: Any, model: Model, convolutions: list[str]) -> Model:
-    """The weights of everything but `convolutions` in INT8, one scale per output channel; the arithmetic as it was."""
+def _robust_linears(model: Model) -> list[str]:
+    """Names of the linear layers that may compute in eight bits: those of transformer blocks that see the picture.
+
+    Not the ones that see the prompt or the timestep, which have few rows, and nothing to win.
+    """
+    linears = (node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul")
+    return [node.get_friendly_name() for node in linears if _sees_picture(_weights_of(node))]
+
+
+def _sees_picture(weights: str) -> bool:
+    return _TRANSFORMER in weights and not any(layer in weights for layer in _OF_PROMPT)
+
+
+def _weights_of(node: Any) -> str:
+    """The name that the checkpoint gives to the weights of `node`; empty where it has none."""
+    source = node.input_value(1).get_node()
+    while source.get_type_name() in ("Convert", "Transpose", "Reshape"):  # of weights that are stored otherwise
+        source = source.input_value(0).get_node()
+    return str(source.get_friendly_name()) if source.get_type_name() == "Constant" else ""
+
+
+def _compressed(nncf: Any, model: Model, robust: list[str]) -> Model:
+    """The weights of everything but `robust` in INT8, one scale per output channel; the arithmetic as it was."""
     return nncf.compress_weights(
-        model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=convolutions)
+        model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=robust)
     )
 
 
-def _calibrated(nncf: Any, model: Model, convolutions: list[str], trajectory: Sequence[Mapping[str, Array]]) -> Model:
-    """`convolutions` in INT8, weights and activations, within the ranges that `trajectory` shows."""
-    others = {node.get_friendly_name() for node in model.get_ops()} - set(convolutions)
+def _calibrated(nncf: Any, model: Model, robust: list[str], recording: Sequence[Mapping[str, Array]]) -> Model:
+    """`robust` in INT8, weights and activations, within the ranges that `recording` shows."""
+    others = {node.get_friendly_name() for node in model.get_ops()} - set(robust)
     return nncf.quantize(
         model,
-        nncf.Dataset(trajectory, dict),
-        subset_size=len(trajectory),
+        nncf.Dataset(recording, dict),
+        subset_size=len(recording),
         preset=nncf.QuantizationPreset.MIXED,  # activations about their own zero point: SiLU's are nearly one-sided
         ignored_scope=nncf.IgnoredScope(names=sorted(others)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(

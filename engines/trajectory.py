@@ -161,9 +161,9 @@ class Trajectory:
 def recorded(
     manifest: Manifest, bundle: Path, table: Table, progress: Progress
 ) -> dict[GraphName, list[dict[str, Array]]]:
-    """The step graphs' inputs along the model's own trajectories, for calibration. Its examples are the prompts."""
+    """What the step graphs and the decoder are given on the model's own ways to its examples, for calibration."""
     graphs = reference(manifest, bundle)
-    found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in STEPS}
+    found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in (*STEPS, "decode")}
     prompts, steps = _prompts(manifest), count(1)
     with progress.stage("recording trajectories to calibrate on") as stage:
         for prompt in prompts:
@@ -171,6 +171,7 @@ def recorded(
             walk = way.walk(graphs, lambda: stage.update(next(steps), len(prompts) * len(table.steps)))
             found["denoise"] += walk.inputs
             found["denoise_shallow"] += walk.shallow[::_THINNED]  # features are megabytes
+            found["decode"].append(decode_inputs(walk.state))
     return found
 
 

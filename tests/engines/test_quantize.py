@@ -18,7 +18,7 @@ import engines.demo
 from engines.base import KEPT, LANES, Array, EngineError
 from engines.manifest import NoiseSchedule
 from engines.openvino import openvino
-from engines.quantize import quantize_step
+from engines.quantize import quantize
 from server.schedulers import Scheduler, table
 from tests.loaded import Loaded
 
@@ -40,7 +40,7 @@ def exact() -> Loaded:
 def files(exact: Loaded, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     pictures = (steps(exact, (prompt,), seed=seed) for seed, prompt in enumerate(CALIBRATED_ON))
     trajectory = [inputs for picture in pictures for inputs, _state in picture]
-    return quantize_step(DEMO / "onnx" / "denoise.onnx", tmp_path_factory.mktemp("int8"), trajectory)
+    return quantize(DEMO / "onnx" / "denoise.onnx", tmp_path_factory.mktemp("int8"), trajectory)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def int8(files: tuple[Path, ...]) -> Loaded:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A graph of four convolutions, for what does not depend on the model."""
+    """A graph of a norm and four convolutions, for what does not depend on the model."""
     ops = openvino.opset13
     channels = ops.parameter([-1, 4, -1, -1], np.float32, name="x")
     channels.output(0).tensor.set_names({"x"})
-    node = channels
+    node = ops.mvn(channels, [2, 3], normalize_variance=True, eps=1e-5, eps_mode="inside_sqrt")
     for seed in range(4):
         weights = np.random.default_rng(seed).standard_normal((4, 4, 3, 3), np.float32)
         node = ops.convolution(node, weights, [1, 1], [1, 1], [1, 1], [1, 1])
@@ -176,14 +176,16 @@ def test_weights_take_a_byte_each(files: tuple[Path, ...]) -> None:
     assert bytes_of["u8"] + bytes_of["i8"] > 0.97 * bytes_of.total()
 
 
-def test_only_robust_convolutions_compute_in_eight_bits(files: tuple[Path, ...]) -> None:
+def test_only_what_is_robust_computes_in_eight_bits(files: tuple[Path, ...]) -> None:
     model = openvino.Core().read_model(files[0])
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    linears = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul" and reads_eight_bits(node)]
     quantized = {node.get_friendly_name() for node in convolutions if reads_eight_bits(node)}
     fake = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
     readers = {port.get_node().get_type_name() for node in fake for port in node.output(0).get_target_inputs()}
-    assert readers == {"Convolution"}
+    assert readers == {"Convolution", "MatMul"}
     assert len(quantized) == 40  # of 50: the rest are two at the ends and eight shortcuts
+    assert len(linears) == 56  # eight of each of seven blocks: not the two that read the prompt
     assert not {convolutions[0].get_friendly_name(), convolutions[-1].get_friendly_name()} & quantized
 
 
@@ -204,7 +206,7 @@ def test_nothing_is_printed_and_nothing_else_is_written(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    quantize_step(small, out, small_trajectory())
+    quantize(small, out, small_trajectory())
     assert sorted(path.name for path in out.iterdir()) == ["small.bin", "small.xml"]
     assert capfd.readouterr() == ("", "")
 
@@ -221,22 +223,22 @@ def test_an_interrupted_write_leaves_what_was_there(
     (out / "small.bin").write_bytes(b"before")
     monkeypatch.setattr(openvino, "save_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quantize_step(small, out, small_trajectory())
+        quantize(small, out, small_trajectory())
     assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("small.bin", b"before")]
 
 
 def test_what_is_missing_is_named(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="no trajectory"):
-        quantize_step(small, tmp_path, [])
-    with pytest.raises(EngineError, match=r"takes \['x'\], the trajectory has \['y'\]"):
-        quantize_step(small, tmp_path, [{"y": np.zeros(1)}])
+    with pytest.raises(EngineError, match="nothing to calibrate"):
+        quantize(small, tmp_path, [])
+    with pytest.raises(EngineError, match=r"takes \['x'\], the recording has \['y'\]"):
+        quantize(small, tmp_path, [{"y": np.zeros(1)}])
     with pytest.raises(EngineError, match="cannot be calibrated"):
-        quantize_step(small, tmp_path, [{"x": np.zeros((1, 3, 8, 8), np.float32)}])
+        quantize(small, tmp_path, [{"x": np.zeros((1, 3, 8, 8), np.float32)}])
     with pytest.raises(EngineError, match=r"OpenVINO cannot read .*absent\.onnx"):
-        quantize_step(tmp_path / "absent.onnx", tmp_path, small_trajectory())
+        quantize(tmp_path / "absent.onnx", tmp_path, small_trajectory())
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(EngineError, match=r"pip install 'latentd\[int8\]'"):
-        quantize_step(small, tmp_path, small_trajectory())
+        quantize(small, tmp_path, small_trajectory())
 
 
 def test_nobody_is_told_of_it(tmp_path: Path) -> None:
