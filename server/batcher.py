@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from engines.manifest import Size
 from server.errors import FieldError, InvalidRequest, NotReady, QueueFull
-from server.request import Request
+from server.request import Depth, Request
 
 _LONGEST_RETRY = 120  # seconds; clients ignore more
 
@@ -43,10 +43,15 @@ class _Line:
     def take_turn(self) -> tuple[Request, ...]:
         """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
         first = self.running[0]
-        turn = (first,) if first.wish.exact else tuple(one for one in self.running if one.shares_with(first))
-        taken = set(turn)
-        self.running = [*(one for one in self.running if one not in taken), *turn]
+        turn = (first,) if first.wish.exact else self._who_share(first.depth)
+        if len(turn) < len(self.running):
+            taken = set(turn)
+            self.running = [*(one for one in self.running if one not in taken), *turn]
         return turn
+
+    def _who_share(self, depth: Depth) -> tuple[Request, ...]:
+        """Who may take their next step in one call of that depth."""
+        return tuple([one for one in self.running if one.depth == depth and not one.wish.exact])
 
     def drop_cancelled(self) -> frozenset[Request]:
         """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""

@@ -16,7 +16,7 @@ from server.batcher import Batch, Batcher
 from server.errors import BrokenPicture, Cancelled, NotReady, StepFailed
 from server.metrics import Metrics
 from server.pace import Pace
-from server.pipeline import Departure, Flight, Move, Pipeline
+from server.pipeline import Departure, Flight, Pipeline
 from server.plan import Plan
 from server.request import Completed, Failed, Request, Started, Stepped
 from server.trace import Trace
@@ -196,9 +196,8 @@ class Executor:
             self._fail(requests, error)
             return False
         self._flights.append(flight)
-        for move in flight.moves:
-            if move.last:
-                self._batcher.leave(move.request)
+        for request in plan.finishing:
+            self._batcher.leave(request)
         return True
 
     def _land(self, *, wait: bool) -> None:
@@ -220,16 +219,15 @@ class Executor:
         seconds, self._mark = now - self._mark, now
         self._metrics.step(flight.plan.rows, seconds)
         self._pace.observe(flight.kind, flight.plan.shape.rows, seconds)
-        for move in flight.moves:
-            if move.request.ending is None:
-                self._moved(move)
+        for request, step, preview in flight.moves:
+            if request.ending is None:
+                shown = self._pipeline.colours(preview) if preview else None
+                request.tell(Stepped(step, request.steps, shown))
+        for request in flight.plan.finishing:
+            if request.ending is None:
+                self._send_off(request)
 
-    def _moved(self, move: Move) -> None:
-        request = move.request
-        preview = self._pipeline.colours(move.preview) if move.preview else None
-        request.tell(Stepped(move.step, request.steps, preview))
-        if not move.last:
-            return
+    def _send_off(self, request: Request) -> None:
         request.finish_stage("denoise")
         try:
             with self._trace.span("decode"), self._limit_of(request):

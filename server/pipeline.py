@@ -38,10 +38,6 @@ class Move(NamedTuple):
     step: int  # how many it has done when the flight has landed
     preview: Reading | None
 
-    @property
-    def last(self) -> bool:
-        return self.step == self.request.steps
-
 
 @dataclass(frozen=True, slots=True)
 class Flight:
@@ -252,11 +248,7 @@ class Pipeline:
 
     def crowded(self, plan: Plan) -> bool:
         """Whether pictures have to leave before those that this step would finish can be staged."""
-        finishing = [
-            placement for placement in plan.placements if placement.request.step + 1 == placement.request.steps
-        ]
-        images = sum(placement.request.images for placement in finishing)
-        return images > self._canvas(plan).staging_places
+        return sum(request.images for request in plan.finishing) > self._canvas(plan).staging_places
 
     def step(self, plan: Plan) -> Flight:
         """Launch `plan`. Its requests have moved on by a step, and the finished are on their way out.
@@ -267,15 +259,9 @@ class Pipeline:
         canvas = self._canvas(plan)
         with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, lane="steps"):
             canvas.step(plan)
-        for placement in plan.placements:
-            placement.request.step += 1
-        moves = tuple(
-            Move(placement.request, placement.request.step, self._preview(placement, canvas))
-            for placement in plan.placements
-        )
-        for move in moves:
-            if move.last:
-                self._stage(move.request, canvas)
+        moves = tuple([self._move(placement, canvas) for placement in plan.placements])
+        for request in plan.finishing:
+            self._stage(request, canvas)
         self._last_step = self._streams.steps.record()
         return Flight(plan, canvas.size, moves, self._last_step)
 
@@ -321,13 +307,13 @@ class Pipeline:
         self._staged[request] = canvas.stage(placement.slots)
         placement.hold.close()
 
-    def _preview(self, placement: Placement, canvas: Canvas) -> Reading | None:
-        """The lanes of its first picture, if this is a step after which it shows them."""
+    def _move(self, placement: Placement, canvas: Canvas) -> Move:
+        """One more step is launched. After some, a request shows its first picture: the lanes of it are read."""
         request = placement.request
+        request.step = step = request.step + 1
         every = request.wish.preview_every
-        if not every or request.step % every or request.denoised:
-            return None
-        return canvas.read(placement.slots[0])
+        shown = every and not step % every and not request.denoised
+        return Move(request, step, canvas.read(placement.slots[0]) if shown else None)
 
     def _filled_up(self, shape: StepShape, requests: Sequence[Request]) -> StepShape:
         """The shape that engines were recorded for. Who shares with nobody is given the same one every time."""
