@@ -190,7 +190,7 @@ class Executor:
             self._mark = time.perf_counter()
         expected = self._pace.seconds((size, plan.shape.depth), plan.shape.rows)
         try:
-            with self._trace.span("launch"), self._watchdog.limit(expected, f"A step of {plan.rows} rows at {size}"):
+            with self._trace.span("launch"), self._watchdog.limit(expected, plan):
                 flight = self._pipeline.step(plan)
         except EngineError as error:
             self._fail(requests, error)
@@ -204,11 +204,12 @@ class Executor:
         """Bring home the steps that are done. Wait for the first if two are in flight already, or if told to."""
         while self._flights:
             flight = self._flights[0]
-            if not (wait or len(self._flights) >= _AHEAD or flight.landed.done()):
-                return
-            expected = self._pace.seconds(flight.kind, flight.plan.shape.rows)
-            with self._trace.span("wait"), self._watchdog.limit(expected, flight):
-                flight.landed.wait()
+            if not flight.landed.done():
+                if not (wait or len(self._flights) >= _AHEAD):
+                    return
+                expected = self._pace.seconds(flight.kind, flight.plan.shape.rows)
+                with self._trace.span("wait"), self._watchdog.limit(expected, flight.plan):
+                    flight.landed.wait()
             with self._trace.span("land"):
                 self._landed(flight)
             del self._flights[0]  # not before: whoever gives up looks here for those who wait

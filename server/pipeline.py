@@ -18,7 +18,7 @@ from server.canvas import Canvas, Decoded, Kept, Latents, Staged, Streams, encod
 from server.errors import BrokenPicture
 from server.noise import NoiseGenerator
 from server.pace import Kind, Pace
-from server.plan import Placement, Plan, StepShape, make_plan, step_shape
+from server.plan import Placement, Plan, Seating, StepShape, make_plan, step_shape
 from server.prompt_pool import PromptPool
 from server.request import DEPTHS, Depth, Image, Request
 from server.trace import Trace
@@ -39,8 +39,7 @@ class Move(NamedTuple):
     preview: Reading | None
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
+class Flight(NamedTuple):
     """A step on its way."""
 
     plan: Plan
@@ -51,10 +50,6 @@ class Flight:
     @property
     def kind(self) -> Kind:
         return self.size, self.plan.shape.depth
-
-    def __str__(self) -> str:
-        ids = ", ".join(move.request.id for move in self.moves)
-        return f"A step of {self.plan.rows} rows at {self.size} ({ids})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +135,7 @@ class Pipeline:
         self._placements: dict[Request, Placement] = {}
         self._staged: dict[Request, Staged] = {}
         self._last_step: Event | None = None
+        self._seating: Seating | None = None  # of the last plan
 
     @classmethod
     def load(  # noqa: PLR0913 - the parts, all by keyword
@@ -363,13 +359,16 @@ class Pipeline:
         return (time.perf_counter() - started) / steps
 
     def _make_plan(self, canvas: Canvas, shape: StepShape, placements: Sequence[Placement]) -> Plan:
-        return make_plan(
+        plan = make_plan(
             placements,
             canvas.latent_shape,
             shape=shape,
             spare=canvas.spare,
             embeds_guidance=self._embeds_guidance,
+            before=self._seating,
         )
+        self._seating = plan.seating
+        return plan
 
 
 def _beginning(

@@ -63,16 +63,41 @@ class StepShape(NamedTuple):
     depth: Depth = "full"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step's inputs to the denoise graph, without `noise` where nobody draws any; see `engines/graphs.py`."""
+class Seating(NamedTuple):
+    """Who has which image and which rows of a step: the same from step to step until somebody comes or goes."""
 
-    placements: tuple[Placement, ...]
+    told: Sequence[tuple[Placement, Told]]
     rows: int  # that somebody asked for; the shape's others only fill it up
     shape: StepShape
+    arrays: dict[str, Array]
+    keeps: tuple[tuple[int, int], ...]  # rows of which the features are kept, and in which places
+
+
+class Plan(NamedTuple):
+    """One step's inputs to the denoise graph, without `noise` where nobody draws any; see `engines/graphs.py`."""
+
+    placements: Sequence[Placement]
+    seating: Seating
     finishing: tuple[Request, ...]  # whose last step it is
     arrays: dict[str, Array]
-    keeps: tuple[tuple[int, int], ...] = ()  # rows of which the features are kept, and in which places
+
+    @property
+    def rows(self) -> int:
+        """Of the UNet, that somebody asked for."""
+        return self.seating.rows
+
+    @property
+    def shape(self) -> StepShape:
+        return self.seating.shape
+
+    @property
+    def keeps(self) -> tuple[tuple[int, int], ...]:
+        """Rows of which the features are kept, and in which places."""
+        return self.seating.keeps
+
+    def __str__(self) -> str:
+        ids = ", ".join(placement.request.id for placement in self.placements)
+        return f"A step of {self.rows} rows at {self.placements[0].request.wish.size} ({ids})"
 
 
 def step_shape(placements: Sequence[Placement]) -> StepShape:
@@ -94,76 +119,82 @@ def make_plan(
     shape: StepShape,
     spare: int,
     embeds_guidance: bool = False,
+    before: Seating | None = None,
 ) -> Plan:
     """Plan the next step of every placed request, filled up to `shape`; `latent_shape` is [channels, h, w].
 
     What fills up is images of the slot `spare`, with features of the place of that number: nobody owns either.
+    `before` is how those of an earlier plan with the same `spare` were seated, and is kept where they are the same.
     Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
     """
+    told = [(placement, placement.rows) for placement in placements]
+    if before and before.told == told and before.shape == shape:
+        seating = before
+    else:
+        seating = _seat(told, shape, spare=spare, embeds_guidance=embeds_guidance)
+    numbers = [
+        placement.request.table.numbers[placement.request.step] for placement in placements for _slot in placement.slots
+    ]
+    numbers += [_STILL] * (shape.images - len(numbers))
+    by_image = np.concatenate(numbers).reshape(shape.images, NUMBERS)
+    arrays: dict[str, Array] = {
+        **seating.arrays,
+        "timestep": by_image[seating.arrays["row_image"], 0],
+        "scale": by_image[:, 1],
+        "level": by_image[:, 2:4],
+        "coef": by_image[:, 4:].reshape(shape.images, LANES, TERMS),
+    }
+    if any(placement.draws for placement in placements):
+        arrays["noise"] = _draw(placements, (shape.images, *latent_shape))
+    finishing = tuple([one.request for one in placements if one.request.step + 1 == one.request.steps])
+    return Plan(placements, seating, finishing, arrays)
+
+
+def _seat(told: Sequence[tuple[Placement, Told]], shape: StepShape, *, spare: int, embeds_guidance: bool) -> Seating:
+    """Give every image its place in the step, and every row its image and prompt."""
     images, rows, chunks, depth = shape
     # Lists grow by image and by row, and are arrays at once: as many assignments to arrays take several times as long.
     slots: list[int] = []
-    numbers: list[Array] = []
     row_image: list[int] = []
     contexts: list[tuple[int, ...]] = []
     weights: list[float] = []
-    for placement in placements:
-        request, told = placement.request, placement.rows
+    for placement, prompts in told:
         for slot in placement.slots:
-            for prompt, weight in told:
+            for prompt, weight in prompts:
                 row_image.append(len(slots))
                 contexts.append(prompt * (chunks // len(prompt)))  # attention does not notice whole repetitions
                 weights.append(weight)
             slots.append(slot)
-            numbers.append(request.table.numbers[request.step])
-    spare_images, spare_rows = images - len(slots), rows - len(contexts)
+    spare_rows = rows - len(contexts)
     # Never more images than rows: where rows are spare, so is the last image, whose they are.
     of_image = np.array(row_image + [images - 1] * spare_rows, np.int64)
-    told_of_image = np.concatenate(numbers + [_STILL] * spare_images).reshape(images, NUMBERS)
     guidance = np.zeros((images, rows), np.float32)
     guidance[of_image, np.arange(rows)] = weights + [0.0] * spare_rows
     arrays: dict[str, Array] = {
-        "slot": np.array(slots + [spare] * spare_images, np.int64),
+        "slot": np.array(slots + [spare] * (images - len(slots)), np.int64),
         "row_image": of_image,
         "row_context": np.array(contexts + [(0,) * chunks] * spare_rows, np.int64),
-        "timestep": told_of_image[of_image, 0],
         "guidance": guidance,
-        "scale": told_of_image[:, 1],
-        "coef": told_of_image[:, 4:].reshape(images, LANES, TERMS),
-        "level": told_of_image[:, 2:4],
     }
-    places = _feature_places(placements, spare)
+    places = _feature_places(told, spare)
     if depth == "shallow":
         arrays["row_feature"] = np.array(places + [spare] * spare_rows, np.int64)
     if embeds_guidance:
-        arrays["guidance_embedded"] = _embedded(placements, rows)
-    if any(placement.draws for placement in placements):
-        arrays["noise"] = _draw(placements, (images, *latent_shape))
-    keeps = tuple((row, place) for row, place in enumerate(places) if place != spare) if depth == "full" else ()
-    finishing = tuple([one.request for one in placements if one.request.step + 1 == one.request.steps])
-    return Plan(tuple(placements), len(contexts), shape, finishing, arrays, keeps)
+        scales = [one.request.wish.guidance_scale - 1 for one, prompts in told for _ in one.slots for _ in prompts]
+        arrays["guidance_embedded"] = np.array(scales + [0.0] * spare_rows, np.float32)
+    keeps = tuple([(row, place) for row, place in enumerate(places) if place != spare]) if depth == "full" else ()
+    return Seating(told, len(contexts), shape, arrays, keeps)
 
 
-def _feature_places(placements: Sequence[Placement], spare: int) -> list[int]:
+def _feature_places(told: Sequence[tuple[Placement, Told]], spare: int) -> list[int]:
     """Of each row, `spare` where none are kept; nothing at all if that goes for everybody."""
-    if not any(placement.features for placement in placements):
+    if not any(placement.features for placement, _prompts in told):
         return []
     places: list[int] = []
-    for placement in placements:
-        rows = len(placement.rows)
-        for image in placement.features or [(spare,) * rows] * len(placement.slots):
-            places += image[:rows]
+    for placement, prompts in told:
+        for image in placement.features or [(spare,) * len(prompts)] * len(placement.slots):
+            places += image[: len(prompts)]
     return places
-
-
-def _embedded(placements: Sequence[Placement], rows: int) -> Array:
-    """What a model is told of each row's guidance, [rows] f32."""
-    scales = [
-        placement.request.wish.guidance_scale - 1
-        for placement in placements
-        for _row in range(len(placement.slots) * len(placement.rows))
-    ]
-    return np.array(scales + [0.0] * (rows - len(scales)), np.float32)
 
 
 def _draw(placements: Sequence[Placement], shape: tuple[int, ...]) -> Array:
