@@ -7,16 +7,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engines.manifest import Size
 from server.errors import FieldError, InvalidRequest, NotReady, QueueFull
-from server.request import Request
+from server.request import Depth, Request
 
 _LONGEST_RETRY = 120  # seconds; clients ignore more
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What the executor does before and in one step. `requests` share a size and fit the largest bucket."""
 
     left: tuple[Request, ...]  # cancelled since the last batch: free what they hold
@@ -33,7 +33,7 @@ class _Line:
 
     def join(self, max_rows: int) -> Iterator[Request]:
         """Let newcomers in, first come first served, while the next one fits. Nobody overtakes, so nobody starves."""
-        free = max_rows - sum(request.rows for request in self.running)
+        free = max_rows - sum([request.rows for request in self.running])
         while self.waiting and self.waiting[0].rows <= free:
             newcomer = self.waiting.popleft()
             free -= newcomer.rows
@@ -43,14 +43,19 @@ class _Line:
     def take_turn(self) -> tuple[Request, ...]:
         """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
         first = self.running[0]
-        turn = (first,) if first.wish.exact else tuple(one for one in self.running if one.shares_with(first))
-        taken = set(turn)
-        self.running = [*(one for one in self.running if one not in taken), *turn]
+        turn = (first,) if first.wish.exact else self._who_share(first.depth)
+        if len(turn) < len(self.running):
+            taken = set(turn)
+            self.running = [*(one for one in self.running if one not in taken), *turn]
         return turn
+
+    def _who_share(self, depth: Depth) -> tuple[Request, ...]:
+        """Who may take their next step in one call of that depth."""
+        return tuple([one for one in self.running if one.depth == depth and not one.wish.exact])
 
     def drop_cancelled(self) -> frozenset[Request]:
         """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""
-        dropped = frozenset(request for request in (*self.running, *self.waiting) if request.cancelled)
+        dropped = frozenset([request for request in (*self.running, *self.waiting) if request.cancelled])
         if dropped:
             self.running = [request for request in self.running if request not in dropped]
             self.waiting = deque(request for request in self.waiting if request not in dropped)
@@ -113,8 +118,9 @@ class Batcher:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._lines, timeout=patience)
-            left = tuple(request for line in self._lines.values() for request in line.drop_cancelled())
-            self._forget_empty_lines()
+            left = tuple([request for line in self._lines.values() for request in line.drop_cancelled()])
+            if left:
+                self._forget_empty_lines()
             if not self._lines:
                 return Batch(left, (), ()) if left or not self._closed else None
             size = next(iter(self._lines))

@@ -113,7 +113,7 @@ class PlanMemory:
     def write(self, plan: Plan, stream: Stream) -> None:
         """Bring a plan of the same shape to the device. Old noise stays where nobody asks for new: it is finite."""
         for name, part in self._parts.items():
-            np.copyto(part, plan.arrays[name])
+            part[:] = plan.arrays[name]
         stream.write(self._block, self._host)
         if "noise" in plan.arrays:
             stream.write(self._noise, plan.arrays["noise"])

@@ -16,7 +16,7 @@ from server.batcher import Batch, Batcher
 from server.errors import BrokenPicture, Cancelled, NotReady, StepFailed
 from server.metrics import Metrics
 from server.pace import Pace
-from server.pipeline import Departure, Flight, Move, Pipeline
+from server.pipeline import Departure, Flight, Pipeline
 from server.plan import Plan
 from server.request import Completed, Failed, Request, Started, Stepped
 from server.trace import Trace
@@ -190,26 +190,26 @@ class Executor:
             self._mark = time.perf_counter()
         expected = self._pace.seconds((size, plan.shape.depth), plan.shape.rows)
         try:
-            with self._trace.span("launch"), self._watchdog.limit(expected, f"A step of {plan.rows} rows at {size}"):
+            with self._trace.span("launch"), self._watchdog.limit(expected, plan):
                 flight = self._pipeline.step(plan)
         except EngineError as error:
             self._fail(requests, error)
             return False
         self._flights.append(flight)
-        for move in flight.moves:
-            if move.last:
-                self._batcher.leave(move.request)
+        for request in plan.finishing:
+            self._batcher.leave(request)
         return True
 
     def _land(self, *, wait: bool) -> None:
         """Bring home the steps that are done. Wait for the first if two are in flight already, or if told to."""
         while self._flights:
             flight = self._flights[0]
-            if not (wait or len(self._flights) >= _AHEAD or flight.landed.done()):
-                return
-            expected = self._pace.seconds(flight.kind, flight.plan.shape.rows)
-            with self._trace.span("wait"), self._watchdog.limit(expected, flight):
-                flight.landed.wait()
+            if not flight.landed.done():
+                if not (wait or len(self._flights) >= _AHEAD):
+                    return
+                expected = self._pace.seconds(flight.kind, flight.plan.shape.rows)
+                with self._trace.span("wait"), self._watchdog.limit(expected, flight.plan):
+                    flight.landed.wait()
             with self._trace.span("land"):
                 self._landed(flight)
             del self._flights[0]  # not before: whoever gives up looks here for those who wait
@@ -220,16 +220,15 @@ class Executor:
         seconds, self._mark = now - self._mark, now
         self._metrics.step(flight.plan.rows, seconds)
         self._pace.observe(flight.kind, flight.plan.shape.rows, seconds)
-        for move in flight.moves:
-            if move.request.ending is None:
-                self._moved(move)
+        for request, step, preview in flight.moves:
+            if request.ending is None:
+                shown = self._pipeline.colours(preview) if preview else None
+                request.tell(Stepped(step, request.steps, shown))
+        for request in flight.plan.finishing:
+            if request.ending is None:
+                self._send_off(request)
 
-    def _moved(self, move: Move) -> None:
-        request = move.request
-        preview = self._pipeline.colours(move.preview) if move.preview else None
-        request.tell(Stepped(move.step, request.steps, preview))
-        if not move.last:
-            return
+    def _send_off(self, request: Request) -> None:
         request.finish_stage("denoise")
         try:
             with self._trace.span("decode"), self._limit_of(request):

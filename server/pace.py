@@ -33,18 +33,13 @@ class Pace:
     def seconds(self, kind: Kind, rows: int) -> float:
         """What a step of `rows` takes: between measured points on a line, beyond them in proportion; 0 if unknown."""
         with self._lock:
-            known = self._seconds.get(kind, {})
-            if rows in known:
-                return known[rows]
-            curve = sorted(known.items())
-        if not curve:
-            return 0.0
-        counts, seconds = zip(*curve, strict=True)
-        return float(np.interp(rows, counts, seconds) * max(rows / counts[-1], 1.0))
+            return _seconds(self._seconds.get(kind, {}), rows)
 
     def cheapest(self, kind: Kind, row_counts: Sequence[int]) -> int:
         """The row count whose step takes the least time: kernels of a larger one are sometimes the faster."""
-        return min(row_counts, key=lambda rows: self.seconds(kind, rows))
+        with self._lock:
+            known = self._seconds.get(kind, {})
+            return min(row_counts, key=lambda rows: _seconds(known, rows))
 
     def observe_ends(self, size: Size, seconds: float) -> None:
         """Encoding what a request of one picture brings, and decoding what it leaves, took `seconds`."""
@@ -66,3 +61,13 @@ class Pace:
         """Everything measured."""
         with self._lock:
             return {kind: dict(sorted(known.items())) for kind, known in self._seconds.items()}
+
+
+def _seconds(known: Mapping[int, float], rows: int) -> float:
+    """By the curve that is `known`, from rows to seconds."""
+    if rows in known:
+        return known[rows]
+    if not known:
+        return 0.0
+    counts, seconds = zip(*sorted(known.items()), strict=True)
+    return float(np.interp(rows, counts, seconds) * max(rows / counts[-1], 1.0))

@@ -18,7 +18,7 @@ from server.canvas import Canvas, Decoded, Kept, Latents, Staged, Streams, encod
 from server.errors import BrokenPicture
 from server.noise import NoiseGenerator
 from server.pace import Kind, Pace
-from server.plan import Placement, Plan, StepShape, make_plan, step_shape
+from server.plan import Placement, Plan, Seating, StepShape, make_plan, step_shape
 from server.prompt_pool import PromptPool
 from server.request import DEPTHS, Depth, Image, Request
 from server.trace import Trace
@@ -38,13 +38,8 @@ class Move(NamedTuple):
     step: int  # how many it has done when the flight has landed
     preview: Reading | None
 
-    @property
-    def last(self) -> bool:
-        return self.step == self.request.steps
 
-
-@dataclass(frozen=True, slots=True)
-class Flight:
+class Flight(NamedTuple):
     """A step on its way."""
 
     plan: Plan
@@ -55,10 +50,6 @@ class Flight:
     @property
     def kind(self) -> Kind:
         return self.size, self.plan.shape.depth
-
-    def __str__(self) -> str:
-        ids = ", ".join(move.request.id for move in self.moves)
-        return f"A step of {self.plan.rows} rows at {self.size} ({ids})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +135,7 @@ class Pipeline:
         self._placements: dict[Request, Placement] = {}
         self._staged: dict[Request, Staged] = {}
         self._last_step: Event | None = None
+        self._seating: Seating | None = None  # of the last plan
 
     @classmethod
     def load(  # noqa: PLR0913 - the parts, all by keyword
@@ -252,11 +244,7 @@ class Pipeline:
 
     def crowded(self, plan: Plan) -> bool:
         """Whether pictures have to leave before those that this step would finish can be staged."""
-        finishing = [
-            placement for placement in plan.placements if placement.request.step + 1 == placement.request.steps
-        ]
-        images = sum(placement.request.images for placement in finishing)
-        return images > self._canvas(plan).staging_places
+        return sum(request.images for request in plan.finishing) > self._canvas(plan).staging_places
 
     def step(self, plan: Plan) -> Flight:
         """Launch `plan`. Its requests have moved on by a step, and the finished are on their way out.
@@ -267,15 +255,9 @@ class Pipeline:
         canvas = self._canvas(plan)
         with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, lane="steps"):
             canvas.step(plan)
-        for placement in plan.placements:
-            placement.request.step += 1
-        moves = tuple(
-            Move(placement.request, placement.request.step, self._preview(placement, canvas))
-            for placement in plan.placements
-        )
-        for move in moves:
-            if move.last:
-                self._stage(move.request, canvas)
+        moves = tuple([self._move(placement, canvas) for placement in plan.placements])
+        for request in plan.finishing:
+            self._stage(request, canvas)
         self._last_step = self._streams.steps.record()
         return Flight(plan, canvas.size, moves, self._last_step)
 
@@ -321,13 +303,13 @@ class Pipeline:
         self._staged[request] = canvas.stage(placement.slots)
         placement.hold.close()
 
-    def _preview(self, placement: Placement, canvas: Canvas) -> Reading | None:
-        """The lanes of its first picture, if this is a step after which it shows them."""
+    def _move(self, placement: Placement, canvas: Canvas) -> Move:
+        """One more step is launched. After some, a request shows its first picture: the lanes of it are read."""
         request = placement.request
+        request.step = step = request.step + 1
         every = request.wish.preview_every
-        if not every or request.step % every or request.denoised:
-            return None
-        return canvas.read(placement.slots[0])
+        shown = every and not step % every and not request.denoised
+        return Move(request, step, canvas.read(placement.slots[0]) if shown else None)
 
     def _filled_up(self, shape: StepShape, requests: Sequence[Request]) -> StepShape:
         """The shape that engines were recorded for. Who shares with nobody is given the same one every time."""
@@ -377,13 +359,16 @@ class Pipeline:
         return (time.perf_counter() - started) / steps
 
     def _make_plan(self, canvas: Canvas, shape: StepShape, placements: Sequence[Placement]) -> Plan:
-        return make_plan(
+        plan = make_plan(
             placements,
             canvas.latent_shape,
             shape=shape,
             spare=canvas.spare,
             embeds_guidance=self._embeds_guidance,
+            before=self._seating,
         )
+        self._seating = plan.seating
+        return plan
 
 
 def _beginning(

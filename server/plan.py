@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,15 @@ import numpy as np
 from engines.base import LANES, TERMS, Array
 from server.noise import NoiseGenerator
 from server.request import Depth, Request
+from server.schedulers import NUMBERS
 
-_PICTURE = (1.0, 0.0)  # signal and noise, when all steps are done
+_STILL = np.zeros(NUMBERS, np.float32)  # a step that changes nothing
 
 
-@dataclass(frozen=True, slots=True)
+Told = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
+
+
+@dataclass(frozen=True, eq=False)
 class Placement:
     """Where a running request lives on the device, and where its noise comes from."""
 
@@ -29,12 +34,24 @@ class Placement:
     hold: ExitStack  # frees all of it
 
     @property
-    def rows(self) -> tuple[tuple[tuple[int, ...], float], ...]:
-        """The context rows and weight of each UNet row of one image; Ho & Salimans (2022), eq. 6."""
-        if not self.request.guided_at(self.request.step):
-            return ((self.prompts[0], 1.0),)
+    def rows(self) -> Told:
+        """Of the next step."""
+        return self._guided if self.request.guided[self.request.step] else self._unguided
+
+    @cached_property
+    def _guided(self) -> Told:
+        """Ho & Salimans (2022), eq. 6."""
         g = self.request.wish.guidance_scale
         return (self.prompts[0], g), (self.prompts[1], 1 - g)
+
+    @cached_property
+    def _unguided(self) -> Told:
+        return ((self.prompts[0], 1.0),)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next step takes fresh noise."""
+        return self.request.table.steps[self.request.step].draws
 
 
 class StepShape(NamedTuple):
@@ -46,26 +63,53 @@ class StepShape(NamedTuple):
     depth: Depth = "full"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step's inputs to the denoise graph, without `noise` where nobody draws any; see `engines/graphs.py`."""
+class Seating(NamedTuple):
+    """Who has which image and which rows of a step: the same from step to step until somebody comes or goes."""
 
-    placements: tuple[Placement, ...]
+    told: Sequence[tuple[Placement, Told]]
     rows: int  # that somebody asked for; the shape's others only fill it up
     shape: StepShape
     arrays: dict[str, Array]
-    keeps: tuple[tuple[int, int], ...] = ()  # rows of which the features are kept, and in which places
+    keeps: tuple[tuple[int, int], ...]  # rows of which the features are kept, and in which places
+
+
+class Plan(NamedTuple):
+    """One step's inputs to the denoise graph, without `noise` where nobody draws any; see `engines/graphs.py`."""
+
+    placements: Sequence[Placement]
+    seating: Seating
+    finishing: tuple[Request, ...]  # whose last step it is
+    arrays: dict[str, Array]
+
+    @property
+    def rows(self) -> int:
+        """Of the UNet, that somebody asked for."""
+        return self.seating.rows
+
+    @property
+    def shape(self) -> StepShape:
+        return self.seating.shape
+
+    @property
+    def keeps(self) -> tuple[tuple[int, int], ...]:
+        """Rows of which the features are kept, and in which places."""
+        return self.seating.keeps
+
+    def __str__(self) -> str:
+        ids = ", ".join(placement.request.id for placement in self.placements)
+        return f"A step of {self.rows} rows at {self.placements[0].request.wish.size} ({ids})"
 
 
 def step_shape(placements: Sequence[Placement]) -> StepShape:
     """What one step of all `placements`, which are due for one of the same depth, takes."""
-    told = [(len(placement.slots), placement.rows) for placement in placements]
-    return StepShape(
-        images=sum(images for images, _rows in told),
-        rows=sum(images * len(rows) for images, rows in told),
-        chunks=math.lcm(*(len(prompt) for _images, rows in told for prompt, _weight in rows)),
-        depth=placements[0].request.depth,
-    )
+    images = rows = 0
+    chunks = set[int]()
+    for placement in placements:
+        told = placement.rows
+        images += len(placement.slots)
+        rows += len(placement.slots) * len(told)
+        chunks.update([len(prompt) for prompt, _weight in told])
+    return StepShape(images, rows, math.lcm(*chunks), placements[0].request.depth)
 
 
 def make_plan(
@@ -75,63 +119,91 @@ def make_plan(
     shape: StepShape,
     spare: int,
     embeds_guidance: bool = False,
+    before: Seating | None = None,
 ) -> Plan:
     """Plan the next step of every placed request, filled up to `shape`; `latent_shape` is [channels, h, w].
 
     What fills up is images of the slot `spare`, with features of the place of that number: nobody owns either.
+    `before` is how those of an earlier plan with the same `spare` were seated, and is kept where they are the same.
     Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
     """
-    images, rows, chunks, depth = shape
-    slot = np.full(images, spare, np.int64)
-    row_image = np.full(rows, images - 1, np.int64)  # never more images than rows: where rows are spare, so is the last
-    timestep = np.zeros(rows, np.float32)
-    guidance = np.zeros((images, rows), np.float32)
-    guidance_embedded = np.zeros(rows, np.float32)
-    scale = np.zeros(images, np.float32)
-    coef = np.zeros((images, LANES, TERMS), np.float32)
-    noise: Array | None = None
-    # Small tuples go into an array one by one in nearly the time that all of them take at once.
-    levels: list[tuple[float, float]] = []
-    contexts: list[tuple[int, ...]] = []
-    places: list[int] = []  # by row, of features; spare where none are kept
-    image = row = 0
-    for placement in placements:
-        request = placement.request
-        step, *later = request.table.steps[request.step : request.step + 2]
-        told = placement.rows
-        for index, generator in enumerate(placement.noise):
-            slot[image] = placement.slots[index]
-            scale[image] = step.scale
-            coef[image] = step.matrix
-            levels.append(later[0].level if later else _PICTURE)
-            if step.draws:
-                noise = np.zeros((images, *latent_shape), np.float32) if noise is None else noise
-                noise[image] = generator.randn(latent_shape)
-            features = placement.features[index] if placement.features else (spare,) * len(told)
-            places += features[: len(told)]
-            for prompt, weight in told:
-                row_image[row] = image
-                contexts.append(prompt * (chunks // len(prompt)))  # attention does not notice whole repetitions
-                timestep[row] = step.timestep
-                guidance[image, row] = weight
-                guidance_embedded[row] = request.wish.guidance_scale - 1
-                row += 1
-            image += 1
+    told = [(placement, placement.rows) for placement in placements]
+    if before and before.told == told and before.shape == shape:
+        seating = before
+    else:
+        seating = _seat(told, shape, spare=spare, embeds_guidance=embeds_guidance)
+    numbers = [
+        placement.request.table.numbers[placement.request.step] for placement in placements for _slot in placement.slots
+    ]
+    numbers += [_STILL] * (shape.images - len(numbers))
+    by_image = np.concatenate(numbers).reshape(shape.images, NUMBERS)
     arrays: dict[str, Array] = {
-        "slot": slot,
-        "row_image": row_image,
-        "row_context": np.array(contexts + [(0,) * chunks] * (rows - row), np.int64),
-        "timestep": timestep,
-        "guidance": guidance,
-        "scale": scale,
-        "coef": coef,
-        "level": np.array(levels + [(0.0, 0.0)] * (images - image), np.float32),
+        **seating.arrays,
+        "timestep": by_image[seating.arrays["row_image"], 0],
+        "scale": by_image[:, 1],
+        "level": by_image[:, 2:4],
+        "coef": by_image[:, 4:].reshape(shape.images, LANES, TERMS),
     }
+    if any(placement.draws for placement in placements):
+        arrays["noise"] = _draw(placements, (shape.images, *latent_shape))
+    finishing = tuple([one.request for one in placements if one.request.step + 1 == one.request.steps])
+    return Plan(placements, seating, finishing, arrays)
+
+
+def _seat(told: Sequence[tuple[Placement, Told]], shape: StepShape, *, spare: int, embeds_guidance: bool) -> Seating:
+    """Give every image its place in the step, and every row its image and prompt."""
+    images, rows, chunks, depth = shape
+    # Lists grow by image and by row, and are arrays at once: as many assignments to arrays take several times as long.
+    slots: list[int] = []
+    row_image: list[int] = []
+    contexts: list[tuple[int, ...]] = []
+    weights: list[float] = []
+    for placement, prompts in told:
+        for slot in placement.slots:
+            for prompt, weight in prompts:
+                row_image.append(len(slots))
+                contexts.append(prompt * (chunks // len(prompt)))  # attention does not notice whole repetitions
+                weights.append(weight)
+            slots.append(slot)
+    spare_rows = rows - len(contexts)
+    # Never more images than rows: where rows are spare, so is the last image, whose they are.
+    of_image = np.array(row_image + [images - 1] * spare_rows, np.int64)
+    guidance = np.zeros((images, rows), np.float32)
+    guidance[of_image, np.arange(rows)] = weights + [0.0] * spare_rows
+    arrays: dict[str, Array] = {
+        "slot": np.array(slots + [spare] * (images - len(slots)), np.int64),
+        "row_image": of_image,
+        "row_context": np.array(contexts + [(0,) * chunks] * spare_rows, np.int64),
+        "guidance": guidance,
+    }
+    places = _feature_places(told, spare)
     if depth == "shallow":
-        arrays["row_feature"] = np.array(places + [spare] * (rows - row), np.int64)
+        arrays["row_feature"] = np.array(places + [spare] * spare_rows, np.int64)
     if embeds_guidance:
-        arrays["guidance_embedded"] = guidance_embedded
-    if noise is not None:
-        arrays["noise"] = noise
-    keeps = tuple((row, place) for row, place in enumerate(places) if place != spare) if depth == "full" else ()
-    return Plan(tuple(placements), row, shape, arrays, keeps)
+        scales = [one.request.wish.guidance_scale - 1 for one, prompts in told for _ in one.slots for _ in prompts]
+        arrays["guidance_embedded"] = np.array(scales + [0.0] * spare_rows, np.float32)
+    keeps = tuple([(row, place) for row, place in enumerate(places) if place != spare]) if depth == "full" else ()
+    return Seating(told, len(contexts), shape, arrays, keeps)
+
+
+def _feature_places(told: Sequence[tuple[Placement, Told]], spare: int) -> list[int]:
+    """Of each row, `spare` where none are kept; nothing at all if that goes for everybody."""
+    if not any(placement.features for placement, _prompts in told):
+        return []
+    places: list[int] = []
+    for placement, prompts in told:
+        for image in placement.features or [(spare,) * len(prompts)] * len(placement.slots):
+            places += image[: len(prompts)]
+    return places
+
+
+def _draw(placements: Sequence[Placement], shape: tuple[int, ...]) -> Array:
+    """Fresh noise of `shape`, [images, channels, h, w] f32, for the images that draw any."""
+    noise = np.zeros(shape, np.float32)
+    image = 0
+    for placement in placements:
+        if placement.draws:
+            for index, generator in enumerate(placement.noise, start=image):
+                noise[index] = generator.randn(shape[1:])
+        image += len(placement.slots)
+    return noise

@@ -125,30 +125,33 @@ class Request:
         """UNet rows that a step may take: a guided image takes two, an unguided one takes one."""
         return self.images * (2 if self.wish.guided else 1)
 
-    def guided_at(self, step: int) -> bool:
-        """Whether the negative prompt has a say in that step."""
-        wish = self.wish
-        return wish.guided and wish.guidance_start <= step / self.steps < wish.guidance_end
+    # Each step asks for these of everyone who takes it, so they are worked out once for all steps.
 
-    def depth_at(self, step: int) -> Depth:
-        """Of that step. It hangs on nothing but the request: company changes no picture."""
+    @cached_property
+    def guided(self) -> tuple[bool, ...]:
+        """Of each step, whether the negative prompt has a say in it."""
+        wish, steps = self.wish, self.steps
+        return tuple(wish.guided and wish.guidance_start <= step / steps < wish.guidance_end for step in range(steps))
+
+    @cached_property
+    def depths(self) -> tuple[Depth, ...]:
+        """Of each step. They hang on nothing but the request: company changes no picture."""
+        return tuple(map(self._depth_at, range(self.steps)))
+
+    def _depth_at(self, step: int) -> Depth:
         since = step % _FULL_EVERY if self.wish.cache == "fast" else 0
-        known = self.guided_at(step - since) or not self.guided_at(step)  # features of every row
+        known = self.guided[step - since] or not self.guided[step]  # features of every row
         return "shallow" if since and known else "full"
 
     @property
     def depth(self) -> Depth:
         """Of the next step."""
-        return self.depth_at(self.step)
+        return self.depths[self.step]
 
     @property
     def left(self) -> Counter[Depth]:
         """How many steps of each depth are still to be done."""
-        return Counter(map(self.depth_at, range(self.step, self.steps)))
-
-    def shares_with(self, other: Request) -> bool:
-        """Whether both may take their next step in one call."""
-        return not (self.wish.exact or other.wish.exact) and self.depth == other.depth
+        return Counter(self.depths[self.step :])
 
     @cached_property
     def steps(self) -> int:

@@ -33,6 +33,10 @@ class Chunk:
     ids: tuple[int, ...]
     weights: tuple[float, ...]
 
+    def __hash__(self) -> int:
+        """Of the ids alone, in less than half the time: few chunks differ by their weights alone."""
+        return hash(self.ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

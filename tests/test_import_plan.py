@@ -130,7 +130,7 @@ SERVER: dict[str, set[str]] = {
     },
     "server.trace": {"engines.base"},
     "server.watchdog": set(),
-    "server.plan": {"engines.base", "server.noise", "server.request"},
+    "server.plan": {"engines.base", "server.noise", "server.request", "server.schedulers"},
     "server.prompt_pool": {"engines.base", "engines.manifest", "server.tokenizer"},
     "server.canvas": {"engines.base", "engines.manifest", "server.noise", "server.plan", "server.request"},
     "server.pipeline": {

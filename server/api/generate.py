@@ -6,12 +6,13 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncIterator
-from typing import Literal, cast
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Literal, cast
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -50,8 +51,19 @@ _ANSWERS: dict[str, Answer] = {
 }
 
 
+class _Direct(APIRoute):
+    """A route whose endpoint is given the HTTP request as it is, and answers with a response.
+
+    What FastAPI would find out for it from that request, it reads itself.
+    """
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        handler: Callable[[HttpRequest], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
 def routes(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=_Direct)
 
     @router.post(
         "/generate",
@@ -124,7 +136,7 @@ async def _answer(
             headers["X-Warnings"] = json.dumps(warnings)  # in ASCII, as headers are
         return Response(files.contents[0], headers=headers, media_type=f"image/{answer}")
     document = _document(service, request, files, image_format=image_format)
-    return JSONResponse(document.model_dump(), headers=headers)
+    return Response(document.model_dump_json(), headers=headers, media_type="application/json")
 
 
 async def _cancel_when_gone(request: Request, http: HttpRequest) -> None:

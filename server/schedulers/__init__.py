@@ -7,11 +7,12 @@ the same calls, the same timesteps, and x in the same space, so that one row of 
 from server.schedulers.catalogue import NAMES, describe, find, table
 from server.schedulers.levels import Sigmas, Spacing
 from server.schedulers.methods import METHODS, Description
-from server.schedulers.steps import FinalSigma, Scheduler, Step, Table
+from server.schedulers.steps import NUMBERS, FinalSigma, Scheduler, Step, Table
 
 __all__ = [
     "METHODS",
     "NAMES",
+    "NUMBERS",
     "Description",
     "FinalSigma",
     "Scheduler",

@@ -8,6 +8,7 @@ matrices, float64, on the host. Multiplying by the tensors is the device's work.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ from server.schedulers.levels import Sigmas, Spacing, Vector, Whole
 FinalSigma = Literal["zero", "sigma_min"]
 
 X, MODEL, NOISE, M1, M2, M3 = np.eye(TERMS)
+
+NUMBERS = 4 + LANES * TERMS  # of a step: see Table.numbers
+_PICTURE = (1.0, 0.0)  # signal and noise, when all steps are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,27 @@ class Step:
     draws: bool  # takes fresh noise, if only to multiply it by 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """A method worked out for one step count and noise schedule. x starts as `init_scale` times standard noise."""
 
     init_scale: float  # init_noise_sigma
     steps: tuple[Step, ...]  # one per UNet call
+
+    @cached_property
+    def numbers(self) -> tuple[NDArray[np.float32], ...]:
+        """What a plan needs of each step, as one row [NUMBERS] that is copied whole: `timestep`, `scale`, the level
+        that the step leads to, `matrix`."""
+        levels = [*(step.level for step in self.steps[1:]), _PICTURE]
+        rows = np.array(
+            [
+                (step.timestep, step.scale, *level, *step.matrix.flat)
+                for step, level in zip(self.steps, levels, strict=True)
+            ],
+            np.float32,
+        )
+        rows.setflags(write=False)
+        return tuple(rows)
 
 
 @dataclass(frozen=True, slots=True)

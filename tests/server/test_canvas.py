@@ -8,7 +8,7 @@ import pytest
 from engines.base import LANES, TERMS, Array
 from engines.onnxruntime import OnnxRuntimeDevice
 from server.canvas import PlanMemory
-from server.plan import Plan, StepShape
+from server.plan import Plan, Seating, StepShape
 
 LATENT = (4, 8, 8)
 
@@ -23,7 +23,7 @@ def plan(value: float, *, noise: bool) -> Plan:
     }
     if noise:
         arrays["noise"] = np.full((2, *LATENT), value, np.float32)
-    return Plan((), 3, StepShape(2, 3, 1), arrays)
+    return Plan((), Seating((), 3, StepShape(2, 3, 1), {}, ()), (), arrays)
 
 
 @pytest.mark.parametrize("first_draws", [False, True])

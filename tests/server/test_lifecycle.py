@@ -22,6 +22,7 @@ import PIL.Image
 import pytest
 
 from engines.manifest import NoiseSchedule, Size
+from server.__main__ import _listen
 from server.errors import Cancelled
 from server.request import Completed, Event, Failed, Request, Wish
 from server.schedulers import Scheduler, table
@@ -249,6 +250,14 @@ def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert port in ended.stderr
     assert "already in use" in ended.stderr
+
+
+def test_an_answer_waits_for_no_acknowledgement_of_its_headers() -> None:
+    """Whichever event loop serves: one that is given a listener leaves its connections as they are."""
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_first_ending_is_the_only_one() -> None:

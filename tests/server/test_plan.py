@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,3 +90,41 @@ def test_a_full_step_keeps_the_features_of_those_who_ask_and_a_shallow_one_takes
     shallow = make_plan(due, LATENT, shape=StepShape(8, 8, 1, "shallow"), spare=SPARE)
     assert shallow.arrays["row_feature"].tolist() == [0, 4, 2, 1, *[SPARE] * 4]
     assert shallow.keeps == ()
+
+
+def test_the_same_company_keeps_its_seats_while_its_numbers_change() -> None:
+    placements, shape = [placement(slots=(3, 5)), placement(slots=(1,), guided=False)], StepShape(8, 8, 1)
+    first = make_plan(placements, LATENT, shape=shape, spare=SPARE)
+    for one in placements:
+        one.request.step += 1
+    second = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=first.seating)
+    assert second.seating is first.seating
+    anew = make_plan(placements, LATENT, shape=shape, spare=SPARE)
+    for name, array in anew.arrays.items():
+        np.testing.assert_array_equal(second.arrays[name], array, err_msg=name)
+    assert not np.array_equal(second.arrays["timestep"], first.arrays["timestep"])
+
+
+@pytest.mark.parametrize("change", ["company", "shape", "guidance"])
+def test_another_company_is_seated_anew(change: str) -> None:
+    ends_early = replace(placement(slots=(3,)).request.wish, guidance_end=0.5)
+    request = Request(ends_early, table(Scheduler("ddim"), 4, NoiseSchedule()), (), "a", step=1)
+    placements = [replace(placement(slots=(3,)), request=request), placement(slots=(1,))]
+    shape = StepShape(8, 8, 1)
+    before = make_plan(placements, LATENT, shape=shape, spare=SPARE).seating
+    if change == "company":
+        placements.pop()
+    elif change == "shape":
+        shape = StepShape(4, 4, 1)
+    else:
+        request.step += 1
+    after = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=before)
+    anew = make_plan(placements, LATENT, shape=shape, spare=SPARE)
+    assert after.seating is not before
+    for name, array in anew.arrays.items():
+        np.testing.assert_array_equal(after.arrays[name], array, err_msg=name)
+
+
+def test_a_plan_says_who_takes_its_last_step() -> None:
+    last, other = placement(slots=(0,), step=3), placement(slots=(1,), step=2)
+    assert make_plan([other, last], LATENT, shape=StepShape(4, 4, 1), spare=SPARE).finishing == (last.request,)

@@ -23,7 +23,7 @@ def request(
 
 
 def depths(asked: Request) -> str:
-    return "".join(asked.depth_at(step)[0] for step in range(asked.steps))
+    return "".join(depth[0] for depth in asked.depths)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_no_shallow_step_lacks_the_features_of_a_row() -> None:
             kept = 0
             for step in range(asked.steps):
                 asked.step = step
-                rows = 2 if asked.guided_at(step) else 1
+                rows = 2 if asked.guided[step] else 1
                 if asked.depth == "full":
                     kept = rows
                 assert rows <= kept, (start, end, step)
@@ -62,10 +62,3 @@ def test_what_is_left_shrinks_with_every_step() -> None:
     assert asked.left == Counter(full=3, shallow=4)
     asked.step = 4
     assert asked.left == Counter(full=1, shallow=2)
-
-
-def test_only_those_of_one_depth_share_a_step() -> None:
-    cached, plain = request(), request(cache="off")
-    assert cached.shares_with(plain)
-    cached.step = 1
-    assert not cached.shares_with(plain)
