@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines import cores
@@ -19,11 +19,13 @@ import openvino as openvino  # noqa: E402, PLC0414 - only after that; and others
 class OpenVinoCall:
     """One inference request over bound memory. Holds the arrays, so that they outlive the request."""
 
-    def __init__(self, request: openvino.InferRequest, arrays: Mapping[str, Array]) -> None:
+    def __init__(self, request: openvino.InferRequest, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         self._request = request
-        self._arrays = arrays
-        for name, array in arrays.items():
-            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        self._arrays = inputs, outputs
+        for place, array in enumerate(inputs):
+            request.set_input_tensor(place, openvino.Tensor(array, shared_memory=True))
+        for place, array in enumerate(outputs):
+            request.set_output_tensor(place, openvino.Tensor(array, shared_memory=True))
 
     def launch(self) -> None:
         try:
@@ -33,14 +35,21 @@ class OpenVinoCall:
 
 
 class OpenVinoEngine:
-    """An ONNX graph compiled by OpenVINO."""
+    """An ONNX graph compiled by OpenVINO.
 
-    def __init__(self, compiled: openvino.CompiledModel) -> None:
+    Names are those of the graph as it was read: where the processor has no BF16, compiling drops casts at the end of a
+    graph, and the names of its outputs with them. Their order stays.
+    """
+
+    def __init__(self, read: openvino.Model, compiled: openvino.CompiledModel) -> None:
         self._compiled = compiled
-        self._names = {port.any_name for port in (*compiled.inputs, *compiled.outputs)}
+        self._inputs = [port.any_name for port in read.inputs]
+        self._outputs = [port.any_name for port in read.outputs]
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OpenVinoCall:
-        return OpenVinoCall(self._compiled.create_infer_request(), bound_arrays(buffers, self._names))
+        arrays = bound_arrays(buffers, {*self._inputs, *self._outputs})
+        inputs, outputs = ([arrays[name] for name in names] for names in (self._inputs, self._outputs))
+        return OpenVinoCall(self._compiled.create_infer_request(), inputs, outputs)
 
 
 class OpenVinoDevice(HostDevice):
@@ -52,7 +61,8 @@ class OpenVinoDevice(HostDevice):
         self._core = openvino.Core()
         self._options = {
             "PERFORMANCE_HINT": "LATENCY",
-            # Where the processor has bfloat16 it would be taken unasked, and the picture would no longer be diffusers'.
+            # Where the processor has bfloat16 it would be taken unasked, scheduler tables included. A graph in BF16
+            # computes in it all the same, and in FP32 where it says so.
             "INFERENCE_PRECISION_HINT": "f32",
         }
         if threads := threads or cores.limit():
@@ -60,7 +70,8 @@ class OpenVinoDevice(HostDevice):
 
     def load(self, path: Path, stream: Stream) -> OpenVinoEngine:  # noqa: ARG002 - the host's streams are all alike
         try:
-            return OpenVinoEngine(self._core.compile_model(path, "CPU", self._options))
+            read = self._core.read_model(path)
+            return OpenVinoEngine(read, self._core.compile_model(read, "CPU", self._options))
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {path}: {error}") from error
 

@@ -139,7 +139,7 @@ def test_damaged_weights_are_an_error_that_names_the_checkpoint(
     [
         (["--backend", "onnxruntime", "--precision", "fp16"], "--weights fp16"),
         (["--backend", "tensorrt_rtx", "--precision", "int8"], "fp16 or bf16 or fp32, not in int8"),
-        (["--backend", "openvino", "--precision", "bf16"], "fp32 or int8, not in bf16"),
+        (["--backend", "openvino", "--precision", "fp16"], "fp32 or bf16 or int8, not in fp16"),
     ],
 )
 def test_a_precision_that_a_backend_lacks_is_refused_before_anything_is_built(

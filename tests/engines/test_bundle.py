@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import build_engines
 from engines.manifest import GRAPHS, Build, File, Manifest
+from engines.openvino import openvino
 from tests.references import draw, load_pipeline, psnr
 from tests.serving import Serving, pictures
 
@@ -118,12 +119,40 @@ def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path) -> None:
     manifest = Manifest.load(copied)
     made = manifest.builds["openvino"]
     assert made.precision == "int8"
-    assert made.engines["decode"].precision == "fp32"
+    assert made.engines["decode"].precision == "int8"
+    assert made.engines["encode_image"].precision == "fp32"
     assert made.verification
     assert made.verification.psnr >= 25
     with Serving(copied, "--backend", "openvino") as serving:
         assert serving.client.get("/models").json()[0]["precision"] == "int8"
         assert serving.generate(prompt="two old boats", seed=3, num_inference_steps=4).status_code == 200
+
+
+def test_bf16_on_a_cpu_keeps_the_picture(checkpoint: Path, copied: Path) -> None:
+    """Processors without BF16 compute the same graphs in FP32."""
+    source = ["--model", checkpoint, "--out", copied, "--resolution", "32x32"]
+    assert build(*source, "--backend", "openvino", "--precision", "bf16") == 0
+    made = Manifest.load(copied).builds["openvino"]
+    chosen = {name: engine.precision for name, engine in made.engines.items()}
+    assert chosen == {name: "fp32" if name.startswith("encode") else "bf16" for name in GRAPHS}
+    assert made.verification
+    assert made.verification.psnr >= 35
+    with Serving(copied, "--backend", "openvino") as serving:
+        assert serving.client.get("/models").json()[0]["precision"] == "bf16"
+        fast = {"prompt": "two old boats", "seed": 3, "num_inference_steps": 4, "cache": "fast"}
+        assert serving.generate(**fast).status_code == 200
+
+
+def test_a_graph_in_bf16_keeps_its_own_arithmetic_and_the_timestep_in_fp32(checkpoint: Path, copied: Path) -> None:
+    """In eight bits of mantissa 999 is 1000, and a scheduler's table a rough one."""
+    assert build("export", "--model", checkpoint, "--out", copied, "--backend", "openvino", "--precision", "bf16") == 0
+    compiled = openvino.Core().compile_model(
+        copied / "onnx" / "denoise.bf16.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    runs = {(one["layerType"].value, one["runtimePrecision"].value) for one in facts}
+    exact = {precision for kind, precision in runs if kind in ("MatMul", "Math")}
+    assert exact == {"f32"}
 
 
 def test_auto_says_what_it_chose_and_why(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
