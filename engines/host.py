@@ -67,6 +67,9 @@ class HostReading:
 class HostStream:
     """Does each piece of work when it is given."""
 
+    def __init__(self, *, urgent: bool) -> None:
+        self.urgent = urgent
+
     def write(self, buffer: Buffer, values: Array, *, at: int | None = None) -> None:
         np.copyto(_entry(buffer, at), values)
 
@@ -99,7 +102,7 @@ class HostDevice:
         self._in_use: Counter[str] = Counter()  # bytes by purpose
 
     def stream(self, name: str, *, urgent: bool = False) -> HostStream:  # noqa: ARG002 - work is done as it comes
-        return HostStream()
+        return HostStream(urgent=urgent)
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike, *, purpose: str = "other") -> HostBuffer:
         try:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from engines import cores
 from engines.base import Array, Buffer, EngineError, Stream
-from engines.host import HostDevice, bound_arrays
+from engines.host import HostDevice, HostStream, bound_arrays
 
 _PROVIDER = "CPUExecutionProvider"
 
@@ -63,12 +63,16 @@ class OnnxRuntimeDevice(HostDevice):
         self.name = f"cpu, ONNX Runtime {ort.__version__}"
         self._threads = threads or cores.limit()
 
-    def load(self, path: Path, stream: Stream) -> OnnxRuntimeEngine:  # noqa: ARG002 - the host's streams are all alike
+    def load(self, path: Path, stream: Stream) -> OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         # A pattern holds all of a run's activations as one block, beside the arena: a quarter to a half more memory
         # (docs/benchmarks), and no faster.
         options.enable_mem_pattern = False
+        if not (isinstance(stream, HostStream) and stream.urgent):
+            # Each session has threads of its own, which keep a core busy for a while after each run, and after they
+            # are made, lest the next run find them asleep. Steps are a quarter faster for it; beside them it hinders.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only: optimiser warnings mean nothing to who runs a server
         try:
             return OnnxRuntimeEngine(ort.InferenceSession(path, options, providers=[_PROVIDER]))

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engines import tensorrt
 from engines.base import BACKENDS, EngineError, needs
-from engines.cuda import probe
 from engines.manifest import Gpu, Manifest
+
+if TYPE_CHECKING:
+    from engines.cuda import Probe
 
 _PACKAGES = {
     "tensorrt": ("tensorrt",),
@@ -41,6 +43,13 @@ def installed(backend: str) -> str:
     raise EngineError(needs(backend, _PACKAGES[backend][0]))
 
 
+def probe() -> Probe:
+    """The GPU that is here, or why there is none."""
+    from engines.cuda import probe  # noqa: PLC0415 - CUDA's modules, which a server on a CPU has no use for
+
+    return probe()
+
+
 def obstacle(backend: str) -> str | None:
     """Why `backend` cannot run here, in a few words; None where it can."""
     try:
@@ -54,10 +63,16 @@ def _gpu_obstacle(backend: str) -> str | None:
     found = probe()
     if found.gpu is None:
         return found.reason
-    accepted = tensorrt.accepted_capabilities(backend) if backend in TENSORRT else []
+    accepted = _accepted(backend) if backend in TENSORRT else []
     if accepted and found.gpu.compute_capability not in accepted:
         return f"not for {found.gpu.name}, of compute capability {found.gpu.compute_capability}"
     return None
+
+
+def _accepted(backend: str) -> list[str]:
+    from engines.tensorrt import accepted_capabilities  # noqa: PLC0415 - as above
+
+    return accepted_capabilities(backend)
 
 
 def gpu_here() -> Gpu:
@@ -75,6 +90,8 @@ def check_fits(manifest: Manifest, backend: str, bundle: Path) -> None:
     """Raise EngineError, naming the command that rebuilds, where the engines were built for another GPU or version."""
     build = manifest.builds.get(backend)
     if build and backend in TENSORRT:
+        from engines import tensorrt  # noqa: PLC0415 - as above
+
         tensorrt.check_fits(build, backend=backend, version=installed(backend), gpu=probe().gpu, bundle=bundle)
 
 

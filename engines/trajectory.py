@@ -54,7 +54,7 @@ class Graphs:
     def __init__(self, manifest: Manifest, device: Device, files: Mapping[GraphName, Path]) -> None:
         self._manifest = manifest
         self._device = device
-        self._stream = device.stream("graphs")
+        self._stream = device.stream("graphs", urgent=True)
         self._files = files
         self._engines: dict[GraphName, Engine] = {}
 

@@ -44,7 +44,7 @@ from server.schemas import GenerateRequest
 from server.tokenizer import Tokenizer
 
 _DEMO = Path(engines.demo.__file__).parent
-_READY = re.compile(r"is ready: open (http://\S+)")
+READY = re.compile(r"is ready: open (http://\S+)")
 _ANSWERS = {"PNG": "image/png", "JSON": "application/json"}
 _BACKEND = "onnxruntime"
 _OK = 200
@@ -129,7 +129,7 @@ class NullServer:
         said: list[str] = []
         for line in self._process.stderr or ():
             said.append(line)
-            if found := _READY.search(line):
+            if found := READY.search(line):
                 self.url = found[1]
                 return
         self._process.wait()

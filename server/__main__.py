@@ -10,6 +10,8 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import uvicorn
 from pydantic import ValidationError
@@ -18,10 +20,15 @@ from pydantic_settings import CliApp
 from engines.base import BACKENDS, ON_CPU, EngineError
 from engines.manifest import Manifest
 from engines.present import check_fits, choose, obstacle
-from server.app import make_app, make_service
 from server.compiling import CompilingStopped
 from server.fastest import MeasuringStopped
 from server.settings import AUTO, Settings
+from server.wiring import make_service
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from server.api.service import Service
 
 _log = logging.getLogger("latentd")
 _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
@@ -85,7 +92,8 @@ def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> i
     def on_ready() -> None:
         nonlocal exit_code
         exit_code = 0
-        _say(_welcome(manifest, _url(listener)))
+        if not server.should_exit:  # else it is ready too late, and its socket is closed
+            _say(_welcome(manifest, _url(listener)))
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
@@ -109,7 +117,9 @@ def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> i
         on_failure=on_failure,
     )
     config = uvicorn.Config(
-        make_app(service),
+        partial(_app, service),
+        factory=True,
+        ws="none",
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -123,11 +133,18 @@ def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> i
         _complain(f"{error.strerror}: choose another --host or --port.")
         return _FAILED_START
     server = _Server(config, drain_seconds=settings.drain_seconds, cancel=service.batcher.cancel)
+    service.executor.start()
     server.run(sockets=[listener])
     if service.executor.stuck:
         logging.shutdown()
         os._exit(exit_code)  # an interpreter that ends in order would wait for the thread that hangs in the driver
     return exit_code
+
+
+def _app(service: Service) -> FastAPI:
+    from server.app import make_app  # noqa: PLC0415 - a fifth of the start, which passes while the engines are loaded
+
+    return make_app(service)
 
 
 def _listen(host: str, port: int) -> socket.socket:

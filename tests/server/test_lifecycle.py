@@ -189,6 +189,23 @@ def test_a_server_told_to_stop_finishes_what_it_accepted(bundle: Path) -> None:
         assert serving.process.wait(10) in (0, -signal.SIGTERM)
 
 
+def test_a_server_told_to_stop_while_it_loads_ends_without_a_word(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", str(port), "--log-level", "warning"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+        wait_until(lambda: accepts(port))  # the engines' turn to be loaded
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+        assert process.stderr
+        assert process.stderr.read() == ""
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_server_that_may_not_drain_for_long_tells_those_who_wait(bundle: Path) -> None:
     def last_event() -> tuple[str, Any]:
         with stream(serving, **FULL) as answer:
