@@ -39,7 +39,7 @@ from loadtest.peer_processes import ROOT, Pipeline, Running, Server, Wish, compl
 from loadtest.peer_report import EAGER, FULL_EAGER, Record, Settings, Turn, cells, measured, page
 from loadtest.record import begin_run, now
 
-_STEPS = {"256x256": 8, "512x512": 4}
+_STEPS = {"256x256": 20, "512x512": 4}
 _GUIDANCE = 7.5
 _PROMPTS = (
     "a photograph of a lighthouse on a rock in the sea",
@@ -196,7 +196,7 @@ class Workshop:
             return
         if precision and not made.exists():
             self._bundle(home, home / plain, backend)
-            shutil.copytree(home / plain, made, copy_function=os.link)  # builds replace files, and change none
+            shutil.copytree(home / plain, made)  # no links, of which onnx suspects an attack
         build = [sys.executable, str(ROOT / "build_engines.py"), "--model", str(self._checkpoint(home))]
         sizes = ["--resolution", *self._sizes]
         backends = ["--backend", "openvino"]
@@ -455,7 +455,7 @@ def _parser() -> argparse.ArgumentParser:
         help="an interpreter with what loadtest/peers.txt lists",
     )
     add("--size", type=size, action="append", metavar="WxH", help="repeatable (default: 256x256 and 512x512)")
-    add("--steps", type=count, metavar="N", help="at every size (default: 8, and 4 at 512x512)")
+    add("--steps", type=count, metavar="N", help="at every size (default: 20, and 4 at 512x512)")
     add("--repeats", type=count, default=2, metavar="K", help=f"pictures of each turn ({default})")
     add(
         "--rounds",
