@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-# From `model`, `size`, `threads` and `guidance` to what draws a PIL image from `prompt`, `seed` and `steps`.
+# From `model`, `size`, `threads`, `guidance` and `exact` to what draws a PIL image from `prompt`, `seed` and `steps`.
 Spec = Mapping[str, Any]
 Draw = Callable[[str, int, int], Any]
 
@@ -127,7 +127,8 @@ def _genai(spec: Spec) -> Draw:
         path.write_text(json.dumps({**own, "timestep_spacing": "linspace"}), encoding="utf-8")
         pipeline.set_scheduler(genai.Scheduler.from_config(path, genai.Scheduler.Type.EULER_DISCRETE))
     pipeline.reshape(1, spec["height"], spec["width"], spec["guidance"])
-    pipeline.compile("CPU", INFERENCE_NUM_THREADS=spec["threads"])
+    precision = {"INFERENCE_PRECISION_HINT": "f32"} if spec["exact"] else {}
+    pipeline.compile("CPU", INFERENCE_NUM_THREADS=spec["threads"], **precision)
 
     def draw(prompt: str, seed: int, steps: int) -> Any:
         drawn = pipeline.generate(

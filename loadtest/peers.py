@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from engines.base import EngineError
-from engines.manifest import BundleError, Manifest, write_atomically
+from engines.manifest import MANIFEST, BundleError, Manifest, write_atomically
 from loadtest.options import count, size
 from loadtest.peer_processes import ROOT, Pipeline, Running, Server, Wish, complaint_in
 from loadtest.peer_report import EAGER, FULL_EAGER, Record, Settings, Turn, cells, measured, page
@@ -41,6 +41,7 @@ from loadtest.record import begin_run, now
 
 _STEPS = {"256x256": 20, "512x512": 4}
 _GUIDANCE = 7.5
+_ROWS = 2  # of the UNet, all that one guided picture takes: nobody else is made ready for more
 _PROMPTS = (
     "a photograph of a lighthouse on a rock in the sea",
     "a lighthouse in the sea on a photograph of a rock",
@@ -72,6 +73,7 @@ class Contestant:
     made: str = "checkpoint"  # what it reads, of all that is made of the model
     packages: tuple[str, ...] = ()  # that --peers-python must have
     backend: str = ""  # of our server
+    exact: bool = False  # whether OpenVINO is kept from BF16, which it takes unasked where the processor has it
     fields: Mapping[str, Any] = field(default_factory=dict)  # of a request to it
     alike: bool = True  # whether its pictures should be torch-eager's
 
@@ -94,6 +96,14 @@ CONTESTANTS = (
     Contestant("optimum", "optimum-intel", "optimum", made="optimum-fp32", packages=_OPTIMUM),
     Contestant("optimum-int8", "optimum-intel, INT8 weights", "optimum", made="optimum-int8", packages=_OPTIMUM),
     Contestant("genai", "openvino-genai (C++)", "genai", made="optimum-fp32", packages=_OPTIMUM + _GENAI),
+    Contestant(
+        "genai-fp32",
+        "openvino-genai, kept to FP32",
+        "genai",
+        made="optimum-fp32",
+        packages=_OPTIMUM + _GENAI,
+        exact=True,
+    ),
     Contestant("sdcpp", "stable-diffusion.cpp", "stable-diffusion.cpp", packages=_CPP, alike=False),
     Contestant(
         "sdcpp-sd14", "stable-diffusion.cpp, SD 1.4", "stable-diffusion.cpp", "sd15", packages=_CPP, alike=False
@@ -198,7 +208,7 @@ class Workshop:
             self._bundle(home, home / plain, backend)
             shutil.copytree(home / plain, made)  # no links, of which onnx suspects an attack
         build = [sys.executable, str(ROOT / "build_engines.py"), "--model", str(self._checkpoint(home))]
-        sizes = ["--resolution", *self._sizes]
+        sizes = ["--resolution", *self._sizes, "--rows", str(_ROWS)]
         backends = ["--backend", "openvino"]
         backends += ["--precision", precision] if precision else ["--backend", "onnxruntime"]
         name = ["--name", home.name, "--out", str(made)]
@@ -281,16 +291,16 @@ class Comparison:
         settings, options = self.options.settings, self.options
         log = options.out / "logs" / f"{contestant.name}-{turn.size}-{turn.round}.log"
         running: Running
-        with tempfile.TemporaryDirectory() as cache:
+        with tempfile.TemporaryDirectory() as folder:
             if contestant.kind == "server":
-                fields = contestant.fields
-                running = Server(made, contestant.backend, log, threads=settings.threads, fields=fields)
+                bundle, fields = _of_size(made, turn.size, Path(folder)), contestant.fields
+                running = Server(bundle, contestant.backend, log, threads=settings.threads, fields=fields)
             else:
                 width, height = map(int, turn.size.split("x"))
                 spec = {"kind": contestant.kind, "model": str(made.resolve()), "width": width, "height": height}
-                spec |= {"threads": settings.threads, "guidance": settings.guidance}
+                spec |= {"threads": settings.threads, "guidance": settings.guidance, "exact": contestant.exact}
                 # Compiled anew each time, as on a machine that never did.
-                variables = {"OMP_NUM_THREADS": str(settings.threads), "TORCHINDUCTOR_CACHE_DIR": cache}
+                variables = {"OMP_NUM_THREADS": str(settings.threads), "TORCHINDUCTOR_CACHE_DIR": folder}
                 python = options.python if contestant.packages else sys.executable
                 running = Pipeline(python, spec, log, variables=variables)
             try:
@@ -388,8 +398,19 @@ def _holds(bundle: Path, sizes: Sequence[str], backend: str, precision: str) -> 
     with suppress(BundleError):
         manifest = Manifest.read(bundle)
         built = backend in manifest.builds and manifest.precision(backend) == precision
-        return built and set(sizes) <= set(map(str, manifest.resolutions))
+        return built and manifest.max_rows == _ROWS and set(sizes) <= set(map(str, manifest.resolutions))
     return False
+
+
+def _of_size(bundle: Path, size: str, folder: Path) -> Path:
+    """The bundle in `folder`, made ready for one size alone, as the others are."""
+    manifest = Manifest.read(bundle)
+    alone = tuple(one for one in manifest.resolutions if str(one) == size)
+    for path in bundle.iterdir():
+        if path.name != MANIFEST:
+            (folder / path.name).symlink_to(path.resolve())
+    manifest.model_copy(update={"resolutions": alone}).save(folder)
+    return folder
 
 
 def _error(one: Path, other: Path) -> float:
