@@ -102,7 +102,7 @@ def _measure(options: Options) -> tuple[Starts, ...]:
     for turn in track(list(turns), "starting", transient=True, console=Console(stderr=True)):
         for tree in turn:
             starts[tree].append(start(tree, options.server))
-    return tuple(Starts(tree=str(tree), starts=tuple(found)) for tree, found in starts.items())
+    return tuple(Starts(tree=os.path.relpath(tree), starts=tuple(found)) for tree, found in starts.items())
 
 
 def start(tree: Path, arguments: Sequence[str]) -> Start:
