@@ -32,7 +32,7 @@ from engines.present import TENSORRT, gpu_here, installed
 from engines.profiles import Shapes, shapes
 from engines.progress import Progress
 from engines.tensorrt_build import build_engine
-from engines.trajectory import CALIBRATION_STEPS, Table, recorded
+from engines.trajectory import CALIBRATED, CALIBRATION_STEPS, Table, recorded
 
 _OFFERED: Mapping[str, tuple[Precision, ...]] = {
     "tensorrt": ("fp16", "bf16", "fp32"),
@@ -54,12 +54,13 @@ def check_precision(backend: str, precision: Precision | None) -> None:
 def precisions(backend: str, precision: Precision | None, *, prefers_bf16: bool) -> dict[GraphName, Precision]:
     """What each engine of `backend` will compute in. Raises EngineError where it cannot.
 
-    BF16 and INT8 are for what takes the time, which on a CPU is the VAE's decoder too. The rest takes what is nearest:
-    FP16 on GPUs, whose range it stays within and whose digits it keeps, FP32 on CPUs.
+    INT8 is for all graphs, though in some for the weights alone. BF16 is for what takes the time, which on a CPU is the
+    VAE's decoder too. The rest takes what is nearest: FP16 on GPUs, whose range it stays within and whose digits it
+    keeps, FP32 on CPUs.
     """
     check_precision(backend, precision)
     chosen = precision or _default(backend, prefers_bf16=prefers_bf16)
-    if chosen in ("fp32", "fp16"):
+    if chosen != "bf16":
         return dict.fromkeys(GRAPHS, chosen)
     if backend in ON_CPU:
         return {name: chosen if name in (*STEPS, "decode") else "fp32" for name in GRAPHS}
@@ -210,14 +211,14 @@ class _Compiler:
         return recorded(self._manifest, self._bundle, self._table(self._manifest, CALIBRATION_STEPS), self._progress)
 
     def _quantized(self, name: GraphName, precision: Precision, onnx: Onnx) -> Compiled:
-        from engines.quantize import quantize  # noqa: PLC0415 - seconds of imports, for those who ask for it
+        from engines.quantize import compress, quantize  # noqa: PLC0415 - seconds of imports, for those who ask for it
 
-        out = self._bundle / "engines" / self._backend
+        graph, out = self._bundle / onnx.files[0].path, self._bundle / "engines" / self._backend
         out.mkdir(parents=True, exist_ok=True)
-        recording = self._recordings[name]
+        recording = self._recordings[name] if name in CALIBRATED else None
         began = time.monotonic()
         with self._progress.stage(f"quantizing {name}"):
-            paths = quantize(self._bundle / onnx.files[0].path, out, recording)
+            paths = quantize(graph, out, recording) if recording else compress(graph, out)
         return Compiled(
             files=tuple(File.of(path, root=self._bundle) for path in paths),
             precision=precision,

@@ -1,8 +1,8 @@
 """Graphs in INT8 for OpenVINO: their weights everywhere, and the arithmetic of most convolutions and linear layers.
 
 Those are where a UNet and a decoder spend their time, and normalised activations suit eight bits. What reaches into
-the latents themselves, or sums up without a norm in between, keeps floating-point activations, as attention and
-guidance do.
+the latents themselves, or sums up without a norm in between, keeps floating-point activations, as attention does: in
+BF16 where the processor has it. What frames the model, a step's own arithmetic and the timestep's angles, is in FP32.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from xml.etree import ElementTree
 
 from engines.base import Array, EngineError
 from engines.manifest import settle
-from engines.openvino import openvino
+from engines.openvino import TAKES_BF16, openvino
 
+_LAYERS = ("Convolution", "MatMul")
 _NORMS = ("MVN", "GroupNormalization")
 _TRANSFORMER = ".transformer_blocks."
 _OF_PROMPT = (".attn2.to_k.", ".attn2.to_v.")
@@ -41,10 +43,25 @@ def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) ->
     robust = [*_robust_convolutions(model), *_robust_linears(model)]
     try:
         with _quiet_nncf() as nncf:
-            model = _compressed(nncf, model, robust)
+            model = _compressed(nncf, model, keep=robust)
             model = _calibrated(nncf, model, robust, recording)
     except RuntimeError as error:
         raise EngineError(f"{onnx} cannot be calibrated on this recording: {error}") from error
+    model.set_rt_info(True, TAKES_BF16)
+    return _write(model, out / onnx.stem, exact=_frame(model))
+
+
+def compress(onnx: Path, out: Path) -> tuple[Path, ...]:
+    """Write an .xml and a .bin by the name of `onnx` to folder `out`: that FP32 graph with its weights in INT8.
+
+    Its arithmetic stays in FP32.
+
+    Raises:
+        EngineError: NNCF is not installed, or the graph cannot be read.
+    """
+    model = _read(onnx)
+    with _quiet_nncf() as nncf:
+        model = _compressed(nncf, model, keep=[])
     return _write(model, out / onnx.stem)
 
 
@@ -104,10 +121,10 @@ def _weights_of(node: Any) -> str:
     return str(source.get_friendly_name()) if source.get_type_name() == "Constant" else ""
 
 
-def _compressed(nncf: Any, model: Model, robust: list[str]) -> Model:
-    """The weights of everything but `robust` in INT8, one scale per output channel; the arithmetic as it was."""
+def _compressed(nncf: Any, model: Model, *, keep: list[str]) -> Model:
+    """The weights of everything but `keep` in INT8, one scale per output channel; the arithmetic as it was."""
     return nncf.compress_weights(
-        model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=robust)
+        model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=nncf.IgnoredScope(names=keep)
     )
 
 
@@ -130,14 +147,56 @@ def _calibrated(nncf: Any, model: Model, robust: list[str], recording: Sequence[
     )
 
 
-def _write(model: Model, path: Path) -> tuple[Path, ...]:
-    """Write beside, flush to disk, rename: the weights first, so that a graph never lacks them."""
+def _frame(model: Model) -> set[str]:
+    """Names of the nodes that no layer with weights comes before, or none comes behind.
+
+    In BF16's eight bits of mantissa timestep 999 is 1000, and a scheduler's table a rough one.
+    """
+    ordered = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+    sources = {
+        name: [port.get_source_output().get_node().get_friendly_name() for port in node.inputs()]
+        for name, node in ordered.items()
+    }
+    fixed, layers = set[str](), set[str]()
+    for name, node in ordered.items():
+        kind = node.get_type_name()
+        if kind != "Parameter" and fixed.issuperset(sources[name]):
+            fixed.add(name)
+        elif kind in _LAYERS and not fixed.isdisjoint(sources[name]):
+            layers.add(name)
+    behind, ahead = set(layers), set(layers)
+    for name in ordered:
+        if not behind.isdisjoint(sources[name]):
+            behind.add(name)
+    for name in reversed(ordered):
+        if name in ahead:
+            ahead.update(sources[name])
+    return ordered.keys() - fixed - (behind & ahead)
+
+
+def _write(model: Model, path: Path, *, exact: Collection[str] = ()) -> tuple[Path, ...]:
+    """Write beside, flush to disk, rename: the weights first, so that a graph never lacks them.
+
+    Nodes named `exact` compute in FP32 wherever they run.
+    """
     weights, graph = path.with_suffix(".bin"), path.with_suffix(".xml")
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         openvino.save_model(model, Path(beside) / graph.name, compress_to_fp16=False)
+        _mark(Path(beside) / graph.name, exact)
         for file in (weights, graph):
             settle(Path(beside) / file.name, file)
     return graph, weights
+
+
+def _mark(graph: Path, exact: Collection[str]) -> None:
+    """OpenVINO's own mark of nodes that take no lower precision, which its Python API can read and not write."""
+    tree = ElementTree.parse(graph)  # noqa: S314 - OpenVINO has just written it
+    for layer in tree.iter("layer"):
+        if layer.get("name") in exact:
+            facts = layer.find("rt_info")
+            facts = ElementTree.SubElement(layer, "rt_info") if facts is None else facts
+            ElementTree.SubElement(facts, "attribute", name="precise", version="0")
+    tree.write(graph, encoding="utf-8", xml_declaration=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from engines.progress import Progress
 
 Inputs = Mapping[str, Array]
 
+CALIBRATED: tuple[GraphName, ...] = (*STEPS, "decode")  # for INT8
 CALIBRATION_STEPS = 20  # of each trajectory that INT8 is calibrated on
 _PROMPTS = (
     "a photograph of a lighthouse on a rock in the sea",
@@ -161,9 +162,9 @@ class Trajectory:
 def recorded(
     manifest: Manifest, bundle: Path, table: Table, progress: Progress
 ) -> dict[GraphName, list[dict[str, Array]]]:
-    """What the step graphs and the decoder are given on the model's own ways to its examples, for calibration."""
+    """What the graphs that are `CALIBRATED` are given on the model's own ways to its examples."""
     graphs = reference(manifest, bundle)
-    found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in (*STEPS, "decode")}
+    found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in CALIBRATED}
     prompts, steps = _prompts(manifest), count(1)
     with progress.stage("recording trajectories to calibrate on") as stage:
         for prompt in prompts:

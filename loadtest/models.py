@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import build_engines
 from engines.base import EngineError
-from engines.manifest import BundleError, Manifest
+from engines.manifest import MANIFEST, BundleError, Manifest
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -98,6 +98,15 @@ def is_built(subject: Subject, backend: str, rows: Sequence[int]) -> bool:
         manifest = Manifest.read(subject.bundle)
         return subject.given or (backend in manifest.builds and manifest.rows == tuple(rows))
     return False
+
+
+def adapted(bundle: Path, folder: Path, **facts: Any) -> Path:
+    """The bundle once more in the empty `folder`, by links, with other `facts` in its manifest."""
+    for path in bundle.iterdir():
+        if path.name != MANIFEST:
+            (folder / path.name).symlink_to(path.resolve())
+    Manifest.read(bundle).model_copy(update=facts).save(folder)
+    return folder
 
 
 def write_checkpoint(folder: Path, *, layers_per_block: int) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
@@ -31,8 +31,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import engines.demo
-from engines.manifest import MANIFEST, Manifest, Size, write_atomically
+from engines.manifest import Manifest, Size, write_atomically
 from loadtest.figures import Fact, Spread, percentile
+from loadtest.models import adapted
 from loadtest.null_engine import NullDevice, waves
 from loadtest.options import count, positive, size
 from loadtest.record import Run, begin_run, now
@@ -180,17 +181,13 @@ def _measure(options: Options, rows: int | None) -> Measured:
 
 def _bundle(folder: Path, rows: int | None, size: Size | None) -> Path:
     """The demo bundle, for other rows and another size in `folder`, which engines that do nothing do not mind."""
-    manifest = Manifest.read(_DEMO)
+    facts: dict[str, Any] = {}
     if rows is not None:
         smaller = itertools.takewhile(lambda bucket: bucket < rows, (2**power for power in itertools.count(1)))
-        manifest = manifest.model_copy(update={"rows": (*smaller, rows)})
+        facts["rows"] = (*smaller, rows)
     if size is not None:
-        manifest = manifest.model_copy(update={"resolutions": (size,)})
-    for path in _DEMO.iterdir():
-        if path.name != MANIFEST:
-            (folder / path.name).symlink_to(path)
-    manifest.save(folder)
-    return folder
+        facts["resolutions"] = (size,)
+    return adapted(_DEMO, folder, **facts)
 
 
 class _Client:

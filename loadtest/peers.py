@@ -33,7 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from engines.base import EngineError
-from engines.manifest import MANIFEST, BundleError, Manifest, write_atomically
+from engines.manifest import BundleError, Manifest, write_atomically
+from loadtest.models import adapted
 from loadtest.options import count, size
 from loadtest.peer_processes import ROOT, Pipeline, Running, Server, Wish, complaint_in
 from loadtest.peer_report import EAGER, FULL_EAGER, Record, Settings, Turn, cells, measured, page
@@ -404,13 +405,8 @@ def _holds(bundle: Path, sizes: Sequence[str], backend: str, precision: str) -> 
 
 def _of_size(bundle: Path, size: str, folder: Path) -> Path:
     """The bundle in `folder`, made ready for one size alone, as the others are."""
-    manifest = Manifest.read(bundle)
-    alone = tuple(one for one in manifest.resolutions if str(one) == size)
-    for path in bundle.iterdir():
-        if path.name != MANIFEST:
-            (folder / path.name).symlink_to(path.resolve())
-    manifest.model_copy(update={"resolutions": alone}).save(folder)
-    return folder
+    alone = tuple(one for one in Manifest.read(bundle).resolutions if str(one) == size)
+    return adapted(bundle, folder, resolutions=alone)
 
 
 def _error(one: Path, other: Path) -> float:

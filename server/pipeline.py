@@ -164,11 +164,11 @@ class Pipeline:
             departures=device.stream("departures") if decode_beside else steps,
         )
         homes: dict[GraphName, Stream] = {
-            "encode_prompt": streams.arrivals,
-            "encode_image": streams.arrivals,
-            "denoise": streams.steps,
+            "denoise": streams.steps,  # first: loading takes twice an engine's memory, of the largest while it is alone
             "denoise_shallow": streams.steps,
+            "encode_prompt": streams.arrivals,
             "decode": streams.departures,
+            "encode_image": streams.arrivals,
         }
         engines = {name: device.load(bundle / manifest.engine(backend, name), home) for name, home in homes.items()}
         return cls(
@@ -186,9 +186,9 @@ class Pipeline:
         """Run everything, as often as it takes to be recorded, and measure the steps. Raises EngineError."""
         for size, canvas in self._canvases.items():
             tell(f"warming up {size}")
-            self._pace.observe_ends(size, self._rehearse_ends(canvas))
             for depth in DEPTHS:
                 self._rehearse_steps(canvas, depth)
+            self._pace.observe_ends(size, self._rehearse_ends(canvas))
         self._device.settle()
         taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
         _log.info("%s holds %s", self._device.name, taken)

@@ -20,9 +20,10 @@ ENGINES: dict[str, set[str]] = {
     "engines.profiles": {"engines.base", "engines.manifest"},
     # The backends.
     "engines.host": {"engines.base"},
+    "engines.mapped": set(),
     "engines.onnxruntime": {"engines.base", "engines.cores", "engines.host"},
     "engines.onnxruntime_cuda": {"engines.base", "engines.cuda"},
-    "engines.openvino": {"engines.base", "engines.cores", "engines.host"},
+    "engines.openvino": {"engines.base", "engines.cores", "engines.host", "engines.mapped"},
     "engines.cuda": {"engines.base", "engines.manifest"},
     "engines.tensorrt": {"engines.base", "engines.cuda", "engines.manifest"},
     "engines.tensorrt_rtx": {"engines.cuda", "engines.tensorrt"},

@@ -18,7 +18,7 @@ import engines.demo
 from engines.base import KEPT, LANES, Array, EngineError
 from engines.manifest import NoiseSchedule
 from engines.openvino import openvino
-from engines.quantize import quantize
+from engines.quantize import compress, quantize
 from server.schedulers import Scheduler, table
 from tests.loaded import Loaded
 
@@ -191,6 +191,40 @@ def test_only_what_is_robust_computes_in_eight_bits(files: tuple[Path, ...]) -> 
 
 def reads_eight_bits(convolution: Any) -> bool:
     return bool(convolution.input(0).get_source_output().get_node().get_type_name() == "FakeQuantize")
+
+
+def test_in_a_decoder_neither_its_beginning_nor_its_end(tmp_path: Path) -> None:
+    """What reads latents before the first norm, and what writes the picture, keep FP32 arithmetic."""
+    state = np.random.default_rng(0).standard_normal((1, LANES, *LATENTS), np.float32)
+    graph, _weights = quantize(
+        DEMO / "onnx" / "decode.onnx", tmp_path, [{"state": state, "slot": np.zeros(1, np.int64)}]
+    )
+    ordered = openvino.Core().read_model(graph).get_ordered_ops()
+    kinds = [node.get_type_name() for node in ordered]
+    norm = next(place for place, kind in enumerate(kinds) if kind in ("MVN", "GroupNormalization"))
+    before = [node for node in ordered[:norm] if node.get_type_name() == "Convolution"]
+    *behind, last = [node for node in ordered[norm:] if node.get_type_name() == "Convolution"]
+    assert before
+    assert not any(reads_eight_bits(node) for node in (*before, last))
+    assert sum(map(reads_eight_bits, behind)) > len(behind) / 2
+
+
+def test_compressing_leaves_arithmetic_alone(tmp_path: Path) -> None:
+    """The text encoder: weights of a byte each, and nearly the same embeddings."""
+    graph = DEMO / "onnx" / "encode_prompt.onnx"
+    files = compress(graph, tmp_path)
+    assert [file.name for file in files] == ["encode_prompt.xml", "encode_prompt.bin"]
+    assert files[1].stat().st_size < 0.55 * (DEMO / "onnx" / "encode_prompt.weights").stat().st_size
+    model = openvino.Core().read_model(files[0])
+    assert not [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+    ids = np.random.default_rng(0).integers(0, 49, (2, TOKENS))
+    inputs = {"ids": ids, "layer": np.full(2, LAYERS), "weights": np.ones(ids.shape, np.float32)}
+    like = {"embeddings": np.empty((2, TOKENS, 128), np.float32)}
+    exact, compressed = (
+        Loaded(backend, path)(inputs, like)["embeddings"]
+        for backend, path in (("onnxruntime", graph), ("openvino", files[0]))
+    )
+    assert 0 < np.abs(compressed - exact).max() < 0.05 * np.abs(exact).max()
 
 
 def test_dimensions_still_vary(files: tuple[Path, ...]) -> None:
