@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 import engines.demo
 from engines.base import KEPT, LANES, Array, EngineError
 from engines.manifest import NoiseSchedule
-from engines.openvino import openvino
+from engines.openvino import TAKES_BF16, openvino
 from engines.quantize import compress, quantize
 from server.schedulers import Scheduler, table
 from tests.loaded import Loaded
@@ -191,6 +192,24 @@ def test_only_what_is_robust_computes_in_eight_bits(files: tuple[Path, ...]) -> 
 
 def reads_eight_bits(convolution: Any) -> bool:
     return bool(convolution.input(0).get_source_output().get_node().get_type_name() == "FakeQuantize")
+
+
+def test_a_steps_own_arithmetic_and_the_timestep_take_no_bf16(files: tuple[Path, ...]) -> None:
+    """The rest does, where the processor has it."""
+    model = openvino.Core().read_model(files[0])
+    assert model.has_rt_info(TAKES_BF16)
+    layers = ElementTree.parse(files[0]).iter("layer")  # noqa: S314 - our own
+    marked = {layer.get("name") for layer in layers if layer.find("rt_info/attribute[@name='precise']") is not None}
+    kinds: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for node in model.get_ops():
+        kinds[node.get_friendly_name() in marked][node.get_type_name()] += 1
+    assert (kinds[True]["Sin"], kinds[True]["Cos"], kinds[True]["MatMul"]) == (1, 1, 2)
+    assert not {"Sin", "Cos", "ScatterNDUpdate"} & kinds[False].keys()
+    assert not {"Convolution", "FakeQuantize", "MVN", "Softmax", "Constant"} & kinds[True].keys()
+    compiled = openvino.Core().compile_model(model, "CPU")
+    facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    kept = {one["runtimePrecision"].value for one in facts if one["layerType"].value in ("MatMul", "Math")}
+    assert kept == {"f32"}
 
 
 def test_in_a_decoder_neither_its_beginning_nor_its_end(tmp_path: Path) -> None:
