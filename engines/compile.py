@@ -26,6 +26,7 @@ from engines.manifest import (
     Onnx,
     Precision,
     Typed,
+    sha256_of,
     write_atomically,
 )
 from engines.present import TENSORRT, gpu_here, installed
@@ -173,6 +174,8 @@ class _Compiler:
             "precision": precision,
             "profiles": [sorted(shape.dims.items()) for shape in self._shapes(name)],
         }
+        if precision == "int8":
+            facts["code"] = sha256_of(Path(__file__).with_name("quantize.py"))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _shapes(self, name: GraphName) -> tuple[Shapes, ...]:

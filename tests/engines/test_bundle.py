@@ -115,7 +115,7 @@ def test_graphs_in_a_precision_that_is_missing_are_asked_for(copied: Path, capsy
     assert "export --precision fp16" in capsys.readouterr().err
 
 
-def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path) -> None:
+def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("compile", copied, "--backend", "openvino", "--precision", "int8", "--resolution", "32x32") == 0
     manifest = Manifest.load(copied)
     made = manifest.builds["openvino"]
@@ -123,6 +123,8 @@ def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path) -> None:
     assert {engine.precision for engine in made.engines.values()} == {"int8"}
     assert made.verification
     assert made.verification.psnr >= 25
+    assert build("compile", copied, "--backend", "openvino", "--precision", "int8") == 0
+    assert capsys.readouterr().err.count("of openvino: unchanged") == len(GRAPHS)
     with Serving(copied, "--backend", "openvino") as serving:
         assert serving.client.get("/models").json()[0]["precision"] == "int8"
         assert serving.generate(prompt="two old boats", seed=3, num_inference_steps=4).status_code == 200
