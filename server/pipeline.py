@@ -164,7 +164,7 @@ class Pipeline:
             departures=device.stream("departures") if decode_beside else steps,
         )
         homes: dict[GraphName, Stream] = {
-            "denoise": streams.steps,  # first: loading takes twice an engine's memory, of the largest while it is alone
+            "denoise": streams.steps,  # the largest first, while it is alone: loading brings its whole file to memory
             "denoise_shallow": streams.steps,
             "encode_prompt": streams.arrivals,
             "decode": streams.departures,
@@ -186,7 +186,7 @@ class Pipeline:
         """Run everything, as often as it takes to be recorded, and measure the steps. Raises EngineError."""
         for size, canvas in self._canvases.items():
             tell(f"warming up {size}")
-            for depth in DEPTHS:
+            for depth in DEPTHS:  # steps first: an engine's weights are in memory twice while it first runs
                 self._rehearse_steps(canvas, depth)
             self._pace.observe_ends(size, self._rehearse_ends(canvas))
         self._device.settle()
