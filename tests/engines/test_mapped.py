@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines.demo
 from engines.mapped import let_go
+from engines.openvino import openvino
 from tests.loaded import Loaded
 
-DEMO = Path(engines.demo.__file__).parent
 PAGES = 64
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no such accounts")
@@ -51,10 +50,18 @@ def test_a_folders_files_are_let_go_and_say_the_same(tmp_path: Path) -> None:
     other.close()
 
 
-def test_an_engine_holds_no_file_once_it_is_loaded_nor_once_it_has_run() -> None:
-    encode = Loaded("openvino", DEMO / "onnx" / "encode_prompt.onnx")
-    assert held(DEMO / "onnx") < 1e5
-    ids = np.zeros((1, 32), np.int64)
-    inputs = {"ids": ids, "layer": np.full(1, 2), "weights": np.ones(ids.shape, np.float32)}
-    encode(inputs, {"embeddings": np.empty((1, 32, 128), np.float32)})
-    assert held(DEMO / "onnx") < 1e5
+def test_an_engine_holds_no_file_once_it_is_loaded_nor_once_it_has_run(tmp_path: Path) -> None:
+    """A linear layer with 4 MiB of weights."""
+    ops = openvino.opset13
+    x = ops.parameter([-1, 1024], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    weights = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    product = ops.matmul(x, weights, transpose_a=False, transpose_b=True)
+    product.output(0).tensor.set_names({"y"})
+    openvino.save_model(openvino.Model([product], [x]), tmp_path / "linear.xml", compress_to_fp16=False)
+    linear = Loaded("openvino", tmp_path / "linear.xml")
+    assert held(tmp_path) == 0
+    given = np.ones((2, 1024), np.float32)
+    made = linear({"x": given}, {"y": np.empty_like(given)})["y"]
+    assert held(tmp_path) == 0
+    np.testing.assert_allclose(made, given @ weights.T, atol=1e-2)
