@@ -22,12 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from engines import checkpoint
-from engines.base import BACKENDS, ON_CPU, EngineError
-from engines.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
-from engines.checkpoint import Embedding, Lora, Origin, count_parameters
-from engines.compile import compile_backend, precisions, prefers_bf16, typed_graphs
-from engines.console import (
+from engines.backends.available import check_fits, choose, unavailable_reason
+from engines.backends.registry import BACKENDS, ON_CPU
+from engines.build.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
+from engines.build.compile import compile_backend, precisions, prefers_bf16, typed_graphs
+from engines.build.console import (
     BuildFeed,
     BuildLog,
     BuildProgress,
@@ -37,11 +36,13 @@ from engines.console import (
     summary_table,
     terminal,
 )
+from engines.build.trajectory import Table
+from engines.build.verify import STEPS, VerificationError, verify
+from engines.checkpoints import checkpoint
+from engines.checkpoints.checkpoint import Embedding, Lora, Origin, count_parameters
+from engines.errors import EngineError
 from engines.manifest import Manifest, Size
-from engines.present import check_fits, choose, obstacle
-from engines.trajectory import Table
-from engines.verify import STEPS, VerificationError, verify
-from server.schedulers import find, table
+from engines.schedulers import find, table
 
 _ROWS = (2, 4, 8, 16)
 BuildShow = BuildProgress | BuildLog | BuildFeed
@@ -180,14 +181,14 @@ def _verify(arguments: argparse.Namespace, progress: BuildShow, console: Console
     for backend in arguments.backend or manifest.builds:
         if backend not in manifest.builds:
             raise EngineError(f"{arguments.bundle} holds no engines for {backend}: compile them first.")
-        if arguments.backend and (reason := obstacle(backend)):
+        if arguments.backend and (reason := unavailable_reason(backend)):
             raise EngineError(f"{backend} cannot be verified here: {reason}.")
         manifest = _verified(manifest, arguments.bundle, backend, progress)
         console.print(summary_table(manifest, backend))
 
 
 def _verified(manifest: Manifest, bundle: Path, backend: str, progress: BuildShow) -> Manifest:
-    if reason := obstacle(backend):
+    if reason := unavailable_reason(backend):
         progress.note(f"{backend}: not yet verified, since it cannot run here ({reason})")
         return manifest
     check_fits(manifest, backend, bundle)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from engines.base import MOST_CHUNKS, ON_CPU, EngineError, TensorSpec
+from engines.backends.registry import ON_CPU
+from engines.contract import GRAPHS, MAX_CHUNKS, GraphName, TensorSpec
+from engines.errors import EngineError
+from engines.files import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 _CACHED_CHUNKS = 32  # embeddings that may outlive their requests
 
-GraphName = Literal["encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image"]
-GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image")
-STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # of the UNet; the others frame them
-
 Storage = Literal["fp32", "fp16"]  # how weights lie on disk
-Typed = Literal["fp32", "fp16", "bf16"]  # what an ONNX graph computes in
+ComputeDtype = Literal["fp32", "fp16", "bf16"]  # what an ONNX graph computes in
 Precision = Literal["fp32", "fp16", "bf16", "int8"]  # what an engine computes in
 
 
@@ -151,7 +148,7 @@ class Graph(_Fact):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    onnx: dict[Typed, Onnx]
+    onnx: dict[ComputeDtype, Onnx]
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> Self:
@@ -170,7 +167,7 @@ class Profile(_Fact):
     )
 
 
-class Layers(_Fact):
+class FusionReport(_Fact):
     """What the compiler made of a graph, in the profile that came out worst."""
 
     total: int
@@ -187,7 +184,7 @@ class Compiled(_Fact):
     files: tuple[File, ...] = Field(min_length=1, description="what the backend opens first, then what that refers to")
     precision: Precision
     profiles: tuple[Profile, ...] = Field(default=(), description="empty where every shape is taken")
-    layers: Layers | None = None
+    layers: FusionReport | None = None
     key: str = Field(description="a hash over all that decides the engine; the same key needs no new compilation")
     seconds: float = Field(ge=0, description="of compiling")
     memory: int = Field(ge=0, description="bytes of main memory at the peak of compiling; 0 where it was not measured")
@@ -273,7 +270,7 @@ class Geometry(_Fact):
     @property
     def context_rows(self) -> int:
         """Places in the pool of prompt embeddings: each row may be told the most chunks, and sizes take turns."""
-        return self.max_rows * MOST_CHUNKS * len(self.resolutions) + _CACHED_CHUNKS
+        return self.max_rows * MAX_CHUNKS * len(self.resolutions) + _CACHED_CHUNKS
 
 
 class Manifest(Geometry):
@@ -401,25 +398,3 @@ class Manifest(Geometry):
     def save(self, bundle: Path) -> None:
         """Write the manifest last and whole: a bundle without one is an unfinished build."""
         write_atomically(bundle / MANIFEST, self.model_dump_json(indent=2).encode() + b"\n")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: readers see the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        settle(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def settle(beside: Path, path: Path) -> None:
-    """Give a finished file its name, once its contents are on disk."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -26,15 +26,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engines.manifest import write_atomically
+from engines.files import write_atomically
 from loadtest.client import Node, Unusable
 from loadtest.compare import compare, matches, too_short
 from loadtest.drive import Driver, measure_alone
-from loadtest.faces import FACES
 from loadtest.html import page, ratio, seconds
 from loadtest.mix import Mix, MixError
 from loadtest.options import add_what, conflict, count, entries_of, number, positive
-from loadtest.record import Environment, Run, begin_run, now
+from loadtest.provenance import Environment, Run, begin_run, now
+from loadtest.response_formats import FACES
 from loadtest.results import OUTCOMES, Load, Measured, Outcome, Point, Sent, Summary
 from loadtest.sweep import breaks, knee, next_rate
 

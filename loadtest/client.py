@@ -11,7 +11,7 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.faces import FACES, Answer, Face, Part, Reply, detail_of
+from loadtest.response_formats import FACES, Answer, Face, Part, Reply, detail_of
 
 _ASKING = 10.0  # seconds for health, models and metrics
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from loadtest.arrivals import poisson
 from loadtest.client import Node, Scrape, Unusable
-from loadtest.faces import Answer
 from loadtest.mix import Mix, abridged
+from loadtest.response_formats import Answer
 from loadtest.results import Load, Measured, Sample, Sent, rows_between, sum_up
 
 Hear = Callable[[Sent], None]

@@ -23,9 +23,9 @@ from locust.clients import ResponseContextManager
 from locust.env import Environment
 from locust.runners import LocalRunner, Runner, WorkerRunner
 
-from loadtest.faces import FACES, Answer, Face, Part, Reply
 from loadtest.mix import Entry, Mix, MixError
 from loadtest.options import add_what, conflict, entries_of, positive
+from loadtest.response_formats import FACES, Answer, Face, Part, Reply
 
 _log = logging.getLogger(__name__)
 _ASKING = 10.0  # seconds for the models

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.figures import Fact
+from loadtest.provenance import Fact
 
 _SEEDS = 2**32  # the server reads as many bits
 _LONG = 300  # characters of a field that are kept in results

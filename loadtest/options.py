@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engines.manifest import Size
-from loadtest.faces import FACES
 from loadtest.mix import Entry, plain_entries, read_entries
+from loadtest.response_formats import FACES
 
 
 def add_what(group: argparse._ArgumentGroup) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loadtest.figures import Fact, goodput, percentile
 from loadtest.mix import Entry
-from loadtest.record import Run
+from loadtest.provenance import Fact, Run
+from loadtest.statistics import goodput, percentile
 
 Outcome = Literal["completed", "refused", "not ready", "failed", "client timeout"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "refused", "not ready", "failed", "client timeout")

@@ -17,13 +17,14 @@ import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
-from engines.base import BACKENDS, ON_CPU, EngineError
+from engines.backends.available import check_fits, choose, unavailable_reason
+from engines.backends.registry import BACKENDS, ON_CPU
+from engines.errors import EngineError
 from engines.manifest import Manifest
-from engines.present import check_fits, choose, obstacle
-from server.compiling import CompilingStopped
-from server.fastest import MeasuringStopped
-from server.settings import AUTO, Settings
-from server.wiring import make_service
+from server.startup.autotune import MeasuringStopped
+from server.startup.compiling import CompilingStopped
+from server.startup.settings import AUTO, Settings
+from server.startup.wiring import make_service
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -70,7 +71,7 @@ def _contenders(settings: Settings, manifest: Manifest) -> Sequence[str]:
         _log.warning("backend %s is not to be had (%s)", wanted[0], choice.why)
     if choice.backend in wanted:
         return [choice.backend]
-    return [backend for backend in ON_CPU if obstacle(backend) is None]
+    return [backend for backend in ON_CPU if unavailable_reason(backend) is None]
 
 
 class _Server(uvicorn.Server):

@@ -19,8 +19,8 @@ from server import playground
 from server.api import generate, ops
 from server.api.bodies import problem, problem_response
 from server.api.service import Service
-from server.errors import ServerError
-from server.schemas import Problem
+from server.requests.errors import ServerError
+from server.requests.schemas import Problem
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(playground.__file__).parent / "index.html"

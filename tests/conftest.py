@@ -10,8 +10,8 @@ import torch
 
 import build_engines
 from engines.manifest import Manifest
-from tests.serving import Serving
-from tests.tiny import make_checkpoint
+from tests.support.serving import Serving
+from tests.support.tiny import make_checkpoint
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other programs run
 

@@ -19,8 +19,9 @@ import dockerfile
 import pytest
 
 from server.__main__ import _LAST_WORDS
-from server.settings import Settings
-from tests.image import ROOT, STOP_SECONDS, Stage, needed, stages, text_of
+from server.startup.settings import Settings
+from tests import ROOT
+from tests.tools.image import STOP_SECONDS, Stage, needed, stages, text_of
 
 STAGES = stages(ROOT / "Dockerfile")
 TARGETS = ("cpu", "cuda")

@@ -1,184 +1,103 @@
-"""Who may import whom. The arrows point down only; a room that needs one more says so here, in review."""
+"""Who may import whom: rules over folders. Arrows point down only; a folder that needs one more says so here."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
-# Each room and the rooms of this project it may import.
-ENGINES: dict[str, set[str]] = {
-    "engines.base": set(),
-    "engines.manifest": {"engines.base"},
+# Each folder, or module beside folders, and those of this project that it may import; itself besides. Most specific
+# names win, so a module listed by its own name follows its own rule and not its folder's.
+ALLOWED: dict[str, set[str]] = {
+    "engines.errors": set(),
+    "engines.files": set(),
     "engines.progress": set(),
-    "engines.cores": set(),
-    "engines.profiles": {"engines.base", "engines.manifest"},
-    # The backends.
-    "engines.host": {"engines.base"},
-    "engines.mapped": set(),
-    "engines.onnxruntime": {"engines.base", "engines.cores", "engines.host"},
-    "engines.onnxruntime_cuda": {"engines.base", "engines.cuda"},
-    "engines.openvino": {"engines.base", "engines.cores", "engines.host", "engines.mapped"},
-    "engines.cuda": {"engines.base", "engines.manifest"},
-    "engines.tensorrt": {"engines.base", "engines.cuda", "engines.manifest"},
-    "engines.tensorrt_rtx": {"engines.cuda", "engines.tensorrt"},
-    "engines.present": {"engines.base", "engines.cuda", "engines.manifest", "engines.tensorrt"},
-    # From a checkpoint to ONNX.
-    "engines.checkpoint": {"engines.base", "engines.manifest", "engines.progress"},
-    "engines.load": {"engines.checkpoint", "engines.progress"},
-    "engines.graphs": {"engines.base"},
-    "engines.trace": {"engines.base", "engines.graphs", "engines.load", "engines.manifest"},
-    "engines.weights": {"engines.base", "engines.manifest"},
-    "engines.preview": {"engines.manifest"},
-    "engines.trajectory": {"engines.base", "engines.manifest", "engines.progress"},
-    "engines.verify": {
-        "engines.base",
+    "engines.contract": set(),
+    "engines.manifest": {"engines.contract", "engines.errors", "engines.files", "engines.backends.registry"},
+    "engines.schedulers": {"engines.contract", "engines.manifest"},
+    "engines.backends": {"engines.contract", "engines.errors", "engines.files", "engines.manifest"},
+    "engines.checkpoints": {
+        "engines.contract",
+        "engines.errors",
+        "engines.files",
         "engines.manifest",
-        "engines.profiles",
         "engines.progress",
-        "engines.trajectory",
     },
     "engines.export": {
-        "engines.base",
-        "engines.checkpoint",
-        "engines.host",
-        "engines.load",
+        "engines.backends",
+        "engines.checkpoints",
+        "engines.contract",
+        "engines.errors",
+        "engines.files",
         "engines.manifest",
-        "engines.onnxruntime",
         "engines.progress",
-        "engines.trace",
-        "engines.verify",
-        "engines.weights",
+        "engines.build.verify",
     },
-    "engines.bundle": {
-        "engines.base",
-        "engines.checkpoint",
-        "engines.export",
-        "engines.load",
+    "engines.build": {"engines"},
+    "engines.demo": {"engines", "build_engines"},
+    "build_engines": {"engines"},
+    "server.requests": {"engines.contract", "engines.errors", "engines.manifest", "engines.schedulers"},
+    "server.runtime": {
+        "engines.backends",
+        "engines.contract",
+        "engines.errors",
         "engines.manifest",
-        "engines.preview",
-        "engines.profiles",
-        "engines.progress",
+        "engines.schedulers",
+        "server.requests",
     },
-    # From ONNX to engines.
-    "engines.tensorrt_build": {"engines.base", "engines.progress"},
-    "engines.quantize": {"engines.base", "engines.manifest", "engines.openvino"},
-    "engines.compile": {
-        "engines.base",
+    "server.playground": set(),
+    "server.api": {"engines.manifest", "engines.schedulers", "server.requests", "server.runtime"},
+    "server.app": {"server.api", "server.playground", "server.requests"},
+    "server.startup": {
+        "engines.backends",
+        "engines.contract",
+        "engines.demo",
+        "engines.errors",
+        "engines.files",
         "engines.manifest",
-        "engines.present",
-        "engines.profiles",
-        "engines.progress",
-        "engines.quantize",
-        "engines.tensorrt_build",
-        "engines.trajectory",
+        "server.api",
+        "server.requests",
+        "server.runtime",
     },
-    "engines.console": {"engines.base", "engines.manifest", "engines.profiles", "engines.progress"},
+    "server.__main__": {"engines", "server"},
+    "loadtest": {"engines.backends", "engines.errors", "engines.files", "engines.manifest"},
+    "benchmarks": {"build_engines", "engines", "loadtest", "server"},
 }
-SERVER: dict[str, set[str]] = {
-    "server.errors": set(),
-    "server.noise": set(),
-    "server.prompts": set(),
-    "server.tokenizer": {"engines.base", "server.prompts"},
-    "server.schedulers.levels": {"engines.manifest"},
-    "server.schedulers.steps": {"engines.base", "engines.manifest", "server.schedulers.levels"},
-    "server.schedulers.discrete": {"server.schedulers.levels", "server.schedulers.steps"},
-    "server.schedulers.sigma": {"server.schedulers.levels", "server.schedulers.steps"},
-    "server.schedulers.multistep": {"server.schedulers.levels", "server.schedulers.steps"},
-    "server.schedulers.methods": {
-        "server.schedulers.discrete",
-        "server.schedulers.levels",
-        "server.schedulers.multistep",
-        "server.schedulers.sigma",
-        "server.schedulers.steps",
-    },
-    "server.schedulers.catalogue": {
-        "engines.manifest",
-        "server.schedulers.levels",
-        "server.schedulers.methods",
-        "server.schedulers.steps",
-    },
-    "server.request": {"engines.manifest", "server.errors", "server.schedulers", "server.tokenizer"},
-    "server.images": {"server.request"},
-    "server.uploads": {"engines.manifest", "server.errors"},
-    "server.schemas": {"server.images", "server.request", "server.schedulers", "server.tokenizer", "server.uploads"},
-    "server.intake": {
-        "engines.manifest",
-        "server.errors",
-        "server.request",
-        "server.schedulers",
-        "server.schemas",
-        "server.tokenizer",
-        "server.uploads",
-    },
-    "server.batcher": {"engines.manifest", "server.errors", "server.request"},
-    "server.pace": {"engines.manifest", "server.request"},
-    "server.metrics": {"engines.manifest", "server.errors", "server.pace", "server.request"},
-    "server.compiling": {"engines.base", "engines.manifest", "engines.present"},
-    "server.fastest": {
-        "engines.base",
-        "engines.cores",
-        "engines.manifest",
-        "engines.present",
-        "server.pace",
-        "server.pipeline",
-        "server.trace",
-    },
-    "server.trace": {"engines.base"},
-    "server.watchdog": set(),
-    "server.plan": {"engines.base", "server.noise", "server.request", "server.schedulers"},
-    "server.prompt_pool": {"engines.base", "engines.manifest", "server.tokenizer"},
-    "server.canvas": {"engines.base", "engines.manifest", "server.noise", "server.plan", "server.request"},
-    "server.pipeline": {
-        "engines.base",
-        "engines.manifest",
-        "server.canvas",
-        "server.errors",
-        "server.noise",
-        "server.pace",
-        "server.plan",
-        "server.prompt_pool",
-        "server.request",
-        "server.trace",
-    },
-    "server.executor": {
-        "engines.base",
-        "server.batcher",
-        "server.errors",
-        "server.metrics",
-        "server.pace",
-        "server.pipeline",
-        "server.plan",
-        "server.request",
-        "server.trace",
-        "server.watchdog",
-    },
-    "server.settings": {"engines.base", "engines.demo", "server.request"},
-}
-ALLOWED = ENGINES | SERVER
 ONLY_TO_BUILD = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors"}
-EXPORTERS = {"engines.graphs", "engines.load", "engines.trace", "engines.weights", "engines.preview", "engines.export"}
-# What only a build needs; `engines.present` and `engines.manifest` are all that the server asks about one.
-BUILDERS = EXPORTERS | {
-    "engines.bundle",
-    "engines.checkpoint",
-    "engines.compile",
-    "engines.console",
-    "engines.progress",
-    "engines.quantize",
-    "engines.tensorrt_build",
-    "engines.trajectory",
-    "engines.verify",
+HTTP_AND_DEVICES = {"fastapi", "starlette", "uvicorn", "onnxruntime", "openvino", "cuda", "tensorrt", "tensorrt_rtx"}
+
+# Packages, and the only folders or modules of the product that may import them.
+ONLY_IN: dict[str, set[str]] = {
+    "torch": {"engines.export", "engines.checkpoints.load", "engines.demo"},
+    "diffusers": {"engines.checkpoints.load", "engines.demo"},
+    "transformers": {"engines.checkpoints.load", "engines.demo"},
+    "onnx": {"engines.export", "engines.demo"},
+    "cuda": {"engines.backends.cuda"},
+    "openvino": {"engines.backends.openvino"},  # which keeps it from sending statistics of its use
+    "rich": {"build_engines", "engines.build.console", "engines.build.quantize", "engines.demo"},
+    "fastapi": {"server.api", "server.app", "server.__main__"},
 }
+# Policy and numbers: no device, no HTTP.
+PURE = (
+    "engines.contract",
+    "engines.schedulers",
+    "server.runtime.batcher",
+    "server.runtime.noise",
+    "server.runtime.plan",
+    "server.runtime.step_times",
+)
 
 
-def modules(folder: str) -> list[str]:
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / folder).rglob("*.py"))]
+def modules(*tops: str) -> list[str]:
+    found = []
+    for top in tops:
+        files = [ROOT / f"{top}.py"] if (ROOT / f"{top}.py").exists() else sorted((ROOT / top).rglob("*.py"))
+        found += [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return found
 
 
 def imports(module: str) -> set[str]:
@@ -189,67 +108,80 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            known = {name for name in inside if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()}
-            found |= known or {node.module}
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inside if is_module(name)} or {node.module}
     return found
 
 
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+def within(module: str, places: set[str] | dict[str, set[str]]) -> str | None:
+    """The most specific of `places` that `module` lies in."""
+    parts = module.removesuffix(".__init__").split(".")
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((name for name in names if name in places), None)
+
+
 def ours(names: set[str]) -> set[str]:
-    return {name for name in names if name.split(".")[0] in {"engines", "server", "loadtest", "build_engines"}}
+    return {name for name in names if name.split(".")[0] in {"engines", "server", "loadtest", "benchmarks"}} | (
+        names & {"build_engines"}
+    )
 
 
-@pytest.mark.parametrize("module", ALLOWED)
-def test_a_room_imports_only_what_lies_below_it(module: str) -> None:
-    assert ours(imports(module)) <= ALLOWED[module]
+PRODUCT = modules("build_engines", "engines", "server")
+EVERYTHING = [*PRODUCT, *modules("loadtest", "benchmarks")]
 
 
-def test_every_room_is_in_the_plan() -> None:
-    listed = {*ALLOWED, "server.wiring", "server.app", "server.__main__"}
-    rooms = {name for name in modules("engines") + modules("server") if not name.endswith("__init__")}
-    assert {room for room in rooms if not room.startswith(("engines.demo.", "server.api."))} == listed
+@pytest.mark.parametrize("module", [name for name in EVERYTHING if not name.endswith("__init__")])
+def test_a_folder_imports_only_what_lies_below_it(module: str) -> None:
+    place = within(module, ALLOWED)
+    assert place, f"{module} lies in no folder of the plan"
+    outside = {name for name in ours(imports(module)) if within(name, ALLOWED) != place}
+    assert not {name for name in outside if not within(name, ALLOWED[place])}
 
 
-@pytest.mark.parametrize("module", modules("engines"))
-def test_engines_know_nothing_of_the_server(module: str) -> None:
-    assert not {name for name in imports(module) if name.split(".")[0] == "server"}
+def test_rules_name_what_exists() -> None:
+    assert not [name for name in {*ALLOWED, *PURE, *set().union(*ALLOWED.values())} if not is_module(name)]
+
+
+@pytest.mark.parametrize("module", PRODUCT)
+def test_packages_are_imported_where_they_belong(module: str) -> None:
+    named = {name.split(".")[0] for name in imports(module)}
+    assert not [package for package, places in ONLY_IN.items() if package in named and not within(module, places)]
 
 
 @pytest.mark.parametrize("module", modules("server"))
 def test_the_server_needs_nothing_of_the_build(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(module)} & ONLY_TO_BUILD
-    assert not imports(module) & BUILDERS
+    assert not [
+        name for name in imports(module) if within(name, {"engines.build", "engines.export", "engines.checkpoints"})
+    ]
 
 
-@pytest.mark.parametrize("module", [name for name in modules("engines") if "demo" not in name])
-def test_only_the_exporters_need_torch(module: str) -> None:
-    if module not in EXPORTERS:
-        assert not {name.split(".")[0] for name in imports(module)} & ONLY_TO_BUILD
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "server.batcher",
-        "server.plan",
-        "server.noise",
-        *(name for name in SERVER if name.startswith("server.schedulers.")),
-    ],
-)
+@pytest.mark.parametrize("module", [name for name in PRODUCT if within(name, set(PURE))])
 def test_policy_and_numbers_need_neither_device_nor_http(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(module)} & {
-        "fastapi",
-        "starlette",
-        "onnxruntime",
-        "openvino",
-        "cuda",
+    assert not {name.split(".")[0] for name in imports(module)} & HTTP_AND_DEVICES
+
+
+@pytest.mark.parametrize("module", [name for name in EVERYTHING if not name.endswith("__init__")])
+def test_nothing_reaches_into_anothers_private_names(module: str) -> None:
+    """An underscore is for the module that wrote it: imports of `_name`, and `module._name` of an imported module."""
+    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    imported = {
+        (alias.asname or alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if is_module(f"{node.module}.{alias.name}")
     }
-
-
-@pytest.mark.parametrize("module", [name for name in modules("engines") if name != "engines.openvino"])
-def test_openvino_is_imported_in_one_place(module: str) -> None:
-    """Which keeps it from sending statistics of its use."""
-    assert not {name for name in imports(module) if name.split(".")[0] == "openvino"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and ours({node.module}):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{node.value.id}.{node.attr}"
 
 
 def test_a_running_server_loads_no_torch() -> None:
@@ -257,8 +189,8 @@ def test_a_running_server_loads_no_torch() -> None:
     assert not loaded("server.app", "server.__main__") & {"torch", "onnx", "transformers", "diffusers"}
 
 
-def test_what_the_engines_need_not_wait_for_is_imported_after_them() -> None:
-    """They are loaded meanwhile; what is imported before they are is time that nothing else passes in."""
+def test_http_is_imported_while_engines_load() -> None:
+    """What is imported before the engines begin to load is time that nothing else passes in."""
     assert not loaded("server.__main__") & {"fastapi", "onnxruntime", "openvino", "cuda", "uvicorn.protocols"}
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from server.api.forms import read_form
-from server.errors import (
+from server.requests.errors import (
     STATUS,
     BodyTooLarge,
     Cancelled,
@@ -23,7 +23,7 @@ from server.errors import (
     ServerError,
     UnsupportedMediaType,
 )
-from server.schemas import Problem
+from server.requests.schemas import Problem
 
 MAX_BODY = 34 * 1024 * 1024  # bytes: two pictures of 12 MiB in base64, and the rest
 MAX_COMMAS = 64 * 1024  # in a JSON body: one for each value but a few, and none in base64

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from python_multipart.multipart import parse_options_header
 
-from server.errors import BodyTooLarge, MalformedBody
+from server.requests.errors import BodyTooLarge, MalformedBody
 
 MAX_FIELDS = 64
 _MAX_HEADERS = 2048  # bytes, of a field or of Content-Type

@@ -17,13 +17,13 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from server import images
 from server.api.bodies import describe_body, problem, problem_response, read_body
 from server.api.service import Accepted, Files, Service
-from server.errors import FieldError, InvalidRequest, NotAcceptable
-from server.images import ImageFormat
-from server.request import Completed, Event, Failed, Image, Request, Started, Stepped
-from server.schemas import (
+from server.requests import images
+from server.requests.errors import FieldError, InvalidRequest, NotAcceptable
+from server.requests.images import ImageFormat
+from server.requests.request import Completed, Event, Failed, Image, Request, Started, Stepped
+from server.requests.schemas import (
     GeneratedImage,
     GenerateRequest,
     GenerateResponse,
@@ -120,18 +120,18 @@ async def _answer(
     request = accepted.request
     watching = asyncio.ensure_future(_cancel_when_gone(request, http))
     try:
-        ending = await accepted.ticket.ending()
+        outcome = await accepted.event_queue.outcome()
     finally:
         watching.cancel()
         request.cancel()
-    if isinstance(ending, Failed):
-        return problem_response(problem(ending.error), retry_after=ending.error.retry_after)
+    if isinstance(outcome, Failed):
+        return problem_response(problem(outcome.error), retry_after=outcome.error.retry_after)
     bare = answer in images.FORMATS
-    files = await service.write_files(ending, cast(ImageFormat, answer) if bare else image_format)
+    files = await service.write_files(outcome, cast(ImageFormat, answer) if bare else image_format)
     timings = _timings(request, files)
     headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
     if bare:
-        headers["X-Seed"] = str(request.wish.seeds[0])
+        headers["X-Seed"] = str(request.params.seeds[0])
         if warnings := _warnings(request):
             headers["X-Warnings"] = json.dumps(warnings)  # in ASCII, as headers are
         return Response(files.contents[0], headers=headers, media_type=f"image/{answer}")
@@ -161,7 +161,7 @@ async def _sse(service: Service, accepted: Accepted, image_format: ImageFormat) 
     request = accepted.request
     try:
         yield _event("queued", Queued(id=request.id, position=accepted.position))
-        async for event in accepted.ticket.events(keepalive=KEEPALIVE_SECONDS):
+        async for event in accepted.event_queue.events(keepalive=KEEPALIVE_SECONDS):
             if event is None:
                 yield KEEPALIVE_COMMENT
             else:
@@ -193,34 +193,34 @@ def _event(name: str, document: BaseModel) -> bytes:
 
 
 def _document(service: Service, request: Request, files: Files, *, image_format: ImageFormat) -> GenerateResponse:
-    wish = request.wish
+    params = request.params
     return GenerateResponse(
         id=request.id,
         model=service.manifest.name,
         images=[
             GeneratedImage(seed=seed, format=image_format, image=base64.b64encode(content).decode())
-            for seed, content in zip(wish.seeds, files.contents, strict=True)
+            for seed, content in zip(params.seeds, files.contents, strict=True)
         ],
         parameters=Parameters(
-            prompt=wish.prompt.text,
-            negative_prompt=wish.negative_prompt.text,
-            prompt_syntax=wish.prompt.syntax,
-            clip_skip=wish.clip_skip,
-            width=wish.size.width,
-            height=wish.size.height,
-            num_inference_steps=wish.num_inference_steps,
-            guidance_scale=wish.guidance_scale,
-            guidance_start=wish.guidance_start,
-            guidance_end=wish.guidance_end,
-            seed=wish.seeds[0],
+            prompt=params.prompt.text,
+            negative_prompt=params.negative_prompt.text,
+            prompt_syntax=params.prompt.syntax,
+            clip_skip=params.clip_skip,
+            width=params.size.width,
+            height=params.size.height,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            guidance_start=params.guidance_start,
+            guidance_end=params.guidance_end,
+            seed=params.seeds[0],
             num_images=request.images,
-            scheduler=wish.scheduler.name,
-            timestep_spacing=wish.scheduler.timestep_spacing,
-            final_sigmas_type=wish.scheduler.final_sigmas_type,
-            eta=wish.scheduler.eta,
-            strength=wish.original.strength if wish.original else None,
-            exact=wish.exact,
-            cache=wish.cache,
+            scheduler=params.scheduler.name,
+            timestep_spacing=params.scheduler.timestep_spacing,
+            final_sigmas_type=params.scheduler.final_sigmas_type,
+            eta=params.scheduler.eta,
+            strength=params.init_image.strength if params.init_image else None,
+            exact=params.exact,
+            cache=params.cache,
         ),
         timings=_timings(request, files),
         warnings=_warnings(request),
@@ -244,5 +244,5 @@ def _server_timing(timings: Timings) -> str:
 
 
 def _warnings(request: Request) -> list[str]:
-    prompts = {"prompt": request.wish.prompt, "negative_prompt": request.wish.negative_prompt}
+    prompts = {"prompt": request.params.prompt, "negative_prompt": request.params.negative_prompt}
     return [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from engines.schedulers import NAMES, describe
 from server.api.service import Service
-from server.schedulers import NAMES, describe
-from server.schemas import Model, Readiness, SchedulerDescription
+from server.requests.schemas import Model, Readiness, SchedulerDescription
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -12,16 +12,16 @@ from functools import partial
 from starlette.concurrency import run_in_threadpool
 
 from engines.manifest import Manifest
-from server import images
-from server.api.ticket import Ticket
-from server.batcher import Batcher
-from server.errors import NotReady
-from server.executor import Executor
-from server.images import ImageFormat
-from server.intake import Intake
-from server.metrics import Metrics
-from server.request import Completed, Request
-from server.schemas import GenerateRequest
+from server.api.event_queue import EventQueue
+from server.requests import images
+from server.requests.errors import NotReady
+from server.requests.images import ImageFormat
+from server.requests.intake import Intake
+from server.requests.request import Completed, Request
+from server.requests.schemas import GenerateRequest
+from server.runtime.batcher import Batcher
+from server.runtime.executor import Executor
+from server.runtime.metrics import Metrics
 
 _READERS = 2  # pictures that are decoded at once: each may take a second, and 250 MB of memory
 
@@ -31,7 +31,7 @@ class Accepted:
     """A request in the queue, and the ticket its caller waits with."""
 
     request: Request
-    ticket: Ticket
+    event_queue: EventQueue
     position: int  # how many waited before it
 
 
@@ -67,14 +67,14 @@ class Service:
         """
         if not self.executor.ready:
             raise NotReady(f"The server is not ready ({self.executor.state}): try again soon.", retry_after=5)
-        ticket = Ticket(follows=follows)
-        take = partial(self.intake.request, body, ticket.hear, self.metrics.observe, request_id=request_id)
+        event_queue = EventQueue(follows=follows)
+        take = partial(self.intake.request, body, event_queue.on_event, self.metrics.observe, request_id=request_id)
         if body.image is None:
             request = take()
         else:
             async with self.readers:
                 request = await run_in_threadpool(take)
-        return Accepted(request, ticket, self.batcher.submit(request))
+        return Accepted(request, event_queue, self.batcher.submit(request))
 
     async def write_files(self, completed: Completed, image_format: ImageFormat) -> Files:
         """Encode the pictures off the event loop."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from engines.manifest import MANIFEST, BundleError, File, Manifest, write_atomically
+from engines.files import write_atomically
+from engines.manifest import MANIFEST, BundleError, File, Manifest
+from tests import ROOT
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_facts_that_cannot_be_are_refused(copied: Path, change: Callable[[dict[s
 
 
 def test_the_published_schema_is_the_manifests() -> None:
-    published = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
+    published = ROOT / "docs" / "manifest.schema.json"
     assert json.loads(published.read_text()) == Manifest.model_json_schema(), "run scripts/schema"
 
 

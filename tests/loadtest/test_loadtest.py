@@ -13,15 +13,15 @@ import httpx
 import numpy as np
 import pytest
 
-import engines.demo
+from engines.demo import BUNDLE as DEMO
 from loadtest import __main__ as command
 from loadtest.client import read_metrics
 from loadtest.compare import compare, too_short
 from loadtest.drive import callers
-from loadtest.faces import FACES, Answer, Part, Reply, server_sent
 from loadtest.html import page
 from loadtest.mix import Entry, Mix, MixError, abridged, plain_entries, read_entries
-from loadtest.record import begin_run
+from loadtest.provenance import begin_run
+from loadtest.response_formats import FACES, Answer, Part, Reply, server_sent
 from loadtest.results import (
     OUTCOMES,
     STAGES,
@@ -38,9 +38,8 @@ from loadtest.results import (
 )
 from loadtest.svg import Axis, steps
 from loadtest.sweep import breaks, holds, knee, next_rate
-from tests.serving import Serving
+from tests.support.serving import Serving
 
-DEMO = Path(engines.demo.__file__).parent
 NOBODY = "http://127.0.0.1:9"  # the port of discard, which refuses
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import engines.demo
-from tests.serving import Serving
+from engines.demo import BUNDLE as DEMO
+from tests import ROOT
+from tests.support.serving import Serving
 
-ROOT = Path(__file__).parents[2]
-DEMO = Path(engines.demo.__file__).parent
 PROMPT = "a red heart on a yellow background"
 
 pytestmark = pytest.mark.skipif(
@@ -120,7 +119,7 @@ def test_refusals_are_named_and_waited_for(mix: Path) -> None:
 
 def test_a_server_that_breaks_makes_failures() -> None:
     """Some pictures come before its device is lost; then its process ends."""
-    with Serving(DEMO, "is-lost", module="tests.broken_server") as serving:
+    with Serving(DEMO, "is-lost", module="tests.support.broken_server") as serving:
         words = [*run_words(serving.url, seconds=20), "--steps", "8"]
         process = start(*words)
         assert serving.process.wait(60) == 70

@@ -11,12 +11,12 @@ from typing import cast
 import pytest
 
 import build_engines
-from engines.base import open_device
-from engines.onnxruntime import OnnxRuntimeDevice
-from tests.engines.fake_cuda import FakeCuda
-from tests.engines.fake_tensorrt import fake_device, write_bundle
-from tests.gpus import on_a_gpu
-from tests.machines import FakeMachine, Machine
+from engines.backends.onnxruntime import OnnxRuntimeDevice
+from engines.backends.registry import open_device
+from tests.engines.backends.fake_cuda import FakeCuda
+from tests.engines.backends.fake_tensorrt import fake_device, write_bundle
+from tests.support.gpus import on_a_gpu
+from tests.support.machines import FakeMachine, Machine
 
 
 @pytest.fixture(scope="session")

@@ -22,12 +22,12 @@ import PIL.Image
 import pytest
 
 from engines.manifest import NoiseSchedule, Size
+from engines.schedulers import Scheduler, table
 from server.__main__ import _listen
-from server.errors import Cancelled
-from server.request import Completed, Event, Failed, Request, Wish
-from server.schedulers import Scheduler, table
-from server.tokenizer import Prompt
-from tests.serving import Serving, run_server
+from server.requests.errors import Cancelled
+from server.requests.request import Completed, Event, Failed, GenerationParams, Request
+from server.requests.tokenizer import Prompt
+from tests.support.serving import Serving, run_server
 
 EVENTS = {"Accept": "text/event-stream"}
 LONG = {"prompt": "a red cat", "num_inference_steps": 200, "scheduler": "ddim", "seed": 1}
@@ -225,7 +225,7 @@ def test_a_server_that_may_not_drain_for_long_tells_those_who_wait(bundle: Path)
 
 @pytest.mark.parametrize("how", ["hangs", "is-lost"])
 def test_a_device_that_breaks_ends_the_process_with_everyone_answered(bundle: Path, how: str) -> None:
-    with Serving(bundle, "--watchdog", "0.001", how, module="tests.broken_server") as serving:
+    with Serving(bundle, "--watchdog", "0.001", how, module="tests.support.broken_server") as serving:
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(serving.generate, **{**LONG, "seed": seed}) for seed in range(6)]
             documents = [future.result() for future in answers]
@@ -279,11 +279,11 @@ def test_an_answer_waits_for_no_acknowledgement_of_its_headers() -> None:
 
 def test_the_first_ending_is_the_only_one() -> None:
     heard: list[Event] = []
-    wish = Wish(Prompt("", ()), Prompt("", ()), Size(width=64, height=64), Scheduler("ddim"), 2, 7.5, (0,))
+    wish = GenerationParams(Prompt("", ()), Prompt("", ()), Size(width=64, height=64), Scheduler("ddim"), 2, 7.5, (0,))
     steps = table(wish.scheduler, 2, NoiseSchedule())
     request = Request(wish, steps, (lambda _request, event: heard.append(event),), "a")
     first = Completed(())
-    for ending in (first, Failed(Cancelled("too late"))):
-        request.end(ending)
+    for outcome in (first, Failed(Cancelled("too late"))):
+        request.end(outcome)
     assert heard == [first]
-    assert request.ending is first
+    assert request.outcome is first

@@ -1,0 +1,1 @@
+"""Benchmarks of the GPU path: this server, PyTorch, and request-level batching on one machine."""

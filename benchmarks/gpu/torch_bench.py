@@ -1,0 +1,116 @@
+"""What PyTorch takes for the same pictures: diffusers' own pipeline, as it is and with a compiled UNet.
+
+The one room here that needs torch to measure; it is imported when that is asked for.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.figures import Latencies, Peak
+from engines.errors import EngineError
+from loadtest.statistics import Spread
+
+_SIDE = 8192
+_PRODUCTS, _ROUNDS = 50, 5
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_DTYPE = torch.float16 if _DEVICE == "cuda" else torch.float32
+_PRECISION = {torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def measure_peak() -> Peak:
+    """The rate of large FP16 matrix products: the best of a few rounds. Raises EngineError where there is no GPU."""
+    _require_gpu()
+    a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=torch.float16) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = min(_time_products(a, b, out) for _ in range(_ROUNDS + 1))  # the first warms up
+    return Peak(flops=2 * _SIDE**3 / seconds, side=_SIDE, dtype="fp16")
+
+
+def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(_PRODUCTS):
+        torch.mm(a, b, out=out)
+    end.record()
+    end.synchronize()
+    seconds: float = begin.elapsed_time(end) / 1000
+    return seconds / _PRODUCTS
+
+
+def measure_eager(checkpoint: Path, steps: Sequence[int], runs: int) -> Latencies:
+    """diffusers as it comes, one guided picture at a time."""
+    with _loaded(checkpoint) as pipeline:
+        return _latencies(pipeline, steps, runs)
+
+
+def measure_compiled(checkpoint: Path, steps: Sequence[int], runs: int) -> Latencies:
+    """The same with the UNet under torch.compile, which takes minutes. Raises EngineError where there is no GPU."""
+    _require_gpu()
+    with _loaded(checkpoint) as pipeline:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
+        try:
+            return _latencies(pipeline, steps, runs)
+        finally:
+            torch.compiler.reset()
+
+
+@contextmanager
+def _loaded(checkpoint: Path) -> Iterator[Any]:
+    """The pipeline on the GPU in FP16, or on the CPU in FP32; its memory is free again afterwards."""
+    from engines.checkpoints.load import quiet  # noqa: PLC0415 - brings diffusers, which a matrix product needs not
+
+    with quiet():
+        from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: PLC0415 - remarks on what it can do without
+
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            checkpoint, torch_dtype=_DTYPE, local_files_only=True, safety_checker=None, requires_safety_checker=False
+        ).to(_DEVICE)
+        # One UNet call per step, as ours.
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.set_progress_bar_config(disable=True)
+        yield pipeline
+    del pipeline
+    gc.collect()
+    if _DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _latencies(pipeline: Any, steps: Sequence[int], runs: int) -> Latencies:
+    first = _draw(pipeline, min(steps))
+    _draw(pipeline, min(steps))
+    by_steps = {count: Spread(values=tuple(_draw(pipeline, count) for _ in range(runs))) for count in steps}
+    return Latencies(precision=_PRECISION[_DTYPE], first=first, by_steps=by_steps)
+
+
+def _draw(pipeline: Any, steps: int) -> float:
+    """Seconds from asking for a picture to having its pixels."""
+    _synchronize()
+    began = time.perf_counter()
+    pipeline(
+        "a photograph of a lighthouse on a rock in the sea",
+        num_inference_steps=steps,
+        guidance_scale=7.5,
+        generator=torch.Generator("cpu").manual_seed(0),
+        output_type="np",
+    )
+    _synchronize()
+    return time.perf_counter() - began
+
+
+def _synchronize() -> None:
+    if _DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def _require_gpu() -> None:
+    if _DEVICE != "cuda":
+        raise EngineError("torch finds no GPU here.")

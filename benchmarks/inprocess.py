@@ -1,0 +1,244 @@
+"""A server without HTTP, in this process: its executor, and callers of three kinds."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from benchmarks.policies import SwitchingBatcher
+from benchmarks.spans import Span, Window, read_trace
+from engines.backends.available import check_fits
+from engines.backends.device import Device
+from engines.backends.registry import open_device
+from engines.errors import EngineError
+from engines.manifest import Manifest
+from loadtest.arrivals import Arrival
+from server.requests.errors import BrokenPicture, Cancelled, NotReady
+from server.requests.intake import Intake
+from server.requests.request import Completed, Event, Failed, Request
+from server.requests.schemas import GenerateRequest
+from server.requests.tokenizer import Tokenizer
+from server.runtime.executor import Executor
+from server.runtime.metrics import Metrics
+from server.runtime.pipeline import Pipeline
+from server.runtime.step_times import StepTimeModel
+from server.runtime.trace import Trace
+
+_PATIENCE = 20  # the watchdog's, as in the server's settings
+_QUEUE = 100_000  # nobody is refused
+_LOOK = 1.0  # seconds between looks whether the executor lives
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that is over."""
+
+    number: int
+    at: float  # on perf_counter's clock
+    whole: bool  # with a picture, sound or not; the others were cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Saturated:
+    """What a full pipeline did."""
+
+    moments: tuple[float, ...]  # at which pictures were done, on perf_counter's clock
+
+    @property
+    def window(self) -> Window:
+        return self.moments[0], self.moments[-1]
+
+
+class Served:
+    """A bundle under its executor. A context manager; raises EngineError where it does not start, or fails."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        backend: str,
+        *,
+        threads: int = 0,
+        decode_beside: bool = True,
+        trace: Path | None = None,
+        device: Callable[[], Device] | None = None,
+    ) -> None:
+        """`device` opens another one than the backend's, for the same bundle."""
+        self.manifest = manifest = Manifest.load(bundle)
+        check_fits(manifest, backend, bundle)
+        tokenizer = Tokenizer(
+            bundle / manifest.tokenizer.file.path,
+            tokens=manifest.context.tokens,
+            pad=manifest.tokenizer.pad,
+            embeddings=manifest.tokenizer.embeddings,
+        )
+        self.step_times = StepTimeModel(max_rows=manifest.max_rows)
+        self.batcher = SwitchingBatcher(max_rows=manifest.max_rows, max_waiting=_QUEUE, work=self.step_times.work)
+        self.rows_per_image = 1 if manifest.embeds_guidance else 2
+        self.broken = 0
+        self._intake = Intake(manifest, tokenizer)
+        self._traced = trace
+        self._trace = Trace(trace, seconds=float("inf"))
+        self._numbers = count()
+        self._started = threading.Event()
+        self._failed = threading.Event()
+        self._failure: Exception | None = None
+        self._open: set[Request] = set()
+
+        def load(_tell: Callable[[str], None]) -> Pipeline:
+            return Pipeline.load(
+                manifest,
+                bundle,
+                backend=backend,
+                device=device() if device else open_device(backend, threads=threads),
+                step_times=self.step_times,
+                trace=self._trace,
+                decode_beside=decode_beside,
+            )
+
+        self._executor = Executor(
+            self.batcher,
+            load,
+            step_times=self.step_times,
+            trace=self._trace,
+            metrics=Metrics(max_rows=manifest.max_rows),
+            patience=_PATIENCE,
+            on_ready=self._on_ready,
+            on_failure=self._on_failure,
+        )
+
+    def __enter__(self) -> Self:
+        self._executor.start()
+        self._started.wait()
+        self._check()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.batcher.cancel()
+        self._executor.close()
+
+    def draw(self, steps: int) -> float:
+        """Ask for one picture, and wait for it: the seconds that took."""
+        ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        began = time.perf_counter()
+        self._submit(steps, 0, ended)
+        return self._next(ended).at - began
+
+    def saturate(self, rows: int, steps: Iterator[int], *, seconds: float) -> Saturated:
+        """Keep steps of at most `rows` full for `seconds`: as many wait as run, and whoever is done asks again.
+
+        The first wave is at every stage of its way already, as the crowd of a busy server is. It takes as long as four
+        pictures at least, however long they take.
+        """
+        images = max(rows // self.rows_per_image, 1)
+        ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self.batcher.max_rows = rows
+        asked = [self._submit(max(next(steps) * (index + 1) // images, 1), 0, ended) for index in range(images)]
+        asked += [self._submit(next(steps), 0, ended) for _ in range(images)]
+        moments: list[float] = []
+        while len(moments) < 4 or moments[-1] < moments[0] + seconds:
+            moments.append(self._next(ended).at)
+            asked.append(self._submit(next(steps), 0, ended))
+        self._dismiss(asked)
+        self.batcher.max_rows = self.manifest.max_rows
+        return Saturated(tuple(moments))
+
+    def replay(self, arrivals: Sequence[Arrival], *, rows: int, by_request: bool) -> tuple[float, ...]:
+        """Let callers come when they are due, whoever else waits: seconds from then to each one's picture."""
+        ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
+        self.batcher.max_rows, self.batcher.by_request = rows, by_request
+        start = time.perf_counter()
+        for number, arrival in enumerate(arrivals):
+            time.sleep(max(start + arrival.at - time.perf_counter(), 0))
+            self._submit(arrival.steps, number, ended)
+        done = {end.number: end.at for end in (self._next(ended) for _ in arrivals)}
+        self.batcher.max_rows, self.batcher.by_request = self.manifest.max_rows, False
+        return tuple(done[number] - start - arrival.at for number, arrival in enumerate(arrivals))
+
+    def take_spans(self) -> tuple[Span, ...]:
+        """What was traced since the start; from here on nothing is. Times are on perf_counter's clock."""
+        if self._traced is None:
+            return ()
+        self._rest()
+        self._trace.close()
+        began = self._trace.began
+        return tuple(
+            Span(span.lane, span.name, span.begin + began, span.end + began) for span in read_trace(self._traced)
+        )
+
+    def _submit(self, steps: int, number: int, ended: queue.SimpleQueue[Ended]) -> Request:
+        def hear(request: Request, event: Event) -> None:
+            if isinstance(event, Completed | Failed):
+                self._open.discard(request)
+                ended.put(Ended(number, time.perf_counter(), self._whole(event)))
+
+        unique = next(self._numbers)  # a prompt of its own has to be encoded
+        body = GenerateRequest(
+            prompt=f"a photograph of {unique} lighthouses on a rock in the sea",
+            num_inference_steps=steps,
+            guidance_scale=7.5,
+            scheduler="lcm" if self.manifest.embeds_guidance else "ddim",
+            seed=unique,
+        )
+        request = self._intake.request(body, hear)
+        self._open.add(request)
+        self.batcher.submit(request)
+        return request
+
+    def _whole(self, event: Completed | Failed) -> bool:
+        """Count pictures that are not finite: they took as long as others, and random weights may make them."""
+        if isinstance(event, Completed):
+            return True
+        if isinstance(event.error, BrokenPicture):
+            self.broken += 1
+            return True
+        if not isinstance(event.error, Cancelled):
+            self._failure = self._failure or event.error
+        return False
+
+    def _next(self, ended: queue.SimpleQueue[Ended]) -> Ended:
+        """Wait for somebody's end. Raises EngineError where the executor fails instead."""
+        while True:
+            try:
+                end = ended.get(timeout=_LOOK)
+            except queue.Empty:
+                self._check()
+                continue
+            if not end.whole:
+                self._check()
+            return end
+
+    def _dismiss(self, requests: Sequence[Request]) -> None:
+        """Take back what was asked for, and return when nothing is under way."""
+        for request in requests:
+            request.cancel()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Return when the executor has nothing to do."""
+        while self._open:
+            self._check()
+            time.sleep(0.01)
+        time.sleep(0.05)  # for the last words of its loop
+
+    def _check(self) -> None:
+        if isinstance(self._failure, NotReady):  # what those who waited are told; the reason follows
+            self._failed.wait(timeout=_LOOK)
+        if self._failure:
+            raise EngineError(f"The executor failed: {self._failure}") from self._failure
+
+    def _on_ready(self) -> None:
+        self._started.set()
+
+    def _on_failure(self, error: Exception) -> None:
+        self._failure = error
+        self._failed.set()
+        self._started.set()

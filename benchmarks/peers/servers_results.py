@@ -1,0 +1,116 @@
+"""What is asked of servers that are compared, and what came of it. Pure; these are also the file's contents."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from loadtest.mix import Entry, Mix
+from loadtest.provenance import Fact, Run
+from loadtest.results import Point
+
+Scenario = Literal["same", "mixed"]
+SCENARIOS: tuple[Scenario, ...] = ("same", "mixed")
+SLO = 4.0  # times what the yardstick takes for a request when idle
+YARDSTICK = "fastapi"  # the server by which rates and the SLO are set, for all
+
+_PROMPTS = (
+    "a red heart on a yellow background",
+    "a penguin on a blue background",
+    "a rocket on a black background",
+    "a strawberry on a white background",
+    "an owl on an orange background",
+    "a cactus on a pink background",
+)
+# Steps as a share of the base, scheduler, guidance, and weight: half of the callers keep to the defaults.
+_DEFAULTS = (1.0, "dpmpp_2m", 4.0, 5.0)
+_MIXED = (
+    _DEFAULTS,
+    (0.5, "dpmpp_2m_karras", 4.0, 1.0),
+    (0.5, "euler", 4.0, 1.0),
+    (1.0, "euler_ancestral", 7.5, 1.0),
+    (1.5, "ddim", 7.5, 1.0),
+    (1.5, "unipc", 4.0, 1.0),
+)
+
+
+class Under(Fact):
+    """A server in a scenario."""
+
+    scenario: Scenario
+    alone: tuple[float, ...] = Field(description="seconds of each entry on this server when idle")
+    points: tuple[Point, ...] = Field(description="by rate, the lowest first")
+
+
+class Result(Fact):
+    """A server, or why it was not measured."""
+
+    server: str
+    run: int = Field(description="which of the runs")
+    ready_after: float | None = Field(default=None, description="seconds from starting its process to ready")
+    memory: int | None = Field(
+        default=None, description="bytes at most, of all its processes; of a page they share, each counts its part"
+    )
+    psnr: float | None = Field(
+        default=None, description="dB, the least of a picture of each entry beside the yardstick's; 999: bit for bit"
+    )
+    loads: tuple[Under, ...] = ()
+    note: str = ""
+
+    def under(self, scenario: Scenario) -> Under | None:
+        return next((one for one in self.loads if one.scenario == scenario), None)
+
+
+class Settings(Fact):
+    """What is the same for all servers."""
+
+    rates: tuple[float, ...] = Field(description="of what the yardstick draws one after the other")
+    seconds: float = Field(description="of each rate that count")
+    warm_up: float
+    steps: int
+    threads: int
+    seed: int
+
+
+class Record(BaseModel):
+    """serving.json."""
+
+    format: Literal[1] = 1
+    settings: Settings
+    scenarios: dict[Scenario, tuple[Entry, ...]]
+    peers: dict[str, str] = Field(description="packages of the peers' interpreter")
+    runs: list[Run] = []
+    results: list[Result] = []
+
+    def find(self, server: str) -> Result | None:
+        return next((one for one in self.results if one.server == server), None)
+
+    def put(self, result: Result) -> None:
+        self.results = [*(one for one in self.results if one.server != result.server), result]
+
+    def mix(self, scenario: Scenario) -> Mix:
+        return Mix(self.scenarios[scenario], self.settings.seed)
+
+    def idle(self, scenario: Scenario) -> float | None:
+        """Seconds that the yardstick takes for a request when nobody else is served; None until it is measured."""
+        found = self.find(YARDSTICK)
+        under = found.under(scenario) if found else None
+        return self.mix(scenario).mean(under.alone) if under else None
+
+
+def entries(scenario: Scenario, steps: int) -> tuple[Entry, ...]:
+    """What callers ask for: all the same but for prompts and seeds, or several kinds of requests."""
+    kinds = _MIXED if scenario == "mixed" else (_DEFAULTS,) * len(_PROMPTS)
+    return tuple(_entry(kind, prompt, steps) for kind, prompt in zip(kinds, _PROMPTS, strict=True))
+
+
+def _entry(kind: tuple[float, str, float, float], prompt: str, steps: int) -> Entry:
+    share, scheduler, guidance, weight = kind
+    fields = {
+        "prompt": prompt,
+        "num_inference_steps": max(round(share * steps), 1),
+        "scheduler": scheduler,
+        "guidance_scale": guidance,
+    }
+    return Entry(name=f"{fields['num_inference_steps']} steps of {scheduler}", weight=weight, fields=fields)

@@ -1,0 +1,86 @@
+"""ONNX Runtime on the CPU. Engines read and write the bound arrays in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from engines.backends import cores
+from engines.backends.device import Buffer, Stream
+from engines.backends.host import HostDevice, HostStream, bound_arrays
+from engines.contract import Array
+from engines.errors import EngineError
+
+_PROVIDER = "CPUExecutionProvider"
+
+
+class OnnxRuntimeCall:
+    """One run of a session over bound memory. Holds the arrays, so that they outlive the binding."""
+
+    def __init__(
+        self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._arrays = inputs, outputs
+        for name, array in inputs.items():
+            self._binding.bind_input(name, *_location(array))
+        for name, array in outputs.items():
+            self._binding.bind_output(name, *_location(array))
+
+    def launch(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
+            raise EngineError(f"ONNX Runtime failed in a step: {error}") from error
+
+
+def _location(array: Array) -> tuple[str, int, np.dtype[Any], tuple[int, ...], int]:
+    return "cpu", 0, array.dtype, array.shape, array.ctypes.data
+
+
+class OnnxRuntimeEngine:
+    """An ONNX graph in an ONNX Runtime session."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._inputs = [tensor.name for tensor in session.get_inputs()]
+        self._outputs = [tensor.name for tensor in session.get_outputs()]
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> OnnxRuntimeCall:
+        arrays = bound_arrays(buffers, {*self._inputs, *self._outputs})
+        inputs, outputs = ({name: arrays[name] for name in names} for names in (self._inputs, self._outputs))
+        return OnnxRuntimeCall(self._session, inputs, outputs)
+
+
+class OnnxRuntimeDevice(HostDevice):
+    """This machine's processor, through ONNX Runtime."""
+
+    def __init__(self, *, threads: int) -> None:
+        super().__init__()
+        self.name = f"cpu, ONNX Runtime {ort.__version__}"
+        self._threads = threads or cores.limit()
+
+    def load(self, path: Path, stream: Stream) -> OnnxRuntimeEngine:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        # A pattern holds all of a run's activations as one block, beside the arena: a quarter to a half more memory
+        # (docs/benchmarks), and no faster.
+        options.enable_mem_pattern = False
+        if not (isinstance(stream, HostStream) and stream.urgent):
+            # Each session has threads of its own, which keep a core busy for a while after each run, and after they
+            # are made, lest the next run find them asleep. Steps are a quarter faster for it; beside them it hinders.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3  # errors only: optimiser warnings mean nothing to who runs a server
+        try:
+            return OnnxRuntimeEngine(ort.InferenceSession(path, options, providers=[_PROVIDER]))
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
+            raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def open_device(*, threads: int) -> OnnxRuntimeDevice:
+    return OnnxRuntimeDevice(threads=threads)

@@ -1,0 +1,93 @@
+"""OpenVINO on the CPU, from the same ONNX graphs. Engines read and write the bound arrays in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engines.backends import cores
+from engines.backends.device import Buffer, Stream
+from engines.backends.host import HostDevice, bound_arrays
+from engines.backends.mapped import release_pages
+from engines.contract import Array
+from engines.errors import EngineError
+
+# OpenVINO reports to its makers whenever it is imported, unless this package of its own is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None is how Python marks a missing one
+
+import openvino as openvino  # noqa: E402, PLC0414 - only after that; and others in this package import it from here
+
+# Where the processor has BF16 it is taken unasked, scheduler tables included, unless this is said. A graph in BF16
+# computes in it all the same, and in FP32 where it says so.
+_IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
+TAKES_BF16 = ["latentd", "takes_bf16"]  # what a graph says of itself that has marked where it does not
+
+
+class OpenVinoCall:
+    """One inference request over bound memory. Holds the arrays, so that they outlive the request."""
+
+    def __init__(
+        self, request: openvino.InferRequest, inputs: Sequence[Array], outputs: Sequence[Array], *, files: Path
+    ) -> None:
+        """`files` is the folder that holds the graph's weights."""
+        self._request = request
+        self._files: Path | None = files
+        self._arrays = inputs, outputs
+        for place, array in enumerate(inputs):
+            request.set_input_tensor(place, openvino.Tensor(array, shared_memory=True))
+        for place, array in enumerate(outputs):
+            request.set_output_tensor(place, openvino.Tensor(array, shared_memory=True))
+
+    def launch(self) -> None:
+        try:
+            self._request.infer()
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO failed in a step: {error}") from error
+        if self._files:  # it has just arranged all weights once more, as kernels for these shapes want them
+            release_pages(self._files)
+            self._files = None
+
+
+class OpenVinoEngine:
+    """An ONNX graph compiled by OpenVINO.
+
+    Names are those of the graph as it was read: where the processor has no BF16, compiling drops casts at the end of a
+    graph, and the names of its outputs with them. Their order stays.
+    """
+
+    def __init__(self, read: openvino.Model, compiled: openvino.CompiledModel, *, files: Path) -> None:
+        self._compiled, self._files = compiled, files
+        self._inputs = [port.any_name for port in read.inputs]
+        self._outputs = [port.any_name for port in read.outputs]
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> OpenVinoCall:
+        arrays = bound_arrays(buffers, {*self._inputs, *self._outputs})
+        inputs, outputs = ([arrays[name] for name in names] for names in (self._inputs, self._outputs))
+        return OpenVinoCall(self._compiled.create_infer_request(), inputs, outputs, files=self._files)
+
+
+class OpenVinoDevice(HostDevice):
+    """This machine's processor, through OpenVINO."""
+
+    def __init__(self, *, threads: int) -> None:
+        super().__init__()
+        self.name = f"cpu, OpenVINO {openvino.__version__}"
+        self._core = openvino.Core()
+        self._options = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads := threads or cores.limit():
+            self._options["INFERENCE_NUM_THREADS"] = str(threads)
+
+    def load(self, path: Path, stream: Stream) -> OpenVinoEngine:  # noqa: ARG002 - the host's streams are all alike
+        try:
+            read = self._core.read_model(path)
+            options = self._options | ({} if read.has_rt_info(TAKES_BF16) else _IN_FP32)
+            compiled = self._core.compile_model(read, "CPU", options)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot load {path}: {error}") from error
+        release_pages(path.parent)
+        return OpenVinoEngine(read, compiled, files=path.parent)
+
+
+def open_device(*, threads: int) -> OpenVinoDevice:
+    return OpenVinoDevice(threads=threads)

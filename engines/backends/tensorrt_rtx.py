@@ -1,0 +1,114 @@
+"""TensorRT for RTX, whose engines are built without a GPU and finished on the one that runs them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from engines.backends.cuda import CudaStream
+from engines.backends.tensorrt import Contexts, TensorRtDevice, open_package
+
+_logger = logging.getLogger(__name__)
+
+
+class RtxContexts(Contexts):
+    """Makes the contexts of one engine, and keeps the kernels that were compiled for them in a file beside it.
+
+    TensorRT for RTX compiles kernels for this GPU and these shapes when they are first run, which takes seconds. What
+    it has compiled fills a cache, which it takes again if the GPU, its driver and the package are the same: it checks
+    that by itself, and leaves out what does not fit.
+    """
+
+    def __init__(self, engine: Any, path: Path, *, trt: Any) -> None:
+        super().__init__(engine, path, trt=trt)
+        self._file = path.with_name(f"{path.name}.cache")
+        self._runtime_config = runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Each bound shape gets kernels of its own, compiled in its first run. Lazily, they would be compiled on the
+        # side, and the graphs, captured before, would go on with the slower kernels that serve every shape.
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        # Steps are captured here, as with TensorRT; what it captures by itself could not be part of that.
+        runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        self._runtime_cache = runtime_config.create_runtime_cache()
+        self._restore()
+        self._kept = self._content()
+        if not runtime_config.set_runtime_cache(self._runtime_cache):
+            _logger.warning("TensorRT for RTX takes no cache for %s, so it compiles anew in each start.", path.name)
+
+    def create(self) -> Any:
+        return self.engine.create_execution_context(self._runtime_config)
+
+    def capturable(self, context: Any, stream: CudaStream) -> bool:
+        return bool(context.is_stream_capturable(stream.handle))
+
+    def end_warm_up(self) -> None:
+        """Write the cache, if kernels were added to it. A folder that cannot be written costs time, and is said."""
+        content = self._content()
+        if content == self._kept:
+            return
+        try:
+            write_own(self._file, content)
+        except OSError as error:
+            _logger.warning("What was compiled for %s is compiled again at the next start: %s", self.path.name, error)
+        else:
+            self._kept = content
+
+    def _content(self) -> bytes:
+        return bytes(self._runtime_cache.serialize() or b"")
+
+    def _restore(self) -> None:
+        """Fill the cache from the file, unless it is missing, not ours, damaged or of another GPU."""
+        try:
+            content = read_own(self._file)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _logger.warning("%s is left out, so kernels are compiled anew: %s", self._file, error)
+            return
+        if not self._runtime_cache.deserialize(content):
+            _logger.warning(
+                "%s is damaged, or of another GPU, driver or version: kernels are compiled anew.", self._file
+            )
+
+
+def read_own(path: Path) -> bytes:
+    """The contents of a file that nobody but us, or the system's administrator, can have written.
+
+    The manifest has no hash of a cache, and a cache is code: kernels that the GPU runs, in a format that TensorRT
+    parses. Whoever may write it may so change pictures, or worse.
+
+    Raises:
+        OSError: it is missing, unreadable, no file, somebody else's, or open to others for writing.
+    """
+    # Neither follows a link nor waits for a pipe; Windows has neither flag, and keeps others out in its own way.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise PermissionError(f"{path} is no regular file.")
+        if hasattr(os, "geteuid") and found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{path} belongs to another user.")
+        if hasattr(os, "geteuid") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{path} can be written by others: chmod go-w.")
+        return file.read()
+
+
+def write_own(path: Path, content: bytes) -> None:
+    """Write a file that `read_own` reads, at once or not at all. Raises OSError."""
+    beside, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # writable by nobody else
+    try:
+        with os.fdopen(beside, "wb") as file:
+            file.write(content)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every backend is opened alike
+    """Open the GPU through TensorRT for RTX. Raises EngineError where the GPU, its driver or the package is missing."""
+    return open_package("tensorrt_rtx", extra="rtx", contexts=RtxContexts)

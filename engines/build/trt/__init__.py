@@ -1,0 +1,1 @@
+"""TensorRT engine builds, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""Checkpoints: find, download and recognise them, read their configs without torch, and load their weights with it."""

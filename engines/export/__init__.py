@@ -1,0 +1,1 @@
+"""Export: the graphs as torch modules, and their way to checked ONNX. Needs torch."""

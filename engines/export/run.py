@@ -1,0 +1,142 @@
+"""A checkpoint becomes checked ONNX graphs and a tokenizer."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from engines.backends.host import HostBuffer
+from engines.backends.onnxruntime import open_device
+from engines.build.verify import tolerance, worst_difference
+from engines.checkpoints.checkpoint import Checkpoint, Word
+from engines.checkpoints.load import Modules, load_tokenizer
+from engines.contract import GRAPHS, Array, GraphName
+from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
+from engines.export.weights import promoted, save_reference, save_typed
+from engines.files import write_atomically
+from engines.manifest import MANIFEST, ComputeDtype, File, Graph, Onnx, Size, Storage, Tokenizer
+from engines.progress import Progress
+
+_FP16_ENDS = 65504.0
+
+
+def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
+    checkpoint: Checkpoint,
+    modules: Modules,
+    out: Path,
+    *,
+    storage: Storage,
+    typed: Sequence[tuple[GraphName, ComputeDtype]],
+    size: Size,
+    known: dict[GraphName, Graph],
+    progress: Progress,
+) -> dict[GraphName, Graph]:
+    """Write every graph in FP32, and those of `typed` in that precision, to folder `out`, but for what `known` has.
+
+    What computes in FP16 is first seen to stay within its range at `size`.
+
+    Raises:
+        ExportError: a graph differs from torch, or leaves FP16's range.
+    """
+    traced = traced_graphs(modules, checkpoint.latent, checkpoint.context)
+    exports = {name: _Export(name, traced[name], out, progress) for name in GRAPHS}
+    wanted = {name: [precision for graph, precision in typed if graph == name] for name in GRAPHS}
+    for name, one in exports.items():
+        one.refuse_overflow(known.get(name), wanted[name], size)  # of all, before minutes go into the first
+    return {name: one.every_precision(known.get(name), storage, wanted[name]) for name, one in exports.items()}
+
+
+def export_tokenizer(checkpoint: Checkpoint, words: Sequence[Word], out: Path) -> Tokenizer:
+    """Whatever form the checkpoint keeps it in, the bundle holds one `tokenizer.json`, which knows `words` too."""
+    tokenizer = load_tokenizer(checkpoint, words)
+    path = out / "tokenizer.json"
+    write_atomically(path, tokenizer.backend_tokenizer.to_str().encode())
+    return Tokenizer(
+        file=File.of(path, root=out),
+        pad=tokenizer.pad_token_id,
+        embeddings={word.token: word.vectors for word in words},
+    )
+
+
+class _Export:
+    """One graph on its way to ONNX."""
+
+    def __init__(self, name: GraphName, traced: Traced, out: Path, progress: Progress) -> None:
+        self._name = name
+        self._traced = traced
+        self._out = out
+        self._progress = progress
+        self._inputs = traced.random_inputs()
+        self._expected = traced.compute(self._inputs)
+
+    def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
+        """Raise ExportError if what is to be computed in FP16 leaves its range at `size`."""
+        if "fp16" not in typed or (known and "fp16" in known.onnx):
+            return
+        latent = self._traced.latent
+        shape = {"h": size.height // latent.downscale, "w": size.width // latent.downscale}
+        pixels = {"H": size.height, "W": size.width}
+        with self._progress.stage(f"measuring the range of {self._name} at {size}"):
+            inputs = self._traced.random_inputs(S=1, C=1, B=1, R=1, N=1, n=1, **shape, **pixels)
+            largest = largest_value(self._traced, inputs)
+        if not largest < _FP16_ENDS:
+            raise ExportError(
+                f"{self._name} reaches {largest:.0f} at {size}, and FP16 ends at {_FP16_ENDS:.0f}: "
+                "build it with --precision bf16, or fp32."
+            )
+
+    def every_precision(self, known: Graph | None, storage: Storage, typed: Sequence[ComputeDtype]) -> Graph:
+        onnx: dict[ComputeDtype, Onnx] = dict(known.onnx) if known else {"fp32": self._reference(storage)}
+        for precision in typed:
+            if precision not in onnx:
+                onnx[precision] = self._typed(precision)
+        return Graph(inputs=self._traced.inputs, outputs=self._traced.outputs, onnx=onnx)
+
+    def _path(self, precision: ComputeDtype) -> Path:
+        suffix = "" if precision == "fp32" else f".{precision}"
+        return self._out / "onnx" / f"{self._name}{suffix}.onnx"
+
+    def _reference(self, storage: Storage) -> Onnx:
+        path = self._path("fp32")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (self._out / MANIFEST).unlink(missing_ok=True)  # it vouched for the graph that goes
+        with self._progress.stage(f"exporting {self._name}"):
+            files = save_reference(to_onnx(self._traced), path, storage=storage)
+        return self._checked(files, storage)
+
+    def _typed(self, precision: ComputeDtype) -> Onnx:
+        with self._progress.stage(f"exporting {self._name} in {precision}"):
+            model = to_onnx(self._traced.rounded(DTYPES[precision]))
+            files = save_typed(model, self._path(precision), reference=self._path("fp32"))
+            del model
+            gc.collect()  # its cycles hold a copy of the weights
+        return self._checked(files, precision)
+
+    def _checked(self, files: Sequence[Path], precision: ComputeDtype) -> Onnx:
+        """Run the written graph in ONNX Runtime. Raises ExportError where it strays from torch in FP32."""
+        with self._progress.stage(f"checking {files[0].name} against torch"):
+            difference = worst_difference(self._run(files[0], precision), self._expected)
+        allowed = tolerance(precision, self._traced.outputs)
+        if not difference.largest <= allowed:  # NaN fails too
+            raise ExportError(
+                f"{files[0].name} differs from torch by {difference.largest:.1e} of its range, more than {allowed:.0e}."
+            )
+        return Onnx(files=tuple(File.of(file, root=self._out) for file in files), difference=difference)
+
+    def _run(self, path: Path, precision: ComputeDtype) -> dict[str, Array]:
+        if precision != "bf16":
+            return self._run_onnx(path)
+        with TemporaryDirectory() as folder:  # no runtime on a CPU computes in BF16: FP32 over the rounded weights
+            wide = Path(folder) / path.name
+            promoted(path, out=wide)
+            return self._run_onnx(wide)
+
+    def _run_onnx(self, path: Path) -> dict[str, Array]:
+        device = open_device(threads=0)
+        stream = device.stream("check")
+        inputs = {name: HostBuffer(value.contiguous().numpy()) for name, value in self._inputs.items()}
+        outputs = {name: device.allocate(right.shape, right.dtype) for name, right in self._expected.items()}
+        device.load(path, stream).bind({**inputs, **outputs}).launch()
+        return {name: stream.read(buffer).result() for name, buffer in outputs.items()}

@@ -1,0 +1,149 @@
+"""From a name to a scheduler, and from a scheduler to its table."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+from typing import get_args
+
+from engines.manifest import NoiseSchedule
+from engines.schedulers.levels import Sigmas, Spacing
+from engines.schedulers.methods import METHODS, Description, Option
+from engines.schedulers.steps import FinalSigma, Scheduler, Setting, Table
+
+_SIGMAS: tuple[Sigmas, ...] = get_args(Sigmas)
+_CHOICES: dict[Option, tuple[str, ...]] = {
+    "timestep_spacing": get_args(Spacing),
+    "final_sigmas_type": get_args(FinalSigma),
+}
+NAMES: tuple[str, ...] = tuple(
+    Scheduler(name, sigmas).name for name, method in METHODS.items() for sigmas in method.about.sigmas
+)
+
+_BROWNIAN = "its noise comes from a Brownian tree, which torch's seeds do not replay: take dpmpp_2m_sde."
+_NO_CLASS = "diffusers has no class of it to compare with:"
+_OTHER_MODELS = "it is for models of another kind, and this one is a Stable Diffusion 1.x or 2.x."
+# What people ask for, and why they do not get it.
+_REFUSED = {
+    "DPM++ SDE": _BROWNIAN,
+    "DPMSolverSDEScheduler": _BROWNIAN,
+    "DPM adaptive": "it chooses its steps by what it sees, and a table knows them beforehand: take dpmpp_3m.",
+    "DPM fast": f"{_NO_CLASS} take dpmpp_3s.",
+    "DPM++ 2S a": f"{_NO_CLASS} take dpmpp_2s or euler_ancestral.",
+    "Restart": f"{_NO_CLASS} take heun.",
+    "IPNDMScheduler": "its noise levels are its own, whatever the checkpoint was trained with: take lms.",
+    "DDIMInverseScheduler": "it leads from pictures to noise.",
+    "DPMSolverMultistepInverseScheduler": "it leads from pictures to noise.",
+    "EDMEulerScheduler": _OTHER_MODELS,
+    "EDMDPMSolverMultistepScheduler": _OTHER_MODELS,
+    "CMStochasticIterativeScheduler": _OTHER_MODELS,
+    "CosineDPMSolverMultistepScheduler": _OTHER_MODELS,
+    "FlowMatchEulerDiscreteScheduler": _OTHER_MODELS,
+    "FlowMatchHeunDiscreteScheduler": _OTHER_MODELS,
+}
+
+
+def find(
+    name: str,
+    *,
+    sigmas: Sigmas | None = None,
+    timestep_spacing: Spacing | None = None,
+    final_sigmas_type: FinalSigma | None = None,
+    eta: float | None = None,
+) -> Scheduler:
+    """The scheduler that `name` means, with options.
+
+    Names are ours (dpmpp_2m_karras), those of diffusers' classes (EulerDiscreteScheduler) and of AUTOMATIC1111's web UI
+    (DPM++ 2M Karras); case and spaces around do not matter.
+
+    Raises ValueError, with what to ask for instead, for a name that none has and for what a method has no say in.
+    """
+    key = _key(name)
+    ending = next((kind for kind in _SIGMAS if key.endswith((f"_{kind}", f" {kind}"))), None)
+    base = key if ending is None else key[: -len(ending) - 1]
+    if base not in _ACCEPTED:
+        raise ValueError(_unknown(name, base, ending))
+    if sigmas is not None and ending is not None and sigmas != ending:
+        raise ValueError(f"{name} has {ending} levels, and sigmas says {sigmas}: leave one of them out.")
+    scheduler = Scheduler(_ACCEPTED[base], sigmas or ending or "default", timestep_spacing, final_sigmas_type, eta)
+    _check(scheduler)
+    return scheduler
+
+
+@lru_cache(maxsize=256)
+def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip: int = 0) -> Table:
+    """Work out the table of `scheduler` for `num_steps` steps, of which the first `skip` are left out.
+
+    Methods with a history begin it at the first step that is made, as diffusers' pipelines do from a picture.
+
+    Raises ValueError for a step count outside 1..num_train_timesteps, nothing left to do, a scheduler that `find` would
+    not give, and what a method cannot do: predictions it is not defined for, more steps than have room.
+    """
+    _check(scheduler)
+    method = METHODS[scheduler.method]
+    if not 1 <= num_steps <= schedule.num_train_timesteps:
+        raise ValueError(f"{num_steps} steps: ask for 1 to {schedule.num_train_timesteps}.")
+    if not 0 <= skip < num_steps:
+        raise ValueError(f"Of {num_steps} steps {skip} are to be left out: leave out 0 to {num_steps - 1}.")
+    if schedule.prediction_type not in method.about.predictions:
+        raise ValueError(
+            f"{scheduler.method} is not defined for models that predict the {schedule.prediction_type}: "
+            "choose another scheduler, as ddim."
+        )
+    zero_snr = schedule.rescale_betas_zero_snr and method.heeds_zero_snr
+    return method.make(Setting(scheduler, num_steps, schedule, skip, zero_snr))
+
+
+def describe() -> tuple[Description, ...]:
+    return tuple(method.about for method in METHODS.values())
+
+
+def _key(name: str) -> str:
+    """What two spellings of a name share."""
+    return " ".join(name.casefold().split()).removeprefix("k_").removesuffix("scheduler")
+
+
+_ACCEPTED = {
+    _key(alias): name for name, method in METHODS.items() for alias in (name, method.about.title, *method.about.aliases)
+}
+_REASONS = {_key(name): reason for name, reason in _REFUSED.items()}
+
+
+def _unknown(name: str, base: str, ending: Sigmas | None) -> str:
+    if base in _REASONS:
+        return f"{name} is not to be had: {_REASONS[base]}"
+    near = difflib.get_close_matches(base, [*_ACCEPTED, *NAMES], n=1)
+    guess = Scheduler(_ACCEPTED.get(near[0], near[0]), ending or "default").name if near else None
+    hint = f"did you mean {guess}? There are" if guess in NAMES else "choose one of"
+    return (
+        f"unknown scheduler {name!r}: {hint} {', '.join(METHODS)}, many of them with karras, exponential or beta "
+        "levels, as in dpmpp_2m_karras."
+    )
+
+
+def _check(scheduler: Scheduler) -> None:
+    """Raise ValueError for a method that is not one, and for options that it does not have."""
+    name = scheduler.method
+    if name not in METHODS:
+        raise ValueError(_unknown(name, name, None))
+    about = METHODS[name].about
+    if scheduler.sigmas not in _SIGMAS:
+        raise ValueError(f"sigmas {scheduler.sigmas!r}: choose one of {', '.join(_SIGMAS)}.")
+    if scheduler.sigmas not in about.sigmas:
+        those = ", ".join(one.name for one in describe() if scheduler.sigmas in one.sigmas)
+        raise ValueError(f"{name} has no {scheduler.sigmas} levels: leave them out, or choose one of {those}.")
+    given: dict[Option, str | float | None] = {
+        "timestep_spacing": scheduler.timestep_spacing,
+        "final_sigmas_type": scheduler.final_sigmas_type,
+        "eta": scheduler.eta,
+    }
+    for option, value in given.items():
+        if value is None:
+            continue
+        if option not in about.options:
+            those = ", ".join(one.name for one in describe() if option in one.options)
+            raise ValueError(f"{name} has no {option}: leave it out, or choose one of {those}.")
+        if option in _CHOICES and value not in _CHOICES[option]:
+            raise ValueError(f"{option} {value!r}: choose one of {', '.join(_CHOICES[option])}.")
+    if scheduler.eta is not None and not 0 <= scheduler.eta <= 1:
+        raise ValueError(f"eta {scheduler.eta}: choose a value from 0 to 1.")

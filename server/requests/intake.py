@@ -1,0 +1,140 @@
+"""The way in: what a caller wrote becomes a `Request` with every default filled in, or is refused with the reason."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable
+
+import PIL.Image
+
+from engines.manifest import Manifest, Size
+from engines.schedulers import Scheduler, Table, find, table
+from server.requests import uploads
+from server.requests.errors import FieldError, InvalidRequest
+from server.requests.request import Cache, Event, GenerationParams, InitImage, Request
+from server.requests.schemas import MAX_SEED, GenerateRequest
+from server.requests.tokenizer import Tokenizer
+
+Listener = Callable[[Request, Event], None]
+
+_STRENGTH = 0.8  # of image to image, as in diffusers
+
+
+class Intake:
+    """Knows the model's defaults and limits, and nothing of queues or devices."""
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, *, cache: Cache = "off") -> None:
+        """`cache` is what requests get that do not say."""
+        self._manifest = manifest
+        self._tokenizer = tokenizer
+        self._cache = cache
+
+    def request(self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None) -> Request:
+        """Fill in the defaults, tokenize, decode pictures, and compile the scheduler's table.
+
+        Raises:
+            InvalidRequest: the model was not built for this size, the scheduler cannot make so many steps, a picture
+                cannot be read, or fields contradict each other.
+        """
+        _refuse_contradictions(body)
+        if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end) != (0, 1):
+            raise _refused("guidance_end", "This model is told its guidance at every step: leave out start and end.")
+        defaults = self._manifest.defaults
+        seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+        steps = body.num_inference_steps or defaults.num_inference_steps
+        picture = None if body.image is None else uploads.read(body.image, field="image")
+        size = self._size(body, picture)
+        init_image = None if picture is None else self._init_image(body, picture, size)
+        scheduler = self._scheduler(body)
+        params = GenerationParams(
+            prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax),
+            negative_prompt=self._tokenizer(body.negative_prompt, syntax=body.prompt_syntax),
+            size=size,
+            scheduler=scheduler,
+            num_inference_steps=steps,
+            guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+            guidance_start=body.guidance_start,
+            guidance_end=body.guidance_end,
+            seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
+            clip_skip=self._clip_skip(body),
+            init_image=init_image,
+            preview_every=body.preview_every,
+            embeds_guidance=self._manifest.embeds_guidance,
+            exact=body.exact,
+            cache=body.cache or self._cache,
+        )
+        return Request(params, self._table(scheduler, steps, init_image), listeners, request_id or uuid.uuid4().hex)
+
+    def _size(self, body: GenerateRequest, picture: PIL.Image.Image | None) -> Size:
+        """What was asked for, or the built size nearest to the picture's shape, or the model's default."""
+        built = self._manifest.resolutions
+        default = built[0]
+        if picture is not None and body.width is None and body.height is None:
+            shape = picture.width / picture.height
+            default = min(built, key=lambda size: (abs(size.width / size.height - shape), size != built[0]))
+        size = Size(width=body.width or default.width, height=body.height or default.height)
+        try:
+            return built[built.index(size)]  # the same object for all: what is looked up by it is found faster
+        except ValueError:
+            message = f"This model was built for {', '.join(map(str, built))}, not for {size}: ask for one of those."
+            fields = (FieldError("width", message), FieldError("height", message))
+            raise InvalidRequest(message, fields=fields) from None
+
+    def _init_image(self, body: GenerateRequest, picture: PIL.Image.Image, size: Size) -> InitImage:
+        mask = None
+        if body.mask is not None:
+            downscale = self._manifest.latent.downscale
+            mask = uploads.fit_mask(uploads.read(body.mask, field="mask"), size, downscale=downscale)
+        usual = _STRENGTH if mask is None else 1.0
+        return InitImage(uploads.fit(picture, size), usual if body.strength is None else body.strength, mask)
+
+    def _scheduler(self, body: GenerateRequest) -> Scheduler:
+        try:
+            return find(
+                self._manifest.defaults.scheduler if body.scheduler is None else body.scheduler,
+                sigmas=body.sigmas,
+                timestep_spacing=body.timestep_spacing,
+                final_sigmas_type=body.final_sigmas_type,
+                eta=body.eta,
+            )
+        except ValueError as error:
+            raise _refused("scheduler", str(error)) from error
+
+    def _table(self, scheduler: Scheduler, steps: int, init_image: InitImage | None) -> Table:
+        """The steps to be taken: with an original to start from, only the last of them."""
+        taken = steps if init_image is None else min(int(steps * init_image.strength), steps)
+        if taken < 1:
+            raise _refused(
+                "strength", f"{steps} steps at this strength are none: ask for more steps, or more strength."
+            )
+        try:
+            return table(scheduler, steps, self._manifest.noise_schedule, skip=steps - taken)
+        except ValueError as error:
+            raise _refused("num_inference_steps", str(error)) from error
+
+    def _clip_skip(self, body: GenerateRequest) -> int:
+        layers = self._manifest.context.layers
+        if body.clip_skip >= layers:
+            raise _refused("clip_skip", f"This model's text encoder has {layers} layers: skip at most {layers - 1}.")
+        return body.clip_skip
+
+
+def _refuse_contradictions(body: GenerateRequest) -> None:
+    if body.guidance_rescale:
+        raise _refused(
+            "guidance_rescale",
+            "guidance_rescale divides by the spread of the model's output, which steps that requests share cannot do: "
+            "leave it out, and lower guidance_scale or end guidance early with guidance_end.",
+        )
+    if body.guidance_start >= body.guidance_end:
+        raise _refused("guidance_end", "guidance_end must be greater than guidance_start; 0 and 1 are the defaults.")
+    if body.image is None and (body.mask is not None or body.strength is not None):
+        field = "strength" if body.mask is None else "mask"
+        raise _refused(field, f"{field} says what becomes of a picture: send image too.")
+    if body.exact and body.num_images > 1:
+        raise _refused("exact", "exact draws one picture at a time: ask for each seed on its own.")
+
+
+def _refused(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(message, fields=(FieldError(field, message),))

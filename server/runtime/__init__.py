@@ -1,0 +1,1 @@
+"""Runtime: batching, planning and executing denoising steps on a device. Knows no HTTP."""

@@ -1,0 +1,169 @@
+"""Who takes the next step together. Policy only: no device, no HTTP."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engines.manifest import Size
+from server.requests.errors import FieldError, InvalidRequest, NotReady, QueueFull
+from server.requests.request import Depth, Request
+
+_LONGEST_RETRY = 120  # seconds; clients ignore more
+
+
+class Batch(NamedTuple):
+    """What the executor does before and in one step. `requests` share a size and fit the largest bucket."""
+
+    left: tuple[Request, ...]  # cancelled since the last batch: free what they hold
+    joined: tuple[Request, ...]  # newcomers, who may have to wait for their first step if they share with nobody
+    requests: tuple[Request, ...]  # whose next steps are of one depth
+
+
+@dataclass
+class _Line:
+    """The requests of one picture size."""
+
+    waiting: deque[Request] = field(default_factory=deque)
+    running: list[Request] = field(default_factory=list)
+
+    def join(self, max_rows: int) -> Iterator[Request]:
+        """Let newcomers in, first come first served, while the next one fits. Nobody overtakes, so nobody starves."""
+        free = max_rows - sum([request.rows for request in self.running])
+        while self.waiting and self.waiting[0].rows <= free:
+            newcomer = self.waiting.popleft()
+            free -= newcomer.rows
+            self.running.append(newcomer)
+            yield newcomer
+
+    def take_turn(self) -> tuple[Request, ...]:
+        """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
+        first = self.running[0]
+        turn = (first,) if first.params.exact else self._who_share(first.depth)
+        if len(turn) < len(self.running):
+            taken = set(turn)
+            self.running = [*(one for one in self.running if one not in taken), *turn]
+        return turn
+
+    def _who_share(self, depth: Depth) -> tuple[Request, ...]:
+        """Who may take their next step in one call of that depth."""
+        return tuple([one for one in self.running if one.depth == depth and not one.params.exact])
+
+    def drop_cancelled(self) -> frozenset[Request]:
+        """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""
+        dropped = frozenset([request for request in (*self.running, *self.waiting) if request.cancelled])
+        if dropped:
+            self.running = [request for request in self.running if request not in dropped]
+            self.waiting = deque(request for request in self.waiting if request not in dropped)
+        return dropped
+
+
+class Batcher:
+    """Continuous batching at the step: newcomers join and the finished leave between steps; sizes take turns.
+
+    `submit` and the counts are for any thread; `next_batch` and `leave` are for the executor's.
+    """
+
+    def __init__(
+        self, *, max_rows: int, max_waiting: int, work: Callable[[Request], float] = lambda _request: 1.0
+    ) -> None:
+        """`work` estimates the seconds of a full device that a request still needs."""
+        self.max_rows = max_rows
+        self._max_waiting = max_waiting
+        self._work = work
+        self._lines: dict[Size, _Line] = {}  # in the order of their turns
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return sum(len(line.waiting) for line in self._lines.values())
+
+    @property
+    def running(self) -> int:
+        with self._changed:
+            return sum(len(line.running) for line in self._lines.values())
+
+    def submit(self, request: Request) -> int:
+        """Queue `request` and return how many wait before it.
+
+        Raises:
+            InvalidRequest: it can never fit. QueueFull: too many wait. NotReady: the server is draining.
+        """
+        if request.rows > self.max_rows:
+            message = (
+                f"{request.images} images take {request.rows} UNet rows, this server's engines take {self.max_rows}: "
+                "ask for fewer images."
+            )
+            raise InvalidRequest(message, fields=(FieldError("num_images", message),))
+        with self._changed:
+            if self._closed:
+                raise NotReady("The server is stopping: ask another one.", retry_after=5)
+            before = sum(len(line.waiting) for line in self._lines.values())
+            if before >= self._max_waiting:
+                raise QueueFull(f"{before} requests are waiting: try again later.", retry_after=self._retry_after())
+            self._lines.setdefault(request.params.size, _Line()).waiting.append(request)
+            self._changed.notify()
+        return before
+
+    def next_batch(self, *, patience: float | None = None) -> Batch | None:
+        """Wait for work, at most `patience` seconds, and return the next step's: nobody's, if there is none.
+
+        None: closed, and nothing is left to do.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._lines, timeout=patience)
+            left = tuple([request for line in self._lines.values() for request in line.drop_cancelled()])
+            if left:
+                self._forget_empty_lines()
+            if not self._lines:
+                return Batch(left, (), ()) if left or not self._closed else None
+            size = next(iter(self._lines))
+            line = self._lines[size] = self._lines.pop(size)  # its turn is now, the next one after all others
+            joined = tuple(line.join(self.max_rows))
+            return Batch(left, joined, line.take_turn())
+
+    def leave(self, request: Request) -> None:
+        """`request` takes no more steps, if it took any."""
+        with self._changed:
+            line = self._lines.get(request.params.size, _Line())
+            line.running = [running for running in line.running if running is not request]
+            self._forget_empty_lines()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """Take no more requests; those accepted go on to their end."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Take no more requests, and spend no more steps on those accepted."""
+        self.close()
+        with self._changed:
+            for line in self._lines.values():
+                for request in (*line.running, *line.waiting):
+                    request.cancel()
+
+    def evict(self) -> tuple[Request, ...]:
+        """Forget and return whoever waits or runs: no step will be taken for them."""
+        with self._changed:
+            evicted = tuple(request for line in self._lines.values() for request in (*line.running, *line.waiting))
+            self._lines.clear()
+        return evicted
+
+    def _forget_empty_lines(self) -> None:
+        self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
+
+    def _retry_after(self) -> int:
+        """Seconds until those who run and wait now will have taken their steps."""
+        ahead = sum(self._work(request) for line in self._lines.values() for request in (*line.running, *line.waiting))
+        return min(max(math.ceil(ahead), 1), _LONGEST_RETRY)

@@ -1,0 +1,125 @@
+"""What operators read at `/metrics`, in Prometheus' conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from engines.manifest import Manifest
+from server.requests.errors import BrokenPicture, Cancelled, ServerError
+from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
+from server.runtime.step_times import StepTimeModel
+
+_STAGES: tuple[Stage | Literal["image"], ...] = (*get_args(Stage), "image")  # the last is making files of pixels
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """One registry per server, so that several may live in one process."""
+
+    def __init__(self, *, max_rows: int) -> None:
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # this process's memory and processor time, where the system tells
+        self._requests = Counter(
+            "latentd_requests", "Accepted requests by their ending.", ["api", "outcome"], registry=registry
+        )
+        self._rejected = Counter(
+            "latentd_requests_rejected", "Requests refused before the queue.", ["reason"], registry=registry
+        )
+        self._duration = Histogram(
+            "latentd_request_duration_seconds", "From accepted to ended.", buckets=_SECONDS, registry=registry
+        )
+        stage = Histogram(
+            "latentd_stage_duration_seconds", "Time per stage.", ["stage"], buckets=_SECONDS, registry=registry
+        )
+        self._stages = {name: stage.labels(name) for name in _STAGES}  # looked up once, not for every request
+        rows = tuple(range(1, max_rows + 1))
+        self._step_rows = Histogram("latentd_step_rows", "UNet rows per step.", buckets=rows, registry=registry)
+        self._step_seconds = Histogram(
+            "latentd_step_duration_seconds", "Time per step.", buckets=_SECONDS, registry=registry
+        )
+        self._lookups = Counter(
+            "latentd_prompt_lookups",
+            "Chunks of prompts, by whether their embeddings were still there.",
+            ["result"],
+            registry=registry,
+        )
+        for result in ("hit", "miss"):  # so that a rate can be drawn from the first on
+            self._lookups.labels(result)
+        self._broken = Counter(
+            "latentd_broken_pictures",
+            "Requests that failed because NaN or infinity was in a picture.",
+            registry=registry,
+        )
+        self._images = Counter("latentd_images", "Pictures made.", registry=registry)
+        self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
+        self._info = Gauge(
+            "latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry
+        )
+
+    def watch(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], step_times: StepTimeModel) -> None:
+        """Read these whenever somebody scrapes: by name what each says and how it is read, and how long steps take."""
+        for name, (text, read) in gauges.items():
+            Gauge(name, text, registry=self._registry).set_function(read)
+        self._registry.register(_Curve(step_times))
+
+    def loaded(self, manifest: Manifest, backend: str) -> None:
+        """This is what is served from now on."""
+        self._info.labels(manifest.name, backend, manifest.precision(backend)).set(1)
+
+    def step(self, rows: int, seconds: float) -> None:
+        self._steps.inc()
+        self._step_rows.observe(rows)
+        self._step_seconds.observe(seconds)
+
+    def stage(self, stage: Stage | Literal["image"], seconds: float) -> None:
+        self._stages[stage].observe(seconds)
+
+    def prompt_lookup(self, found: bool) -> None:
+        self._lookups.labels("hit" if found else "miss").inc()
+
+    def rejected(self, error: ServerError) -> None:
+        self._rejected.labels(type(error).__name__).inc()
+
+    def observe(self, request: Request, event: Event) -> None:
+        """Count an ending: a listener of every accepted request."""
+        if not isinstance(event, Outcome):
+            return
+        self._requests.labels("generate", _outcome(event)).inc()
+        self._duration.observe(sum(request.timings.values()))
+        for stage, seconds in request.timings.items():
+            self.stage(stage, seconds)
+        if isinstance(event, Failed) and isinstance(event.error, BrokenPicture):
+            self._broken.inc()
+        if isinstance(event, Completed):
+            self._images.inc(len(event.images))
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self._registry)
+
+
+class _Curve(Collector):
+    """What a step takes by rows, as it is known when somebody scrapes."""
+
+    def __init__(self, step_times: StepTimeModel) -> None:
+        self._step_times = step_times
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "latentd_step_seconds", "What a step takes, a moving average.", labels=["size", "depth", "rows"]
+        )
+        for (size, depth), curve in self._step_times.curves().items():
+            for rows, seconds in curve.items():
+                family.add_metric([str(size), depth, str(rows)], seconds)
+        yield family
+
+
+def _outcome(outcome: Outcome) -> str:
+    if isinstance(outcome, Completed):
+        return "completed"
+    return "cancelled" if isinstance(outcome.error, Cancelled) else "failed"

@@ -1,0 +1,104 @@
+"""Embeddings of prompts on the device."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from engines.backends.device import Device, Engine, Event, Stream
+from engines.errors import EngineError
+from engines.manifest import Manifest
+from server.requests.tokenizer import Chunk, Prompt
+
+_Key = tuple[Chunk, int]  # and how many of the text encoder's layers are left out
+
+
+class PromptPool:
+    """Embeddings of prompts' chunks on the device. Who is told the same shares a row, and rows outlive their requests
+    until the room is needed: the negative prompt of nearly everyone is encoded once."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        device: Device,
+        *,
+        stream: Stream,
+        rows: int,
+        on_lookup: Callable[[bool], None] = lambda _found: None,
+    ) -> None:
+        """`engine` was loaded for `stream`; `on_lookup` hears of each chunk whether its embeddings were still there."""
+        context = manifest.context
+        self.context = device.allocate((rows, context.tokens, context.width), np.float32, purpose="prompts")
+        self._layers = context.layers
+        self._ids = device.allocate((1, context.tokens), np.int64, purpose="prompts")
+        self._layer = device.allocate((1,), np.int64, purpose="prompts")
+        self._weights = device.allocate((1, context.tokens), np.float32, purpose="prompts")
+        self._embeddings = device.allocate((1, context.tokens, context.width), np.float32, purpose="prompts")
+        buffers = {"ids": self._ids, "layer": self._layer, "weights": self._weights, "embeddings": self._embeddings}
+        self._encode = engine.bind(buffers)
+        self._stream = stream
+        self._on_lookup = on_lookup
+        self._free = list(range(rows))
+        self._rows: OrderedDict[_Key, int] = OrderedDict()  # least recently used first
+        self._users: Counter[_Key] = Counter()
+
+    def acquire(self, prompt: Prompt, *, clip_skip: int = 0, after: Event | None = None) -> tuple[int, ...]:
+        """The rows that hold the embeddings of the prompt's chunks, until `release`.
+
+        They are there when the stream has done what it was given; it writes none before it has passed `after`, since
+        who let go of a row may still have it read on the device.
+
+        Raises:
+            EngineError: and nothing is held.
+        """
+        held: list[_Key] = []
+        try:
+            for chunk in prompt.chunks:
+                self._hold((chunk, clip_skip), after)
+                held.append((chunk, clip_skip))
+        except EngineError:
+            self._let_go(held)
+            raise
+        return tuple(self._rows[key] for key in held)
+
+    def release(self, prompt: Prompt, *, clip_skip: int = 0) -> None:
+        self._let_go([(chunk, clip_skip) for chunk in prompt.chunks])
+
+    def warm_up(self) -> None:
+        """Encode something, and keep nothing of it."""
+        tokens = self._ids.shape[1]
+        self._launch(Chunk((0,) * tokens, (1.0,) * tokens), 0)
+
+    def _hold(self, key: _Key, after: Event | None) -> None:
+        self._on_lookup(key in self._rows)
+        if key not in self._rows:
+            self._rows[key] = self._encoded(key, after)
+        self._rows.move_to_end(key)
+        self._users[key] += 1
+
+    def _let_go(self, keys: list[_Key]) -> None:
+        for key in keys:
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
+
+    def _encoded(self, key: _Key, after: Event | None) -> int:
+        self._launch(*key)
+        row = self._free.pop() if self._free else self._evict()
+        if after:
+            self._stream.follow(after)
+        self._stream.copy(self._embeddings, self.context, at=row)
+        return row
+
+    def _launch(self, chunk: Chunk, clip_skip: int) -> None:
+        self._stream.write(self._ids, np.array([chunk.ids]))
+        self._stream.write(self._layer, np.array([self._layers - clip_skip]))
+        self._stream.write(self._weights, np.array([chunk.weights], np.float32))
+        self._encode.launch()
+
+    def _evict(self) -> int:
+        unused = next(key for key in self._rows if key not in self._users)
+        return self._rows.pop(unused)

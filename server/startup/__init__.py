@@ -1,0 +1,1 @@
+"""Startup: settings, choosing a backend, compiling missing engines, and wiring the service."""

@@ -1,0 +1,231 @@
+"""Which of several backends is the fastest here: each is measured at the first start, and the answer is remembered.
+
+Each runs in a process of its own. So the server loads one of them alone, what the others allocated is given back, and
+a crash of one is only an argument against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from engines.backends import cores
+from engines.backends.available import installed
+from engines.backends.registry import open_device
+from engines.errors import EngineError
+from engines.files import write_atomically
+from engines.manifest import Manifest, Size
+from server.runtime.pipeline import Pipeline
+from server.runtime.step_times import Kind, StepTimeModel
+from server.runtime.trace import Trace
+
+_log = logging.getLogger(__name__)
+_GLANCE = 0.1  # seconds between looks at whether to stop
+_RUNS, _ENOUGH = 5, 0.5  # a backend's process measures so often, unless so many seconds have gone by
+
+Tell = Callable[[str], None]
+
+
+class MeasuringStopped(EngineError):
+    """The server was stopped before it knew which backend to serve with."""
+
+
+def fastest(
+    manifest: Manifest,
+    bundle: Path,
+    backends: Sequence[str],
+    *,
+    threads: int,
+    tell: Tell,
+    stopped: Callable[[], bool] = lambda: False,
+) -> str:
+    """The one of `backends` that makes a picture of the verified bundle in folder `bundle` in the least time.
+
+    Where nothing is remembered of this bundle on this machine they are measured one after the other, twice, which
+    `tell` hears of.
+
+    Raises:
+        EngineError: none of them runs.
+        MeasuringStopped: `stopped`, which is asked ten times a second, said yes.
+    """
+    if len(backends) == 1:
+        return backends[0]
+    note = _note(_key(manifest, backends, threads))
+    seconds = _recalled(note, backends) if note else None
+    source = f"remembered in {note}"
+    if seconds is None:
+        rounds = _measured(bundle, backends, threads=threads, tell=tell, stopped=stopped)
+        ran = [backend for backend in backends if backend in rounds[-1]]
+        seconds = {backend: min(one[backend] for one in rounds) for backend in ran}
+        if len(seconds) < len(backends):
+            source = "not remembered"
+        elif len({_quickest(one) for one in rounds}) > 1:
+            source = "not remembered (two rounds disagree: they are close, or this machine is busy)"
+        else:
+            source = _remembered(note, seconds)
+    chosen = _quickest(seconds)
+    figures = ", ".join(f"{backend} {taken:.3g} s" for backend, taken in seconds.items())
+    _log.info("backend %s: a picture takes %s, measured on this machine and %s", chosen, figures, source)
+    return chosen
+
+
+def _quickest(seconds: Mapping[str, float]) -> str:
+    return min(seconds, key=lambda backend: seconds[backend])
+
+
+def _measured(
+    bundle: Path, backends: Sequence[str], *, threads: int, tell: Tell, stopped: Callable[[], bool]
+) -> list[dict[str, float]]:
+    """Two rounds, the second in the other order: who was in the way of one in the first may have gone by then."""
+    first = _round(bundle, backends, threads=threads, tell=tell, stopped=stopped)
+    if len(first) == 1:
+        return [first]
+    return [first, _round(bundle, [*first][::-1], threads=threads, tell=tell, stopped=stopped)]
+
+
+def _round(
+    bundle: Path, backends: Sequence[str], *, threads: int, tell: Tell, stopped: Callable[[], bool]
+) -> dict[str, float]:
+    """The seconds of each that runs. Raises EngineError where none does."""
+    seconds: dict[str, float] = {}
+    reasons: list[str] = []
+    for backend in backends:
+        tell(f"measuring {backend}, once for this machine")
+        try:
+            seconds[backend] = _asked(bundle, backend, threads=threads, stopped=stopped)
+        except MeasuringStopped:
+            raise
+        except EngineError as error:
+            _log.warning("backend %s is passed over: %s", backend, error)
+            reasons.append(f"{backend}: {error}")
+    if not seconds:
+        raise EngineError(f"No backend runs this bundle here ({'; '.join(reasons)}).")
+    return seconds
+
+
+def _asked(bundle: Path, backend: str, *, threads: int, stopped: Callable[[], bool]) -> float:
+    """What another process measures. Raises EngineError where that fails."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # imports what we do
+    command = [sys.executable, "-P", "-m", __name__, str(bundle), backend, str(threads)]
+    with subprocess.Popen(  # noqa: S603 - our own command
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as child:
+        try:
+            told, complaint = _ended(child, stopped)
+        finally:
+            child.kill()
+    if child.returncode:
+        last_words = complaint.strip().splitlines() or [f"its process ended with {child.returncode}"]
+        raise EngineError(last_words[-1])
+    return float(told.splitlines()[-1])
+
+
+def _ended(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> tuple[str, str]:
+    """All that the child says until it ends."""
+    while True:
+        try:
+            return child.communicate(timeout=_GLANCE)
+        except subprocess.TimeoutExpired:
+            if stopped():
+                raise MeasuringStopped("The server was stopped while it measured its backends.") from None
+
+
+class _Shortest(StepTimeModel):
+    """The shortest step and ends that were observed: what else the machine does only ever makes them longer."""
+
+    step = end = math.inf  # seconds
+
+    def observe(self, kind: Kind, rows: int, seconds: float) -> None:
+        super().observe(kind, rows, seconds)
+        if kind[1] == "full":
+            self.step = min(self.step, seconds)
+
+    def observe_ends(self, size: Size, seconds: float) -> None:
+        super().observe_ends(size, seconds)
+        self.end = min(self.end, seconds)
+
+
+def seconds_of_picture(bundle: Path, backend: str, *, threads: int) -> float:
+    """What one picture takes alone, of the default size and steps. Raises EngineError where it cannot be loaded."""
+    manifest = Manifest.read(bundle)
+    alone = manifest.model_copy(update={"resolutions": manifest.resolutions[:1], "rows": manifest.rows[:1]})
+    step_times = _Shortest(max_rows=alone.max_rows)
+    device = open_device(backend, threads=threads)
+    pipeline = Pipeline.load(alone, bundle, backend=backend, device=device, step_times=step_times, trace=Trace())
+    began = time.monotonic()
+    for _ in range(_RUNS):
+        pipeline.warm_up(lambda _stage: None)
+        if time.monotonic() - began > _ENOUGH:
+            break
+    return step_times.step * manifest.defaults.num_inference_steps + step_times.end
+
+
+# --- what is remembered
+
+
+def _key(manifest: Manifest, backends: Sequence[str], threads: int) -> str:
+    """A hash over all that decides which is the fastest."""
+    builds = {backend: manifest.builds.get(backend) for backend in backends}
+    facts = {
+        "model": manifest.export_key,
+        "engines": {name: [one.key for one in build.engines.values()] for name, build in builds.items() if build},
+        "versions": {backend: installed(backend) for backend in backends},
+        "size": str(manifest.resolutions[0]),
+        "rows": manifest.rows[0],
+        "steps": manifest.defaults.num_inference_steps,
+        "processor": [cores.name(), os.cpu_count(), cores.limit(), threads],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _note(key: str) -> Path | None:
+    """The file for what was measured under `key`; None for a user without a home."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return caches / "latentd" / f"fastest-{key[:24]}.json"
+
+
+def _recalled(note: Path, backends: Sequence[str]) -> dict[str, float] | None:
+    """Seconds by backend; None unless the file is there and is as we write it."""
+    try:
+        told = json.loads(note.read_bytes())
+        seconds = {backend: float(told[backend]) for backend in backends}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return seconds if all(math.isfinite(taken) and taken > 0 for taken in seconds.values()) else None
+
+
+def _remembered(note: Path | None, seconds: Mapping[str, float]) -> str:
+    """Write it down, for later starts; returns what came of it, in words."""
+    if note is None:
+        return "not remembered (this user has no home, and XDG_CACHE_HOME is not set)"
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps(seconds).encode())
+    except OSError as error:
+        return f"not remembered ({error.strerror}: {note.parent}; XDG_CACHE_HOME says where)"
+    return f"remembered in {note}"
+
+
+def main() -> int:
+    bundle, backend, threads = sys.argv[1:]
+    try:
+        sys.stdout.write(f"{seconds_of_picture(Path(bundle), backend, threads=int(threads))}\n")
+    except EngineError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Engines that a bundle lacks, compiled at the start by the command that people use: `build_engines.py compile`.
+
+It runs in a process of its own. So the server imports nothing of the build, what a compiler allocates is given back
+when it ends, and a crash of it is an error that can be told.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from engines.backends.available import check_fits, unavailable_reason
+from engines.backends.registry import ON_CPU
+from engines.contract import GRAPHS
+from engines.errors import EngineError
+from engines.manifest import Manifest
+
+_log = logging.getLogger(__name__)
+_LOCK = ".compiling"  # in the bundle's folder; the file stays, since removing it would let two hold the lock
+_GLANCE = 0.5  # seconds between looks at whether to stop, and at whether the lock is free
+_GRACE = 5.0  # seconds in which a cancelled build may put away what it has half written; Docker grants 10 in all
+_LAST_WORDS = 5  # lines of a build that ended without saying why
+
+Tell = Callable[[str], None]
+
+
+class CompilingStopped(EngineError):
+    """The server was stopped before its engines were compiled."""
+
+
+def compile_missing(
+    manifest: Manifest, bundle: Path, backend: str, *, tell: Tell, stopped: Callable[[], bool] = lambda: False
+) -> Manifest:
+    """Compile the engines of `backend` where the bundle in folder `bundle` has none that run here; minutes on a GPU.
+
+    `tell` hears, from the calling thread, in a few words how far it is: "compiling denoise for tensorrt, 2 of 4
+    engines, 40 %". The build ends when this process does, and when `stopped`, which is asked twice a second, says yes;
+    engines that were finished by then are kept. Of several servers that start over one bundle, one compiles, and the
+    others wait for it.
+
+    Returns:
+        The manifest with the engines in it, every file verified; `manifest` itself where nothing was missing.
+
+    Raises:
+        EngineError: the engines cannot be compiled here, or the bundle cannot be written; says what the build said.
+        CompilingStopped: `stopped` said yes.
+    """
+    if _has_engines(manifest, bundle, backend):
+        return manifest
+    with _lock(bundle, backend, tell, stopped) as lock:
+        manifest = Manifest.load(bundle)  # which another server may have written meanwhile
+        if _has_engines(manifest, bundle, backend):
+            return manifest
+        _build(_command(manifest, bundle, backend), backend, lock=lock, tell=tell, stopped=stopped)
+        return Manifest.load(bundle)
+
+
+def _has_engines(manifest: Manifest, bundle: Path, backend: str) -> bool:
+    """Whether there is nothing to compile, or compiling would not help."""
+    if backend in ON_CPU:
+        return True
+    if backend not in manifest.builds:
+        return False
+    if unavailable_reason(backend):
+        return True  # no GPU, say: other engines would run no better
+    try:
+        check_fits(manifest, backend, bundle)
+    except EngineError as error:
+        _log.warning("%s", error)
+        return False
+    return True
+
+
+@contextmanager
+def _lock(bundle: Path, backend: str, tell: Tell, stopped: Callable[[], bool]) -> Iterator[IO[bytes]]:
+    """Hold the bundle, alone among the servers of all containers that share its folder."""
+    try:
+        file = (bundle / _LOCK).open("ab")
+    except OSError as error:
+        raise EngineError(
+            f"{bundle} holds no {backend} engines that run here, and none can be written there ({error.strerror}): "
+            f"let the server write to it, or run build_engines.py compile {bundle} --backend {backend} first."
+        ) from error
+    with file:
+        _wait_for(file, tell, stopped)
+        yield file
+
+
+def _wait_for(file: IO[bytes], tell: Tell, stopped: Callable[[], bool]) -> None:
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("waiting for another server, which compiles this bundle")
+            _heed(stopped)
+            time.sleep(_GLANCE)
+        else:
+            return
+
+
+def _heed(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise CompilingStopped("The server was stopped while its engines were compiled: the next start goes on.")
+
+
+def _command(manifest: Manifest, bundle: Path, backend: str) -> list[str]:
+    # A bundle that was exported for CPUs alone holds FP32 graphs, of which GPUs can be served too.
+    halved = {"fp16", "bf16"} & manifest.graphs["denoise"].onnx.keys()
+    precision = [] if halved else ["--precision", "fp32"]
+    build = [sys.executable, "-P", "-m", "build_engines", "compile", str(bundle), "--backend", backend]
+    return [*build, *precision, "--progress", "json"]
+
+
+def _build(command: list[str], backend: str, *, lock: IO[bytes], tell: Tell, stopped: Callable[[], bool]) -> None:
+    if not find_spec("rich"):
+        raise EngineError("Compiling at the start needs the package rich: pip install 'latentd[compile]'.")
+    last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+    with _running(command, lock) as child:
+        for line in _lines(child, stopped):
+            said = _parsed(line)
+            if "stage" in said:
+                tell(_described(said, backend))
+            elif "note" in said:
+                _log.info("%s", said["note"])
+            else:
+                _log.debug("%s", line)
+                last_words.append(line)
+        status = child.wait()
+    if status:
+        raise EngineError(f"The {backend} engines were not compiled. {_reason(status, list(last_words))}")
+
+
+@contextmanager
+def _running(command: list[str], lock: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
+    """The build. It ends with the context, or when our end of its standard input is closed because we are gone.
+
+    It holds `lock` with us, so that whoever comes after us finds it held as long as the build writes.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # imports what we do
+    child = subprocess.Popen(  # noqa: S603 - our own command
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        pass_fds=(lock.fileno(),),
+    )
+    try:
+        yield child
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Have the child cancel its build, and kill it if that takes longer than the grace."""
+    assert child.stdin  # noqa: S101 - piped in _running
+    with suppress(BrokenPipeError):
+        child.stdin.close()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _lines(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> Iterator[str]:
+    """What the child says, line by line, until it ends. Raises CompilingStopped between two of them."""
+    said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def listen() -> None:
+        assert child.stdout  # noqa: S101 - piped in _running
+        with child.stdout as lines:
+            for line in lines:
+                said.put(line)
+        said.put(None)
+
+    threading.Thread(target=listen, name="compiling", daemon=True).start()
+    while True:
+        _heed(stopped)
+        try:
+            line = said.get(timeout=_GLANCE)
+        except queue.Empty:
+            continue
+        if line is None:
+            return
+        if line.strip():
+            yield line.rstrip()
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """What `--progress json` says; nothing where the line is a table's, an error's, or a library's."""
+    with suppress(ValueError):
+        said = json.loads(line)
+        if isinstance(said, dict):
+            return said
+    return {}
+
+
+def _described(said: dict[str, Any], backend: str) -> str:
+    parts = [said["stage"]]
+    for position, graph in enumerate(GRAPHS, start=1):
+        if said["stage"] == f"compiling {graph} for {backend}":
+            parts.append(f"{position} of {len(GRAPHS)} engines")
+    if said["percent"] is not None:
+        parts.append(f"{said['percent']} %")
+    return ", ".join(parts)
+
+
+def _reason(status: int, last_words: list[str]) -> str:
+    if status < 0:
+        return f"The build was killed by signal {-status}, as happens where memory runs out: see the system's log."
+    told = [line.removeprefix("error: ") for line in last_words if line.startswith("error: ")]
+    return told[-1] if told else f"The build ended with status {status}: {' | '.join(last_words) or 'without a word'}"

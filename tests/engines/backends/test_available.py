@@ -1,0 +1,69 @@
+"""Which backend is taken, and that the reason is said."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from engines.backends import available
+from engines.backends.cuda import Probe
+from engines.errors import EngineError
+from engines.manifest import Gpu
+
+GPU = Probe(Gpu(name="NVIDIA L4", compute_capability="8.9"))
+HOPPER = Probe(Gpu(name="NVIDIA H200", compute_capability="9.0"))
+NONE = Probe(None, "no driver")
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *packages: str, gpu: Probe = NONE) -> None:
+    def version(package: str) -> str:
+        if package in packages:
+            return "1.0"
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(available, "version", version)
+    monkeypatch.setattr(available, "probe", lambda: gpu)
+
+
+@pytest.mark.parametrize(
+    ("packages", "gpu", "backend"),
+    [
+        (["onnxruntime"], NONE, "onnxruntime"),
+        (["onnxruntime", "openvino"], NONE, "openvino"),
+        (["onnxruntime", "tensorrt-rtx"], NONE, "onnxruntime"),
+        (["onnxruntime", "tensorrt-rtx"], GPU, "tensorrt_rtx"),
+        (["onnxruntime", "tensorrt-rtx"], HOPPER, "onnxruntime"),  # which RTX does not take
+        (["onnxruntime-gpu", "tensorrt-rtx"], HOPPER, "onnxruntime_cuda"),
+        (["onnxruntime-gpu"], NONE, "onnxruntime"),
+        (["onnxruntime-gpu"], GPU, "onnxruntime_cuda"),
+        (["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"], GPU, "tensorrt"),
+    ],
+)
+def test_the_fastest_that_runs_here_is_taken(
+    monkeypatch: pytest.MonkeyPatch, packages: list[str], gpu: Probe, backend: str
+) -> None:
+    here(monkeypatch, *packages, gpu=gpu)
+    assert available.choose().backend == backend
+
+
+def test_the_reasons_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "onnxruntime", "tensorrt-rtx")
+    assert available.choose().why == (
+        "tensorrt: not installed; tensorrt_rtx: no driver; onnxruntime_cuda: not installed; "
+        "openvino: not installed; onnxruntime: runs here"
+    )
+
+
+def test_where_nothing_runs_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    with pytest.raises(EngineError, match=r"pip install 'latentd\[cpu\]'"):
+        available.choose()
+    with pytest.raises(EngineError, match=r"openvino needs the package openvino: pip install 'latentd\[openvino\]'"):
+        available.installed("openvino")
+
+
+def test_tensorrt_compiles_on_the_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "tensorrt")
+    with pytest.raises(EngineError, match=r"no driver.*--backend tensorrt_rtx"):
+        available.gpu_here()

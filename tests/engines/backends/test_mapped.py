@@ -1,0 +1,67 @@
+"""Files that are mapped give their memory back, and keep what they say."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.backends.mapped import release_pages
+from engines.backends.openvino import openvino
+from tests.support.loaded import Loaded
+
+PAGES = 64
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no such accounts")
+
+
+def held(folder: Path) -> int:
+    """Bytes of memory that files in `folder` take here."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        first, *rest = line.split(maxsplit=5)
+        if "-" in first:
+            inside = len(rest) == 5 and Path(rest[4]).is_relative_to(folder.resolve())
+        elif inside and first == "Rss:":
+            found += int(rest[0]) * 1024
+    return found
+
+
+def mapped(path: Path) -> mmap.mmap:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"latent" * (PAGES * mmap.PAGESIZE // 6))
+    with path.open("rb") as file:
+        opened = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    assert opened[:].startswith(b"latent")  # and every page is here
+    return opened
+
+
+def test_a_folders_files_are_let_go_and_say_the_same(tmp_path: Path) -> None:
+    one, other = mapped(tmp_path / "an engine" / "weights"), mapped(tmp_path / "other" / "weights")
+    before = one[:]
+    assert held(tmp_path / "an engine") >= (PAGES - 1) * mmap.PAGESIZE
+    release_pages(tmp_path / "an engine")
+    assert held(tmp_path / "an engine") == 0
+    assert held(tmp_path / "other") >= (PAGES - 1) * mmap.PAGESIZE
+    assert one[:] == before
+    other.close()
+
+
+def test_an_engine_holds_no_file_once_it_is_loaded_nor_once_it_has_run(tmp_path: Path) -> None:
+    """A linear layer with 4 MiB of weights."""
+    ops = openvino.opset13
+    x = ops.parameter([-1, 1024], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    weights = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    product = ops.matmul(x, weights, transpose_a=False, transpose_b=True)
+    product.output(0).tensor.set_names({"y"})
+    openvino.save_model(openvino.Model([product], [x]), tmp_path / "linear.xml", compress_to_fp16=False)
+    linear = Loaded("openvino", tmp_path / "linear.xml")
+    assert held(tmp_path) == 0
+    given = np.ones((2, 1024), np.float32)
+    made = linear({"x": given}, {"y": np.empty_like(given)})["y"]
+    assert held(tmp_path) == 0
+    np.testing.assert_allclose(made, given @ weights.T, atol=1e-2)

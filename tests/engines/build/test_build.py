@@ -1,0 +1,162 @@
+"""`build_engines.py` makes bundles from checkpoints on disk, and says in one line why it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import build_engines
+from engines.manifest import Manifest, Size
+from server.requests.tokenizer import Tokenizer
+from tests.support.loaded import Loaded
+from tests.support.tiny import TOKENS, WIDTH
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert build_engines.main(arguments) == 1
+    return capsys.readouterr().err.split("error: ")[1].strip()
+
+
+def test_the_manifest_holds_the_checkpoints_facts(manifest: Manifest) -> None:
+    assert manifest.name == "tiny-sd"
+    assert manifest.resolutions == (Size(width=32, height=32), Size(width=48, height=32))
+    assert manifest.rows == (2, 4, 8)
+    assert (manifest.latent.channels, manifest.latent.downscale, manifest.latent.multiple) == (4, 2, 4)
+    assert (manifest.context.tokens, manifest.context.width) == (TOKENS, WIDTH)
+    assert manifest.noise_schedule.steps_offset == 1
+    assert manifest.noise_schedule.set_alpha_to_one is False
+    assert manifest.defaults.scheduler == "pndm"
+    assert manifest.graphs["denoise"].inputs[0].shape == ("S", 5, 4, "h", "w")
+    assert [(one.name, one.dtype) for one in manifest.graphs["decode"].outputs] == [
+        ("images", "uint8"),
+        ("sound", "float32"),
+    ]
+
+
+def test_weights_keep_their_names(bundle: Path) -> None:
+    """The exporter folds linear layers' weights into transposed constants; they are named again."""
+    weights = onnx.load(bundle / "onnx/denoise.onnx").graph.initializer
+    large = [weight.name for weight in weights if np.prod(weight.dims) >= 256]
+    assert large
+    assert all(name.startswith("unet.") for name in large)
+    assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight.T" in large
+
+
+def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manifest: Manifest) -> None:
+    tokenizer = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
+    prompt = tokenizer("a red cat BREAK on a blue hill BREAK rain")
+    assert len(prompt.chunks) == 3
+    rng = np.random.default_rng(0)
+    ids, weights = np.array([chunk.ids for chunk in prompt.chunks]), rng.uniform(0.5, 2, (3, TOKENS))
+    inputs = {"ids": ids, "layer": np.array([2, 1, 0]), "weights": weights.astype(np.float32)}
+    encode = Loaded("onnxruntime", bundle / "onnx/encode_prompt.onnx")
+    embeddings = encode(inputs, {"embeddings": np.empty((3, TOKENS, WIDTH), np.float32)})["embeddings"]
+    with torch.inference_mode():
+        encoder = CLIPTextModel.from_pretrained(checkpoint / "text_encoder").eval()
+        made = encoder(input_ids=torch.from_numpy(ids), output_hidden_states=True)
+        plain = [encoder.final_layer_norm(made.hidden_states[layer][n]) for n, layer in enumerate((2, 1, 0))]
+        np.testing.assert_array_equal(plain[0], made.last_hidden_state[0])
+    for ours, whole, weight in zip(embeddings, plain, weights, strict=True):
+        weighted = whole.numpy() * weight[:, None]
+        expected = weighted * whole.numpy().mean() / weighted.mean()
+        assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red cat",
+        "  A  Red\tCAT!! ",
+        "naïve café 東京 🍎",
+        "x" * 500,
+        "don't stop",
+        "a,b;c (d:1.3)",
+        "<|endoftext|>",
+    ],
+)
+def test_prompts_become_the_ids_that_transformers_makes(
+    checkpoint: Path, bundle: Path, manifest: Manifest, text: str
+) -> None:
+    tokenizer = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
+    ours = tokenizer(text, syntax="plain")
+    theirs = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
+    padded = theirs(text, padding="max_length", max_length=TOKENS, truncation=True)
+    assert list(ours.chunks[0].ids) == padded.input_ids
+    assert (len(ours.chunks) > 1) == (len(theirs(text).input_ids) > TOKENS)
+
+
+def test_a_hub_id_without_a_network_fails_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    text = complaint(capsys, "--model", "OFA-Sys/small-stable-diffusion-v0", "--out", str(tmp_path / "out"))
+    assert len(text.splitlines()) == 1
+    assert "OFA-Sys/small-stable-diffusion-v0 could not be downloaded" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_neither_a_folder_nor_a_hub_id_is_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = complaint(capsys, "--model", str(tmp_path / "no such folder"), "--out", str(tmp_path / "out"))
+    assert "neither a folder here nor a hub id" in text
+
+
+def test_a_size_the_unet_cannot_halve_is_refused(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    text = complaint(capsys, "--model", str(checkpoint), "--out", str(tmp_path), "--resolution", "33x32")
+    assert "multiples of 4" in text
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--resolution", "big"], ["--resolution", "0x64"], ["--rows", "2,x"], ["--rows", "0"]]
+)
+def test_malformed_flags_are_explained(wrong: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_engines.main(["--model", str(tmp_path), "--out", str(tmp_path), *wrong])
+    assert ended.value.code == 2
+
+
+def test_damaged_weights_are_an_error_that_names_the_checkpoint(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    weights = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    text = complaint(capsys, "--model", str(copied), "--out", str(tmp_path / "out"), "--backend", "onnxruntime")
+    assert "copy" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backend", "onnxruntime", "--precision", "fp16"], "--weights fp16"),
+        (["--backend", "tensorrt_rtx", "--precision", "int8"], "fp16 or bf16 or fp32, not in int8"),
+        (["--backend", "openvino", "--precision", "fp16"], "fp32 or bf16 or int8, not in fp16"),
+    ],
+)
+def test_a_precision_that_a_backend_lacks_is_refused_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    assert words in complaint(capsys, "--model", str(checkpoint), "--out", str(tmp_path / "out"), *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["compile", "verify", "inspect"])
+def test_a_folder_without_a_bundle_is_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path, word: str) -> None:
+    assert "holds no manifest.json" in complaint(capsys, word, str(tmp_path))
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("export", "compile", "verify", "inspect"):
+        with pytest.raises(SystemExit) as ended:
+            build_engines.main([word, "--help"])
+        assert ended.value.code == 0
+        assert f"build_engines.py {word}" in capsys.readouterr().out

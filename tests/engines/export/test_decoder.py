@@ -1,0 +1,162 @@
+"""A distilled decoder takes the place of the VAE's, computes what it does in diffusers, and fits or is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from rich.console import Console
+
+import build_engines
+from engines.backends.registry import ON_CPU
+from engines.build.bundle import _export_key
+from engines.build.console import inspect_tables
+from engines.checkpoints.checkpoint import CheckpointError, count_parameters, find
+from engines.checkpoints.load import load_modules
+from engines.contract import LANES, Array
+from engines.manifest import Manifest
+from tests.support.loaded import Loaded
+from tests.support.tiny import make_checkpoint, make_decoder
+
+SLOTS, SIDE = 3, 8  # latents
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_decoder(tmp_path_factory.mktemp("decoder") / "taesd")
+
+
+@pytest.fixture(scope="module")
+def built(distilled: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of that decoder, made by the command people use."""
+    out = tmp_path_factory.mktemp("distilled")
+    source = ["--model", str(checkpoint), "--decoder", str(distilled), "--out", str(out)]
+    assert build_engines.main([*source, "--backend", "onnxruntime", "--no-verify"]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(distilled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(distilled, tmp_path / "copy"))
+
+
+def decoded(backend: str, bundle: Path, state: Array) -> tuple[Array, Array]:
+    decode = Loaded(backend, bundle / "onnx" / "decode.onnx", threads=1)
+    images, sound = np.empty((len(state), 2 * SIDE, 2 * SIDE, 3), np.uint8), np.empty(len(state), np.float32)
+    made = decode({"state": state, "slot": np.arange(len(state))}, {"images": images, "sound": sound})
+    return made["images"], made["sound"]
+
+
+def random_state() -> Array:
+    return np.random.default_rng(0).standard_normal((SLOTS, LANES, 4, SIDE, SIDE), np.float32)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_it_decodes_as_in_diffusers(backend: str, built: Path, distilled: Path) -> None:
+    state = random_state()
+    images, sound = decoded(backend, built, state)
+    theirs = AutoencoderTiny.from_pretrained(distilled).eval()
+    with torch.inference_mode():
+        pixels = theirs.decode(torch.from_numpy(state[:, 0]) / theirs.config.scaling_factor).sample
+    expected = (pixels / 2 + 0.5).clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()
+    assert expected.std() > 3
+    assert np.abs(images - expected).max() <= 0.5 + 1e-2
+    assert sound.tolist() == [1] * SLOTS
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_infinite_is_not_sound_though_it_decodes(backend: str, built: Path, value: float) -> None:
+    """Its first operation is a tanh, behind which infinity is a number."""
+    state = random_state()
+    state[1, 0, 2, 3, 3] = value
+    images, sound = decoded(backend, built, state)
+    assert sound.tolist() == [1, 0, 1]
+    np.testing.assert_array_equal(images[[0, 2]], decoded(backend, built, random_state())[0][[0, 2]])
+
+
+def test_pictures_are_encoded_by_the_models_own_vae(built: Path, bundle: Path) -> None:
+    inputs: dict[str, Array] = {
+        "images": np.full((1, 32, 32, 3), 99, np.uint8),
+        "noise": np.ones((1, 4, 16, 16), np.float32),
+    }
+    like = {"latents": np.empty((1, 4, 16, 16), np.float32)}
+    made = [Loaded("onnxruntime", one / "onnx" / "encode_image.onnx")(inputs, like) for one in (built, bundle)]
+    np.testing.assert_array_equal(made[0]["latents"], made[1]["latents"])
+    np.testing.assert_allclose(Manifest.load(built).preview, Manifest.load(bundle).preview, rtol=1e-6)
+
+
+def test_the_bundle_says_what_decodes(built: Path, bundle: Path) -> None:
+    console = Console(record=True, width=100)
+    for folder, words in ((built, "taesd"), (bundle, None)):
+        manifest = Manifest.load(folder)
+        assert manifest.source.decoder == words
+        console.print(inspect_tables(manifest))
+        assert ("decoder" in console.export_text()) == bool(words)
+
+
+def test_another_decoder_is_another_model(checkpoint: Path, copied: Path) -> None:
+    def key() -> str:
+        return _export_key(find(str(checkpoint), decoder=str(copied)), "fp32")
+
+    keys = [key(), _export_key(find(str(checkpoint)), "fp32")]
+    make_decoder(copied, scaling_factor=1.0)
+    keys.append(key())
+    with (copied / "diffusion_pytorch_model.safetensors").open("ab") as weights:
+        weights.write(b"\0")
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+def test_its_weights_are_counted(checkpoint: Path, distilled: Path) -> None:
+    plain, counts = (count_parameters(find(str(checkpoint), decoder=name)) for name in (None, str(distilled)))
+    theirs = AutoencoderTiny.from_pretrained(distilled).decoder
+    assert counts == plain | {"decode": sum(weight.numel() for weight in theirs.parameters())}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latent_channels": 16}, "of 16 channels at 2 pixels a latent, tiny-sd has 4 channels at 2"),
+        (
+            {"num_decoder_blocks": (1, 1, 1), "decoder_block_out_channels": (16, 16, 16)},
+            "of 4 channels at 4 pixels a latent",
+        ),
+        ({"out_channels": 4}, "makes 4 colours"),
+    ],
+)
+def test_one_that_reads_other_latents_is_refused(
+    checkpoint: Path, tmp_path: Path, changes: dict[str, Sequence[int]], words: str
+) -> None:
+    decoder = make_decoder(tmp_path / "other", **changes)
+    with pytest.raises(CheckpointError, match=words):
+        find(str(checkpoint), decoder=str(decoder))
+
+
+def test_what_is_no_decoder_is_said_so(checkpoint: Path, copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="vae is of kind AutoencoderKL"):
+        find(str(checkpoint), decoder=str(checkpoint / "vae"))
+    with pytest.raises(CheckpointError, match=r"config\.json is missing: .* is no diffusers AutoencoderTiny"):
+        find(str(checkpoint), decoder=str(tmp_path))
+    weights = copied / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        find(str(checkpoint), decoder=str(copied))
+    weights.rename(copied / "taesd_decoder.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        find(str(checkpoint), decoder=str(copied))
+
+
+def test_weights_that_do_not_fit_its_config_are_an_error(tmp_path: Path, copied: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"num_decoder_blocks": [2, 1]}))
+    origin = find(str(model), decoder=str(copied))
+    with pytest.raises(CheckpointError, match="The weights of copy cannot be loaded: decoder"):
+        load_modules(origin.facts, origin)

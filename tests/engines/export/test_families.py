@@ -1,0 +1,128 @@
+"""Every family of checkpoints, from the diffusers folder to the served picture, which is diffusers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import build_engines
+from engines.manifest import Manifest
+from tests.support.ldm import write_single_file
+from tests.support.references import draw, load_pipeline, psnr
+from tests.support.serving import Serving, pictures
+from tests.support.tiny import make_checkpoint
+
+WISH: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
+CHANGED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"  # by the LoRA
+LORA_SCALE = 0.5
+WORD = "<boat>"  # of the embedding: two vectors
+PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
+
+
+@pytest.fixture(scope="module", params=["sd15", "no-mid", "sd2", "lcm"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """A family's name, its checkpoint and its bundle for both CPU backends."""
+    name = str(request.param)
+    folder = tmp_path_factory.mktemp(name)
+    checkpoint, bundle = make_checkpoint(folder / "checkpoint", name), folder / "bundle"
+    command = [*source(name, checkpoint), "--out", str(bundle), "--rows", "2,4"]
+    assert build_engines.main([*command, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
+    return name, checkpoint, bundle
+
+
+def source(name: str, checkpoint: Path) -> list[str]:
+    """One family comes as a single file and with a learned word, one with a LoRA; the others are folders."""
+    if name == "sd15":
+        single = write_single_file(checkpoint, checkpoint.parent / "one.safetensors")
+        word = checkpoint.parent / "word.safetensors"
+        save_file({WORD: torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, word)
+        return ["--model", str(single), "--config", str(checkpoint), "--embedding", str(word)]
+    if name == "no-mid":
+        lora = checkpoint.parent / "style.safetensors"
+        up, down = lora_factors()
+        save_file({f"unet.{CHANGED}.lora_B.weight": up, f"unet.{CHANGED}.lora_A.weight": down}, lora)
+        return ["--model", str(checkpoint), "--lora", f"{lora}:{LORA_SCALE}"]
+    return ["--model", str(checkpoint)]
+
+
+def lora_factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer 16 wide, at rank 4."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(16, 4, generator=generator), torch.randn(4, 16, generator=generator)
+
+
+def reference_of(name: str, checkpoint: Path) -> Any:
+    pipeline = load_pipeline(checkpoint)
+    if name == "no-mid":
+        up, down = lora_factors()
+        with torch.no_grad():
+            pipeline.unet.get_submodule(CHANGED).weight += LORA_SCALE * up @ down
+    if name == "sd15":
+        pipeline.load_textual_inversion(str(checkpoint.parent / "word.safetensors"))
+    return pipeline
+
+
+def test_graphs_agree_with_torch_and_with_each_other(family: tuple[str, Path, Path]) -> None:
+    manifest = Manifest.load(family[2])
+    for name, graph in manifest.graphs.items():
+        found = [build.engines[name].difference for build in manifest.builds.values()]
+        for difference in [graph.onnx["fp32"].difference, *found]:
+            assert difference
+            assert difference.mean <= PARITY
+            assert difference.largest <= (2 / 255 if name == "decode" else PARITY)  # rounding to the next level
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], backend: str) -> None:
+    name, checkpoint, bundle = family
+    reference = reference_of(name, checkpoint)
+    cases: list[dict[str, Any]] = [
+        {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
+        {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
+    ]
+    wish = {**WISH, "prompt": f"two old {WORD} at night"} if name == "sd15" else WISH
+    with Serving(bundle, "--backend", backend) as serving:
+        for case in cases:
+            ours = pictures(serving.generate(**wish, **case, seed=11))[0]
+            theirs = draw(reference, seed=11, **wish, **case)
+            assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
+            assert psnr(ours, theirs) >= 45, case
+
+
+def test_a_model_that_is_told_its_guidance_has_no_interval_of_it(family: tuple[str, Path, Path]) -> None:
+    name, _checkpoint, bundle = family
+    with Serving(bundle) as serving:
+        answer = serving.generate(**WISH, num_inference_steps=2, guidance_end=0.5)
+    assert answer.status_code == (422 if name == "lcm" else 200), answer.text
+
+
+def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
+    name, _checkpoint, bundle = family
+    manifest = Manifest.load(bundle)
+    assert manifest.embeds_guidance == (name == "lcm")
+    assert manifest.source.loras == (("style.safetensors:0.5",) if name == "no-mid" else ())
+    assert manifest.name == {"sd15": "one"}.get(name, "checkpoint")
+    assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    assert manifest.context.width == (64 if name == "sd2" else 32)
+    assert manifest.defaults.scheduler == {"sd2": "ddim", "lcm": "lcm"}.get(name, "pndm")
+
+
+def test_sd2_computes_in_bf16_on_gpus(family: tuple[str, Path, Path]) -> None:
+    """Its attention leaves FP16's range. The weights on disk stay what they are, and TensorRT takes the casts."""
+    name, checkpoint, bundle = family
+    if name != "sd2":
+        pytest.skip("the other families take FP16, as the tests of TensorRT's engines show")
+    command = ["--model", str(checkpoint), "--out", str(bundle), "--rows", "2", "--backend", "tensorrt_rtx"]
+    assert build_engines.main(command) == 0
+    manifest = Manifest.load(bundle)
+    assert list(manifest.builds) == ["onnxruntime", "openvino", "tensorrt_rtx"]
+    made = manifest.builds["tensorrt_rtx"]
+    assert made.precision == "bf16"
+    assert made.engines["decode"].precision == "fp16"
+    layers = made.engines["denoise"].layers
+    assert layers
+    assert layers.precisions["BFloat16"] > layers.precisions.get("Half", 0)

@@ -1,0 +1,66 @@
+"""What a request says of its own steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from engines.manifest import NoiseSchedule, Size
+from engines.schedulers import Scheduler, table
+from server.requests.request import Cache, GenerationParams, Request
+from server.requests.tokenizer import Prompt
+
+NOTHING = Prompt("", ())
+
+
+def request(
+    *, steps: int = 8, cache: Cache = "fast", start: float = 0.0, end: float = 1.0, scale: float = 7.5
+) -> Request:
+    size, method = Size(width=64, height=64), Scheduler("ddim")
+    wish = GenerationParams(
+        NOTHING, NOTHING, size, method, steps, scale, (0,), guidance_start=start, guidance_end=end, cache=cache
+    )
+    return Request(wish, table(method, steps, NoiseSchedule()), (), "a")
+
+
+def depths(asked: Request) -> str:
+    return "".join(depth[0] for depth in asked.depths)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (request(cache="off"), "ffffffff"),
+        (request(), "fssfssfs"),
+        (request(scale=1), "fssfssfs"),
+        # Guidance begins at step 4: step 3 kept no features of the negative prompt, step 6 does.
+        (request(start=0.5), "fssffffs"),
+        # It ends after step 3: what was kept for both rows serves the one that is left.
+        (request(end=0.5), "fssfssfs"),
+        (request(start=0.25, end=0.375), "fsffssfs"),
+    ],
+)
+def test_a_step_is_full_where_features_are_due_or_unknown(asked: Request, expected: str) -> None:
+    assert depths(asked) == expected
+
+
+def test_no_shallow_step_lacks_the_features_of_a_row() -> None:
+    """Walked as the pipeline does: a full step keeps the features of the rows it has."""
+    for start in range(10):
+        for end in range(start + 1, 11):
+            asked = request(steps=10, start=start / 10, end=end / 10)
+            kept = 0
+            for step in range(asked.steps):
+                asked.step = step
+                rows = 2 if asked.guided[step] else 1
+                if asked.depth == "full":
+                    kept = rows
+                assert rows <= kept, (start, end, step)
+
+
+def test_what_is_left_shrinks_with_every_step() -> None:
+    asked = request(steps=7)
+    assert asked.left == Counter(full=3, shallow=4)
+    asked.step = 4
+    assert asked.left == Counter(full=1, shallow=2)

@@ -1,0 +1,229 @@
+"""Policy: who steps together, who waits, and that nobody waits without end."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+
+from engines.manifest import NoiseSchedule, Size
+from engines.schedulers import Scheduler, table
+from server.requests.errors import InvalidRequest, NotReady, QueueFull
+from server.requests.request import Cache, GenerationParams, Request
+from server.requests.tokenizer import Prompt
+from server.runtime.batcher import Batch, Batcher
+
+SMALL, LARGE = Size(width=64, height=64), Size(width=128, height=64)
+NOTHING = Prompt("", ())
+
+
+def request(
+    name: str,
+    *,
+    images: int = 1,
+    guided: bool = True,
+    size: Size = SMALL,
+    steps: int = 3,
+    exact: bool = False,
+    cache: Cache = "off",
+) -> Request:
+    scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
+    wish = GenerationParams(NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, exact=exact, cache=cache)
+    return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), name)
+
+
+def batcher(*requests: Request, max_rows: int = 8, max_waiting: int = 100) -> Batcher:
+    made = Batcher(max_rows=max_rows, max_waiting=max_waiting)
+    for item in requests:
+        made.submit(item)
+    return made
+
+
+def names(batch: Batch | None) -> list[str]:
+    assert batch is not None
+    return [item.id for item in batch.requests]
+
+
+def run_to_end(policy: Batcher, *, steps: int = 1000) -> list[str]:
+    """Step until nothing is left, and return the ids in the order they finished."""
+    policy.close()
+    finished: list[str] = []
+    for _ in range(steps):
+        batch = policy.next_batch()
+        if batch is None:
+            return finished
+        assert sum(item.rows for item in batch.requests) <= policy.max_rows
+        assert len({item.params.size for item in batch.requests}) <= 1
+        for item in batch.requests:
+            item.step += 1
+            if item.denoised:
+                policy.leave(item)
+                finished.append(item.id)
+    raise AssertionError("somebody waits without end")
+
+
+def test_an_unguided_image_takes_one_row_and_a_guided_one_two() -> None:
+    assert request("a", guided=False).rows == 1
+    assert request("b", images=3).rows == 6
+
+
+def test_newcomers_join_between_steps_and_the_finished_leave() -> None:
+    long, late = request("long"), request("late")
+    policy = batcher(long)
+    assert names(policy.next_batch()) == ["long"]
+    policy.submit(late)
+    batch = policy.next_batch()
+    assert names(batch) == ["long", "late"]
+    assert batch is not None
+    assert batch.joined == (late,)
+    policy.leave(long)
+    assert names(policy.next_batch()) == ["late"]
+
+
+def test_a_step_holds_no_more_rows_than_the_engines() -> None:
+    policy = batcher(*(request(str(index), images=2) for index in range(3)), max_rows=8)
+    assert names(policy.next_batch()) == ["0", "1"]
+    assert policy.waiting == 1
+
+
+def test_nobody_overtakes_within_a_size() -> None:
+    """A small request that would fit waits behind a large one that does not yet, or the large one might never run."""
+    first, large, small = request("first"), request("large", images=4), request("small")
+    policy = batcher(first, large, small, max_rows=8)
+    assert names(policy.next_batch()) == ["first"]
+    policy.leave(first)
+    assert names(policy.next_batch()) == ["large"]
+
+
+def test_sizes_take_turns() -> None:
+    policy = batcher(request("a"), request("b", size=LARGE), request("c"))
+    assert [names(policy.next_batch()) for _ in range(4)] == [["a", "c"], ["b"], ["a", "c"], ["b"]]
+
+
+def test_everybody_finishes_whatever_the_mix() -> None:
+    crowd = [
+        request(
+            str(index), images=1 + index % 4, guided=index % 3 > 0, size=(SMALL, LARGE)[index % 2], steps=1 + index % 7
+        )
+        for index in range(60)
+    ]
+    assert sorted(run_to_end(batcher(*crowd)), key=int) == [str(index) for index in range(60)]
+
+
+def test_a_short_request_finishes_before_a_long_one_that_came_first() -> None:
+    assert run_to_end(batcher(request("long", steps=50), request("short", steps=4))) == ["short", "long"]
+
+
+def test_the_cancelled_leave_at_the_next_step_whether_they_run_or_wait() -> None:
+    running, waiting, stays = request("running", images=4), request("waiting"), request("stays")
+    policy = batcher(running, waiting, stays)
+    policy.next_batch()
+    running.cancel()
+    waiting.cancel()
+    batch = policy.next_batch()
+    assert batch is not None
+    assert set(batch.left) == {running, waiting}
+    assert batch.requests == (stays,)
+
+
+def test_a_request_cancelled_at_any_moment_is_never_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks whether it is cancelled may hear no now and yes the next time: it must leave then, or later."""
+    for moment in range(1, 6):
+        answers = iter([False] * moment + [True] * 100)
+        monkeypatch.setattr(Request, "cancelled", property(partial(next, answers)))
+        only = request("only")
+        policy = batcher(only)
+        policy.close()
+        handed_over: list[Request] = []
+        while batch := policy.next_batch():
+            handed_over += batch.left
+        assert handed_over == [only]
+
+
+def test_the_last_one_cancelled_is_still_handed_over() -> None:
+    only = request("only")
+    policy = batcher(only)
+    policy.next_batch()
+    only.cancel()
+    policy.close()
+    batch = policy.next_batch()
+    assert batch is not None
+    assert batch.left == (only,)
+    assert policy.next_batch() is None
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers() -> None:
+    with pytest.raises(InvalidRequest, match=r"10 UNet rows.*take 8"):
+        batcher(max_rows=8).submit(request("a", images=5))
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
+    policy = batcher(request("a"), request("b"), max_waiting=2)
+    with pytest.raises(QueueFull) as refused:
+        policy.submit(request("c"))
+    assert refused.value.retry_after is not None
+    assert 1 <= refused.value.retry_after <= 120
+
+
+def test_a_closed_batcher_takes_nobody_in() -> None:
+    policy = batcher()
+    policy.close()
+    assert policy.next_batch() is None
+    with pytest.raises(NotReady):
+        policy.submit(request("a"))
+
+
+def test_submit_wakes_the_executor() -> None:
+    policy = batcher()
+    taken: list[list[str]] = []
+    thread = threading.Thread(target=lambda: taken.append(names(policy.next_batch())))
+    thread.start()
+    policy.submit(request("a"))
+    thread.join(10)
+    assert taken == [["a"]]
+
+
+def test_evicted_requests_are_handed_over_once() -> None:
+    first, second = request("a", images=4), request("b")
+    policy = batcher(first, second)
+    policy.next_batch()
+    assert policy.evict() == (first, second)
+    assert policy.evict() == ()
+    assert (policy.running, policy.waiting) == (0, 0)
+
+
+def test_who_shares_with_nobody_takes_turns_with_those_who_share() -> None:
+    policy = batcher(request("a"), request("alone", exact=True), request("b"), request("recluse", exact=True))
+    turns = [names(policy.next_batch()) for _ in range(6)]
+    assert turns == [["a", "b"], ["alone"], ["recluse"]] * 2
+
+
+def test_who_shares_with_nobody_holds_rows_like_everyone() -> None:
+    policy = batcher(request("a", images=3), request("alone", exact=True), request("late"), max_rows=8)
+    first = policy.next_batch()
+    assert first is not None
+    assert [item.id for item in first.joined] == ["a", "alone"]
+    for item in first.requests:
+        item.step += 1
+    assert run_to_end(policy) == ["a", "alone", "late"]
+
+
+def test_full_and_shallow_steps_take_turns() -> None:
+    """The first step of a cached request is full, and shared with those who cache nothing; its next two are its own."""
+    policy = batcher(request("plain", steps=4), request("cached", steps=4, cache="fast"))
+    assert names(step(policy)) == ["plain", "cached"]
+    assert names(step(policy)) == ["plain"]
+    assert names(step(policy)) == ["cached"]
+    assert names(step(policy)) == ["plain"]
+    assert names(step(policy)) == ["cached"]
+    assert names(step(policy)) == ["plain", "cached"]
+
+
+def step(policy: Batcher) -> Batch | None:
+    batch = policy.next_batch()
+    for item in batch.requests if batch else ():
+        item.step += 1
+        if item.denoised:
+            policy.leave(item)
+    return batch

@@ -1,0 +1,152 @@
+"""The same request gives the same picture: as diffusers makes it, alone, and in a crowd."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.schedulers import METHODS
+from tests.support.references import CLASSES, draw, load_pipeline, psnr
+from tests.support.serving import Serving, pictures
+
+LONGER = ["", "", " BREAK a red cat", " BREAK a blue hill BREAK in the rain", " and two old boats in the rain" * 8]
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Any:
+    return load_pipeline(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "guidance"), [*((name, 20, 7.5) for name in CLASSES), *((name, 5, 1.0) for name in METHODS)]
+)
+def test_the_server_draws_what_diffusers_draws(
+    serving: Serving, reference: Any, scheduler: str, steps: int, guidance: float
+) -> None:
+    wish = {
+        "prompt": "a red cat on a blue hill",
+        "negative_prompt": "rain",
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "width": 48,
+        "height": 32,
+    }
+    ours = pictures(serving.generate(**wish, seed=1234, scheduler=scheduler))[0]
+    theirs = draw(reference, scheduler=scheduler, seed=1234, **wish)
+    assert ours.shape == theirs.shape == (32, 48, 3)
+    assert theirs.std() > 5, "the reference is a flat picture: it proves nothing"
+    assert psnr(ours, theirs) >= 45
+
+
+def test_the_checkpoints_own_defaults_are_diffusers_defaults(serving: Serving, reference: Any) -> None:
+    ours = pictures(serving.generate(prompt="two old boats", seed=3))[0]
+    theirs = draw(reference, scheduler="pndm", seed=3, prompt="two old boats")
+    assert psnr(ours, theirs) >= 45
+
+
+def crowd() -> list[dict[str, Any]]:
+    """Requests of every scheduler; steps, guidance, lengths of prompts and sizes are dice."""
+    dice, schedulers = random.Random(64), list(CLASSES)
+    return [
+        {
+            "prompt": f"a {dice.choice(['red', 'green', 'blue'])} bird at night" + dice.choice(LONGER),
+            "negative_prompt": dice.choice(["", "rain", "two old boats BREAK rain"]),
+            "seed": 100 + index,
+            "scheduler": schedulers[index % len(schedulers)],
+            "num_inference_steps": dice.randint(1, 50),
+            "guidance_scale": dice.uniform(1, 12),
+            "guidance_end": dice.choice([1.0, 1.0, 0.6]),
+            "num_images": dice.choice([1, 1, 1, 3]),
+            "width": dice.choice([32, 32, 48]),
+        }
+        for index in range(64)
+    ]
+
+
+def test_openvino_draws_it_too(bundle: Path, reference: Any) -> None:
+    with Serving(bundle, "--backend", "openvino") as serving:
+        assert serving.client.get("/models").json()[0]["backend"] == "openvino"
+        for scheduler in ("dpmpp_2m", "euler_ancestral"):
+            ours = pictures(serving.generate(prompt="two old boats", seed=3, scheduler=scheduler))[0]
+            assert psnr(ours, draw(reference, scheduler=scheduler, seed=3, prompt="two old boats")) >= 45
+
+
+def steps_run(serving: Serving) -> float:
+    lines = serving.client.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("latentd_steps_total"))
+
+
+def test_a_crowd_changes_nobodys_picture(serving: Serving) -> None:
+    wishes = crowd()
+    start = steps_run(serving)
+    alone = [pictures(serving.generate(**wish)) for wish in wishes]
+    middle = steps_run(serving)
+    with ThreadPoolExecutor(len(wishes)) as pool:
+        together = list(pool.map(lambda wish: pictures(serving.generate(**wish)), wishes))
+    assert steps_run(serving) - middle < 0.75 * (middle - start), "they did not share steps: this proves nothing"
+    worst = min(psnr(a, b) for one, other in zip(alone, together, strict=True) for a, b in zip(one, other, strict=True))
+    assert worst >= 50
+
+
+def test_each_image_of_a_request_can_be_made_again_alone(serving: Serving) -> None:
+    several = serving.generate(prompt="a green bird", seed=2**32 - 1, num_images=3, num_inference_steps=4)
+    seeds = [image["seed"] for image in several.json()["images"]]
+    assert seeds == [2**32 - 1, 0, 1]
+    for seed, picture in zip(seeds, pictures(several), strict=True):
+        again = pictures(serving.generate(prompt="a green bird", seed=seed, num_inference_steps=4))[0]
+        assert psnr(picture, again) >= 50
+
+
+def test_the_same_request_gives_the_same_bytes(serving: Serving) -> None:
+    wish = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 4}
+    headers = {"Accept": "image/png"}
+    first, second = (serving.client.post("/generate", json=wish, headers=headers).content for _ in range(2))
+    assert first.startswith(b"\x89PNG")
+    assert first == second
+
+
+def test_a_short_request_overtakes_a_long_one(serving: Serving) -> None:
+    """It joins at the next step, and leaves when it is done."""
+    ended: list[str] = []
+    stepping = threading.Event()
+
+    def long() -> None:
+        wish = {"prompt": "a red cat", "num_inference_steps": 50, "seed": 1}
+        with serving.client.stream("POST", "/generate", json=wish, headers={"Accept": "text/event-stream"}) as answer:
+            for line in answer.iter_lines():
+                if line == "event: step":
+                    stepping.set()
+                if line.startswith("data:") and "images" in json.loads(line[5:]):
+                    ended.append("long")
+
+    thread = threading.Thread(target=long)
+    thread.start()
+    assert stepping.wait(30)
+    assert serving.generate(prompt="a green bird", num_inference_steps=4, seed=2).status_code == 200
+    ended.append("short")
+    thread.join(60)
+    assert ended == ["short", "long"]
+
+
+def test_an_exact_picture_is_the_same_bytes_in_a_crowd(serving: Serving) -> None:
+    wish = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 12, "exact": True}
+    alone = serving.generate(**wish).json()["images"]
+    with ThreadPoolExecutor(16) as pool:
+        other = {"prompt": "rain", "num_images": 3, "num_inference_steps": 20}
+        others = [pool.submit(serving.generate, **other, seed=seed) for seed in range(15)]
+        crowded = serving.generate(**wish).json()["images"]
+        assert not all(other.done() for other in others), "nobody was there: this proves nothing"
+    assert all(other.result().status_code == 200 for other in others)
+    assert crowded == alone
+
+
+def test_exact_draws_one_picture_at_a_time(serving: Serving) -> None:
+    refused = serving.generate(prompt="a red cat", exact=True, num_images=2)
+    assert refused.status_code == 422
+    assert "ask for each seed on its own" in refused.json()["detail"]

@@ -1,0 +1,73 @@
+"""What is known of how long steps take."""
+
+from __future__ import annotations
+
+import pytest
+
+from engines.manifest import NoiseSchedule, Size
+from engines.schedulers import Scheduler, table
+from server.requests.request import Cache, GenerationParams, Request
+from server.requests.tokenizer import Prompt
+from server.runtime.step_times import Kind, StepTimeModel
+
+SIZE = Size(width=64, height=64)
+KIND: Kind = (SIZE, "full")
+OTHER: Kind = (Size(width=128, height=64), "full")
+SHALLOW: Kind = (SIZE, "shallow")
+
+
+def step_times(**seconds: float) -> StepTimeModel:
+    """Measured at rows r2, r8 …"""
+    made = StepTimeModel(max_rows=16)
+    for rows, value in seconds.items():
+        made.observe(KIND, int(rows[1:]), value)
+    return made
+
+
+def request(*, images: int, steps: int, done: int = 0, size: Size = SIZE, cache: Cache = "off") -> Request:
+    nothing = Prompt("", ())
+    wish = GenerationParams(nothing, nothing, size, Scheduler("ddim"), steps, 7.5, tuple(range(images)), cache=cache)
+    return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), "a", step=done)
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(2, 1.0), (4, 2.0), (8, 4.0), (1, 1.0), (16, 8.0)])
+def test_between_measured_rows_it_is_a_line_and_beyond_them_in_proportion(rows: int, seconds: float) -> None:
+    assert step_times(r2=1, r8=4).seconds(KIND, rows) == pytest.approx(seconds)
+
+
+def test_of_a_size_that_was_not_measured_nothing_is_known() -> None:
+    assert step_times(r2=1).seconds(OTHER, 2) == 0
+
+
+def test_it_follows_what_changes_slowly() -> None:
+    made = step_times(r2=1)
+    made.observe(KIND, 2, 2)
+    assert made.seconds(KIND, 2) == pytest.approx(1.1)
+    for _ in range(100):
+        made.observe(KIND, 2, 2)
+    assert made.seconds(KIND, 2) == pytest.approx(2, rel=1e-3)
+
+
+def test_a_larger_bucket_is_taken_where_it_is_the_faster() -> None:
+    assert step_times(r2=1, r4=3, r8=2).cheapest(KIND, [4, 8]) == 8
+    assert step_times(r2=1, r4=2, r8=3).cheapest(KIND, [4, 8]) == 4
+
+
+def test_the_work_of_a_request_is_its_share_of_full_steps() -> None:
+    made = step_times(r16=8)
+    assert made.work(request(images=2, steps=10)) == pytest.approx(8 * 4 / 16 * 10)
+    assert made.work(request(images=2, steps=10, done=7)) == pytest.approx(8 * 4 / 16 * 3)
+
+
+def test_the_ends_are_kept_by_size() -> None:
+    made = step_times()
+    made.observe_ends(SIZE, 2.5)
+    assert (made.ends(SIZE), made.ends(OTHER[0])) == (2.5, 0)
+    assert made.curves() == {}
+
+
+def test_shallow_steps_are_less_work() -> None:
+    made = step_times(r16=8)
+    made.observe(SHALLOW, 16, 1)
+    cached = request(images=2, steps=10, done=1, cache="fast")  # full are steps 3, 6 and 9
+    assert made.work(cached) == pytest.approx((3 * 8 + 6 * 1) * 4 / 16)

@@ -1,0 +1,221 @@
+"""An executor in this process, over any device, with faults that happen when they are due."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from numpy.typing import DTypeLike
+
+from engines.backends.device import Buffer, Call, Device, Engine, Stream
+from engines.contract import GraphName
+from engines.manifest import Manifest
+from server.requests.intake import Intake
+from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
+from server.requests.schemas import GenerateRequest
+from server.requests.tokenizer import Tokenizer
+from server.runtime.batcher import Batcher
+from server.runtime.executor import Executor
+from server.runtime.metrics import Metrics
+from server.runtime.pipeline import Pipeline
+from server.runtime.step_times import StepTimeModel
+from server.runtime.trace import Trace
+
+SECONDS = 60  # that a test waits for what must come
+
+
+class Faulty:
+    """A device whose engines do something else before some of their launches. Counting begins when it is armed.
+
+    Everything but that is the device's own.
+    """
+
+    def __init__(self, device: Device, manifest: Manifest, backend: str) -> None:
+        self._device = device
+        self._graphs: dict[str, GraphName] = {
+            Path(manifest.engine(backend, name)).name: name for name in manifest.graphs
+        }
+        self._faults: dict[tuple[GraphName, int], Callable[[], None]] = {}
+        self.launches: Counter[GraphName] = Counter()
+        self.bound: list[GraphName] = []
+        self.armed = False
+        self.name, self.pads = device.name, device.pads
+
+    def before(self, graph: GraphName, launch: int, act: Callable[[], None]) -> None:
+        """Do `act` before the given launch, from 1, of any call of `graph`."""
+        self._faults[graph, launch] = act
+
+    def load(self, path: Path, stream: Stream) -> Engine:
+        return _FaultyEngine(self._device.load(path, stream), self._graphs[path.name], self)
+
+    def stream(self, name: str, *, urgent: bool = False) -> Stream:
+        return self._device.stream(name, urgent=urgent)
+
+    def allocate(self, shape: tuple[int, ...], dtype: DTypeLike, *, purpose: str = "other") -> Buffer:
+        return self._device.allocate(shape, dtype, purpose=purpose)
+
+    def end_warm_up(self) -> None:
+        self._device.end_warm_up()
+
+    def memory(self) -> Mapping[str, int]:
+        return self._device.memory()
+
+    def launching(self, graph: GraphName) -> None:
+        if self.armed:
+            self.launches[graph] += 1
+            self._faults.get((graph, self.launches[graph]), lambda: None)()
+
+
+class _FaultyEngine:
+    def __init__(self, engine: Engine, graph: GraphName, faults: Faulty) -> None:
+        self._engine, self._graph, self._faults = engine, graph, faults
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        self._faults.bound.append(self._graph)
+        return _FaultyCall(self._engine.bind(buffers), self._graph, self._faults)
+
+
+class _FaultyCall:
+    def __init__(self, call: Call, graph: GraphName, faults: Faulty) -> None:
+        self._call, self._graph, self._faults = call, graph, faults
+
+    def launch(self) -> None:
+        self._faults.launching(self._graph)
+        self._call.launch()
+
+
+class Asked:
+    """A request, and what its caller hears."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._changed = threading.Condition()
+
+    def hear(self, _request: Request, event: Event) -> None:
+        with self._changed:
+            self.events.append(event)
+            self._changed.notify_all()
+
+    @property
+    def steps(self) -> list[int]:
+        return [event.step for event in self.events if isinstance(event, Stepped)]
+
+    @property
+    def endings(self) -> list[Completed | Failed]:
+        return [event for event in self.events if isinstance(event, Completed | Failed)]
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Until `condition` holds, which is looked at whenever the caller hears something."""
+        with self._changed:
+            assert self._changed.wait_for(condition, SECONDS), f"waited in vain: {self.events}"
+
+    def outcome(self) -> Completed | Failed:
+        self.wait(lambda: self.endings)
+        (outcome,) = self.endings
+        return outcome
+
+    def images(self) -> tuple[Image, ...]:
+        outcome = self.outcome()
+        assert isinstance(outcome, Completed), outcome
+        return outcome.images
+
+    def outcome_name(self) -> str:
+        """The name of the ending, or of its error."""
+        outcome = self.outcome()
+        return type(outcome.error if isinstance(outcome, Failed) else outcome).__name__
+
+
+class Running(AbstractContextManager["Running"]):
+    """An executor over the bundle's engines of `backend` on `device`, from ready until all have their ending."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        device: Callable[[], Device],
+        *,
+        backend: str = "onnxruntime",
+        manifest: Manifest | None = None,
+        max_waiting: int = 1000,
+        patience: float = 0,
+        trace: Trace | None = None,
+        decode_chunk: int = 1,
+        decode_beside: bool = True,
+    ) -> None:
+        self.manifest = manifest or Manifest.read(bundle)
+        self.step_times = StepTimeModel(max_rows=self.manifest.max_rows)
+        self.trace = trace or Trace()
+        self.metrics = Metrics(max_rows=self.manifest.max_rows)
+        self.batcher = Batcher(max_rows=self.manifest.max_rows, max_waiting=max_waiting, work=self.step_times.work)
+        self.metrics.watch({}, self.step_times)
+        self.failures: list[Exception] = []
+        self._started = threading.Event()
+        tokenizer = Tokenizer(
+            bundle / self.manifest.tokenizer.file.path,
+            tokens=self.manifest.context.tokens,
+            pad=self.manifest.tokenizer.pad,
+            embeddings=self.manifest.tokenizer.embeddings,
+        )
+        self._intake = Intake(self.manifest, tokenizer)
+
+        def load(_tell: Callable[[str], None]) -> Pipeline:
+            self.device = Faulty(device(), self.manifest, backend)
+            self.pipeline = Pipeline.load(
+                self.manifest,
+                bundle,
+                backend=backend,
+                device=self.device,
+                step_times=self.step_times,
+                trace=self.trace,
+                decode_chunk=decode_chunk,
+                decode_beside=decode_beside,
+            )
+            return self.pipeline
+
+        self.executor = Executor(
+            self.batcher,
+            load,
+            step_times=self.step_times,
+            trace=self.trace,
+            metrics=self.metrics,
+            patience=patience,
+            on_ready=self._ready,
+            on_failure=self._failed,
+        )
+
+    def __enter__(self) -> Self:
+        self.executor.start()
+        assert self._started.wait(SECONDS * 5), "it neither started nor failed"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.executor.close()
+
+    def request(self, asked: Asked, **fields: Any) -> Request:
+        body = GenerateRequest(**{"prompt": "a red cat", "seed": 1, **fields})
+        return self._intake.request(body, asked.hear, self.metrics.observe)
+
+    def ask(self, **fields: Any) -> Asked:
+        """Submit a request."""
+        asked = Asked()
+        self.batcher.submit(self.request(asked, **fields))
+        return asked
+
+    def metric(self, name: str) -> float:
+        """The sum over a metric's labels."""
+        lines = (line for line in self.metrics.render().decode().splitlines() if line.split("{")[0].split()[0] == name)
+        return sum(float(line.split()[-1]) for line in lines)
+
+    def _ready(self) -> None:
+        self.device.armed = True
+        self._started.set()
+
+    def _failed(self, error: Exception) -> None:
+        self.failures.append(error)
+        self._started.set()

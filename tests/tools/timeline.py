@@ -1,0 +1,131 @@
+"""Draw where the time goes: a moment of a server's work, from launch to picture, as docs/timeline.svg.
+
+python -m tests.tools.timeline --out docs/timeline.svg
+
+The GPU is the host (`fake_cuda.py`): its streams are threads, and its kernels ONNX Runtime's on the CPU. So the order
+of things is what a GPU is given, and their lengths are not a GPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from benchmarks.spans import Span, read_trace
+from engines.demo import BUNDLE as DEMO
+from server.runtime.trace import Trace
+from tests.engines.backends.fake_cuda import FakeCuda
+from tests.engines.backends.fake_tensorrt import fake_device, write_bundle
+from tests.support.executing import Running
+
+_WIDTH, _LEFT, _LANE, _TOP = 1200, 120, 54, 56  # pixels
+_LANES = ("executor", "steps", "arrivals", "departures")
+_TITLES = {"executor": "executor (host)", "steps": "steps", "arrivals": "arrivals", "departures": "departures"}
+_COLOURS = {
+    "wait": "#e5e7eb",
+    "steps": "#2563eb",
+    "arrivals": "#059669",
+    "departures": "#d97706",
+    "executor": "#111827",
+}
+
+
+def record(folder: Path) -> Sequence[Span]:
+    """Four requests of different lengths, of which two come late."""
+    write_bundle(DEMO, folder / "bundle", rows=(2, 4))
+    trace = Trace(folder / "trace.json")
+    wish = {"prompt": "a red heart on a yellow background", "scheduler": "euler"}
+    with Running(folder / "bundle", lambda: fake_device(FakeCuda()), backend="tensorrt", trace=trace) as running:
+        first = [running.ask(**wish, seed=seed, num_inference_steps=steps) for seed, steps in enumerate((6, 14))]
+        first[0].wait(lambda: len(first[0].steps) >= 3)
+        late = [
+            running.ask(**{**wish, "prompt": prompt}, seed=9, num_inference_steps=8)
+            for prompt in ("a penguin on a blue background", "an owl on an orange background")
+        ]
+        for asked in (*first, *late):
+            asked.images()
+    return read_trace(folder / "trace.json")
+
+
+def drawn(spans: Sequence[Span]) -> str:
+    """The moment around the first decode as SVG."""
+    decode = next(span for span in spans if span.lane == "departures")
+    steps = [span for span in spans if span.lane == "steps"]
+    near = next(index for index, span in enumerate(steps) if span.end >= decode.begin)
+    begin, end = steps[max(near - 4, 0)].begin - 0.004, steps[min(near + 4, len(steps) - 1)].end
+    height = _TOP + _LANE * len(_LANES) + 40
+    body = "\n".join([*_axis(begin, end, height), *_rectangles(spans, begin, end), *_threads(spans, begin, end)])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="system-ui, sans-serif" '
+        f'font-size="13">\n<rect width="{_WIDTH}" height="{height}" fill="white"/>\n'
+        f'<text x="{_LEFT}" y="24" font-size="16" fill="#111827">Steps are launched before their predecessors are '
+        f"done; newcomers are encoded and finished pictures decoded beside them</text>\n{body}\n</svg>\n"
+    )
+
+
+def _x(time: float, begin: float, end: float) -> float:
+    return _LEFT + (time - begin) / (end - begin) * (_WIDTH - _LEFT - 20)
+
+
+def _y(lane: str) -> int:
+    return _TOP + _LANE * _LANES.index(lane)
+
+
+def _axis(begin: float, end: float, height: int) -> Iterator[str]:
+    for lane in _LANES:
+        yield f'<text x="10" y="{_y(lane) + 20}" fill="#374151">{_TITLES[lane]}</text>'
+        yield f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{_y(lane) + 32}" y2="{_y(lane) + 32}" stroke="#e5e7eb"/>'
+    total = int((end - begin) * 1000)
+    apart = next(apart for apart in (5, 10, 20, 50, 100, 200, 500, 1000) if total / apart < 14)
+    for tick in range(0, total + 1, apart):
+        x = _x(begin + tick / 1000, begin, end)
+        yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{height - 30}" stroke="#f3f4f6"/>'
+        yield f'<text x="{x:.1f}" y="{height - 12}" text-anchor="middle" fill="#6b7280">{tick} ms</text>'
+
+
+def _rectangles(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
+    number = 0
+    for span in spans:
+        number += span.lane == "steps"
+        if span.end < begin or span.begin > end or span.lane not in _LANES:
+            continue
+        left, right = (min(max(_x(time, begin, end), _LEFT), _WIDTH - 20) for time in (span.begin, span.end))
+        colour = _COLOURS.get(span.name, _COLOURS[span.lane])
+        yield (
+            f'<rect x="{left:.1f}" y="{_y(span.lane)}" width="{max(right - left, 1.2):.1f}" height="28" rx="2" '
+            f'fill="{colour}"><title>{escape(span.name)}: {1000 * (span.end - span.begin):.1f} ms</title></rect>'
+        )
+        if span.lane == "steps" and right - left > 30:
+            middle = (left + right) / 2
+            yield f'<text x="{middle:.1f}" y="{_y("steps") + 19}" text-anchor="middle" fill="white">{number}</text>'
+        if span.lane in {"arrivals", "departures"}:
+            yield f'<text x="{right + 5:.1f}" y="{_y(span.lane) + 19}" fill="#374151">{escape(span.name)}</text>'
+
+
+def _threads(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
+    """From each launch to its step."""
+    launches = [span for span in spans if span.name == "launch"]
+    steps = [span for span in spans if span.lane == "steps"]
+    for launch, step in zip(launches, steps, strict=True):
+        if begin <= launch.begin and step.begin <= end:
+            yield (
+                f'<line x1="{_x(launch.end, begin, end):.1f}" y1="{_y("executor") + 28}" '
+                f'x2="{_x(step.begin, begin, end):.1f}" y2="{_y("steps")}" stroke="#111827" stroke-width="1.2"/>'
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/timeline.svg"))
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        given.out.write_text(drawn(record(Path(folder))), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
