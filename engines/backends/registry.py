@@ -10,11 +10,11 @@ from engines.errors import EngineError
 
 # Backends are imported when they are asked for, so a missing package costs only those who need it.
 _BACKENDS = {
-    "tensorrt": "engines.backends.backends.tensorrt",
-    "tensorrt_rtx": "engines.backends.backends.tensorrt_rtx",
-    "onnxruntime_cuda": "engines.backends.backends.onnxruntime_cuda",
-    "openvino": "engines.backends.backends.openvino",
-    "onnxruntime": "engines.backends.backends.onnxruntime",
+    "tensorrt": "engines.backends.tensorrt",
+    "tensorrt_rtx": "engines.backends.tensorrt_rtx",
+    "onnxruntime_cuda": "engines.backends.onnxruntime_cuda",
+    "openvino": "engines.backends.openvino",
+    "onnxruntime": "engines.backends.onnxruntime",
 }
 ON_CPU = ("openvino", "onnxruntime")  # they load the FP32 graphs as they are, so every bundle can be served by them
 EXTRAS = {
