@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from engines.backends.registry import ON_CPU
 from engines.contract import GRAPHS, MAX_CHUNKS, GraphName, TensorSpec
 from engines.errors import EngineError
 from engines.files import sha256_of, write_atomically
@@ -336,22 +335,6 @@ class Manifest(Geometry):
         """Of what a step keeps for the shallow ones after it."""
         features = next(spec for spec in self.graphs["denoise"].outputs if spec.name == "features")
         return int(features.shape[1])
-
-    def engine(self, backend: str, graph: GraphName) -> str:
-        """The path of what `backend` loads for `graph`, relative to the manifest.
-
-        Raises:
-            BundleError: the bundle holds no engines of a backend that cannot do without.
-        """
-        if backend in self.builds:
-            return self.builds[backend].engines[graph].files[0].path
-        if backend in ON_CPU:
-            return self.graphs[graph].onnx["fp32"].files[0].path
-        raise BundleError(f"{self.name} holds no engines for {backend}: build_engines.py compile makes them.")
-
-    def precision(self, backend: str) -> Precision:
-        """What the denoising is computed in."""
-        return self.builds[backend].precision if backend in self.builds else "fp32"
 
     @classmethod
     def load(cls, bundle: Path) -> Self:

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.files": set(),
     "engines.progress": set(),
     "engines.contract": set(),
-    "engines.manifest": {"engines.contract", "engines.errors", "engines.files", "engines.backends.registry"},
+    "engines.manifest": {"engines.contract", "engines.errors", "engines.files"},
     "engines.schedulers": {"engines.contract", "engines.manifest"},
     "engines.backends": {"engines.contract", "engines.errors", "engines.files", "engines.manifest"},
     "engines.checkpoints": {
@@ -50,7 +50,13 @@ ALLOWED: dict[str, set[str]] = {
         "server.requests",
     },
     "server.playground": set(),
-    "server.api": {"engines.manifest", "engines.schedulers", "server.requests", "server.runtime"},
+    "server.api": {
+        "engines.backends.available",
+        "engines.manifest",
+        "engines.schedulers",
+        "server.requests",
+        "server.runtime",
+    },
     "server.app": {"server.api", "server.playground", "server.requests"},
     "server.startup": {
         "engines.backends",

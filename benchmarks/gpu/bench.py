@@ -52,7 +52,7 @@ from benchmarks.spans import (
     steps_in,
     waiting_share,
 )
-from engines.backends.available import unavailable_reason
+from engines.backends.available import precision_of, unavailable_reason
 from engines.backends.registry import BACKENDS, ON_CPU
 from engines.errors import EngineError
 from engines.manifest import Manifest
@@ -256,7 +256,7 @@ def _built(bench: Bench, subject: Subject, backend: str, *, wanted: bool) -> boo
 
     def make() -> Figures:
         manifest = models.build(subject, backend, rows)
-        precision, size = manifest.precision(backend), str(manifest.resolutions[0])
+        precision, size = precision_of(manifest, backend), str(manifest.resolutions[0])
         return Built(precision=precision, rows=manifest.rows, size=size, kept=kept)
 
     return bench.measure("build", subject.name, backend, make, needs=0 if kept else None)
@@ -296,7 +296,7 @@ def measure_single(session: Served, options: Options, backend: str) -> Latencies
         steps: Spread(values=tuple(session.draw(steps) for _ in range(options.runs))) for steps in options.steps
     }
     return Latencies(
-        precision=session.manifest.precision(backend),
+        precision=precision_of(session.manifest, backend),
         first=first,
         by_steps=by_steps,
         broken=session.broken - broken,

@@ -35,6 +35,7 @@ from rich.table import Table
 from benchmarks.models import adapted
 from benchmarks.peers.pipelines_report import EAGER, FULL_EAGER, Record, Settings, Turn, cells, measured, page
 from benchmarks.peers.processes import ROOT, Pipeline, Running, Server, Wish, complaint_in
+from engines.backends.available import precision_of
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import BundleError, Manifest
@@ -399,7 +400,7 @@ def _packages(python: str) -> dict[str, str]:
 def _holds(bundle: Path, sizes: Sequence[str], backend: str, precision: str) -> bool:
     with suppress(BundleError):
         manifest = Manifest.read(bundle)
-        built = backend in manifest.builds and manifest.precision(backend) == precision
+        built = backend in manifest.builds and precision_of(manifest, backend) == precision
         return built and manifest.max_rows == _ROWS and set(sizes) <= set(map(str, manifest.resolutions))
     return False
 

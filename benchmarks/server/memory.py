@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.inprocess import Served
+from engines.backends.available import engine_path, precision_of
 from engines.backends.device import Buffer, Device, Engine, Stream
 from engines.backends.registry import ON_CPU, open_device
 from engines.contract import GRAPHS, GraphName
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run=run.model_copy(update={"ended": now()}),
         bundle=manifest.name,
         backend=given.backend,
-        precision=manifest.precision(given.backend),
+        precision=precision_of(manifest, given.backend),
         moments=moments,
     )
     write_atomically(given.out, found.model_dump_json(indent=1).encode())
@@ -126,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _moments(manifest: Manifest, bundle: Path, backend: str, *, threads: int, steps: int) -> tuple[Moment, ...]:
     """Raises EngineError."""
     diary = Diary()
-    engines = {bundle / manifest.engine(backend, name): (name, _on_disk(manifest, backend, name)) for name in GRAPHS}
+    engines = {
+        bundle / engine_path(manifest, backend, name): (name, _on_disk(manifest, backend, name)) for name in GRAPHS
+    }
 
     def device() -> Device:
         opened = open_device(backend, threads=threads)

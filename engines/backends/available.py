@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.backends.registry import BACKENDS, needs
+from engines.backends.registry import BACKENDS, ON_CPU, needs
+from engines.contract import GraphName
 from engines.errors import EngineError
-from engines.manifest import Gpu, Manifest
+from engines.manifest import BundleError, Gpu, Manifest, Precision
 
 if TYPE_CHECKING:
     from engines.backends.cuda import Probe
@@ -94,6 +95,26 @@ def check_fits(manifest: Manifest, backend: str, bundle: Path) -> None:
         from engines.backends import tensorrt  # noqa: PLC0415 - as above
 
         tensorrt.check_fits(build, backend=backend, version=installed(backend), gpu=probe().gpu, bundle=bundle)
+
+
+def engine_path(manifest: Manifest, backend: str, graph: GraphName) -> str:
+    """The path of what `backend` loads for `graph`, relative to the manifest.
+
+    CPU backends load the FP32 graphs as they are where nothing was built for them.
+
+    Raises:
+        BundleError: the bundle holds no engines for a backend that needs them.
+    """
+    if backend in manifest.builds:
+        return manifest.builds[backend].engines[graph].files[0].path
+    if backend in ON_CPU:
+        return manifest.graphs[graph].onnx["fp32"].files[0].path
+    raise BundleError(f"{manifest.name} holds no engines for {backend}: build_engines.py compile makes them.")
+
+
+def precision_of(manifest: Manifest, backend: str) -> Precision:
+    """The precision that `backend` denoises in with this bundle."""
+    return manifest.builds[backend].precision if backend in manifest.builds else "fp32"
 
 
 def choose(backends: Sequence[str] = BACKENDS) -> Choice:

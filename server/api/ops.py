@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from engines.backends.available import precision_of
 from engines.schedulers import NAMES, describe
 from server.api.service import Service
 from server.requests.schemas import Model, Readiness, SchedulerDescription
@@ -35,7 +36,7 @@ def routes(service: Service) -> APIRouter:
             Model(
                 name=manifest.name,
                 backend=service.backend,
-                precision=manifest.precision(service.backend),
+                precision=precision_of(manifest, service.backend),
                 resolutions=[str(size) for size in manifest.resolutions],
                 schedulers=list(NAMES),
                 scheduler=manifest.defaults.scheduler,

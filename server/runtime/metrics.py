@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from engines.backends.available import precision_of
 from engines.manifest import Manifest
 from server.requests.errors import BrokenPicture, Cancelled, ServerError
 from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
@@ -69,7 +70,7 @@ class Metrics:
 
     def loaded(self, manifest: Manifest, backend: str) -> None:
         """This is what is served from now on."""
-        self._info.labels(manifest.name, backend, manifest.precision(backend)).set(1)
+        self._info.labels(manifest.name, backend, precision_of(manifest, backend)).set(1)
 
     def step(self, rows: int, seconds: float) -> None:
         self._steps.inc()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engines.backends.available import engine_path
 from engines.backends.device import Device, Engine, Event, Reading, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest, Size
@@ -171,7 +172,9 @@ class Pipeline:
             "decode": streams.departures,
             "encode_image": streams.arrivals,
         }
-        engines = {name: device.load(bundle / manifest.engine(backend, name), home) for name, home in homes.items()}
+        engines = {
+            name: device.load(bundle / engine_path(manifest, backend, name), home) for name, home in homes.items()
+        }
         return cls(
             manifest,
             engines,

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from numpy.typing import DTypeLike
 
+from engines.backends.available import engine_path
 from engines.backends.device import Buffer, Call, Device, Engine, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest
@@ -38,7 +39,7 @@ class Faulty:
     def __init__(self, device: Device, manifest: Manifest, backend: str) -> None:
         self._device = device
         self._graphs: dict[str, GraphName] = {
-            Path(manifest.engine(backend, name)).name: name for name in manifest.graphs
+            Path(engine_path(manifest, backend, name)).name: name for name in manifest.graphs
         }
         self._faults: dict[tuple[GraphName, int], Callable[[], None]] = {}
         self.launches: Counter[GraphName] = Counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.backends.available import engine_path
 from engines.backends.registry import ON_CPU
 from engines.contract import LANES, Array
 from engines.manifest import Manifest
@@ -18,7 +19,7 @@ DECODED = np.array([2, 0, 3])
 
 @pytest.fixture(scope="module", params=ON_CPU)
 def decode(request: pytest.FixtureRequest, bundle: Path, manifest: Manifest) -> Loaded:
-    return Loaded(request.param, bundle / manifest.engine(request.param, "decode"), threads=1)
+    return Loaded(request.param, bundle / engine_path(manifest, request.param, "decode"), threads=1)
 
 
 def state() -> Array:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from engines.backends.available import engine_path
 from engines.backends.registry import ON_CPU
 from engines.contract import KEPT, LANES, TERMS, Array
 from engines.manifest import Manifest
@@ -29,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def denoise(bundle: Path, backend: str) -> Loaded:
     manifest = Manifest.load(bundle)
-    return Loaded(backend, bundle / manifest.engine(backend, "denoise"), threads=1)
+    return Loaded(backend, bundle / engine_path(manifest, backend, "denoise"), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_large_numbers_are_numbers(denoise: Loaded) -> None:
 
 @pytest.fixture(scope="module")
 def shallow(bundle: Path, backend: str) -> Loaded:
-    return Loaded(backend, bundle / Manifest.load(bundle).engine(backend, "denoise_shallow"), threads=1)
+    return Loaded(backend, bundle / engine_path(Manifest.load(bundle), backend, "denoise_shallow"), threads=1)
 
 
 def shallow_plan(rng: np.random.Generator, *, images: int, rows: int, h: int, w: int) -> dict[str, Array]:
