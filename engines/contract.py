@@ -17,7 +17,7 @@ STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # of the UNet; th
 MEMORY = 3  # K: lanes of scheduler memory
 LANES = 1 + MEMORY + 1  # x, the memory, and the x0 estimate that previews show
 TERMS = 3 + MEMORY  # what a lane is made of: x, the model's output, fresh noise, the memory
-KEPT = 3  # what inpainting keeps of a picture: its latents, the noise over them, and where it stays as it is
+INPAINT_LANES = 3  # what inpainting keeps of a picture: its latents, the noise over them, and where it stays as it is
 
 # Prompts of several chunks share a step: shorter ones are repeated up to the longest, which attention does not notice,
 # if repeated whole. So prompts have 1, 2, 3 or 6 chunks, the divisors of this.

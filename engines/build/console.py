@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.build.profiles import shapes
-from engines.contract import GRAPHS, KEPT, LANES, STEPS, GraphName
+from engines.contract import GRAPHS, INPAINT_LANES, LANES, STEPS, GraphName
 from engines.manifest import Build, Compiled, FusionReport, Geometry, Manifest, Precision
 from engines.progress import Stage
 
@@ -341,7 +341,7 @@ def _state_bytes(geometry: Geometry) -> int:
     """Two pools per size and what is kept for inpainting, f32."""
     latent = geometry.latent
     pixels = sum(size.width * size.height for size in geometry.resolutions) // latent.downscale**2
-    return 4 * geometry.slots * (2 * LANES + KEPT) * latent.channels * pixels
+    return 4 * geometry.slots * (2 * LANES + INPAINT_LANES) * latent.channels * pixels
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from engines.backends.device import Device, Engine
 from engines.backends.registry import open_device
-from engines.contract import KEPT, LANES, STEPS, Array, GraphName, TensorSpec
+from engines.contract import INPAINT_LANES, LANES, STEPS, Array, GraphName, TensorSpec
 from engines.manifest import Manifest, Size
 from engines.progress import Progress
 
@@ -147,7 +147,7 @@ class Trajectory:
         return {
             "state": state,
             "context": context,
-            "kept": np.zeros((1, KEPT, *self._latent_shape), np.float32),
+            "kept": np.zeros((1, INPAINT_LANES, *self._latent_shape), np.float32),
             "noise": np.random.default_rng(2).standard_normal((1, *self._latent_shape), np.float32),
             "slot": np.zeros(1, np.int64),
             "row_image": np.zeros(rows, np.int64),

@@ -11,7 +11,7 @@ import numpy as np
 from engines.backends.registry import open_device
 from engines.build.profiles import shapes
 from engines.build.trajectory import Graphs, Inputs, Table, Trajectory, Walk, decode_inputs, reference
-from engines.contract import KEPT, LANES, TERMS, Array, GraphName, TensorSpec
+from engines.contract import INPAINT_LANES, LANES, TERMS, Array, GraphName, TensorSpec
 from engines.errors import EngineError
 from engines.manifest import Build, Difference, Manifest, Precision, Profile, Size, Verification
 from engines.progress import Progress
@@ -170,7 +170,7 @@ def _random_shallow(manifest: Manifest, size: Size, batch: int, random: np.rando
 
 def _random_kept(batch: int, latents: tuple[int, int, int], random: np.random.Generator) -> Array:
     """Noise to keep where half of each image stays as it is."""
-    kept = random.standard_normal((batch, KEPT, *latents), np.float32)
+    kept = random.standard_normal((batch, INPAINT_LANES, *latents), np.float32)
     kept[:, 2] = kept[:, 2] > 0
     return kept
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from engines.contract import KEPT, LANES, MEMORY, TERMS
+from engines.contract import INPAINT_LANES, LANES, MEMORY, TERMS
 
 VARYING = frozenset("SCLBRPNnhwHW")
 _LARGEST = torch.finfo(torch.float32).max
@@ -91,7 +91,7 @@ class Denoise(GraphModule):
     inputs: ClassVar = {
         "state": _f32("S", LANES, "c", "h", "w"),
         "context": _f32("C", "T", "D"),  # embeddings of chunks of prompts
-        "kept": _f32("S", KEPT, "c", "h", "w"),  # for inpainting; zeros elsewhere
+        "kept": _f32("S", INPAINT_LANES, "c", "h", "w"),  # for inpainting; zeros elsewhere
         "noise": _f32("B", "c", "h", "w"),  # fresh, for stochastic schedulers
         "slot": _index("B", of="S"),  # the slots that take this step
         "row_image": _index("R", of="B"),  # which of the B images each row sees

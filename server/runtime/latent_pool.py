@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.device import ALIGNMENT, Buffer, Call, Device, Engine, Event, Reading, Stream
-from engines.contract import KEPT, LANES, STEPS, Array, GraphName
+from engines.contract import INPAINT_LANES, LANES, STEPS, Array, GraphName
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Image, Mask
@@ -32,8 +32,8 @@ class Streams:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What inpainting keeps of a picture."""
+class InpaintLatents:
+    """What inpainting feature_copies of a picture."""
 
     latents: Latents
     noise: Latents  # what is laid over them to bring them to a step's noise level
@@ -53,7 +53,7 @@ class Decoded:
     """Pictures on their way to the host."""
 
     images: Reading  # [n, H, W, 3] u8
-    sound: Reading  # [n] f32; 0 where a value was not finite
+    is_finite: Reading  # [n] f32; 0 where a value was not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class LatentPool:
     """The state pool of one picture size: two buffers, of which a step reads one and writes the other.
 
     Nothing here waits for the device. Slots may be given to others while their last step is still on its way, because
-    the stream keeps the order.
+    the stream feature_copies the order.
     """
 
     def __init__(  # noqa: PLR0913 - the parts, all by keyword
@@ -141,7 +141,7 @@ class LatentPool:
         purpose = f"state of {size}"
         shape = (LANES, *self.latent_shape)
         self._states = tuple(device.allocate((manifest.slots, *shape), np.float32, purpose=purpose) for _ in range(2))
-        self._kept = device.allocate((manifest.slots, KEPT, *self.latent_shape), np.float32, purpose=purpose)
+        self._kept = device.allocate((manifest.slots, INPAINT_LANES, *self.latent_shape), np.float32, purpose=purpose)
         self._staging = device.allocate((manifest.max_rows, *shape), np.float32, purpose=purpose)
         height, width = self.latent_shape[1:]
         features = (manifest.feature_channels, height, width)
@@ -158,12 +158,12 @@ class LatentPool:
         """How many pictures may finish before one is decoded."""
         return len(self._entries)
 
-    def take_slot(self, x: Latents, kept: Kept | None) -> int:
+    def take_slot(self, x: Latents, kept: InpaintLatents | None) -> int:
         """Take a free slot and begin its picture with `x`, of which inpainting is to keep a part."""
         # All of it is written: a predecessor's NaN would survive a zero coefficient.
         lanes = np.zeros((LANES, *self.latent_shape), np.float32)
         lanes[0] = x
-        still = np.zeros((KEPT, *self.latent_shape), np.float32)
+        still = np.zeros((INPAINT_LANES, *self.latent_shape), np.float32)
         if kept:
             still[:] = kept.latents, kept.noise, np.broadcast_to(1 - kept.mask, self.latent_shape)
         slot = self._slots.pop()
@@ -198,7 +198,7 @@ class LatentPool:
         steps = self._streams.steps
         bound.plan.write(plan, steps)
         bound.calls[self._parity].launch()
-        for row, place in plan.keeps:
+        for row, place in plan.feature_copies:
             steps.copy(self._made_features, self._features, source_at=row, at=place)
         self._parity ^= 1
 
@@ -240,7 +240,7 @@ class LatentPool:
         blank = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         self._encode_with(blank, np.zeros(self.latent_shape, np.float32)).result()
         for count in range(1, len(self._decode) + 1):
-            self._decode_some(range(count)).sound.result()
+            self._decode_some(range(count)).is_finite.result()
 
     def _encode_with(self, image: Image, noise: Latents) -> Reading:
         bound, arrivals = self._encode, self._streams.arrivals
@@ -253,7 +253,7 @@ class LatentPool:
         bound, departures = self._decode[len(entries) - 1], self._streams.departures
         departures.write(bound.slot, np.array(entries))
         bound.call.launch()
-        return Decoded(departures.read(bound.images), departures.read(bound.sound))
+        return Decoded(departures.read(bound.images), departures.read(bound.is_finite))
 
     def _bind_step(self, plan: Plan) -> _BoundStep:
         memory = PlanMemory(self._device, plan, self.latent_shape)

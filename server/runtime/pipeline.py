@@ -18,9 +18,9 @@ from engines.contract import GraphName
 from engines.manifest import Manifest, Size
 from server.requests.errors import BrokenPicture
 from server.requests.request import DEPTHS, Depth, Image, Request
-from server.runtime.latent_pool import Decoded, Kept, LatentPool, Latents, Staged, Streams, encoded
+from server.runtime.latent_pool import Decoded, InpaintLatents, LatentPool, Latents, Staged, Streams, encoded
 from server.runtime.noise import NoiseGenerator
-from server.runtime.plan import Placement, Plan, Seating, StepShape, make_plan, step_shape
+from server.runtime.plan import Placement, Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.step_times import Kind, StepTimeModel
 from server.runtime.trace import Trace
@@ -64,11 +64,11 @@ class PendingDecode:
 
     def done(self) -> bool:
         """Whether they are here. Raises DeviceLost."""
-        return self.decoded[-1].sound.done()
+        return self.decoded[-1].is_finite.done()
 
     def images(self) -> tuple[Image, ...]:
         """The pictures, once they are here. Raises DeviceLost, and BrokenPicture for one that is not sound."""
-        if not all(chunk.sound.result().all() for chunk in self.decoded):
+        if not all(chunk.is_finite.result().all() for chunk in self.decoded):
             raise BrokenPicture(
                 "The model's numbers went beyond their range (NaN or infinity) in this picture: try another seed or a "
                 "lower guidance_scale. If it happens often, build the model with --precision bf16."
@@ -138,7 +138,7 @@ class Pipeline:
         self._placements: dict[Request, Placement] = {}
         self._staged: dict[Request, Staged] = {}
         self._last_step: Event | None = None
-        self._seating: Seating | None = None  # of the last plan
+        self._layout: RowLayout | None = None  # of the last plan
 
     @classmethod
     def load(  # noqa: PLR0913 - the parts, all by keyword
@@ -371,15 +371,15 @@ class Pipeline:
             shape=shape,
             spare=pool.spare,
             embeds_guidance=self._embeds_guidance,
-            before=self._seating,
+            before=self._layout,
         )
-        self._seating = plan.seating
+        self._layout = plan.layout
         return plan
 
 
 def _beginning(
     request: Request, pool: LatentPool, generator: NoiseGenerator, latents: Latents | None
-) -> tuple[Latents, Kept | None]:
+) -> tuple[Latents, InpaintLatents | None]:
     """The first x of one picture, noise or the original under noise, and what is kept. Draws in diffusers' order."""
     init_image, table = request.params.init_image, request.table
     noise = generator.randn(pool.latent_shape)
@@ -390,4 +390,4 @@ def _beginning(
     if init_image.mask is None:
         return x, None
     generator.randn(pool.latent_shape)  # diffusers encodes the masked picture too, which only other UNets look at
-    return x, Kept(latents, noise, init_image.mask)
+    return x, InpaintLatents(latents, noise, init_image.mask)

@@ -19,7 +19,7 @@ from server.runtime.noise import NoiseGenerator
 _STILL = np.zeros(NUMBERS, np.float32)  # a step that changes nothing
 
 
-Told = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
+RowConditioning = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +34,18 @@ class Placement:
     hold: ExitStack  # frees all of it
 
     @property
-    def rows(self) -> Told:
+    def rows(self) -> RowConditioning:
         """Of the next step."""
         return self._guided if self.request.guided[self.request.step] else self._unguided
 
     @cached_property
-    def _guided(self) -> Told:
+    def _guided(self) -> RowConditioning:
         """Ho & Salimans (2022), eq. 6."""
         g = self.request.params.guidance_scale
         return (self.prompts[0], g), (self.prompts[1], 1 - g)
 
     @cached_property
-    def _unguided(self) -> Told:
+    def _unguided(self) -> RowConditioning:
         return ((self.prompts[0], 1.0),)
 
     @property
@@ -63,37 +63,37 @@ class StepShape(NamedTuple):
     depth: Depth = "full"
 
 
-class Seating(NamedTuple):
+class RowLayout(NamedTuple):
     """Who has which image and which rows of a step: the same from step to step until somebody comes or goes."""
 
-    told: Sequence[tuple[Placement, Told]]
+    told: Sequence[tuple[Placement, RowConditioning]]
     rows: int  # that somebody asked for; the shape's others only fill it up
     shape: StepShape
     arrays: dict[str, Array]
-    keeps: tuple[tuple[int, int], ...]  # rows of which the features are kept, and in which places
+    feature_copies: tuple[tuple[int, int], ...]  # rows of which the features are kept, and in which places
 
 
 class Plan(NamedTuple):
     """One step's inputs to the denoise graph, without `noise` where no request draws any; see `engines.contract`."""
 
     placements: Sequence[Placement]
-    seating: Seating
+    layout: RowLayout
     finishing: tuple[Request, ...]  # whose last step it is
     arrays: dict[str, Array]
 
     @property
     def rows(self) -> int:
         """Of the UNet, that somebody asked for."""
-        return self.seating.rows
+        return self.layout.rows
 
     @property
     def shape(self) -> StepShape:
-        return self.seating.shape
+        return self.layout.shape
 
     @property
-    def keeps(self) -> tuple[tuple[int, int], ...]:
+    def feature_copies(self) -> tuple[tuple[int, int], ...]:
         """Rows of which the features are kept, and in which places."""
-        return self.seating.keeps
+        return self.layout.feature_copies
 
     def __str__(self) -> str:
         ids = ", ".join(placement.request.id for placement in self.placements)
@@ -119,7 +119,7 @@ def make_plan(
     shape: StepShape,
     spare: int,
     embeds_guidance: bool = False,
-    before: Seating | None = None,
+    before: RowLayout | None = None,
 ) -> Plan:
     """Plan the next step of every placed request, filled up to `shape`; `latent_shape` is [channels, h, w].
 
@@ -129,17 +129,17 @@ def make_plan(
     """
     told = [(placement, placement.rows) for placement in placements]
     if before and before.told == told and before.shape == shape:
-        seating = before
+        layout = before
     else:
-        seating = _seat(told, shape, spare=spare, embeds_guidance=embeds_guidance)
+        layout = _lay_out(told, shape, spare=spare, embeds_guidance=embeds_guidance)
     numbers = [
         placement.request.table.numbers[placement.request.step] for placement in placements for _slot in placement.slots
     ]
     numbers += [_STILL] * (shape.images - len(numbers))
     by_image = np.concatenate(numbers).reshape(shape.images, NUMBERS)
     arrays: dict[str, Array] = {
-        **seating.arrays,
-        "timestep": by_image[seating.arrays["row_image"], 0],
+        **layout.arrays,
+        "timestep": by_image[layout.arrays["row_image"], 0],
         "scale": by_image[:, 1],
         "level": by_image[:, 2:4],
         "coef": by_image[:, 4:].reshape(shape.images, LANES, TERMS),
@@ -147,10 +147,12 @@ def make_plan(
     if any(placement.draws for placement in placements):
         arrays["noise"] = _draw(placements, (shape.images, *latent_shape))
     finishing = tuple([one.request for one in placements if one.request.step + 1 == one.request.steps])
-    return Plan(placements, seating, finishing, arrays)
+    return Plan(placements, layout, finishing, arrays)
 
 
-def _seat(told: Sequence[tuple[Placement, Told]], shape: StepShape, *, spare: int, embeds_guidance: bool) -> Seating:
+def _lay_out(
+    told: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int, embeds_guidance: bool
+) -> RowLayout:
     """Give every image its place in the step, and every row its image and prompt."""
     images, rows, chunks, depth = shape
     # Lists grow by image and by row, and are arrays at once: as many assignments to arrays take several times as long.
@@ -182,11 +184,13 @@ def _seat(told: Sequence[tuple[Placement, Told]], shape: StepShape, *, spare: in
     if embeds_guidance:
         scales = [one.request.params.guidance_scale - 1 for one, prompts in told for _ in one.slots for _ in prompts]
         arrays["guidance_embedded"] = np.array(scales + [0.0] * spare_rows, np.float32)
-    keeps = tuple([(row, place) for row, place in enumerate(places) if place != spare]) if depth == "full" else ()
-    return Seating(told, len(contexts), shape, arrays, keeps)
+    feature_copies = (
+        tuple([(row, place) for row, place in enumerate(places) if place != spare]) if depth == "full" else ()
+    )
+    return RowLayout(told, len(contexts), shape, arrays, feature_copies)
 
 
-def _feature_places(told: Sequence[tuple[Placement, Told]], spare: int) -> list[int]:
+def _feature_places(told: Sequence[tuple[Placement, RowConditioning]], spare: int) -> list[int]:
     """Of each row, `spare` where none are kept; nothing at all if that goes for everybody."""
     if not any(placement.features for placement, _prompts in told):
         return []

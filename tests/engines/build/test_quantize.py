@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from engines.backends.openvino import TAKES_BF16, openvino
 from engines.build.quantize import compress, quantize
-from engines.contract import KEPT, LANES, Array
+from engines.contract import INPAINT_LANES, LANES, Array
 from engines.demo import BUNDLE as DEMO
 from engines.errors import EngineError
 from engines.manifest import NoiseSchedule
@@ -95,7 +95,7 @@ def steps(denoise: Loaded, prompts: tuple[str, ...], *, seed: int) -> Iterator[t
         "row_context": np.stack([each + 1, 0 * each], axis=1).reshape(-1, 1),
         "guidance": np.kron(np.eye(images), [[GUIDANCE, 1 - GUIDANCE]]).astype(np.float32),
         "scale": np.ones(images, np.float32),
-        "kept": np.zeros((images, KEPT, *LATENTS), np.float32),
+        "kept": np.zeros((images, INPAINT_LANES, *LATENTS), np.float32),
         "level": np.zeros((images, 2), np.float32),
     }
     for way in ways.steps:
@@ -142,7 +142,7 @@ def test_any_rows_and_sizes(exact: Loaded, int8: Loaded, images: int, rows: int,
         "slot": random.permutation(6)[:images],
         "row_image": random.integers(images, size=rows),
         "row_context": random.integers(5, size=(rows, 2)),
-        "kept": np.zeros((6, KEPT, 4, h, w), np.float32),
+        "kept": np.zeros((6, INPAINT_LANES, 4, h, w), np.float32),
         "level": np.zeros((images, 2), np.float32),
         "timestep": random.uniform(0, 999, rows).astype(np.float32),
         "guidance": random.standard_normal((images, rows), np.float32),

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from engines.backends.available import engine_path
 from engines.backends.registry import ON_CPU
-from engines.contract import KEPT, LANES, TERMS, Array
+from engines.contract import INPAINT_LANES, LANES, TERMS, Array
 from engines.manifest import Manifest
 from tests.support.loaded import Loaded
 from tests.support.tiny import TOKENS, WIDTH
@@ -49,7 +49,7 @@ def random_plan(
     return {
         "state": normal(SLOTS, LANES, 4, h, w),
         "context": normal(PROMPTS, TOKENS, WIDTH),
-        "kept": np.concatenate([normal(SLOTS, KEPT - 1, 4, h, w), normal(SLOTS, 1, 4, h, w) > 0], axis=1),
+        "kept": np.concatenate([normal(SLOTS, INPAINT_LANES - 1, 4, h, w), normal(SLOTS, 1, 4, h, w) > 0], axis=1),
         "noise": normal(images, 4, h, w),
         "slot": rng.permutation(SLOTS)[:images],
         "row_image": rng.integers(images, size=rows),

@@ -8,7 +8,7 @@ import pytest
 from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.contract import LANES, TERMS, Array
 from server.runtime.latent_pool import PlanMemory
-from server.runtime.plan import Plan, Seating, StepShape
+from server.runtime.plan import Plan, RowLayout, StepShape
 
 LATENT = (4, 8, 8)
 
@@ -23,7 +23,7 @@ def plan(value: float, *, noise: bool) -> Plan:
     }
     if noise:
         arrays["noise"] = np.full((2, *LATENT), value, np.float32)
-    return Plan((), Seating((), 3, StepShape(2, 3, 1), {}, ()), (), arrays)
+    return Plan((), RowLayout((), 3, StepShape(2, 3, 1), {}, ()), (), arrays)
 
 
 @pytest.mark.parametrize("first_draws", [False, True])

@@ -83,13 +83,13 @@ def test_a_full_step_keeps_the_features_of_those_who_ask_and_a_shallow_one_takes
     full = make_plan(
         [company, placement(slots=(3, 5), features=features)], LATENT, shape=StepShape(8, 8, 1), spare=SPARE
     )
-    assert full.keeps == ((2, 0), (3, 4), (4, 2), (5, 1))
+    assert full.feature_copies == ((2, 0), (3, 4), (4, 2), (5, 1))
     assert "row_feature" not in full.arrays
     due = [placement(slots=(3, 5), features=features, step=1)]
     assert step_shape(due) == (2, 4, 1, "shallow")
     shallow = make_plan(due, LATENT, shape=StepShape(8, 8, 1, "shallow"), spare=SPARE)
     assert shallow.arrays["row_feature"].tolist() == [0, 4, 2, 1, *[SPARE] * 4]
-    assert shallow.keeps == ()
+    assert shallow.feature_copies == ()
 
 
 def test_the_same_company_keeps_its_seats_while_its_numbers_change() -> None:
@@ -97,8 +97,8 @@ def test_the_same_company_keeps_its_seats_while_its_numbers_change() -> None:
     first = make_plan(placements, LATENT, shape=shape, spare=SPARE)
     for one in placements:
         one.request.step += 1
-    second = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=first.seating)
-    assert second.seating is first.seating
+    second = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=first.layout)
+    assert second.layout is first.layout
     anew = make_plan(placements, LATENT, shape=shape, spare=SPARE)
     for name, array in anew.arrays.items():
         np.testing.assert_array_equal(second.arrays[name], array, err_msg=name)
@@ -111,7 +111,7 @@ def test_another_company_is_seated_anew(change: str) -> None:
     request = Request(ends_early, table(Scheduler("ddim"), 4, NoiseSchedule()), (), "a", step=1)
     placements = [replace(placement(slots=(3,)), request=request), placement(slots=(1,))]
     shape = StepShape(8, 8, 1)
-    before = make_plan(placements, LATENT, shape=shape, spare=SPARE).seating
+    before = make_plan(placements, LATENT, shape=shape, spare=SPARE).layout
     if change == "company":
         placements.pop()
     elif change == "shape":
@@ -120,7 +120,7 @@ def test_another_company_is_seated_anew(change: str) -> None:
         request.step += 1
     after = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=before)
     anew = make_plan(placements, LATENT, shape=shape, spare=SPARE)
-    assert after.seating is not before
+    assert after.layout is not before
     for name, array in anew.arrays.items():
         np.testing.assert_array_equal(after.arrays[name], array, err_msg=name)
 
