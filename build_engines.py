@@ -36,13 +36,11 @@ from engines.build.console import (
     summary_table,
     terminal,
 )
-from engines.build.trajectory import Table
-from engines.build.verify import STEPS, VerificationError, verify
+from engines.build.verify import VerificationError, verify
 from engines.checkpoints import checkpoint
 from engines.checkpoints.checkpoint import Embedding, Lora, Origin, count_parameters
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
-from engines.schedulers import find, table
 
 _ROWS = (2, 4, 8, 16)
 BuildShow = BuildProgress | BuildLog | BuildFeed
@@ -165,7 +163,6 @@ def _compile_one(
         backend,
         precision=arguments.precision,
         force=arguments.force,
-        table=_table,
         progress=progress,
     )
     manifest = reshaped(manifest, builds={**manifest.builds, backend: build})
@@ -193,7 +190,7 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: BuildSho
         return manifest
     check_fits(manifest, backend, bundle)
     try:
-        build = verify(manifest, bundle, backend, table=_table(manifest, STEPS), progress=progress)
+        build = verify(manifest, bundle, backend, progress=progress)
     except VerificationError:
         others = {name: build for name, build in manifest.builds.items() if name != backend}
         reshaped(manifest, builds=others).save(bundle)  # nobody shall serve what is known to be wrong
@@ -218,11 +215,6 @@ def _backends(arguments: argparse.Namespace, progress: BuildShow) -> list[str]:
         else:
             asked.append(backend)
     return list(dict.fromkeys(asked))
-
-
-def _table(manifest: Manifest, steps: int) -> Table:
-    """The model's own way from noise to picture."""
-    return table(find(manifest.defaults.scheduler), steps, manifest.noise_schedule)
 
 
 def _build_parser(word: str) -> argparse.ArgumentParser:

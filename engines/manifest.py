@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from engines.contract import GRAPHS, MAX_CHUNKS, GraphName, TensorSpec
+from engines.contract import (
+    GRAPHS,
+    GUIDANCE_EMBEDDED,
+    MAX_CHUNKS,
+    OUTPUTS,
+    GraphName,
+    Port,
+    TensorSpec,
+    inputs_of,
+    sizes_of,
+)
 from engines.errors import EngineError
 from engines.files import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
+FORMAT: Final = 2  # raised when older bundles can no longer be read
 _CACHED_CHUNKS = 32  # embeddings that may outlive their requests
 
 Storage = Literal["fp32", "fp16"]  # how weights lie on disk
@@ -275,7 +296,7 @@ class Geometry(_Fact):
 class Manifest(Geometry):
     """A built model. Read one with `Manifest.load`, which refuses what it cannot vouch for."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     name: str = Field(min_length=1, max_length=200)
     source: Source
     weights: Storage
@@ -295,12 +316,21 @@ class Manifest(Geometry):
     versions: dict[str, str] = Field(description="the packages that exported the graphs")
     export_key: str = Field(description="a hash over all that decides the graphs; the same key needs no new export")
 
+    @field_validator("format", mode="before")
+    @classmethod
+    def _is_this_format(cls, value: object) -> object:
+        if value != FORMAT:
+            raise ValueError(f"the bundle has format {value}, and this version reads format {FORMAT}")
+        return value
+
     @model_validator(mode="after")
     def _has_every_graph(self) -> Self:
         if missing := [name for name in GRAPHS if name not in self.graphs]:
             raise ValueError(f"the graph {missing[0]} is missing")
-        if all(spec.name != "sound" for spec in self.graphs["decode"].outputs):
-            raise ValueError("the graph decode does not tell whether pictures are sound, as earlier ones did not")
+        for name, graph in self.graphs.items():
+            inputs = inputs_of(name, guidance_embedded=self.embeds_guidance)
+            _check_ports(f"inputs of the graph {name}", inputs, graph.inputs)
+            _check_ports(f"outputs of the graph {name}", OUTPUTS[name], graph.outputs)
         return self
 
     @model_validator(mode="after")
@@ -327,14 +357,26 @@ class Manifest(Geometry):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether guidance is told to the UNet, as to latent consistency models, and costs no second row."""
-        return any(spec.name == "guidance_embedded" for spec in self.graphs["denoise"].inputs)
+        """Whether the UNet takes the guidance scale as an input, as latent consistency models do: no second row."""
+        return any(spec.name == GUIDANCE_EMBEDDED.name for spec in self.graphs["denoise"].inputs)
 
-    @property
-    def feature_channels(self) -> int:
-        """Of what a step keeps for the shallow ones after it."""
-        features = next(spec for spec in self.graphs["denoise"].outputs if spec.name == "features")
-        return int(features.shape[1])
+    def dims(self, size: Size) -> dict[str, int]:
+        """The sizes of the contract's dimensions that the model, the pools and an image size decide."""
+        fixed: dict[str, int] = {}
+        for name, graph in self.graphs.items():
+            shapes = {spec.name: spec.shape for spec in graph.inputs}
+            fixed |= sizes_of(inputs_of(name, guidance_embedded=self.embeds_guidance), shapes)
+            fixed |= sizes_of(OUTPUTS[name], {spec.name: spec.shape for spec in graph.outputs})
+        return {
+            **fixed,
+            "S": self.slots,
+            "C": self.context_rows,
+            "P": self.feature_places,
+            "h": size.height // self.latent.downscale,
+            "w": size.width // self.latent.downscale,
+            "H": size.height,
+            "W": size.width,
+        }
 
     @classmethod
     def load(cls, bundle: Path) -> Self:
@@ -381,3 +423,17 @@ class Manifest(Geometry):
     def save(self, bundle: Path) -> None:
         """Write the manifest last and whole: a bundle without one is an unfinished build."""
         write_atomically(bundle / MANIFEST, self.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _check_ports(what: str, ports: Sequence[Port], specs: Sequence[TensorSpec]) -> None:
+    """Raise ValueError unless `specs` are those `ports`, in any order."""
+    named = {spec.name: spec for spec in specs}
+    if len(specs) != len(ports) or named.keys() != {port.name for port in ports}:
+        raise ValueError(
+            f"{what} are {', '.join(named)}, and this version has {', '.join(port.name for port in ports)}"
+        )
+    for port in ports:
+        if not port.matches(spec := named[port.name]):
+            raise ValueError(
+                f"{what}: {port.name} is {spec.dtype} {list(spec.shape)}, not {port.dtype} {list(port.dims)}"
+            )

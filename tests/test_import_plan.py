@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.progress": set(),
     "engines.contract": set(),
     "engines.manifest": {"engines.contract", "engines.errors", "engines.files"},
+    "engines.accuracy": {"engines.contract", "engines.errors", "engines.manifest"},
     "engines.schedulers": {"engines.contract", "engines.manifest"},
     "engines.backends": {"engines.contract", "engines.errors", "engines.files", "engines.manifest"},
     "engines.checkpoints": {
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.progress",
     },
     "engines.export": {
+        "engines.accuracy",
         "engines.backends",
         "engines.checkpoints",
         "engines.contract",
@@ -35,7 +37,6 @@ ALLOWED: dict[str, set[str]] = {
         "engines.files",
         "engines.manifest",
         "engines.progress",
-        "engines.build.verify",
     },
     "engines.build": {"engines"},
     "engines.demo": {"engines", "build_engines"},

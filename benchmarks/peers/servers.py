@@ -47,8 +47,8 @@ from benchmarks.peers.servers_results import (
     Under,
     entries,
 )
+from engines.accuracy import psnr
 from engines.backends.available import unavailable_reason
-from engines.build.verify import psnr
 from engines.files import write_atomically
 from loadtest.client import Node, Unusable
 from loadtest.drive import Driver, measure_alone

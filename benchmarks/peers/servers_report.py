@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from benchmarks.peers.servers_results import SCENARIOS, SLO, Record, Result, Scenario
-from engines.build.verify import IDENTICAL
+from engines.accuracy import IDENTICAL
 from loadtest.html import seconds
 from loadtest.results import Point
 from loadtest.svg import Axis, Mark, Series, chart, over

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from engines.build.verify import psnr
+from engines.accuracy import psnr
 from engines.files import write_atomically
 from loadtest.provenance import Run, begin_run, now
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from engines.backends.available import TENSORRT, gpu_here, installed
 from engines.backends.registry import ON_CPU
 from engines.build.profiles import Shapes, shapes
-from engines.build.trajectory import CALIBRATED, CALIBRATION_STEPS, Table, recorded
+from engines.build.trajectory import CALIBRATED, record
 from engines.build.trt.build import build_engine
 from engines.contract import GRAPHS, STEPS, Array, GraphName
 from engines.errors import EngineError
@@ -83,14 +83,13 @@ def prefers_bf16(manifest: Manifest) -> bool:
     return "bf16" in typed and "fp16" not in typed
 
 
-def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
+def compile_backend(
     manifest: Manifest,
     bundle: Path,
     backend: str,
     *,
     precision: Precision | None = None,
     force: bool = False,
-    table: Callable[[Manifest, int], Table],
     progress: Progress,
 ) -> Build:
     """The engines of `backend` for the bundle in folder `bundle`, compiled where those of an earlier build do not fit.
@@ -98,7 +97,7 @@ def compile_backend(  # noqa: PLR0913 - what decides the engines, by keyword
     Raises:
         EngineError: the backend is not installed, does not compile on this machine, or the graphs it needs are missing.
     """
-    made = _Compiler(manifest, bundle, backend, table, progress)
+    made = _Compiler(manifest, bundle, backend, progress)
     chosen = precisions(backend, precision, prefers_bf16=prefers_bf16(manifest))
     engines = {name: made.engine(name, chosen[name], force=force) for name in GRAPHS}
     earlier = manifest.builds.get(backend)
@@ -114,21 +113,13 @@ def _unverified(engines: Mapping[GraphName, Compiled]) -> dict[GraphName, Compil
 class _Compiler:
     """One backend's way from ONNX to engines."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        bundle: Path,
-        backend: str,
-        table: Callable[[Manifest, int], Table],
-        progress: Progress,
-    ) -> None:
+    def __init__(self, manifest: Manifest, bundle: Path, backend: str, progress: Progress) -> None:
         self.version = installed(backend)
         self.gpu: Gpu | None = gpu_here() if backend == "tensorrt" else None
         self.keys: dict[GraphName, str] = {}
         self._manifest = manifest
         self._bundle = bundle
         self._backend = backend
-        self._table = table
         self._progress = progress
 
     def engine(self, name: GraphName, precision: Precision, *, force: bool) -> Compiled:
@@ -209,7 +200,7 @@ class _Compiler:
     @cached_property
     def _recordings(self) -> dict[GraphName, list[dict[str, Array]]]:
         """What INT8 is calibrated on: minutes of work, for all that asks for it."""
-        return recorded(self._manifest, self._bundle, self._table(self._manifest, CALIBRATION_STEPS), self._progress)
+        return record(self._manifest, self._bundle, self._progress)
 
     def _quantized(self, name: GraphName, precision: Precision, onnx: Onnx) -> Compiled:
         from engines.build.quantize import compress, quantize  # noqa: PLC0415 - seconds of imports, for those who ask for it

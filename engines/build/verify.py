@@ -1,199 +1,146 @@
-"""How far a backend's engines stray from the FP32 graphs in ONNX Runtime, on noise and on the model's own way."""
+"""How far a backend's engines stray from the FP32 graphs in ONNX Runtime, on noise and on the model's trajectory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from engines.accuracy import AccuracyError, psnr, tolerance, worst_difference, worst_of
 from engines.backends.registry import open_device
 from engines.build.profiles import shapes
-from engines.build.trajectory import Graphs, Inputs, Table, Trajectory, Walk, decode_inputs, reference
-from engines.contract import INPAINT_LANES, LANES, TERMS, Array, GraphName, TensorSpec
+from engines.build.trajectory import GraphRunner, Recording, Trajectory, decode_inputs, reference
+from engines.contract import (
+    LANES,
+    MEMORY,
+    STEPS,
+    TERMS,
+    Array,
+    Arrays,
+    GraphName,
+    Port,
+    build_inputs,
+    inputs_of,
+    random_values,
+)
 from engines.errors import EngineError
-from engines.manifest import Build, Difference, Manifest, Precision, Profile, Size, Verification
+from engines.manifest import Build, Difference, Manifest, Profile, Verification
 from engines.progress import Progress
 
-STEPS = 6  # of the trajectory that engines are compared on
-_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1, "int8": 2.5e-1}  # largest error, relative to the range
-_ROUNDING = 2 / 255  # of pictures: a value between two levels may become either
-IDENTICAL = 999.0  # dB, of equal pictures
-_POOLS = ("context", "features")  # that any row may look into
+_STEPS = 6  # denoising steps of the trajectory that engines are compared on
+_BATCH = frozenset("SBRn")  # dimensions that grow with the batch; pools of other dimensions are any row's to read
+_CHUNKS = 2  # chunks per row in a random batch
+
+Case = tuple[Arrays, Arrays]  # an engine's inputs, and the reference's: those of the first image
 
 
 class VerificationError(EngineError):
     """An engine computes something else than its graph."""
 
 
-def verify(manifest: Manifest, bundle: Path, backend: str, *, table: Table, progress: Progress) -> Build:
-    """Run the engines of `backend` beside the FP32 graphs; the build, with what was found written in.
+def verify(manifest: Manifest, bundle: Path, backend: str, *, progress: Progress) -> Build:
+    """Compare the engines of `backend` with the FP32 graphs. Returns its build with the differences found.
 
     Raises:
         EngineError: the backend does not run on this machine, or an engine differs by more than its precision explains.
     """
     build = manifest.builds[backend]
-    trajectory = Trajectory(manifest, bundle, table, size=manifest.resolutions[0])
-    walk, cases = _expected(manifest, bundle, build, trajectory, progress)
+    trajectory = Trajectory(manifest, bundle, steps=_STEPS)
+    recording, cases = _expected(manifest, bundle, build, trajectory, progress)
     files = {name: bundle / engine.files[0].path for name, engine in build.engines.items()}
-    graphs, engines = Graphs(manifest, open_device(backend), files), {}
+    graphs, engines = GraphRunner(manifest, open_device(backend), files), {}
     for name, engine in build.engines.items():
         with progress.stage(f"verifying {name} of {backend}"):
-            worst = _worst(worst_difference(graphs(name, inputs), right) for inputs, right in cases[name])
-        _refuse(backend, name, worst, tolerance(engine.precision, manifest.graphs[name].outputs))
-        engines[name] = engine.model_copy(update={"difference": worst})
-    with progress.stage(f"drawing a picture on {backend}"):
-        decibels = psnr(trajectory.walk(graphs).pictures, walk.pictures)
-    beside = Verification(psnr=round(decibels, 1), size=trajectory.size, steps=len(table.steps))
-    return build.model_copy(update={"engines": engines, "verification": beside})
+            found = _difference(graphs, name, cases[name])
+        _check_tolerance(backend, name, found, tolerance(engine.precision, manifest.graphs[name].outputs))
+        engines[name] = engine.model_copy(update={"difference": found})
+    with progress.stage(f"drawing an image on {backend}"):
+        decibels = psnr(trajectory.run(graphs).images, recording.images)
+    verification = Verification(psnr=round(decibels, 1), size=trajectory.size, steps=trajectory.steps)
+    return build.model_copy(update={"engines": engines, "verification": verification})
 
 
 def _expected(
     manifest: Manifest, bundle: Path, build: Build, trajectory: Trajectory, progress: Progress
-) -> tuple[Walk, dict[GraphName, list[tuple[Inputs, Mapping[str, Array]]]]]:
-    """What the FP32 graphs make of the trajectory, and of each graph's cases: inputs, and what is right for the first.
+) -> tuple[Recording, dict[GraphName, list[tuple[Arrays, Arrays]]]]:
+    """The trajectory on the FP32 graphs, and each graph's cases: inputs, and the expected outputs of the first image.
 
-    Worked out before the backend is opened, so that memory never holds the model twice.
+    Computed before the backend is opened, so that memory never holds the model twice.
     """
-    exact = reference(manifest, bundle)
-    with progress.stage("drawing a picture in FP32"):
-        walk = trajectory.walk(exact)
-    cases: dict[GraphName, list[tuple[Inputs, Mapping[str, Array]]]] = {}
+    graphs = reference(manifest, bundle)
+    with progress.stage("drawing an image in FP32"):
+        recording = trajectory.run(graphs)
+    expected: dict[GraphName, list[tuple[Arrays, Arrays]]] = {}
     for name, engine in build.engines.items():
         with progress.stage(f"computing {name} in FP32"):
-            made = _cases(name, manifest, trajectory, walk=walk, profiles=engine.profiles)
-            cases[name] = [(inputs, exact(name, first)) for inputs, first in made]
-    return walk, cases
+            cases = _cases(name, manifest, trajectory, recording=recording, profiles=engine.profiles)
+            expected[name] = [(inputs, graphs(name, first)) for inputs, first in cases]
+    return recording, expected
 
 
-def worst_difference(actual: Mapping[str, Array], expected: Mapping[str, Array]) -> Difference:
-    """The worst of all outputs, in as many of their first entries as are expected. Raises VerificationError."""
-    return _worst(difference_of(actual[name][: len(right)], right) for name, right in expected.items())
-
-
-def difference_of(actual: Array, expected: Array) -> Difference:
-    """Errors relative to the largest expected value. Raises VerificationError where there are values that are none."""
-    wide, wanted = actual.astype(np.float64), expected.astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise VerificationError("The output holds NaN or infinity.")
-    errors = np.abs(wide - wanted) / max(float(np.abs(wanted).max()), 1e-6)
-    return Difference(largest=float(errors.max()), mean=float(errors.mean()))
-
-
-def tolerance(precision: Precision, outputs: Iterable[TensorSpec]) -> float:
-    """The largest error, relative to the range, that computing in `precision` explains, in whichever output."""
-    rounded = any(output.dtype == "uint8" for output in outputs)
-    return max(_TOLERANCE[precision], _ROUNDING if rounded else 0.0)
-
-
-def psnr(picture: Array, expected: Array) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, dB."""
-    error = float(np.mean((picture.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    return 10 * float(np.log10(255**2 / error)) if error else IDENTICAL
+def _difference(graphs: GraphRunner, name: GraphName, cases: Sequence[tuple[Arrays, Arrays]]) -> Difference:
+    try:
+        return worst_of(worst_difference(graphs(name, inputs), expected) for inputs, expected in cases)
+    except AccuracyError as error:
+        raise VerificationError(f"{name}: {error}") from error
 
 
 def _cases(
-    name: GraphName, manifest: Manifest, trajectory: Trajectory, *, walk: Walk, profiles: Sequence[Profile]
-) -> Iterator[tuple[Inputs, Inputs]]:
-    """Inputs for the engines, and the part of them that their reference is worked out for: the first image."""
+    name: GraphName, manifest: Manifest, trajectory: Trajectory, *, recording: Recording, profiles: Sequence[Profile]
+) -> Iterator[Case]:
     if name == "encode_prompt":
-        own: Sequence[Inputs] = trajectory.chunks
+        recorded: Sequence[Arrays] = trajectory.chunks
     else:
-        # What takes any shape takes them all alike.
+        # Engines without profiles treat all shapes alike: one is enough.
         for profile in profiles or (shapes(manifest, name)[0].profile,):
-            yield _random_case(name, manifest, profile)
-        noise = np.ones((1, *walk.state.shape[2:]), np.float32)
-        own = {
-            "denoise": walk.inputs,
-            "denoise_shallow": walk.shallow,
-            "decode": [decode_inputs(walk.state)],
-            "encode_image": [{"images": walk.pictures, "noise": noise}],
+            yield random_case(name, manifest, profile)
+        noise = np.ones((1, *recording.state.shape[2:]), np.float32)
+        recorded = {
+            "denoise": recording.full,
+            "denoise_shallow": recording.shallow,
+            "decode": [decode_inputs(recording.state)],
+            "encode_image": [{"images": recording.images, "noise": noise}],
         }[name]
-    yield from ((inputs, inputs) for inputs in own)
+    yield from ((inputs, inputs) for inputs in recorded)
 
 
-def _random_case(name: GraphName, manifest: Manifest, profile: Profile) -> tuple[Inputs, Inputs]:
-    """A full batch of noise for one profile; the reference computes its first image only."""
+def random_case(name: GraphName, manifest: Manifest, profile: Profile) -> Case:
+    """A full batch of unguided images for one profile, each in the slot and row of its own number."""
     assert profile.size is not None  # noqa: S101 - every graph but encode_prompt has one
-    maker: Any = {
-        "denoise": _random_denoise,
-        "denoise_shallow": _random_shallow,
-        "decode": _random_decode,
-        "encode_image": _random_encode,
-    }[name]
-    inputs: Inputs = maker(manifest, profile.size, profile.batch, np.random.default_rng(3))
-    alone = {
-        key: array[:1, :1] if key == "guidance" else array if key in _POOLS else array[:1]
-        for key, array in inputs.items()
-    }
-    return inputs, alone
+    batch, generator = profile.batch, np.random.default_rng(3)
+    ports = inputs_of(name, guidance_embedded=manifest.embeds_guidance)
+    pools = {"C": min(batch, manifest.context_rows), "P": batch}
+    sizes = {**manifest.dims(profile.size), **dict.fromkeys(_BATCH, batch), **pools, "L": _CHUNKS}
+    draw = random_values(generator)
+
+    def make(port: Port, sizes: Mapping[str, int]) -> Array:
+        own = np.arange(batch, dtype=port.dtype).reshape(-1, *[1] * (len(port.dims) - 1))
+        return np.broadcast_to(own, port.shape(sizes)) if port.below in _BATCH else draw(port, sizes)
+
+    values = _step_values(batch) if name in STEPS else {}
+    inputs = build_inputs(ports, sizes, values, make=make)
+    if name in STEPS:
+        inputs["inpaint"][:, 2] = inputs["inpaint"][:, 2] > 0  # the keep mask: half of each image
+    return inputs, {port.name: inputs[port.name][_first(port)] for port in ports}
 
 
-def _latents(manifest: Manifest, size: Size) -> tuple[int, int, int]:
-    latent = manifest.latent
-    return latent.channels, size.height // latent.downscale, size.width // latent.downscale
-
-
-def _random_denoise(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
-    """A batch of unguided images, each in the slot of its own number."""
-    latents = _latents(manifest, size)
-    told = {"guidance_embedded": random.uniform(0, 10, batch).astype(np.float32)} if manifest.embeds_guidance else {}
-    context = (min(batch, manifest.context_rows), manifest.context.tokens, manifest.context.width)
+def _step_values(batch: int) -> dict[str, Array]:
+    """The inputs of a step that keep numbers in the range that engines compute in: x becomes the model's output."""
     coef = np.zeros((batch, LANES, TERMS), np.float32)
-    coef[:, 0, 1] = coef[:, 1:4, 3:6] = 1  # x becomes the model's output
-    return {
-        "state": random.standard_normal((batch, LANES, *latents), np.float32),
-        "context": random.standard_normal(context, np.float32),
-        "kept": _random_kept(batch, latents, random),
-        "noise": random.standard_normal((batch, *latents), np.float32),
-        "slot": np.arange(batch),
-        "row_image": np.arange(batch),
-        "row_context": np.stack([np.arange(batch), np.arange(batch)[::-1]], axis=1),  # two chunks each
-        "timestep": random.uniform(0, manifest.noise_schedule.num_train_timesteps - 1, batch).astype(np.float32),
-        "guidance": np.eye(batch, dtype=np.float32),
-        "scale": np.ones(batch, np.float32),
-        "coef": coef,
-        "level": random.standard_normal((batch, 2), np.float32),
-        **told,
-    }
+    coef[:, 0, 1] = coef[:, 1 : 1 + MEMORY, 3:] = 1
+    return {"guidance": np.eye(batch, dtype=np.float32), "scale": np.ones(batch, np.float32), "coef": coef}
 
 
-def _random_shallow(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
-    shape = (batch, manifest.feature_channels, *_latents(manifest, size)[1:])
-    features: Inputs = {
-        "features": random.standard_normal(shape, np.float32),
-        "row_feature": np.arange(batch)[::-1].copy(),
-    }
-    return {**_random_denoise(manifest, size, batch, random), **features}
+def _first(port: Port) -> tuple[slice, ...]:
+    """The part of a batch that belongs to its first image; pools that any row may read stay whole."""
+    return tuple(slice(1) if dim in _BATCH else slice(None) for dim in port.dims)
 
 
-def _random_kept(batch: int, latents: tuple[int, int, int], random: np.random.Generator) -> Array:
-    """Noise to keep where half of each image stays as it is."""
-    kept = random.standard_normal((batch, INPAINT_LANES, *latents), np.float32)
-    kept[:, 2] = kept[:, 2] > 0
-    return kept
-
-
-def _random_decode(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
-    state = random.standard_normal((batch, LANES, *_latents(manifest, size)), np.float32)
-    return {"state": state, "slot": np.arange(batch)}
-
-
-def _random_encode(manifest: Manifest, size: Size, batch: int, random: np.random.Generator) -> Inputs:
-    images = random.integers(0, 256, (batch, size.height, size.width, 3), np.uint8)
-    return {"images": images, "noise": random.standard_normal((batch, *_latents(manifest, size)), np.float32)}
-
-
-def _worst(differences: Iterable[Difference]) -> Difference:
-    found = list(differences)
-    return Difference(largest=max(one.largest for one in found), mean=max(one.mean for one in found))
-
-
-def _refuse(backend: str, name: GraphName, found: Difference, allowed: float) -> None:
-    if not found.largest <= allowed:
+def _check_tolerance(backend: str, name: GraphName, found: Difference, allowed: float) -> None:
+    if not found.largest <= allowed:  # NaN fails too
         raise VerificationError(
             f"{name} of {backend} differs from the FP32 graph by {found.largest:.1e} of its range, more than "
-            f"{allowed:.0e}. Its pictures would not be the model's, so the bundle no longer lists {backend}: "
+            f"{allowed:.0e}. Its images would not be the model's, so the bundle no longer lists {backend}: "
             "compile it in a higher --precision."
         )

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from engines.accuracy import tolerance, worst_difference
 from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
-from engines.build.verify import tolerance, worst_difference
 from engines.checkpoints.checkpoint import Checkpoint, Word
 from engines.checkpoints.load import Modules, load_tokenizer
 from engines.contract import GRAPHS, Array, GraphName

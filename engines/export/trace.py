@@ -1,10 +1,9 @@
-"""From a graph's torch module to an ONNX model that people can read: names and shapes as the manifest has them."""
+"""From a graph's torch module to a readable ONNX model, with the names and shapes of the contract."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,20 +15,9 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.checkpoints.load import Modules, quiet
-from engines.contract import Array, GraphName, TensorSpec
+from engines.contract import VARYING, Array, GraphName, Port, TensorSpec, build_inputs, random_values
 from engines.errors import EngineError
-from engines.export.modules import (
-    VARYING,
-    Decode,
-    Denoise,
-    EncodeImage,
-    EncodePrompt,
-    GraphModule,
-    GuidedDenoise,
-    GuidedShallowDenoise,
-    Port,
-    ShallowDenoise,
-)
+from engines.export.modules import Decode, Denoise, EncodeImage, EncodePrompt, GraphModule, ShallowDenoise
 from engines.manifest import ComputeDtype, Context, Latent
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
@@ -43,49 +31,42 @@ class ExportError(EngineError):
 
 @dataclass(frozen=True)
 class Traced:
-    """What a graph is exported and checked with: its module, and the size of each dimension that has a name."""
+    """A graph to export and check: its module, and the size of each named dimension to do it at."""
 
     module: GraphModule
     sizes: Mapping[str, int]
     latent: Latent
 
-    def shape(self, port: Port) -> tuple[str | int, ...]:
-        """Numbers, and names where the shape varies between calls."""
-        return tuple(dim if dim in VARYING else self.sizes.get(str(dim), dim) for dim in port.dims)
-
-    def spec(self, name: str, port: Port) -> TensorSpec:
-        return TensorSpec(name, str(port.dtype).removeprefix("torch."), self.shape(port))
-
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(self.spec(*named) for named in self.module.inputs.items())
+        return tuple(port.spec(self.sizes) for port in self.module.inputs)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(self.spec(*named) for named in self.module.outputs.items())
+        return tuple(port.spec(self.sizes) for port in self.module.outputs)
 
     def rounded(self, dtype: torch.dtype) -> Traced:
         """The same graph with its weights in `dtype`; this one keeps its own."""
         return replace(self, module=deepcopy(self.module).to(dtype))
 
     def compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Array]:
-        """What torch makes of `inputs`, by the outputs' names."""
+        """The outputs that torch computes, by name."""
         with torch.inference_mode():
             made = self.module(**inputs)
         values = made if isinstance(made, tuple) else (made,)
-        return {name: value.numpy() for name, value in zip(self.module.outputs, values, strict=True)}
+        return {port.name: value.numpy() for port, value in zip(self.module.outputs, values, strict=True)}
 
     def random_inputs(self, **sizes: int) -> dict[str, torch.Tensor]:
-        """Values the graph may be given; `sizes` of dimensions in place of its own, which all differ."""
-        generator = torch.Generator().manual_seed(0)
-        wanted = {**self.sizes, **sizes}
-        return {name: _random(port, wanted, generator) for name, port in self.module.inputs.items()}
+        """Values within the ports' bounds; `sizes` replace those of the dimensions, which all differ."""
+        make = random_values(np.random.default_rng(0))
+        arrays = build_inputs(self.module.inputs, {**self.sizes, **sizes}, make=make)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[GraphName, Traced]:
-    """Every graph over `modules`, with small sizes to trace and check it at."""
+    """Every graph of `modules`, with small sizes to trace and check it at."""
     unit = latent.multiple // latent.downscale
-    denoise, shallow = _steps(modules.unet)
+    denoise = Denoise(modules.unet)
     sizes = {
         "S": 6,
         "C": 5,
@@ -109,32 +90,22 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
     graphs: dict[GraphName, GraphModule] = {
         "encode_prompt": EncodePrompt(modules.text_encoder),
         "denoise": denoise,
-        "denoise_shallow": shallow,
+        "denoise_shallow": ShallowDenoise(modules.unet),
         "decode": Decode(modules.decoder),
         "encode_image": EncodeImage(modules.vae),
     }
     return {name: Traced(module.eval(), sizes, latent) for name, module in graphs.items()}
 
 
-def _steps(unet: Any) -> tuple[Denoise, ShallowDenoise]:
-    if unet.config.time_cond_proj_dim is None:
-        return Denoise(unet), ShallowDenoise(unet)
-    return GuidedDenoise(unet), GuidedShallowDenoise(unet)
-
-
 def to_onnx(traced: Traced) -> ir.Model:
     """Trace the module as it is, in its own dtype. Raises ExportError."""
-    dims = _dims(traced.latent)
-    shapes = {
-        name: {axis: dims[dim] for axis, dim in enumerate(traced.shape(port)) if isinstance(dim, str)}
-        for name, port in traced.module.inputs.items()
-    }
+    shapes = dynamic_shapes(traced.module.inputs, traced.latent)
     with quiet(), torch.inference_mode():
         program = torch.onnx.export(
             traced.module,
             kwargs=traced.random_inputs(),
             dynamic_shapes=shapes,
-            output_names=list(traced.module.outputs),
+            output_names=[port.name for port in traced.module.outputs],
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -174,26 +145,15 @@ class _Magnitudes(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         return result
 
 
-def _random(port: Port, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
-    """Values that the port may be given. Indices do not repeat where there are enough: nobody steps twice at once."""
-    shape = [_size(dim, sizes) for dim in port.dims]
-    if port.below is None:
-        return torch.randn(shape, generator=generator, dtype=port.dtype)
-    below = _size(port.below, sizes)
-    if port.dtype.is_floating_point:
-        return below * torch.rand(shape, generator=generator, dtype=port.dtype)
-    if math.prod(shape) <= below:
-        return torch.randperm(below, generator=generator)[: math.prod(shape)].reshape(shape).to(port.dtype)
-    return torch.randint(below, shape, generator=generator, dtype=port.dtype)
+def dynamic_shapes(ports: Iterable[Port], latent: Latent) -> dict[str, dict[int, Any]]:
+    """torch's dimension of each axis that varies between calls, by input and axis."""
+    dims = _dims(latent)
+    return {port.name: {axis: dims[dim] for axis, dim in enumerate(port.dims) if dim in VARYING} for port in ports}
 
 
-def _size(dim: str | int, sizes: Mapping[str, int]) -> int:
-    return dim if isinstance(dim, int) else sizes[dim]
-
-
-def _dims(latent: Latent) -> dict[str, Any]:
-    """The dimensions that vary. Latent sides are multiples of what the UNet halves, picture sides of that in pixels."""
-    dims: dict[str, Any] = {name: Dim(name, min=1, max=65536) for name in VARYING - set("hwHW")}
+def _dims(latent: Latent) -> dict[int | str, Any]:
+    """The dimensions that vary. Latent sides are multiples of the UNet's downsampling, image sides too, in pixels."""
+    dims: dict[int | str, Any] = {name: Dim(name, min=1, max=65536) for name in VARYING - set("hwHW")}
     side = latent.multiple // latent.downscale
     for name in ("h", "w"):
         unit = Dim(f"{name}_unit", min=1, max=1024)
@@ -203,9 +163,9 @@ def _dims(latent: Latent) -> dict[str, Any]:
 
 
 def _tidy(model: ir.Model, traced: Traced) -> None:
-    """Give inputs and outputs the manifest's dimension names, and drop what the exporter notes on its own way.
+    """Name the dimensions of inputs and outputs as the contract does, and drop the exporter's metadata.
 
-    A stack trace per node holds more bytes than a small model, and paths of the machine that built it.
+    Its stack traces hold more bytes than a small model, and paths of the machine that built it.
     """
     graph = model.graph
     for node in graph:
@@ -214,19 +174,17 @@ def _tidy(model: ir.Model, traced: Traced) -> None:
         for value in node.outputs:
             value.shape = None
             value.metadata_props.clear()
-    for value in graph.inputs:
-        value.shape = ir.Shape(traced.shape(traced.module.inputs[str(value.name)]))
-    for value in graph.outputs:
-        value.shape = ir.Shape(traced.shape(traced.module.outputs[str(value.name)]))
+    specs = {spec.name: spec for spec in (*traced.inputs, *traced.outputs)}
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = ir.Shape(specs[str(value.name)].shape)
     model.metadata_props.clear()
     graph.metadata_props.clear()
 
 
 def _name_weights(graph: ir.Graph, module: GraphModule) -> None:
-    """Give back their names to weights that the exporter folded into constants: reshaped, or transposed (`.T`).
+    """Restore the names of weights that the exporter folded into constants: reshaped, or transposed (`.T`).
 
-    So people can read the graph, graphs of several precisions can share their weights, and the checkpoint can be
-    restored from it.
+    The graph stays readable, graphs of several precisions can share weights, and the checkpoint can be restored.
     """
     names: dict[bytes, str] = {}
     for name, weight in module.named_parameters():

@@ -1,4 +1,4 @@
-"""What pictures of one size own on the device: slots in a state pool, and the engines bound to it."""
+"""The device memory of images of one size: slots in a state pool, and the engines bound to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.device import ALIGNMENT, Buffer, Call, Device, Engine, Event, Reading, Stream
-from engines.contract import INPAINT_LANES, LANES, STEPS, Array, GraphName
+from engines.contract import (
+    INPAINT_LANES,
+    LANES,
+    OUTPUTS,
+    STEPS,
+    Array,
+    GraphName,
+    Port,
+    build_inputs,
+    inputs_of,
+    neutral,
+)
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Image, Mask
@@ -33,10 +44,10 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class InpaintLatents:
-    """What inpainting feature_copies of a picture."""
+    """What inpainting needs to keep a part of the init image."""
 
     latents: Latents
-    noise: Latents  # what is laid over them to bring them to a step's noise level
+    noise: Latents  # added to them at each step's noise level
     mask: Mask
 
 
@@ -65,54 +76,53 @@ class _BoundStep:
 
 
 @dataclass(frozen=True, slots=True)
-class _BoundDecode:
-    """The decode engine bound for some pictures of the staging pool."""
+class _BoundCall:
+    """An engine other than the denoise engines with its buffers, by port."""
 
-    slot: Buffer
-    images: Buffer
-    sound: Buffer
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class _BoundEncode:
-    """The image encoder bound for one image."""
-
-    image: Buffer
-    noise: Buffer
-    latents: Buffer
+    buffers: Mapping[str, Buffer]
     call: Call
 
 
 class PlanMemory:
-    """A plan's arrays on the device. All but the noise lie in one block, which one copy fills."""
+    """The inputs of a step that the host writes. All but the noise lie in one block, which one copy fills.
 
-    def __init__(self, device: Device, plan: Plan, latent_shape: tuple[int, int, int]) -> None:
-        packed = {name: array for name, array in plan.arrays.items() if name != "noise"}
-        ends = np.cumsum([_aligned(array.nbytes) for array in packed.values()]).tolist()
-        offsets = dict(zip(packed, [0, *ends], strict=False))
+    Inputs that plans do not give stay at their neutral value.
+    """
+
+    def __init__(self, device: Device, ports: Sequence[Port], sizes: Mapping[str, int]) -> None:
+        """Lay out those of a graph's input `ports` that belong to plans, with the `sizes` of one step's dimensions."""
+        arrays = build_inputs([port for port in ports if port.role == "plan"], sizes)
+        ends = np.cumsum([_aligned(array.nbytes) for array in arrays.values()]).tolist()
+        offsets = dict(zip(arrays, [0, *ends], strict=False))
         self._host = np.zeros(ends[-1], np.uint8)
+        self._parts = {name: _part(self._host, array, offsets[name]) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            self._parts[name][:] = array
         self._block = device.allocate(self._host.shape, np.uint8, purpose="plans")
-        self._noise = device.allocate((plan.shape.images, *latent_shape), np.float32, purpose="plans")
-        self._parts = {name: _part(self._host, array, offsets[name]) for name, array in packed.items()}
-        self.buffers: dict[str, Buffer] = {"noise": self._noise} | {
-            name: self._block.view(array.shape, array.dtype, offset=offsets[name]) for name, array in packed.items()
+        self._noise = {
+            port.name: device.allocate(port.shape(sizes), port.dtype, purpose="plans")
+            for port in ports
+            if port.role == "noise"
+        }
+        self.buffers: dict[str, Buffer] = self._noise | {
+            name: self._block.view(array.shape, array.dtype, offset=offsets[name]) for name, array in arrays.items()
         }
 
     def write(self, plan: Plan, stream: Stream) -> None:
-        """Bring a plan of the same shape to the device. Old noise stays where nobody asks for new: it is finite."""
-        for name, part in self._parts.items():
-            part[:] = plan.arrays[name]
+        """Write a plan of the same shape to the device. Without new noise the old stays, which is finite."""
+        for name, array in plan.arrays.items():
+            if name in self._noise:
+                stream.write(self._noise[name], array)
+            else:
+                self._parts[name][:] = array
         stream.write(self._block, self._host)
-        if "noise" in plan.arrays:
-            stream.write(self._noise, plan.arrays["noise"])
 
 
 class LatentPool:
-    """The state pool of one picture size: two buffers, of which a step reads one and writes the other.
+    """The state pool of one image size: two buffers, of which a step reads one and writes the other.
 
-    Nothing here waits for the device. Slots may be given to others while their last step is still on its way, because
-    the stream feature_copies the order.
+    Nothing here waits for the device. A slot may be reused while its last step is still in flight, because the stream
+    keeps the order.
     """
 
     def __init__(  # noqa: PLR0913 - the parts, all by keyword
@@ -126,49 +136,52 @@ class LatentPool:
         context: Buffer,
         decode_chunk: int,
     ) -> None:
-        """`engines` were loaded for their streams; at most `decode_chunk` pictures are decoded in one call."""
-        latent = manifest.latent
+        """`engines` were loaded for their streams; at most `decode_chunk` images are decoded in one call."""
         self.size = size
-        self.latent_shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
-        self.spare = manifest.max_rows  # the last of the slots, and of the places, is for what only fills steps up
+        self._dims = manifest.dims(size)
+        self.latent_shape = (self._dims["c"], self._dims["h"], self._dims["w"])
+        self.spare = manifest.max_rows  # the last of the slots, and of the feature places, is for padding
         self._slots = list(range(manifest.max_rows))
         self._entries = list(range(manifest.max_rows))
         self._places = list(range(manifest.max_rows))
         self._device = device
         self._streams = streams
-        self._context = context
         self._parity = 0  # which of the states is current
-        purpose = f"state of {size}"
-        shape = (LANES, *self.latent_shape)
-        self._states = tuple(device.allocate((manifest.slots, *shape), np.float32, purpose=purpose) for _ in range(2))
-        self._kept = device.allocate((manifest.slots, INPAINT_LANES, *self.latent_shape), np.float32, purpose=purpose)
-        self._staging = device.allocate((manifest.max_rows, *shape), np.float32, purpose=purpose)
-        height, width = self.latent_shape[1:]
-        features = (manifest.feature_channels, height, width)
-        purpose = f"features of {size}"
-        self._features = device.allocate((manifest.feature_places, *features), np.float32, purpose=purpose)
-        self._made_features = device.allocate((manifest.max_rows, *features), np.float32, purpose=purpose)
+        self._inputs = {
+            depth: inputs_of(graph, guidance_embedded=manifest.embeds_guidance)
+            for depth, graph in zip(DEPTHS, STEPS, strict=True)
+        }
+        pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
+        self._states = tuple(self._allocate_pool(pools["state"]) for _ in range(2))
+        self._staging = self._allocate_pool(pools["state"], S=manifest.max_rows)
+        self._pools = {"context": context} | {
+            name: self._allocate_pool(port) for name, port in pools.items() if name not in ("state", "context")
+        }
+        (features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
+        self._made_features = self._allocate_pool(features, R=manifest.max_rows)
         self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=True)}
         self._steps: dict[StepShape, _BoundStep] = {}
-        self._decode = [self._bind_decode(engines["decode"], n) for n in range(1, decode_chunk + 1)]
-        self._encode = self._bind_encode(engines["encode_image"])
+        staged = {"state": self._staging}
+        self._decode = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]
+        self._encode = self._bind("encode_image", engines, 1, {})
 
     @property
     def staging_places(self) -> int:
-        """How many pictures may finish before one is decoded."""
+        """How many images may finish before one is decoded."""
         return len(self._entries)
 
-    def take_slot(self, x: Latents, kept: InpaintLatents | None) -> int:
-        """Take a free slot and begin its picture with `x`, of which inpainting is to keep a part."""
-        # All of it is written: a predecessor's NaN would survive a zero coefficient.
+    def take_slot(self, x: Latents, inpaint: InpaintLatents | None) -> int:
+        """Take a free slot for an image that starts as `x`; `inpaint` keeps a part of its init image."""
+        # All of it is written: the NaN of an earlier image would survive a zero coefficient.
         lanes = np.zeros((LANES, *self.latent_shape), np.float32)
         lanes[0] = x
-        still = np.zeros((INPAINT_LANES, *self.latent_shape), np.float32)
-        if kept:
-            still[:] = kept.latents, kept.noise, np.broadcast_to(1 - kept.mask, self.latent_shape)
+        kept = np.zeros((INPAINT_LANES, *self.latent_shape), np.float32)
+        if inpaint:
+            keep_mask = np.broadcast_to(1 - inpaint.mask, self.latent_shape)
+            kept[:] = inpaint.latents, inpaint.noise, keep_mask
         slot = self._slots.pop()
         self._streams.steps.write(self._states[self._parity], lanes, at=slot)
-        self._streams.steps.write(self._kept, still, at=slot)
+        self._streams.steps.write(self._pools["inpaint"], kept, at=slot)
         return slot
 
     def take_feature_place(self) -> int:
@@ -182,9 +195,9 @@ class LatentPool:
         self._slots.extend(slots)
 
     def bind(self, plan: Plan) -> _BoundStep:
-        """The denoise engine for steps of the plan's shape; those that were bound first go when there are too many.
+        """The denoise engine for steps of the plan's shape; the oldest is dropped when too many are bound.
 
-        Where steps are padded there are as many shapes as were recorded, and none of them goes.
+        Where steps are padded there are as many shapes as were recorded, and none is dropped.
         """
         if plan.shape not in self._steps:
             if not self._device.pads and len(self._steps) == _MOST_BOUND:
@@ -199,7 +212,7 @@ class LatentPool:
         bound.plan.write(plan, steps)
         bound.calls[self._parity].launch()
         for row, place in plan.feature_copies:
-            steps.copy(self._made_features, self._features, source_at=row, at=place)
+            steps.copy(self._made_features, self._pools["features"], source_at=row, at=place)
         self._parity ^= 1
 
     def read(self, slot: int) -> Reading:
@@ -244,43 +257,51 @@ class LatentPool:
 
     def _encode_with(self, image: Image, noise: Latents) -> Reading:
         bound, arrivals = self._encode, self._streams.arrivals
-        arrivals.write(bound.image, image[None])
-        arrivals.write(bound.noise, noise[None])
+        arrivals.write(bound.buffers["images"], image[None])
+        arrivals.write(bound.buffers["noise"], noise[None])
         bound.call.launch()
-        return arrivals.read(bound.latents)
+        return arrivals.read(bound.buffers["latents"])
 
     def _decode_some(self, entries: Sequence[int]) -> Decoded:
         bound, departures = self._decode[len(entries) - 1], self._streams.departures
-        departures.write(bound.slot, np.array(entries))
+        departures.write(bound.buffers["slot"], np.array(entries))
         bound.call.launch()
-        return Decoded(departures.read(bound.images), departures.read(bound.is_finite))
+        return Decoded(departures.read(bound.buffers["images"]), departures.read(bound.buffers["is_finite"]))
+
+    def _allocate_pool(self, port: Port, **sizes: int) -> Buffer:
+        """A pool at its neutral value, with `sizes` in place of the model's."""
+        dims = {**self._dims, **sizes}
+        purpose = f"features of {self.size}" if "f" in port.dims else f"state of {self.size}"
+        buffer = self._device.allocate(port.shape(dims), port.dtype, purpose=purpose)
+        if port.fill:  # memory is allocated as zeros
+            self._streams.steps.write(buffer, neutral(port, dims))
+        return buffer
 
     def _bind_step(self, plan: Plan) -> _BoundStep:
-        memory = PlanMemory(self._device, plan, self.latent_shape)
-        pools = {"context": self._context, "kept": self._kept, "features": self._features}
-        if plan.shape.depth == "full":  # then they are made
-            shape = (plan.shape.rows, *self._made_features.shape[1:])
+        images, rows, chunks, depth = plan.shape
+        ports = self._inputs[depth]
+        memory = PlanMemory(self._device, ports, {**self._dims, "B": images, "R": rows, "L": chunks})
+        pools = {port.name: self._pools[port.name] for port in ports if port.name in self._pools}
+        if depth == "full":
+            shape = (rows, *self._made_features.shape[1:])
             pools["features"] = self._made_features.view(shape, np.float32, offset=0)
         there, back = (
-            self._denoise[plan.shape.depth].bind({**memory.buffers, **pools, "state": current, "state_next": following})
+            self._denoise[depth].bind({**memory.buffers, **pools, "state": current, "state_next": following})
             for current, following in (self._states, self._states[::-1])
         )
         return _BoundStep(memory, (there, back))
 
-    def _bind_decode(self, engine: Engine, n: int) -> _BoundDecode:
-        purpose = f"pictures of {self.size}"
-        slot = self._device.allocate((n,), np.int64, purpose=purpose)
-        images = self._device.allocate((n, self.size.height, self.size.width, 3), np.uint8, purpose=purpose)
-        sound = self._device.allocate((n,), np.float32, purpose=purpose)
-        call = engine.bind({"state": self._staging, "slot": slot, "images": images, "sound": sound})
-        return _BoundDecode(slot, images, sound, call)
-
-    def _bind_encode(self, engine: Engine) -> _BoundEncode:
-        purpose = f"pictures of {self.size}"
-        image = self._device.allocate((1, self.size.height, self.size.width, 3), np.uint8, purpose=purpose)
-        noise = self._device.allocate((1, *self.latent_shape), np.float32, purpose=purpose)
-        latents = self._device.allocate((1, *self.latent_shape), np.float32, purpose=purpose)
-        return _BoundEncode(image, noise, latents, engine.bind({"images": image, "noise": noise, "latents": latents}))
+    def _bind(
+        self, graph: GraphName, engines: Mapping[GraphName, Engine], n: int, pools: Mapping[str, Buffer]
+    ) -> _BoundCall:
+        """Bind `graph` for `n` images, over `pools` and memory of its own for the other inputs and outputs."""
+        sizes = {**self._dims, "n": n}
+        buffers = {
+            port.name: self._device.allocate(port.shape(sizes), port.dtype, purpose=f"pictures of {self.size}")
+            for port in (*inputs_of(graph), *OUTPUTS[graph])
+            if port.name not in pools
+        }
+        return _BoundCall(buffers, engines[graph].bind({**buffers, **pools}))
 
 
 def encoded(reading: Reading) -> Latents:

@@ -1,4 +1,4 @@
-"""The plan of one step: the few kilobytes that tell the device what to do. Pure numbers."""
+"""The plan of one step: the few kilobytes of indices and coefficients that the host writes for it. Pure numbers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from engines.schedulers import NUMBERS
 from server.requests.request import Depth, Request
 from server.runtime.noise import NoiseGenerator
 
-_STILL = np.zeros(NUMBERS, np.float32)  # a step that changes nothing
+_PADDING = np.zeros(NUMBERS, np.float32)  # the scheduler's numbers for an image of the spare slot
 
-
-RowConditioning = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
+# The context rows and the guidance weight of each UNet row of one image.
+RowConditioning = tuple[tuple[tuple[int, ...], float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Placement:
     hold: ExitStack  # frees all of it
 
     @property
-    def rows(self) -> RowConditioning:
-        """Of the next step."""
+    def conditioning(self) -> RowConditioning:
+        """The UNet rows of each image in the next step."""
         return self._guided if self.request.guided[self.request.step] else self._unguided
 
     @cached_property
@@ -50,40 +50,40 @@ class Placement:
 
     @property
     def draws(self) -> bool:
-        """Whether the next step takes fresh noise."""
+        """Whether the next step needs fresh noise."""
         return self.request.table.steps[self.request.step].draws
 
 
 class StepShape(NamedTuple):
-    """How large a step's inputs are; engines are bound once for each."""
+    """The sizes of a step's inputs; engines are bound once for each."""
 
     images: int
-    rows: int  # of the UNet
-    chunks: int  # of prompts, that each row is told
+    rows: int  # UNet rows
+    chunks: int  # chunks of a prompt per row
     depth: Depth = "full"
 
 
 class RowLayout(NamedTuple):
-    """Who has which image and which rows of a step: the same from step to step until somebody comes or goes."""
+    """Which image and which rows of a step belong to whom: the same from step to step until requests change."""
 
-    told: Sequence[tuple[Placement, RowConditioning]]
-    rows: int  # that somebody asked for; the shape's others only fill it up
+    conditioning: Sequence[tuple[Placement, RowConditioning]]
+    rows: int  # UNet rows of requests; the shape's others are padding
     shape: StepShape
     arrays: dict[str, Array]
-    feature_copies: tuple[tuple[int, int], ...]  # rows of which the features are kept, and in which places
+    feature_copies: tuple[tuple[int, int], ...]  # (row, place) for each row whose features are kept after the step
 
 
 class Plan(NamedTuple):
-    """One step's inputs to the denoise graph, without `noise` where no request draws any; see `engines.contract`."""
+    """One step's inputs by the names of `engines.contract`; `noise` only if a request draws it."""
 
     placements: Sequence[Placement]
     layout: RowLayout
-    finishing: tuple[Request, ...]  # whose last step it is
+    finishing: tuple[Request, ...]  # requests whose last step it is
     arrays: dict[str, Array]
 
     @property
     def rows(self) -> int:
-        """Of the UNet, that somebody asked for."""
+        """UNet rows of requests, without padding."""
         return self.layout.rows
 
     @property
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
 
     @property
     def feature_copies(self) -> tuple[tuple[int, int], ...]:
-        """Rows of which the features are kept, and in which places."""
+        """(row, place) for each row whose features are kept after the step."""
         return self.layout.feature_copies
 
     def __str__(self) -> str:
@@ -101,14 +101,14 @@ class Plan(NamedTuple):
 
 
 def step_shape(placements: Sequence[Placement]) -> StepShape:
-    """What one step of all `placements`, which are due for one of the same depth, takes."""
+    """The shape of one step of all `placements`, which are due for a step of the same depth, without padding."""
     images = rows = 0
     chunks = set[int]()
     for placement in placements:
-        told = placement.rows
+        conditioning = placement.conditioning
         images += len(placement.slots)
-        rows += len(placement.slots) * len(told)
-        chunks.update([len(prompt) for prompt, _weight in told])
+        rows += len(placement.slots) * len(conditioning)
+        chunks.update([len(prompt) for prompt, _weight in conditioning])
     return StepShape(images, rows, math.lcm(*chunks), placements[0].request.depth)
 
 
@@ -121,21 +121,21 @@ def make_plan(
     embeds_guidance: bool = False,
     before: RowLayout | None = None,
 ) -> Plan:
-    """Plan the next step of every placed request, filled up to `shape`; `latent_shape` is [channels, h, w].
+    """Plan the next step of every placed request, padded to `shape`; `latent_shape` is [channels, h, w].
 
-    What fills up is images of the slot `spare`, with features of the place of that number: nobody owns either.
-    `before` is how those of an earlier plan with the same `spare` were seated, and is kept where they are the same.
+    Padding is images of the slot `spare`, and rows with the features of the place of that number: no request owns
+    either. `before` is the layout of an earlier plan with the same `spare`, and is reused if nothing in it changed.
     Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
     """
-    told = [(placement, placement.rows) for placement in placements]
-    if before and before.told == told and before.shape == shape:
+    conditioning = [(placement, placement.conditioning) for placement in placements]
+    if before and before.conditioning == conditioning and before.shape == shape:
         layout = before
     else:
-        layout = _lay_out(told, shape, spare=spare, embeds_guidance=embeds_guidance)
+        layout = _lay_out(conditioning, shape, spare=spare, embeds_guidance=embeds_guidance)
     numbers = [
         placement.request.table.numbers[placement.request.step] for placement in placements for _slot in placement.slots
     ]
-    numbers += [_STILL] * (shape.images - len(numbers))
+    numbers += [_PADDING] * (shape.images - len(numbers))
     by_image = np.concatenate(numbers).reshape(shape.images, NUMBERS)
     arrays: dict[str, Array] = {
         **layout.arrays,
@@ -151,24 +151,24 @@ def make_plan(
 
 
 def _lay_out(
-    told: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int, embeds_guidance: bool
+    conditioning: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int, embeds_guidance: bool
 ) -> RowLayout:
-    """Give every image its place in the step, and every row its image and prompt."""
+    """Assign every image its position in the step, and every row its image and prompt."""
     images, rows, chunks, depth = shape
-    # Lists grow by image and by row, and are arrays at once: as many assignments to arrays take several times as long.
+    # Lists grow by image and by row, and become arrays at once: piecewise assignment takes several times as long.
     slots: list[int] = []
     row_image: list[int] = []
     contexts: list[tuple[int, ...]] = []
     weights: list[float] = []
-    for placement, prompts in told:
+    for placement, prompts in conditioning:
         for slot in placement.slots:
             for prompt, weight in prompts:
                 row_image.append(len(slots))
-                contexts.append(prompt * (chunks // len(prompt)))  # attention does not notice whole repetitions
+                contexts.append(prompt * (chunks // len(prompt)))  # attention is the same over whole repetitions
                 weights.append(weight)
             slots.append(slot)
     spare_rows = rows - len(contexts)
-    # Never more images than rows: where rows are spare, so is the last image, whose they are.
+    # There are never more images than rows, so where rows are spare, the last image is spare too: they belong to it.
     of_image = np.array(row_image + [images - 1] * spare_rows, np.int64)
     guidance = np.zeros((images, rows), np.float32)
     guidance[of_image, np.arange(rows)] = weights + [0.0] * spare_rows
@@ -178,31 +178,33 @@ def _lay_out(
         "row_context": np.array(contexts + [(0,) * chunks] * spare_rows, np.int64),
         "guidance": guidance,
     }
-    places = _feature_places(told, spare)
+    places = _feature_places(conditioning, spare)
     if depth == "shallow":
         arrays["row_feature"] = np.array(places + [spare] * spare_rows, np.int64)
     if embeds_guidance:
-        scales = [one.request.params.guidance_scale - 1 for one, prompts in told for _ in one.slots for _ in prompts]
+        scales = [
+            placement.request.params.guidance_scale - 1
+            for placement, prompts in conditioning
+            for _row in range(len(placement.slots) * len(prompts))
+        ]
         arrays["guidance_embedded"] = np.array(scales + [0.0] * spare_rows, np.float32)
-    feature_copies = (
-        tuple([(row, place) for row, place in enumerate(places) if place != spare]) if depth == "full" else ()
-    )
-    return RowLayout(told, len(contexts), shape, arrays, feature_copies)
+    kept = [(row, place) for row, place in enumerate(places) if place != spare] if depth == "full" else ()
+    return RowLayout(conditioning, len(contexts), shape, arrays, tuple(kept))
 
 
-def _feature_places(told: Sequence[tuple[Placement, RowConditioning]], spare: int) -> list[int]:
-    """Of each row, `spare` where none are kept; nothing at all if that goes for everybody."""
-    if not any(placement.features for placement, _prompts in told):
+def _feature_places(conditioning: Sequence[tuple[Placement, RowConditioning]], spare: int) -> list[int]:
+    """The feature place of each row, `spare` where none is kept; empty if no request keeps features."""
+    if not any(placement.features for placement, _prompts in conditioning):
         return []
     places: list[int] = []
-    for placement, prompts in told:
+    for placement, prompts in conditioning:
         for image in placement.features or [(spare,) * len(prompts)] * len(placement.slots):
             places += image[: len(prompts)]
     return places
 
 
 def _draw(placements: Sequence[Placement], shape: tuple[int, ...]) -> Array:
-    """Fresh noise of `shape`, [images, channels, h, w] f32, for the images that draw any."""
+    """Fresh noise of `shape`, [images, channels, h, w] f32, zero for images that draw none."""
     noise = np.zeros(shape, np.float32)
     image = 0
     for placement in placements:

@@ -30,7 +30,7 @@ def step_inputs(manifest: Manifest, *, width: int, height: int, chunks: int) -> 
     return {
         "state": random.standard_normal((1, LANES, *latents), np.float32),
         "context": random.standard_normal((MAX_CHUNKS, context.tokens, context.width), np.float32),
-        "kept": np.zeros((1, INPAINT_LANES, *latents), np.float32),
+        "inpaint": np.zeros((1, INPAINT_LANES, *latents), np.float32),
         "noise": np.zeros((1, *latents), np.float32),
         "slot": np.zeros(1, np.int64),
         "row_image": np.zeros(ROWS, np.int64),

@@ -70,12 +70,6 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 _TOLD = {"tcd": {"eta": 0.3}}
 
 
-def psnr(one: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures in 0..255, in dB."""
-    error = float(np.mean((one - other) ** 2))
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
-
-
 def load_pipeline(checkpoint: Path) -> Any:
     """diffusers' own pipeline over the checkpoint, in FP32."""
     with warnings.catch_warnings():

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engines.accuracy import psnr
 from engines.manifest import Manifest
-from tests.support.references import draw, load_pipeline, psnr
+from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
 

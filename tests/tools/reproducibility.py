@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from engines.accuracy import IDENTICAL, psnr
 from engines.manifest import Manifest
 from engines.schedulers import METHODS
-from tests.support.references import Pixels, draw, load_pipeline, psnr
+from tests.support.references import Pixels, draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
 Pictures = Sequence[Pixels]
@@ -46,9 +47,9 @@ def drawn(serving: Serving, asked: Sequence[dict[str, Any]], *, crowd: int = 1, 
 
 def row(name: str, one: Pictures, other: Pictures) -> str:
     found = [psnr(*pair) for pair in zip(one, other, strict=True)]
-    identical = sum(value == float("inf") for value in found)
+    identical = sum(value == IDENTICAL for value in found)
     least, median = (
-        "identical" if value == float("inf") else f"{value:.1f} dB" for value in (min(found), statistics.median(found))
+        "identical" if value == IDENTICAL else f"{value:.1f} dB" for value in (min(found), statistics.median(found))
     )
     return f"| {name} | {least} | {median} | {identical} of {len(found)} |\n"
 

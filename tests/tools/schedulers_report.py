@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import diffusers
 
+from engines.accuracy import IDENTICAL
 from engines.manifest import Manifest, NoiseSchedule
 from engines.schedulers import METHODS, NAMES, Spacing, find, levels, table
 from tests.support.references import load_pipeline
@@ -65,7 +66,7 @@ def milliseconds(name: str, *, repeats: int = 20) -> float:
 def end_to_end(name: str, serving: Serving, pipeline: Any, manifest: Manifest) -> str:
     """The least PSNR of the served pictures of a bundle beside those of diffusers in FP32, by the model's defaults."""
     found = [distance(serving, pipeline, manifest, scheduler=name, seed=seed) for seed in SEEDS]
-    return "identical" if min(found) == float("inf") else f"{min(found):.0f} dB"
+    return "identical" if min(found) == IDENTICAL else f"{min(found):.0f} dB"
 
 
 def row(name: str, served: str) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def test_the_manifest_holds_the_checkpoints_facts(manifest: Manifest) -> None:
     assert manifest.graphs["denoise"].inputs[0].shape == ("S", 5, 4, "h", "w")
     assert [(one.name, one.dtype) for one in manifest.graphs["decode"].outputs] == [
         ("images", "uint8"),
-        ("sound", "float32"),
+        ("is_finite", "float32"),
     ]
 
 

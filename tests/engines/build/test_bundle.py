@@ -14,11 +14,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import build_engines
+from engines.accuracy import psnr
 from engines.backends.openvino import openvino
 from engines.contract import GRAPHS
 from engines.manifest import Build, File, Manifest
 from tests import ROOT
-from tests.support.references import draw, load_pipeline, psnr
+from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
 

@@ -95,7 +95,7 @@ def steps(denoise: Loaded, prompts: tuple[str, ...], *, seed: int) -> Iterator[t
         "row_context": np.stack([each + 1, 0 * each], axis=1).reshape(-1, 1),
         "guidance": np.kron(np.eye(images), [[GUIDANCE, 1 - GUIDANCE]]).astype(np.float32),
         "scale": np.ones(images, np.float32),
-        "kept": np.zeros((images, INPAINT_LANES, *LATENTS), np.float32),
+        "inpaint": np.zeros((images, INPAINT_LANES, *LATENTS), np.float32),
         "level": np.zeros((images, 2), np.float32),
     }
     for way in ways.steps:
@@ -117,9 +117,9 @@ def pictures(denoise: Loaded) -> Array:
     *_, (_inputs, state) = steps(denoise, DRAWN, seed=5)
     slots = np.arange(len(DRAWN))
     decode = Loaded("onnxruntime", DEMO / "onnx" / "decode.onnx")
-    images, sound = np.empty((len(DRAWN), 64, 64, 3), np.uint8), np.empty(len(DRAWN), np.float32)
-    made = decode({"state": state, "slot": slots}, {"images": images, "sound": sound})
-    assert made["sound"].all()
+    images, is_finite = np.empty((len(DRAWN), 64, 64, 3), np.uint8), np.empty(len(DRAWN), np.float32)
+    made = decode({"state": state, "slot": slots}, {"images": images, "is_finite": is_finite})
+    assert made["is_finite"].all()
     return made["images"].astype(np.float64)
 
 
@@ -142,7 +142,7 @@ def test_any_rows_and_sizes(exact: Loaded, int8: Loaded, images: int, rows: int,
         "slot": random.permutation(6)[:images],
         "row_image": random.integers(images, size=rows),
         "row_context": random.integers(5, size=(rows, 2)),
-        "kept": np.zeros((6, INPAINT_LANES, 4, h, w), np.float32),
+        "inpaint": np.zeros((6, INPAINT_LANES, 4, h, w), np.float32),
         "level": np.zeros((images, 2), np.float32),
         "timestep": random.uniform(0, 999, rows).astype(np.float32),
         "guidance": random.standard_normal((images, rows), np.float32),

@@ -1,4 +1,4 @@
-"""Decoding tells which pictures are sound, in every backend, and one that is not leaves the others as they were."""
+"""Decoding returns which images are finite, in every backend, and one that is not leaves the others as they were."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def state() -> Array:
 
 
 def run(decode: Loaded, state: Array) -> tuple[Array, Array]:
-    images, sound = np.empty((3, 2 * SIDE, 2 * SIDE, 3), np.uint8), np.empty(3, np.float32)
-    made = decode({"state": state, "slot": DECODED}, {"images": images, "sound": sound})
-    return made["images"], made["sound"]
+    images, is_finite = np.empty((3, 2 * SIDE, 2 * SIDE, 3), np.uint8), np.empty(3, np.float32)
+    made = decode({"state": state, "slot": DECODED}, {"images": images, "is_finite": is_finite})
+    return made["images"], made["is_finite"]
 
 
-def test_pictures_of_numbers_are_sound(decode: Loaded) -> None:
-    images, sound = run(decode, state())
-    assert sound.tolist() == [1, 1, 1]
+def test_images_of_finite_latents_are_finite(decode: Loaded) -> None:
+    images, is_finite = run(decode, state())
+    assert is_finite.tolist() == [1, 1, 1]
     assert images.std() > 3
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
-def test_a_picture_that_is_not_sound_is_told_and_leaves_the_others(decode: Loaded, value: float) -> None:
+def test_an_image_that_is_not_finite_is_marked_and_leaves_the_others(decode: Loaded, value: float) -> None:
     """The last is a number, from which the VAE makes none."""
     latents, broken = state(), state()
     broken[0, 0, 1, 4, 4] = value
-    images, sound = run(decode, broken)
-    assert sound.tolist() == [1, 0, 1]
+    images, is_finite = run(decode, broken)
+    assert is_finite.tolist() == [1, 0, 1]
     np.testing.assert_array_equal(images[[0, 2]], run(decode, latents)[0][[0, 2]])
 
 

@@ -49,7 +49,7 @@ def random_plan(
     return {
         "state": normal(SLOTS, LANES, 4, h, w),
         "context": normal(PROMPTS, TOKENS, WIDTH),
-        "kept": np.concatenate([normal(SLOTS, INPAINT_LANES - 1, 4, h, w), normal(SLOTS, 1, 4, h, w) > 0], axis=1),
+        "inpaint": np.concatenate([normal(SLOTS, INPAINT_LANES - 1, 4, h, w), normal(SLOTS, 1, 4, h, w) > 0], axis=1),
         "noise": normal(images, 4, h, w),
         "slot": rng.permutation(SLOTS)[:images],
         "row_image": rng.integers(images, size=rows),
@@ -95,9 +95,9 @@ def stepped(plan: dict[str, Array], outputs: list[Array]) -> Array:
         terms = [before[0], model, plan["noise"][image], *before[1:-1]]
         for lane in range(LANES):
             state[slot, lane] = sum(c * term for c, term in zip(plan["coef"][image, lane], terms, strict=True))
-        latents, noise, still = plan["kept"][slot]
+        latents, noise, keep_mask = plan["inpaint"][slot]
         signal, sigma = plan["level"][image]
-        state[slot, 0] = np.where(still > 0, signal * latents + sigma * noise, state[slot, 0])
+        state[slot, 0] = np.where(keep_mask > 0, signal * latents + sigma * noise, state[slot, 0])
     return state
 
 
@@ -125,7 +125,7 @@ def test_a_repeated_prompt_is_the_prompt(denoise: Loaded) -> None:
 
 def test_nothing_kept_changes_nothing(denoise: Loaded) -> None:
     plan = random_plan(np.random.default_rng(5), images=2, rows=3, h=8, w=8)
-    plan["kept"][:] = 0
+    plan["inpaint"][:] = 0
     levels = (plan | {"level": level} for level in (plan["level"], 0 * plan["level"]))
     one, other = (run(denoise, each) for each in levels)
     assert np.array_equal(one, other)
@@ -150,7 +150,7 @@ def test_padding_to_a_bucket_changes_nothing(denoise: Loaded) -> None:
     plan = random_plan(np.random.default_rng(1), images=2, rows=3, h=8, w=8)
     scratch = next(slot for slot in range(SLOTS) if slot not in plan["slot"])
     padded = random_plan(np.random.default_rng(2), images=4, rows=8, h=8, w=8)
-    padded |= {"state": plan["state"], "context": plan["context"], "kept": plan["kept"]}
+    padded |= {"state": plan["state"], "context": plan["context"], "inpaint": plan["inpaint"]}
     padded["slot"][2:] = scratch
     for name in ("noise", "slot", "scale", "coef", "level"):
         padded[name][:2] = plan[name]

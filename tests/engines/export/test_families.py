@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 import build_engines
+from engines.accuracy import psnr
 from engines.manifest import Manifest
 from tests.support.ldm import write_single_file
-from tests.support.references import draw, load_pipeline, psnr
+from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 from tests.support.tiny import make_checkpoint
 

@@ -12,8 +12,9 @@ import PIL.Image
 import pytest
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
+from engines.accuracy import psnr
 from engines.schedulers import METHODS
-from tests.support.references import draw, load_pipeline, psnr
+from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
 WISH: dict[str, Any] = {"prompt": "a red cat on a blue hill", "negative_prompt": "rain", "num_inference_steps": 10}

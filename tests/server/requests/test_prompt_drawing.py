@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.references import draw, load_pipeline, psnr
+from engines.accuracy import psnr
+from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 from tests.support.tiny import TOKENS
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from benchmarks.spans import read_trace
+from engines.accuracy import psnr
 from engines.errors import DeviceLost, EngineError
 from server.requests.request import DEPTHS, Image, Request
 from server.runtime import watchdog
 from server.runtime.trace import Trace
 from tests.support.executing import Asked
 from tests.support.machines import FakeMachine, Machine
-from tests.support.references import psnr
 
 CROWD: list[dict[str, Any]] = [
     {"seed": 1, "num_inference_steps": 6, "scheduler": "ddim"},
@@ -32,7 +32,7 @@ CROWD: list[dict[str, Any]] = [
 
 
 def alike(image: Image, other: Image) -> bool:
-    return psnr(image.astype(np.float64), other.astype(np.float64)) >= 50
+    return psnr(image, other) >= 50
 
 
 def test_everyone_gets_the_picture_they_would_get_alone(machine: Machine) -> None:

@@ -1,16 +1,24 @@
-"""A plan's way to the device."""
+"""How a plan's arrays reach the device."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
+from engines import contract
+from engines.backends.device import Buffer, Call
 from engines.backends.onnxruntime import OnnxRuntimeDevice
-from engines.contract import LANES, TERMS, Array
-from server.runtime.latent_pool import PlanMemory
-from server.runtime.plan import Plan, RowLayout, StepShape
+from engines.contract import GRAPHS, LANES, STEPS, TERMS, Array, GraphName, Port, inputs_of
+from engines.manifest import Manifest
+from server.requests.request import DEPTHS, Depth
+from server.runtime.latent_pool import LatentPool, PlanMemory, Streams
+from server.runtime.plan import Plan, RowLayout, StepShape, make_plan
+from tests.support.contracts import with_inputs
 
 LATENT = (4, 8, 8)
+SIZES = {"B": 2, "R": 3, "L": 1, "c": 4, "h": 8, "w": 8}
 
 
 def plan(value: float, *, noise: bool) -> Plan:
@@ -27,10 +35,10 @@ def plan(value: float, *, noise: bool) -> Plan:
 
 
 @pytest.mark.parametrize("first_draws", [False, True])
-def test_plans_of_one_shape_share_their_memory_whoever_draws_noise(*, first_draws: bool) -> None:
+def test_plans_of_one_shape_share_their_memory_whichever_draws_noise(*, first_draws: bool) -> None:
     device = OnnxRuntimeDevice(threads=1)
     stream = device.stream("steps")
-    memory = PlanMemory(device, plan(0, noise=first_draws), LATENT)
+    memory = PlanMemory(device, inputs_of("denoise"), SIZES)
     noise = 0.0
     for value, draws in ((1.0, first_draws), (2.0, not first_draws), (3.0, first_draws)):
         given = plan(value, noise=draws)
@@ -38,3 +46,71 @@ def test_plans_of_one_shape_share_their_memory_whoever_draws_noise(*, first_draw
         noise = value if draws else noise
         for name, array in {**given.arrays, "noise": np.full((2, *LATENT), noise, np.float32)}.items():
             np.testing.assert_array_equal(stream.read(memory.buffers[name]).result(), array, err_msg=name)
+
+
+def test_inputs_that_plans_do_not_give_stay_neutral() -> None:
+    device = OnnxRuntimeDevice(threads=1)
+    stream = device.stream("steps")
+    scale = Port("adapter_scale", "float32", ("R", 2), role="plan", fill=1)
+    memory = PlanMemory(device, (*inputs_of("denoise_shallow"), scale), SIZES)
+    for _ in range(2):
+        memory.write(plan(5, noise=False), stream)
+        np.testing.assert_array_equal(stream.read(memory.buffers["adapter_scale"]).result(), np.ones((3, 2)))
+        np.testing.assert_array_equal(stream.read(memory.buffers["row_feature"]).result(), np.zeros(3))
+
+
+def test_a_plan_gives_only_inputs_of_the_graph() -> None:
+    device = OnnxRuntimeDevice(threads=1)
+    memory = PlanMemory(device, inputs_of("denoise"), SIZES)
+    unknown = plan(1, noise=False)
+    unknown.arrays["row_feature"] = np.zeros(3, np.int64)
+    with pytest.raises(KeyError, match="row_feature"):
+        memory.write(unknown, device.stream("steps"))
+
+
+class Recorder:
+    """An engine that computes nothing, and remembers its buffers."""
+
+    def __init__(self) -> None:
+        self.bound: list[Mapping[str, Buffer]] = []
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Call:
+        self.bound.append(buffers)
+        return self
+
+    def launch(self) -> None: ...
+
+
+@pytest.mark.parametrize("depth", ["full", "shallow"])
+def test_memory_follows_the_inputs_that_are_declared(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, depth: Depth
+) -> None:
+    """A pool and an input of the plan that nobody fills are bound, at their neutral values."""
+    scale = Port("row_scale", "float32", ("R", 2), role="plan", fill=1)
+    control = Port("control", "float32", ("S", "c", "h", "w"), role="pool", fill=0.5)
+    for graph in STEPS:
+        monkeypatch.setitem(contract.INPUTS, graph, (*contract.INPUTS[graph], scale, control))
+    declared, device = with_inputs(manifest, scale, control), OnnxRuntimeDevice(threads=1)
+    stream = device.stream("all")
+    engines: dict[GraphName, Recorder] = {name: Recorder() for name in GRAPHS}
+    context = device.allocate((declared.context_rows, declared.context.tokens, declared.context.width), np.float32)
+    pool = LatentPool(
+        declared.resolutions[0],
+        declared,
+        engines=engines,
+        device=device,
+        streams=Streams(stream, stream, stream),
+        context=context,
+        decode_chunk=1,
+    )
+    pool.step(make_plan((), pool.latent_shape, shape=StepShape(2, 4, 1, depth), spare=pool.spare))
+    graph = STEPS[DEPTHS.index(depth)]
+    there, back = engines[graph].bound
+    for bound in (there, back):
+        ports = (*inputs_of(graph), *contract.OUTPUTS[graph])
+        assert bound.keys() == {port.name for port in ports}
+        np.testing.assert_array_equal(stream.read(bound["row_scale"]).result(), np.ones((4, 2)))
+        filled = stream.read(bound["control"]).result()
+        np.testing.assert_array_equal(filled, np.full((declared.slots, *pool.latent_shape), 0.5))
+    assert there["state"] is back["state_next"]
+    assert there["state_next"] is back["state"]

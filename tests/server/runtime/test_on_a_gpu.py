@@ -8,15 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from engines.accuracy import psnr
 from engines.backends.cuda import open_cuda
 from engines.backends.registry import open_device
 from engines.manifest import Manifest
 from tests.support.gpus import on_a_gpu
 from tests.support.machines import Machine
-from tests.support.references import psnr
 
 pytestmark = pytest.mark.parametrize(
     "backend", [on_a_gpu(one) for one in ("tensorrt", "tensorrt_rtx", "onnxruntime_cuda")]
@@ -37,7 +36,7 @@ def test_every_bucket_draws_what_the_cpu_draws_in_fp32(real: Machine, cpu: Machi
         drawn = [running.ask(**wish).images() for wish in wishes]  # one after the other, so each fills its bucket
     for rows, pictures, references in zip(buckets, drawn, expected, strict=True):
         for picture, reference in zip(pictures, references, strict=True):
-            assert psnr(picture.astype(np.float64), reference.astype(np.float64)) >= 35, f"{rows} rows"
+            assert psnr(picture, reference) >= 35, f"{rows} rows"
 
 
 def test_a_thousand_requests_leave_memory_as_it_was(real: Machine) -> None:

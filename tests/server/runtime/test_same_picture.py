@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from engines.accuracy import psnr
 from engines.schedulers import METHODS
-from tests.support.references import CLASSES, draw, load_pipeline, psnr
+from tests.support.references import CLASSES, draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
 LONGER = ["", "", " BREAK a red cat", " BREAK a blue hill BREAK in the rain", " and two old boats in the rain" * 8]

@@ -1,4 +1,4 @@
-"""The figures of verification are Polygraphy's, and what is no number is no picture."""
+"""The figures of differences are Polygraphy's, and values that are not finite are errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-from engines.build.verify import VerificationError, difference_of, psnr, tolerance, worst_difference
+from engines.accuracy import IDENTICAL, AccuracyError, difference_of, psnr, tolerance, worst_difference
 from engines.contract import Array, TensorSpec
 
 
@@ -24,29 +24,33 @@ def test_the_figures_are_polygraphys() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_output_that_is_no_number_is_an_error(value: float) -> None:
-    with pytest.raises(VerificationError, match="NaN or infinity"):
+def test_an_output_that_is_not_finite_is_an_error(value: float) -> None:
+    with pytest.raises(AccuracyError, match="NaN or infinity"):
         difference_of(np.array([0.0, value]), np.zeros(2))
 
 
-def test_of_several_outputs_the_worst_counts() -> None:
-    """In as many pictures as there is a reference for; one that is told wrongly to be sound exceeds every tolerance."""
-    right: dict[str, Array] = {"images": np.full((2, 4, 4, 3), 255, np.uint8), "sound": np.ones(2, np.float32)}
+def test_the_worst_of_several_outputs_counts() -> None:
+    """Over as many images as there is a reference for; a wrong `is_finite` exceeds every tolerance."""
+    right: dict[str, Array] = {"images": np.full((2, 4, 4, 3), 255, np.uint8), "is_finite": np.ones(2, np.float32)}
     first = {name: array[:1] for name, array in right.items()}
     assert worst_difference(right, first).largest == 0
     assert worst_difference(right | {"images": right["images"] - np.uint8(1)}, first).largest == 1 / 255
-    assert worst_difference(right | {"sound": 1 - right["sound"]}, first).largest == 1
+    assert worst_difference(right | {"is_finite": 1 - right["is_finite"]}, first).largest == 1
 
 
-def test_rounding_explains_two_levels_of_a_picture() -> None:
-    image, sound = TensorSpec("images", "uint8", ("n", 3)), TensorSpec("sound", "float32", ("n",))
+def test_rounding_explains_two_levels_of_an_image() -> None:
+    image, finite = TensorSpec("images", "uint8", ("n", 3)), TensorSpec("is_finite", "float32", ("n",))
     assert (
-        tolerance("fp32", [sound]) < 1 / 255 < tolerance("fp32", [image, sound]) < 3 / 255 < tolerance("fp16", [image])
+        tolerance("fp32", [finite])
+        < 1 / 255
+        < tolerance("fp32", [image, finite])
+        < 3 / 255
+        < tolerance("fp16", [image])
     )
 
 
-def test_psnr_is_what_the_word_means() -> None:
+def test_psnr_is_in_decibels() -> None:
     black = np.zeros((8, 8, 3), np.uint8)
-    assert psnr(black, black) == 999
+    assert psnr(black, black) == IDENTICAL
     assert psnr(black + np.uint8(1), black) == pytest.approx(48.13, abs=0.01)
     assert psnr(black + np.uint8(255), black) == pytest.approx(0)
