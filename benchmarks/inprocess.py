@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from benchmarks.policies import SwitchingBatcher
+from benchmarks.policies import SwitchablePolicy
 from benchmarks.spans import Span, Window, read_trace
 from engines.backends.available import check_fits
 from engines.backends.device import Device
@@ -21,19 +21,14 @@ from engines.errors import EngineError
 from engines.manifest import Manifest
 from loadtest.arrivals import Arrival
 from server.requests.errors import BrokenPicture, Cancelled, NotReady
-from server.requests.intake import Intake
 from server.requests.request import Completed, Event, Failed, Request
 from server.requests.schemas import GenerateRequest
-from server.requests.tokenizer import Tokenizer
-from server.runtime.executor import Executor
-from server.runtime.metrics import Metrics
-from server.runtime.pipeline import Pipeline
-from server.runtime.step_times import StepTimeModel
+from server.runtime.make import OnStatus, OpenedModel, make_runtime
 from server.runtime.trace import Trace
 
-_PATIENCE = 20  # the watchdog's, as in the server's settings
-_QUEUE = 100_000  # nobody is refused
-_LOOK = 1.0  # seconds between looks whether the executor lives
+_HANG_FACTOR = 20  # as in the server's settings
+_MAX_WAITING = 100_000  # no request is rejected
+_POLL = 1.0  # seconds between checks of the executor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +60,16 @@ class Served:
         backend: str,
         *,
         threads: int = 0,
-        decode_beside: bool = True,
+        overlap_decode: bool = True,
         trace: Path | None = None,
         device: Callable[[], Device] | None = None,
     ) -> None:
         """`device` opens another one than the backend's, for the same bundle."""
         self.manifest = manifest = Manifest.load(bundle)
         check_fits(manifest, backend, bundle)
-        tokenizer = Tokenizer(
-            bundle / manifest.tokenizer.file.path,
-            tokens=manifest.context.tokens,
-            pad=manifest.tokenizer.pad,
-            embeddings=manifest.tokenizer.embeddings,
-        )
-        self.step_times = StepTimeModel(max_rows=manifest.max_rows)
-        self.batcher = SwitchingBatcher(max_rows=manifest.max_rows, max_waiting=_QUEUE, work=self.step_times.work)
+        self.policy = SwitchablePolicy()
         self.rows_per_image = 1 if manifest.embeds_guidance else 2
         self.broken = 0
-        self._intake = Intake(manifest, tokenizer)
         self._traced = trace
         self._trace = Trace(trace, seconds=float("inf"))
         self._numbers = count()
@@ -91,30 +78,25 @@ class Served:
         self._failure: Exception | None = None
         self._open: set[Request] = set()
 
-        def load(_tell: Callable[[str], None]) -> Pipeline:
-            return Pipeline.load(
-                manifest,
-                bundle,
-                backend=backend,
-                device=device() if device else open_device(backend, threads=threads),
-                step_times=self.step_times,
-                trace=self._trace,
-                decode_beside=decode_beside,
-            )
+        def open_model(_on_status: OnStatus, _stopped: Callable[[], bool]) -> OpenedModel:
+            return OpenedModel(manifest, backend, device() if device else open_device(backend, threads=threads))
 
-        self._executor = Executor(
-            self.batcher,
-            load,
-            step_times=self.step_times,
+        self._runtime = make_runtime(
+            manifest,
+            bundle,
+            open_model=open_model,
+            max_waiting=_MAX_WAITING,
+            hang_factor=_HANG_FACTOR,
+            line=self.policy,
             trace=self._trace,
-            metrics=Metrics(max_rows=manifest.max_rows),
-            patience=_PATIENCE,
+            overlap_decode=overlap_decode,
             on_ready=self._on_ready,
             on_failure=self._on_failure,
         )
+        self.batcher, self.step_times = self._runtime.batcher, self._runtime.step_times
 
     def __enter__(self) -> Self:
-        self._executor.start()
+        self._runtime.executor.start()
         self._started.wait()
         self._check()
         return self
@@ -123,7 +105,7 @@ class Served:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.batcher.cancel()
-        self._executor.close()
+        self._runtime.executor.close()
 
     def draw(self, steps: int) -> float:
         """Ask for one picture, and wait for it: the seconds that took."""
@@ -154,13 +136,13 @@ class Served:
     def replay(self, arrivals: Sequence[Arrival], *, rows: int, by_request: bool) -> tuple[float, ...]:
         """Let callers come when they are due, whoever else waits: seconds from then to each one's picture."""
         ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-        self.batcher.max_rows, self.batcher.by_request = rows, by_request
+        self.batcher.max_rows, self.policy.by_request = rows, by_request
         start = time.perf_counter()
         for number, arrival in enumerate(arrivals):
             time.sleep(max(start + arrival.at - time.perf_counter(), 0))
             self._submit(arrival.steps, number, ended)
         done = {end.number: end.at for end in (self._next(ended) for _ in arrivals)}
-        self.batcher.max_rows, self.batcher.by_request = self.manifest.max_rows, False
+        self.batcher.max_rows, self.policy.by_request = self.manifest.max_rows, False
         return tuple(done[number] - start - arrival.at for number, arrival in enumerate(arrivals))
 
     def take_spans(self) -> tuple[Span, ...]:
@@ -171,7 +153,7 @@ class Served:
         self._trace.close()
         began = self._trace.began
         return tuple(
-            Span(span.lane, span.name, span.begin + began, span.end + began) for span in read_trace(self._traced)
+            Span(span.track, span.name, span.begin + began, span.end + began) for span in read_trace(self._traced)
         )
 
     def _submit(self, steps: int, number: int, ended: queue.SimpleQueue[Ended]) -> Request:
@@ -188,7 +170,7 @@ class Served:
             scheduler="lcm" if self.manifest.embeds_guidance else "ddim",
             seed=unique,
         )
-        request = self._intake.request(body, hear)
+        request = self._runtime.intake.request(body, hear)
         self._open.add(request)
         self.batcher.submit(request)
         return request
@@ -208,7 +190,7 @@ class Served:
         """Wait for somebody's end. Raises EngineError where the executor fails instead."""
         while True:
             try:
-                end = ended.get(timeout=_LOOK)
+                end = ended.get(timeout=_POLL)
             except queue.Empty:
                 self._check()
                 continue
@@ -231,7 +213,7 @@ class Served:
 
     def _check(self) -> None:
         if isinstance(self._failure, NotReady):  # what those who waited are told; the reason follows
-            self._failed.wait(timeout=_LOOK)
+            self._failed.wait(timeout=_POLL)
         if self._failure:
             raise EngineError(f"The executor failed: {self._failure}") from self._failure
 

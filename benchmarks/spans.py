@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-HOST, STEPS, DECODES = "executor", "steps", "departures"  # the lanes of server.trace
-_WORK = ("plan", "launch", "land")  # what the host does for every step
+HOST, STEPS, DECODES = "executor", "steps", "decode"  # the tracks of server.trace
+_WORK = ("plan", "launch", "complete")  # what the host does for every step
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """A piece of work. Times are seconds since the trace began."""
 
-    lane: str
+    track: str
     name: str
     begin: float
     end: float
@@ -33,9 +33,9 @@ Window = tuple[float, float]  # seconds since the trace began
 def read_trace(path: Path) -> tuple[Span, ...]:
     """The spans in a file that `server.runtime.trace` wrote, in the order in which they began."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     spans = (
-        Span(lanes[event["tid"]], event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
+        Span(tracks[event["tid"]], event["name"], event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
         for event in events
         if event["ph"] == "X"
     )
@@ -50,7 +50,7 @@ def inside(spans: Iterable[Span], window: Window) -> tuple[Span, ...]:
 
 def steps_in(spans: Iterable[Span]) -> tuple[Span, ...]:
     """The steps on the device."""
-    return tuple(span for span in spans if span.lane == STEPS)
+    return tuple(span for span in spans if span.track == STEPS)
 
 
 def rows_of(step: Span) -> int:
@@ -72,7 +72,7 @@ def host_per_step(spans: Iterable[Span]) -> float | None:
 
     What is done inside those spans, such as launching a decode, is in them; waiting for the device is not.
     """
-    host = [span for span in spans if span.lane == HOST and span.name in _WORK]
+    host = [span for span in spans if span.track == HOST and span.name in _WORK]
     launches = sum(span.name == "launch" for span in host)
     return sum(span.seconds for span in host) / launches if launches else None
 
@@ -80,12 +80,12 @@ def host_per_step(spans: Iterable[Span]) -> float | None:
 def waiting_share(spans: Iterable[Span], window: Window) -> float:
     """The part of `window` in which the host had nothing to do but wait for a step: 0 where the host is the limit."""
     begin, end = window
-    return sum(span.seconds for span in spans if span.lane == HOST and span.name == "wait") / (end - begin)
+    return sum(span.seconds for span in spans if span.track == HOST and span.name == "wait") / (end - begin)
 
 
 def by_company(spans: Sequence[Span]) -> tuple[list[float], list[float]]:
     """Seconds of the steps that had the device to themselves, and of those during which something was decoded."""
-    decodes = [span for span in spans if span.lane == DECODES]
+    decodes = [span for span in spans if span.track == DECODES]
     alone: list[float] = []
     beside: list[float] = []
     for step in steps_in(spans):

@@ -68,7 +68,7 @@ def _contenders(settings: Settings, manifest: Manifest) -> Sequence[str]:
         wanted = [backend for backend in wanted if backend not in ON_CPU]
     choice = choose([*wanted, *ON_CPU])
     if wanted and choice.backend != wanted[0]:
-        _log.warning("backend %s is not to be had (%s)", wanted[0], choice.why)
+        _log.warning("backend %s is unavailable (%s)", wanted[0], choice.why)
     if choice.backend in wanted:
         return [choice.backend]
     return [backend for backend in ON_CPU if unavailable_reason(backend) is None]
@@ -133,10 +133,10 @@ def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> i
     except OSError as error:
         _complain(f"{error.strerror}: choose another --host or --port.")
         return _FAILED_START
-    server = _Server(config, drain_seconds=settings.drain_seconds, cancel=service.batcher.cancel)
-    service.executor.start()
+    server = _Server(config, drain_seconds=settings.drain_seconds, cancel=service.runtime.batcher.cancel)
+    service.runtime.executor.start()
     server.run(sockets=[listener])
-    if service.executor.stuck:
+    if service.runtime.executor.hangs:
         logging.shutdown()
         os._exit(exit_code)  # an interpreter that ends in order would wait for the thread that hangs in the driver
     return exit_code

@@ -32,7 +32,7 @@ def make_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.executor.close()
+        service.runtime.executor.close()
         service.writers.shutdown(wait=False)
 
     app = FastAPI(
@@ -55,7 +55,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 async def _server_error(service: Service, _http: HttpRequest, error: ServerError) -> JSONResponse:
-    service.metrics.rejected(error)
+    service.runtime.metrics.rejected(error)
     return problem_response(problem(error), retry_after=error.retry_after)
 
 

@@ -324,7 +324,7 @@ def measure_rows(session: Served, options: Options, budget: Budget, *, on_host: 
 def _full(rows: int, saturated: Saturated, spans: Sequence[Span], *, on_host: bool) -> Full:
     """What the trace says of the time in which steps were of `rows`. Where the host computes, its work is not told."""
     seen = inside(spans, saturated.window)
-    alone, beside = by_company([span for span in seen if span.lane != STEPS or rows_of(span) == rows])
+    alone, beside = by_company([span for span in seen if span.track != STEPS or rows_of(span) == rows])
     return Full(
         rows=rows,
         images=len(saturated.moments),
@@ -361,7 +361,7 @@ def measure_decoding(subject: Subject, backend: str, options: Options) -> Decodi
     found: dict[bool, float] = {}
     rows = broken = 0
     for beside in (True, False):
-        with Served(subject.bundle, backend, threads=options.threads, decode_beside=beside) as session:
+        with Served(subject.bundle, backend, threads=options.threads, overlap_decode=beside) as session:
             rows = min(max(options.rows), session.manifest.max_rows)
             full = session.saturate(rows, repeat(min(options.steps)), seconds=options.seconds)
             found[beside] = rate(full.moments)

@@ -1,4 +1,4 @@
-"""A request as its caller awaits it: the executor's thread tells, the event loop listens."""
+"""The events of a request, from the executor's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.requests.request import Event, Outcome, Request
 
 
 class EventQueue:
-    """Carries a request's events into the event loop that made it; where nobody follows its steps, only the ending."""
+    """Carries a request's events into the event loop that created it; without `follows`, only the outcome."""
 
     def __init__(self, *, follows: bool) -> None:
         self._follows = follows
@@ -20,12 +20,12 @@ class EventQueue:
     def on_event(self, _request: Request, event: Event) -> None:
         """A listener for `Request`; callable from any thread."""
         if not self._follows and not isinstance(event, Outcome):
-            return  # each one told would wake the loop
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            return  # each one would wake the loop
+        with suppress(RuntimeError):  # the loop is closed, and the caller gone
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self, *, keepalive: float) -> AsyncIterator[Event | None]:
-        """Each event up to the ending; None after every `keepalive` seconds of silence."""
+        """Yield each event up to the outcome; None after every `keepalive` seconds without one."""
         while True:
             try:
                 event = await asyncio.wait_for(self._events.get(), keepalive)
@@ -37,7 +37,7 @@ class EventQueue:
                 return
 
     async def outcome(self) -> Outcome:
-        """Wait for the end."""
+        """Wait for the outcome."""
         while True:
             event = await self._events.get()
             if isinstance(event, Outcome):

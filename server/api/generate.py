@@ -127,7 +127,7 @@ async def _answer(
     if isinstance(outcome, Failed):
         return problem_response(problem(outcome.error), retry_after=outcome.error.retry_after)
     bare = answer in images.FORMATS
-    files = await service.write_files(outcome, cast(ImageFormat, answer) if bare else image_format)
+    files = await service.encode_images(outcome, cast(ImageFormat, answer) if bare else image_format)
     timings = _timings(request, files)
     headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
     if bare:
@@ -178,7 +178,7 @@ async def _describe(service: Service, request: Request, event: Event, image_form
             shown = None if preview is None else await run_in_threadpool(_data_url, preview)
             return _event("step", Step(step=step, steps=steps, preview=shown))
         case Completed():
-            files = await service.write_files(event, image_format)
+            files = await service.encode_images(event, image_format)
             return _event("completed", _document(service, request, files, image_format=image_format))
         case Failed(error):
             return _event("error", problem(error))
@@ -196,7 +196,7 @@ def _document(service: Service, request: Request, files: Files, *, image_format:
     params = request.params
     return GenerateResponse(
         id=request.id,
-        model=service.manifest.name,
+        model=service.model.manifest.name,
         images=[
             GeneratedImage(seed=seed, format=image_format, image=base64.b64encode(content).decode())
             for seed, content in zip(params.seeds, files.contents, strict=True)
@@ -219,7 +219,7 @@ def _document(service: Service, request: Request, files: Files, *, image_format:
             final_sigmas_type=params.scheduler.final_sigmas_type,
             eta=params.scheduler.eta,
             strength=params.init_image.strength if params.init_image else None,
-            exact=params.exact,
+            exact=params.isolated,
             cache=params.cache,
         ),
         timings=_timings(request, files),

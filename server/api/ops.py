@@ -17,26 +17,26 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v2/health/live", summary="200 while the process works; restart it when it does not")
     def live() -> Response:
-        return Response(status_code=200 if service.executor.alive else 503)
+        return Response(status_code=200 if service.runtime.executor.alive else 503)
 
     @router.get("/v2/health/ready", summary="200 while requests are answered; send traffic elsewhere when not")
     def ready(response: Response) -> Readiness:
-        executor = service.executor
+        executor = service.runtime.executor
         response.status_code = 200 if executor.ready else 503
-        return Readiness(ready=executor.ready, detail=executor.state)
+        return Readiness(ready=executor.ready, detail=executor.status)
 
     @router.api_route("/metrics", methods=["GET", "HEAD"], summary="Prometheus metrics", response_class=Response)
     def metrics() -> Response:
-        return Response(service.metrics.render(), media_type=_METRICS_TYPE)
+        return Response(service.runtime.metrics.render(), media_type=_METRICS_TYPE)
 
     @router.get("/models", summary="The models served")
     def models() -> list[Model]:
-        manifest = service.manifest
+        manifest = service.model.manifest
         return [
             Model(
                 name=manifest.name,
-                backend=service.backend,
-                precision=precision_of(manifest, service.backend),
+                backend=service.model.backend,
+                precision=precision_of(manifest, service.model.backend),
                 resolutions=[str(size) for size in manifest.resolutions],
                 schedulers=list(NAMES),
                 scheduler=manifest.defaults.scheduler,
@@ -49,7 +49,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/schedulers", summary="The numerical methods, their names, and the options of each")
     def schedulers() -> list[SchedulerDescription]:
-        prediction = service.manifest.noise_schedule.prediction_type
+        prediction = service.model.manifest.noise_schedule.prediction_type
         return [
             SchedulerDescription.model_validate(one, from_attributes=True)
             for one in describe()

@@ -1,4 +1,4 @@
-"""What every face needs: one way in for requests, one way to write pictures, one way to describe the model."""
+"""The service behind every API: one way to accept requests, and one way to encode their images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 
@@ -16,72 +17,89 @@ from server.api.event_queue import EventQueue
 from server.requests import images
 from server.requests.errors import NotReady
 from server.requests.images import ImageFormat
-from server.requests.intake import Intake
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
-from server.runtime.batcher import Batcher
-from server.runtime.executor import Executor
-from server.runtime.metrics import Metrics
+from server.runtime.make import Runtime
 
-_READERS = 2  # pictures that are decoded at once: each may take a second, and 250 MB of memory
+_READERS = 2  # uploads that are decoded at once: each may take a second, and 250 MB of memory
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request in the queue, and the ticket its caller waits with."""
+    """A queued request, and the events its caller waits for."""
 
     request: Request
     event_queue: EventQueue
-    position: int  # how many waited before it
+    position: int  # how many requests waited before it
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Encoded pictures, and the seconds that took."""
+    """Encoded images, and the seconds that took."""
 
     contents: tuple[bytes, ...]
     seconds: float
 
 
-@dataclass(slots=True)
-class Service:
-    """The rooms behind the HTTP faces."""
-
-    manifest: Manifest  # of what was asked for, and once it is loaded, with the engines that were compiled for that
+class _Model(NamedTuple):
+    manifest: Manifest
     backend: str
-    intake: Intake
-    batcher: Batcher
-    executor: Executor
-    metrics: Metrics
+
+
+class ServedModel:
+    """The model that is served: as requested, and once its engines are loaded, as loaded. For any thread."""
+
+    def __init__(self, manifest: Manifest, backend: str) -> None:
+        self._current = _Model(manifest, backend)
+
+    def update(self, manifest: Manifest, backend: str) -> None:
+        self._current = _Model(manifest, backend)  # one assignment: readers see the pair before it, or this one
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._current.manifest
+
+    @property
+    def backend(self) -> str:
+        return self._current.backend
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the HTTP APIs call."""
+
+    model: ServedModel
+    runtime: Runtime
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
-    # No more of them than cores: most of their work is without the interpreter's lock, and none of it waits.
+    # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
     async def accept(self, body: GenerateRequest, *, request_id: str | None, follows: bool) -> Accepted:
-        """Queue what `body` asks for. From here on the request has exactly one ending.
+        """Queue the request that `body` describes. From here on it has exactly one outcome.
 
-        Only a caller who `follows` its steps hears of them.
+        Only a caller that `follows` its steps receives events of them.
 
         Raises:
             NotReady, InvalidRequest, QueueFull
         """
-        if not self.executor.ready:
-            raise NotReady(f"The server is not ready ({self.executor.state}): try again soon.", retry_after=5)
-        event_queue = EventQueue(follows=follows)
-        take = partial(self.intake.request, body, event_queue.on_event, self.metrics.observe, request_id=request_id)
+        runtime = self.runtime
+        if not runtime.executor.ready:
+            raise NotReady(f"The server is not ready ({runtime.executor.status}): try again soon.", retry_after=5)
+        queue = EventQueue(follows=follows)
+        make = partial(runtime.intake.request, body, queue.on_event, runtime.metrics.observe, request_id=request_id)
         if body.image is None:
-            request = take()
+            request = make()
         else:
             async with self.readers:
-                request = await run_in_threadpool(take)
-        return Accepted(request, event_queue, self.batcher.submit(request))
+                request = await run_in_threadpool(make)
+        return Accepted(request, queue, runtime.batcher.submit(request))
 
-    async def write_files(self, completed: Completed, image_format: ImageFormat) -> Files:
-        """Encode the pictures off the event loop."""
+    async def encode_images(self, completed: Completed, image_format: ImageFormat) -> Files:
+        """Encode the images in worker threads, off the event loop."""
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
         jobs = [loop.run_in_executor(self.writers, images.encode, image, image_format) for image in completed.images]
         contents = tuple([await job for job in jobs])
         seconds = time.perf_counter() - started
-        self.metrics.stage("image", seconds)
+        self.runtime.metrics.stage("image", seconds)
         return Files(contents, seconds)

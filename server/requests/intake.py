@@ -61,7 +61,7 @@ class Intake:
             init_image=init_image,
             preview_every=body.preview_every,
             embeds_guidance=self._manifest.embeds_guidance,
-            exact=body.exact,
+            isolated=body.exact,
             cache=body.cache or self._cache,
         )
         return Request(params, self._table(scheduler, steps, init_image), listeners, request_id or uuid.uuid4().hex)

@@ -1,4 +1,4 @@
-"""A request: one caller's wish, its progress, and its one ending."""
+"""A request: the parameters of one call, its progress, and its one outcome."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from server.requests.errors import ServerError
 from server.requests.tokenizer import Prompt
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
-Mask = NDArray[np.float32]  # [h, w], of latents: 1 where a picture is drawn anew, 0 where it stays
+Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
 Stage = Literal["queue", "encode", "denoise", "decode"]
 Cache = Literal["off", "fast"]
 Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
-_FULL_EVERY = 3  # steps with the fast cache: a full one, and two that take its features
+_FULL_EVERY = 3  # steps with the fast cache: one full step, and two that reuse its features
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InitImage:
-    """The picture to start from. With a mask only a part of it is drawn anew."""
+    """The image to start from. With a mask only a part of it is repainted."""
 
     image: Image
-    strength: float  # how much of the way is gone again; 1 keeps next to nothing
+    strength: float  # the share of the steps that are taken; 1 keeps next to nothing of the image
     mask: Mask | None = None
 
     @property
     def starts_from_noise(self) -> bool:
-        """Inpainting at full strength, which in diffusers forgets the picture; image to image never quite does."""
+        """Whether the image is ignored, as diffusers does for inpainting at full strength, and only there."""
         return self.mask is not None and self.strength == 1
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """What a caller asked for, with every default filled in."""
+    """Everything that decides the images, with every default filled in."""
 
     prompt: Prompt
     negative_prompt: Prompt
@@ -53,28 +53,28 @@ class GenerationParams:
     num_inference_steps: int
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
-    guidance_start: float = 0.0  # of the way: the share of the steps after which guidance begins
+    guidance_start: float = 0.0  # the share of the steps after which guidance begins
     guidance_end: float = 1.0  # and ends
-    clip_skip: int = 0  # layers of the text encoder left out at its end
+    clip_skip: int = 0  # layers skipped at the end of the text encoder
     init_image: InitImage | None = None
     preview_every: int = 0  # steps; 0 shows none
-    embeds_guidance: bool = False  # the model is told its guidance, and the negative prompt has no say
-    exact: bool = False  # steps are shared with nobody, so that company cannot change a bit
-    cache: Cache = "off"  # fast: most steps take deep features of the UNet from a step before
+    embeds_guidance: bool = False  # guidance is an input of the UNet, and the negative prompt is not used
+    isolated: bool = False  # shares no step, so that batching cannot change a bit
+    cache: Cache = "off"  # fast: most steps reuse the UNet's deep features of an earlier step
 
     @property
     def guided(self) -> bool:
-        """Classifier-free guidance, as diffusers decides it: at a scale of 1 or less the negative prompt has no say."""
+        """Whether classifier-free guidance applies, as in diffusers: not at a scale of 1 or less."""
         return self.guidance_scale > 1 and not self.embeds_guidance
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request left the queue."""
+    """Event: the request has left the queue and takes steps."""
 
 
 class Stepped(NamedTuple):
-    """One more denoising step is done."""
+    """Event: one more denoising step is done."""
 
     step: int
     steps: int
@@ -83,14 +83,14 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """Ending: the pictures, one per seed."""
+    """Outcome: the images, one per seed."""
 
     images: tuple[Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Ending: no picture, and why."""
+    """Outcome: no images, and the reason."""
 
     error: ServerError
 
@@ -101,43 +101,56 @@ Event = Started | Stepped | Outcome
 
 @dataclass(eq=False)
 class Request:
-    """One caller's wish and its progress. `step` and `timings` belong to the executor, `cancel` to anyone."""
+    """The parameters of one call, its progress, and its one outcome.
+
+    The pipeline calls `advance`, the executor `finish_stage`; `cancel` and `finish` are for any thread.
+    """
 
     params: GenerationParams
     table: Table
     listeners: tuple[Callable[[Request, Event], None], ...]
     id: str
-    step: int = 0  # UNet calls done
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._cancelled = False  # only ever becomes True, so any thread may read it and write it
         self._mark = time.perf_counter()
+        self._step = 0
         self.outcome: Outcome | None = None
+
+    @property
+    def step(self) -> int:
+        """UNet calls launched so far."""
+        return self._step
+
+    def advance(self) -> int:
+        """Count one more UNet call, and return how many there are now."""
+        self._step += 1
+        return self._step
 
     @cached_property
     def images(self) -> int:
+        """The number of images."""
         return len(self.params.seeds)
 
     @cached_property
     def rows(self) -> int:
-        """UNet rows that a step may take: a guided image takes two, an unguided one takes one."""
+        """The most UNet rows that a step takes: two for a guided image, one for an unguided one."""
         return self.images * (2 if self.params.guided else 1)
 
-    # Each step asks for these of everyone who takes it, so they are worked out once for all steps.
+    # Every step asks for these of every request that takes it, so they are computed once for all steps.
 
     @cached_property
     def guided(self) -> tuple[bool, ...]:
-        """Of each step, whether the negative prompt has a say in it."""
+        """For each step, whether guidance applies."""
         params, steps = self.params, self.steps
-        return tuple(
-            params.guided and params.guidance_start <= step / steps < params.guidance_end for step in range(steps)
-        )
+        begin, end = params.guidance_start, params.guidance_end
+        return tuple(params.guided and begin <= step / steps < end for step in range(steps))
 
     @cached_property
     def depths(self) -> tuple[Depth, ...]:
-        """Of each step. They hang on nothing but the request: company changes no picture."""
+        """The depth of each step. It depends on the request alone, so batching changes no image."""
         return tuple(map(self._depth_at, range(self.steps)))
 
     def _depth_at(self, step: int) -> Depth:
@@ -147,43 +160,45 @@ class Request:
 
     @property
     def depth(self) -> Depth:
-        """Of the next step."""
-        return self.depths[self.step]
+        """The depth of the next step."""
+        return self.depths[self._step]
 
     @property
-    def left(self) -> Counter[Depth]:
-        """How many steps of each depth are still to be done."""
-        return Counter(self.depths[self.step :])
+    def steps_left(self) -> Counter[Depth]:
+        """How many steps of each depth remain."""
+        return Counter(self.depths[self._step :])
 
     @cached_property
     def steps(self) -> int:
-        """UNet calls in all; some schedulers make more of them than steps."""
+        """UNet calls in all; some schedulers make more of them than `num_inference_steps`."""
         return len(self.table.steps)
 
     @property
     def denoised(self) -> bool:
-        return self.step == self.steps
+        """Whether the last step is launched."""
+        return self._step == self.steps
 
     @property
     def cancelled(self) -> bool:
         return self._cancelled
 
     def cancel(self) -> None:
-        """Ask that no more steps be spent; the ending follows when its rows are free."""
+        """Ask for no more steps; the outcome follows when its rows are free."""
         self._cancelled = True
 
     def finish_stage(self, stage: Stage) -> None:
-        """Book the time since the last stage ended to `stage`."""
+        """Add the time since the last stage ended to `stage`."""
         now = time.perf_counter()
         self.timings[stage] = self.timings.get(stage, 0.0) + now - self._mark
         self._mark = now
 
     def notify(self, event: Event) -> None:
+        """Call every listener with `event`."""
         for listener in self.listeners:
             listener(self, event)
 
-    def end(self, outcome: Outcome) -> None:
-        """Give the request its ending. The first call counts, later ones change nothing."""
+    def finish(self, outcome: Outcome) -> None:
+        """Give the request its outcome. The first call counts, later ones change nothing."""
         with self._lock:
             if self.outcome is not None:
                 return

@@ -1,4 +1,4 @@
-"""Who takes the next step together. Policy only: no device, no HTTP."""
+"""Decides which requests take the next step together. Policy only: no device, no HTTP."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from engines.manifest import Size
 from server.requests.errors import FieldError, InvalidRequest, NotReady, QueueFull
 from server.requests.request import Depth, Request
 
-_LONGEST_RETRY = 120  # seconds; clients ignore more
+_MAX_RETRY_AFTER = 120  # seconds; clients ignore more
 
 
 class Batch(NamedTuple):
     """What the executor does before and in one step. `requests` share a size and fit the largest bucket."""
 
-    left: tuple[Request, ...]  # cancelled since the last batch: free what they hold
-    joined: tuple[Request, ...]  # newcomers, who may have to wait for their first step if they share with nobody
-    requests: tuple[Request, ...]  # whose next steps are of one depth
+    left: tuple[Request, ...]  # cancelled since the last batch: to be released
+    joined: tuple[Request, ...]  # newcomers to admit; an isolated one may wait for its first step
+    requests: tuple[Request, ...]  # those that take the step; their next steps are of one depth
 
 
 @dataclass
-class _Line:
-    """The requests of one picture size."""
+class Line:
+    """The requests of one image size, and the policy of continuous batching among them. Subclass it for another policy.
+
+    Called by a `Batcher` under its lock.
+    """
 
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
 
     def join(self, max_rows: int) -> Iterator[Request]:
-        """Let newcomers in, first come first served, while the next one fits. Nobody overtakes, so nobody starves."""
+        """Move requests from waiting to running, in order, while the next one fits in `max_rows`; yield each.
+
+        None overtakes another, so none starves.
+        """
         free = max_rows - sum([request.rows for request in self.running])
         while self.waiting and self.waiting[0].rows <= free:
             newcomer = self.waiting.popleft()
@@ -41,20 +47,20 @@ class _Line:
             yield newcomer
 
     def take_turn(self) -> tuple[Request, ...]:
-        """Who takes the next step: whoever waited longest, with all who share as it does. Some share with nobody."""
+        """The requests of the next step: the one that waited longest, and all that can share the step with it."""
         first = self.running[0]
-        turn = (first,) if first.params.exact else self._who_share(first.depth)
+        turn = (first,) if first.params.isolated else self._sharing(first.depth)
         if len(turn) < len(self.running):
             taken = set(turn)
             self.running = [*(one for one in self.running if one not in taken), *turn]
         return turn
 
-    def _who_share(self, depth: Depth) -> tuple[Request, ...]:
-        """Who may take their next step in one call of that depth."""
-        return tuple([one for one in self.running if one.depth == depth and not one.params.exact])
+    def _sharing(self, depth: Depth) -> tuple[Request, ...]:
+        """The requests that may take their next step in one call of that depth."""
+        return tuple([one for one in self.running if one.depth == depth and not one.params.isolated])
 
     def drop_cancelled(self) -> frozenset[Request]:
-        """Take the cancelled out. Each is asked once: anyone may cancel at any moment, and nobody may be lost by it."""
+        """Remove and return the cancelled. Each is asked once, since any thread may cancel at any moment."""
         dropped = frozenset([request for request in (*self.running, *self.waiting) if request.cancelled])
         if dropped:
             self.running = [request for request in self.running if request not in dropped]
@@ -65,17 +71,23 @@ class _Line:
 class Batcher:
     """Continuous batching at the step: newcomers join and the finished leave between steps; sizes take turns.
 
-    `submit` and the counts are for any thread; `next_batch` and `leave` are for the executor's.
+    `submit` and the counts are for any thread; `next_batch` and `leave` are for the executor's thread.
     """
 
     def __init__(
-        self, *, max_rows: int, max_waiting: int, work: Callable[[Request], float] = lambda _request: 1.0
+        self,
+        *,
+        max_rows: int,
+        max_waiting: int,
+        work: Callable[[Request], float] = lambda _request: 1.0,
+        line: Callable[[], Line] = Line,
     ) -> None:
-        """`work` estimates the seconds of a full device that a request still needs."""
+        """`work` estimates the seconds of a full device that a request still needs; `line` makes a size's queue."""
         self.max_rows = max_rows
         self._max_waiting = max_waiting
         self._work = work
-        self._lines: dict[Size, _Line] = {}  # in the order of their turns
+        self._new_line = line
+        self._lines: dict[Size, Line] = {}  # in the order of their turns
         self._changed = threading.Condition()
         self._closed = False
 
@@ -90,10 +102,10 @@ class Batcher:
             return sum(len(line.running) for line in self._lines.values())
 
     def submit(self, request: Request) -> int:
-        """Queue `request` and return how many wait before it.
+        """Queue `request`, and return how many wait before it.
 
         Raises:
-            InvalidRequest: it can never fit. QueueFull: too many wait. NotReady: the server is draining.
+            InvalidRequest: it can never fit. QueueFull: too many requests wait. NotReady: the server is draining.
         """
         if request.rows > self.max_rows:
             message = (
@@ -103,24 +115,26 @@ class Batcher:
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         with self._changed:
             if self._closed:
-                raise NotReady("The server is stopping: ask another one.", retry_after=5)
+                raise NotReady("The server is shutting down: send the request to another one.", retry_after=5)
             before = sum(len(line.waiting) for line in self._lines.values())
             if before >= self._max_waiting:
                 raise QueueFull(f"{before} requests are waiting: try again later.", retry_after=self._retry_after())
-            self._lines.setdefault(request.params.size, _Line()).waiting.append(request)
+            if request.params.size not in self._lines:
+                self._lines[request.params.size] = self._new_line()
+            self._lines[request.params.size].waiting.append(request)
             self._changed.notify()
         return before
 
-    def next_batch(self, *, patience: float | None = None) -> Batch | None:
-        """Wait for work, at most `patience` seconds, and return the next step's: nobody's, if there is none.
+    def next_batch(self, *, timeout: float | None = None) -> Batch | None:
+        """Wait for work, at most `timeout` seconds, and return the next batch, which is empty if there is none.
 
-        None: closed, and nothing is left to do.
+        None: the batcher is closed, and nothing is left to do.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._lines, timeout=patience)
+            self._changed.wait_for(lambda: self._closed or self._lines, timeout=timeout)
             left = tuple([request for line in self._lines.values() for request in line.drop_cancelled()])
             if left:
-                self._forget_empty_lines()
+                self._remove_empty_lines()
             if not self._lines:
                 return Batch(left, (), ()) if left or not self._closed else None
             size = next(iter(self._lines))
@@ -129,24 +143,24 @@ class Batcher:
             return Batch(left, joined, line.take_turn())
 
     def leave(self, request: Request) -> None:
-        """`request` takes no more steps, if it took any."""
+        """Remove `request` from the running: it takes no more steps."""
         with self._changed:
-            line = self._lines.get(request.params.size, _Line())
-            line.running = [running for running in line.running if running is not request]
-            self._forget_empty_lines()
+            if line := self._lines.get(request.params.size):
+                line.running = [running for running in line.running if running is not request]
+            self._remove_empty_lines()
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     def close(self) -> None:
-        """Take no more requests; those accepted go on to their end."""
+        """Accept no more requests; those accepted run to completion."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """Take no more requests, and spend no more steps on those accepted."""
+        """Accept no more requests, and cancel those accepted."""
         self.close()
         with self._changed:
             for line in self._lines.values():
@@ -154,16 +168,16 @@ class Batcher:
                     request.cancel()
 
     def evict(self) -> tuple[Request, ...]:
-        """Forget and return whoever waits or runs: no step will be taken for them."""
+        """Remove and return all requests that wait or run: they take no more steps."""
         with self._changed:
             evicted = tuple(request for line in self._lines.values() for request in (*line.running, *line.waiting))
             self._lines.clear()
         return evicted
 
-    def _forget_empty_lines(self) -> None:
+    def _remove_empty_lines(self) -> None:
         self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
 
     def _retry_after(self) -> int:
-        """Seconds until those who run and wait now will have taken their steps."""
+        """Seconds until the requests that run and wait now will have taken their steps."""
         ahead = sum(self._work(request) for line in self._lines.values() for request in (*line.running, *line.waiting))
-        return min(max(math.ceil(ahead), 1), _LONGEST_RETRY)
+        return min(max(math.ceil(ahead), 1), _MAX_RETRY_AFTER)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.device import ALIGNMENT, Buffer, Call, Device, Engine, Event, Reading, Stream
+from engines.backends.device import ALIGNMENT, Buffer, Call, Device, Engine, Reading, Stream
 from engines.contract import (
     INPAINT_LANES,
     LANES,
@@ -25,6 +25,7 @@ from engines.contract import (
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Image, Mask
+from server.runtime.admission import DecodedImages, StagedImages
 from server.runtime.noise import NoiseGenerator
 from server.runtime.plan import Plan, StepShape
 
@@ -35,11 +36,11 @@ _MOST_BOUND = 64  # shapes of steps, where any may come; each holds a plan's buf
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The device's work, in three orders: what must not wait for each other."""
+    """The device's work on three streams, which do not wait for each other."""
 
-    arrivals: Stream  # encoding what newcomers bring
+    encode: Stream  # prompts and init images of admitted requests
     steps: Stream  # everything that touches the state
-    departures: Stream  # decoding what has left the state
+    decode: Stream  # latents that have left the state
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +50,6 @@ class InpaintLatents:
     latents: Latents
     noise: Latents  # added to them at each step's noise level
     mask: Mask
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """Finished pictures on their way out of the state pool."""
-
-    entries: tuple[int, ...]  # of the staging pool
-    there: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Pictures on their way to the host."""
-
-    images: Reading  # [n, H, W, 3] u8
-    is_finite: Reading  # [n] f32; 0 where a value was not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,25 +204,25 @@ class LatentPool:
         """The lanes [LANES, channels, h, w] of a slot, the last of which is the x0 estimate."""
         return self._streams.steps.read(self._states[self._parity], at=slot)
 
-    def stage(self, slots: Sequence[int]) -> Staged:
+    def stage(self, slots: Sequence[int]) -> StagedImages:
         """Copy finished pictures out of the state, for which there must be places; their slots may be freed then."""
         entries = tuple(self._entries.pop() for _ in slots)
         for slot, entry in zip(slots, entries, strict=True):
             self._streams.steps.copy(self._states[self._parity], self._staging, source_at=slot, at=entry)
-        return Staged(entries, self._streams.steps.record())
+        return StagedImages(entries, self._streams.steps.record())
 
-    def decode(self, staged: Staged) -> list[Decoded]:
+    def decode(self, staged: StagedImages) -> list[DecodedImages]:
         """Launch the decoding of staged pictures, a chunk at a time. Raises EngineError."""
-        self._streams.departures.follow(staged.there)
+        self._streams.decode.follow(staged.copied)
         chunk = len(self._decode)
         starts = range(0, len(staged.entries), chunk)
         try:
             return [self._decode_some(staged.entries[start : start + chunk]) for start in starts]
         except EngineError:
-            self._streams.departures.record().wait()  # for the chunks before it: their entries are about to be freed
+            self._streams.decode.record().wait()  # for the chunks before it: their entries are about to be freed
             raise
 
-    def free_entries(self, staged: Staged) -> None:
+    def free_entries(self, staged: StagedImages) -> None:
         """Make room for others, once the pictures have been read, or will not be."""
         self._entries.extend(staged.entries)
 
@@ -256,17 +241,17 @@ class LatentPool:
             self._decode_some(range(count)).is_finite.result()
 
     def _encode_with(self, image: Image, noise: Latents) -> Reading:
-        bound, arrivals = self._encode, self._streams.arrivals
-        arrivals.write(bound.buffers["images"], image[None])
-        arrivals.write(bound.buffers["noise"], noise[None])
+        bound, stream = self._encode, self._streams.encode
+        stream.write(bound.buffers["images"], image[None])
+        stream.write(bound.buffers["noise"], noise[None])
         bound.call.launch()
-        return arrivals.read(bound.buffers["latents"])
+        return stream.read(bound.buffers["latents"])
 
-    def _decode_some(self, entries: Sequence[int]) -> Decoded:
-        bound, departures = self._decode[len(entries) - 1], self._streams.departures
-        departures.write(bound.buffers["slot"], np.array(entries))
+    def _decode_some(self, entries: Sequence[int]) -> DecodedImages:
+        bound, stream = self._decode[len(entries) - 1], self._streams.decode
+        stream.write(bound.buffers["slot"], np.array(entries))
         bound.call.launch()
-        return Decoded(departures.read(bound.buffers["images"]), departures.read(bound.buffers["is_finite"]))
+        return DecodedImages(stream.read(bound.buffers["images"]), stream.read(bound.buffers["is_finite"]))
 
     def _allocate_pool(self, port: Port, **sizes: int) -> Buffer:
         """A pool at its neutral value, with `sizes` in place of the model's."""

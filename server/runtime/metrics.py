@@ -20,19 +20,19 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """One registry per server, so that several may live in one process."""
+    """The metrics of one server, in a registry of its own, so that a process may hold several."""
 
     def __init__(self, *, max_rows: int) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)  # this process's memory and processor time, where the system tells
         self._requests = Counter(
-            "latentd_requests", "Accepted requests by their ending.", ["api", "outcome"], registry=registry
+            "latentd_requests", "Accepted requests by outcome.", ["api", "outcome"], registry=registry
         )
         self._rejected = Counter(
-            "latentd_requests_rejected", "Requests refused before the queue.", ["reason"], registry=registry
+            "latentd_requests_rejected", "Requests rejected before they were queued.", ["reason"], registry=registry
         )
         self._duration = Histogram(
-            "latentd_request_duration_seconds", "From accepted to ended.", buckets=_SECONDS, registry=registry
+            "latentd_request_duration_seconds", "Time from acceptance to outcome.", buckets=_SECONDS, registry=registry
         )
         stage = Histogram(
             "latentd_stage_duration_seconds", "Time per stage.", ["stage"], buckets=_SECONDS, registry=registry
@@ -45,7 +45,7 @@ class Metrics:
         )
         self._lookups = Counter(
             "latentd_prompt_lookups",
-            "Chunks of prompts, by whether their embeddings were still there.",
+            "Prompt chunks looked up, by whether their embeddings were cached.",
             ["result"],
             registry=registry,
         )
@@ -53,23 +53,23 @@ class Metrics:
             self._lookups.labels(result)
         self._broken = Counter(
             "latentd_broken_pictures",
-            "Requests that failed because NaN or infinity was in a picture.",
+            "Requests that failed because an image had NaN or infinity.",
             registry=registry,
         )
-        self._images = Counter("latentd_images", "Pictures made.", registry=registry)
+        self._images = Counter("latentd_images", "Images generated.", registry=registry)
         self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
         self._info = Gauge(
             "latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry
         )
 
     def watch(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], step_times: StepTimeModel) -> None:
-        """Read these whenever somebody scrapes: by name what each says and how it is read, and how long steps take."""
+        """Add gauges that are read at every scrape: by name a description and a reader; and the step-time model."""
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=self._registry).set_function(read)
         self._registry.register(_Curve(step_times))
 
-    def loaded(self, manifest: Manifest, backend: str) -> None:
-        """This is what is served from now on."""
+    def set_model(self, manifest: Manifest, backend: str) -> None:
+        """Set the model that is served."""
         self._info.labels(manifest.name, backend, precision_of(manifest, backend)).set(1)
 
     def step(self, rows: int, seconds: float) -> None:
@@ -87,7 +87,7 @@ class Metrics:
         self._rejected.labels(type(error).__name__).inc()
 
     def observe(self, request: Request, event: Event) -> None:
-        """Count an ending: a listener of every accepted request."""
+        """Count outcomes: a listener of every accepted request."""
         if not isinstance(event, Outcome):
             return
         self._requests.labels("generate", _outcome(event)).inc()
@@ -105,14 +105,14 @@ class Metrics:
 
 
 class _Curve(Collector):
-    """What a step takes by rows, as it is known when somebody scrapes."""
+    """The step-time model as a gauge, read at every scrape."""
 
     def __init__(self, step_times: StepTimeModel) -> None:
         self._step_times = step_times
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
-            "latentd_step_seconds", "What a step takes, a moving average.", labels=["size", "depth", "rows"]
+            "latentd_step_seconds", "Duration of a step, a moving average.", labels=["size", "depth", "rows"]
         )
         for (size, depth), curve in self._step_times.curves().items():
             for rows, seconds in curve.items():

@@ -1,4 +1,4 @@
-"""Stable Diffusion over its engines: encode, step, decode. Places requests on the device and builds their plans."""
+"""Stable Diffusion over its engines: encode, step, decode. Places requests on the device and plans their steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,81 +15,52 @@ from engines.backends.available import engine_path
 from engines.backends.device import Device, Engine, Event, Reading, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest, Size
-from server.requests.errors import BrokenPicture
 from server.requests.request import DEPTHS, Depth, Image, Request
-from server.runtime.latent_pool import Decoded, InpaintLatents, LatentPool, Latents, Staged, Streams, encoded
+from server.runtime.admission import Admission, Finished, PendingDecode, Placement
+from server.runtime.latent_pool import InpaintLatents, LatentPool, Latents, Streams, encoded
 from server.runtime.noise import NoiseGenerator
-from server.runtime.plan import Placement, Plan, RowLayout, StepShape, make_plan, step_shape
+from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.step_times import Kind, StepTimeModel
 from server.runtime.trace import Trace
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_BUCKETS = (1, 2, 6)  # lengths of prompts that steps of fixed shapes are filled up to; there are 1, 2, 3 and 6
-_RECORDED_AFTER = 2  # launches of a call: the first is plain, the second is recorded
+_CHUNK_BUCKETS = (1, 2, 6)  # prompt lengths that steps of fixed shapes are padded to; prompts have 1, 2, 3 or 6
+_CAPTURED_AFTER = 2  # launches of a call: the first is plain, the second is captured
 _MEASURED = 4  # steps
-_LONG = 0.5  # seconds of a step, after which a device that records nothing is warm enough
-_BRIEF = 0.05  # seconds of a step that is measured twice: the first run takes the memory, too, which is much beside it
+_LONG = 0.5  # seconds of a step, after which a device without captured graphs is warm enough
+_BRIEF = 0.05  # seconds of a step that is measured twice: allocating memory dominates the first run
 
 
 class Move(NamedTuple):
-    """One request's part in a flight."""
+    """One request's part in a step."""
 
     request: Request
-    step: int  # how many it has done when the flight has landed
-    preview: Reading | None
+    step: int  # UNet calls done when the step has completed
+    preview: Reading | None  # lanes of the first image, where this step shows a preview
 
 
 class InFlightStep(NamedTuple):
-    """A step on its way."""
+    """A launched step."""
 
     plan: Plan
     size: Size
     moves: tuple[Move, ...]
-    landed: Event
+    finished: tuple[Finished, ...]  # requests whose last step it is
+    completed: Event
 
     @property
     def kind(self) -> Kind:
         return self.size, self.plan.shape.depth
 
 
-@dataclass(frozen=True, slots=True)
-class PendingDecode:
-    """A request's pictures on their way to the host."""
-
-    request: Request
-    decoded: Sequence[Decoded]
-
-    def done(self) -> bool:
-        """Whether they are here. Raises DeviceLost."""
-        return self.decoded[-1].is_finite.done()
-
-    def images(self) -> tuple[Image, ...]:
-        """The pictures, once they are here. Raises DeviceLost, and BrokenPicture for one that is not sound."""
-        if not all(chunk.is_finite.result().all() for chunk in self.decoded):
-            raise BrokenPicture(
-                "The model's numbers went beyond their range (NaN or infinity) in this picture: try another seed or a "
-                "lower guidance_scale. If it happens often, build the model with --precision bf16."
-            )
-        return tuple(image for chunk in self.decoded for image in chunk.images.result())
-
-
-@dataclass(frozen=True, slots=True)
-class _Newcomer:
-    """A request that has no slots yet."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    noise: tuple[NoiseGenerator, ...]
-    latents: tuple[Reading, ...]  # of the picture it starts from, sampled for each image
-    encoded: Event  # all that it brings
-    hold: ExitStack
-
-
 class Pipeline:
-    """Takes requests in, moves them on step by step, and reads their pictures. For the thread that owns the device.
+    """Admits requests, advances them step by step, and reads their images. For the thread that owns the device.
 
-    Only `warm_up` and `wait_for` wait for the device.
+    What a request holds on the device is an `Owned` object: `admit` returns an `Admission`, `place` makes it a
+    `Placement`, the last `step` a `Finished`, `decode` a `PendingDecode`. Whoever has the latest one releases it. Only
+    `warm_up` waits for the device.
     """
 
     def __init__(  # noqa: PLR0913 - the parts, all by keyword
@@ -105,17 +75,17 @@ class Pipeline:
         decode_chunk: int = 1,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
-        """Take all memory, over `engines` that were loaded for `streams`.
+        """Allocate all memory, over `engines` that were loaded for `streams`.
 
-        At most `decode_chunk` pictures are decoded in one call. `on_lookup` hears of every chunk of a prompt whether
-        its embeddings were still there. Raises EngineError where the memory is full.
+        At most `decode_chunk` images are decoded in one call. `on_lookup` is called for every chunk of a prompt with
+        whether its embeddings were cached. Raises EngineError where the memory is full.
         """
         self._device, self._streams, self._step_times, self._trace = device, streams, step_times, trace
         self._prompts = PromptPool(
             manifest,
             engines["encode_prompt"],
             device,
-            stream=streams.arrivals,
+            stream=streams.encode,
             rows=manifest.context_rows,
             on_lookup=on_lookup,
         )
@@ -134,9 +104,6 @@ class Pipeline:
         self._buckets = manifest.rows
         self._embeds_guidance = manifest.embeds_guidance
         self._to_rgb = np.array(manifest.preview, np.float32)  # [3, channels + 1]
-        self._newcomers: dict[Request, _Newcomer] = {}
-        self._placements: dict[Request, Placement] = {}
-        self._staged: dict[Request, Staged] = {}
         self._last_step: Event | None = None
         self._layout: RowLayout | None = None  # of the last plan
 
@@ -151,29 +118,30 @@ class Pipeline:
         step_times: StepTimeModel,
         trace: Trace,
         decode_chunk: int = 1,
-        decode_beside: bool = True,
+        overlap_decode: bool = True,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
-        """Load the engines of the verified bundle in folder `bundle`; decode beside the steps, or between them.
+        """Load the engines of the verified bundle in folder `bundle`; decode in parallel with steps, or between them.
 
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.
         """
         steps = device.stream("steps", urgent=True)
         streams = Streams(
-            arrivals=device.stream("arrivals"),
+            encode=device.stream("encode"),
             steps=steps,
-            departures=device.stream("departures") if decode_beside else steps,
+            decode=device.stream("decode") if overlap_decode else steps,
         )
-        homes: dict[GraphName, Stream] = {
+        stream_of: dict[GraphName, Stream] = {
             "denoise": streams.steps,  # the largest first, while it is alone: loading brings its whole file to memory
             "denoise_shallow": streams.steps,
-            "encode_prompt": streams.arrivals,
-            "decode": streams.departures,
-            "encode_image": streams.arrivals,
+            "encode_prompt": streams.encode,
+            "decode": streams.decode,
+            "encode_image": streams.encode,
         }
         engines = {
-            name: device.load(bundle / engine_path(manifest, backend, name), home) for name, home in homes.items()
+            name: device.load(bundle / engine_path(manifest, backend, name), stream)
+            for name, stream in stream_of.items()
         }
         return cls(
             manifest,
@@ -186,173 +154,162 @@ class Pipeline:
             on_lookup=on_lookup,
         )
 
-    def warm_up(self, tell: Callable[[str], None]) -> None:
-        """Run everything, as often as it takes to be recorded, and measure the steps. Raises EngineError."""
+    def warm_up(self, on_status: Callable[[str], None]) -> None:
+        """Run every graph, as often as it takes to be captured, and measure the steps. Raises EngineError."""
         for size, pool in self._latent_pools.items():
-            tell(f"warming up {size}")
+            on_status(f"warming up {size}")
             for depth in DEPTHS:  # steps first: an engine's weights are in memory twice while it first runs
-                self._rehearse_steps(pool, depth)
-            self._step_times.observe_ends(size, self._rehearse_ends(pool))
+                self._warm_up_steps(pool, depth)
+            self._step_times.observe_encode_decode(size, self._warm_up_encode_decode(pool))
         self._device.end_warm_up()
         taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
-        _log.info("%s holds %s", self._device.name, taken)
+        _log.info("%s: memory in use: %s", self._device.name, taken)
         self._trace.start(self._streams.steps)
 
-    def admit(self, request: Request) -> None:
-        """Begin to encode what `request` brings: its prompts, and the picture it starts from.
+    def admit(self, request: Request) -> Admission:
+        """Launch the encoding of the prompts and the init image of `request`.
 
         Raises:
-            EngineError: and it holds nothing.
+            EngineError: and nothing is held.
         """
         params = request.params
         pool = self._latent_pools[params.size]
         noise = tuple(NoiseGenerator(seed) for seed in params.seeds)
-        with ExitStack() as undo, self._trace.device("encode", self._streams.arrivals, lane="arrivals"):
+        with ExitStack() as resources, self._trace.device("encode", self._streams.encode, track="encode"):
             rows = []
-            # As in diffusers, the negative prompt is read by all layers.
+            # As in diffusers, clip_skip does not apply to the negative prompt.
             prompts = [(params.prompt, params.clip_skip), (params.negative_prompt, 0)]
             for prompt, clip_skip in prompts if params.guided else prompts[:1]:
                 rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip, after=self._last_step))
-                undo.callback(self._prompts.release, prompt, clip_skip=clip_skip)
+                resources.callback(self._prompts.release, prompt, clip_skip=clip_skip)
             latents = () if params.init_image is None else pool.encode(params.init_image.image, noise)
-            self._newcomers[request] = _Newcomer(
-                tuple(rows), noise, latents, self._streams.arrivals.record(), undo.pop_all()
+            encoded = self._streams.encode.record()
+            return Admission(
+                request, resources.pop_all(), prompts=tuple(rows), noise=noise, init_latents=latents, encoded=encoded
             )
 
-    def arrived(self, request: Request) -> bool:
-        """Whether `request` may take a step; once what it brings is encoded, it is given its slots.
+    def place(self, admission: Admission) -> Placement:
+        """Give an admitted request its slots, once what it needs is encoded: before, others would wait for it too.
 
-        Until then others go on: were their next step to wait for it on the device, they would wait with it.
+        The placement takes over what the admission holds.
 
         Raises:
-            EngineError: that picture cannot be started from.
+            EngineError: the init image was not encoded to finite latents; the admission still holds everything.
         """
-        if newcomer := self._newcomers.get(request):
-            if not newcomer.encoded.done():
-                return False
-            self._placements[request] = self._place(request, newcomer)
-            del self._newcomers[request]
-        return True
+        request, resources = admission.request, admission.resources
+        pool = self._latent_pools[request.params.size]
+        slots, places = list[int](), list[int]()
+        resources.callback(pool.free_slots, slots)
+        resources.callback(pool.free_feature_places, places)
+        for index, generator in enumerate(admission.noise):
+            latents = encoded(admission.init_latents[index]) if admission.init_latents else None
+            slots.append(pool.take_slot(*_first_latents(request, pool, generator, latents)))
+        if request.params.cache == "fast":
+            places.extend(pool.take_feature_place() for _ in range(request.rows))
+        rows_per_image = request.rows // request.images
+        features = tuple(
+            tuple(places[start : start + rows_per_image]) for start in range(0, len(places), rows_per_image)
+        )
+        return Placement(
+            request, resources, slots=tuple(slots), prompts=admission.prompts, noise=admission.noise, features=features
+        )
 
-    def wait_for(self, request: Request) -> None:
-        """Wait for what `arrived` asks of the device. Raises DeviceLost."""
-        self._newcomers[request].encoded.wait()
-
-    def plan(self, requests: Sequence[Request]) -> Plan:
-        """Plan one step of `requests`, which share a size and have arrived."""
-        placements = [self._placements[request] for request in requests]
-        pool = self._latent_pools[requests[0].params.size]
+    def plan(self, placements: Sequence[Placement]) -> Plan:
+        """Plan one step of `placements`, which share a size and the depth of their next step."""
+        pool = self._latent_pools[placements[0].request.params.size]
         shape = step_shape(placements)
         if self._device.pads:
-            shape = self._filled_up(shape, requests)
+            shape = self._padded(shape, placements[0].request)
         return self._make_plan(pool, shape, placements)
 
-    def crowded(self, plan: Plan) -> bool:
-        """Whether pictures have to leave before those that this step would finish can be staged."""
-        return sum(request.images for request in plan.finishing) > self._latent_pool(plan).staging_places
+    def lacks_staging(self, plan: Plan) -> bool:
+        """Whether images have to be decoded before those that this step would finish can be staged."""
+        return sum(request.images for request in plan.finishing) > self._pool_of(plan).staging_places
 
     def step(self, plan: Plan) -> InFlightStep:
-        """Launch `plan`. Its requests have moved on by a step, and the finished are on their way out.
+        """Launch `plan`, and advance its requests by a step. Those that finish are staged for decoding.
 
         Raises:
-            EngineError: and no request has moved.
+            EngineError: and no request has advanced.
         """
-        pool = self._latent_pool(plan)
-        with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, lane="steps"):
+        pool = self._pool_of(plan)
+        with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, track="steps"):
             pool.step(plan)
-        moves = tuple([self._move(placement, pool) for placement in plan.placements])
-        for request in plan.finishing:
-            self._stage(request, pool)
+        moves = tuple([self._advance(placement, pool) for placement in plan.placements])
+        finished = tuple([self._stage(one, pool) for one in plan.placements if one.request.denoised])
         self._last_step = self._streams.steps.record()
-        return InFlightStep(plan, pool.size, moves, self._last_step)
+        return InFlightStep(plan, pool.size, moves, finished, self._last_step)
 
-    def decode(self, request: Request) -> PendingDecode:
-        """Launch the decoding of a request whose last step has been launched. Raises EngineError."""
-        pool, staged = self._latent_pools[request.params.size], self._staged[request]
-        with self._trace.device(f"decode, {request.images}", self._streams.departures, lane="departures"):
-            return PendingDecode(request, pool.decode(staged))
+    def decode(self, finished: Finished) -> PendingDecode:
+        """Launch the decoding of a finished request; the result takes over what it holds. Raises EngineError."""
+        request = finished.request
+        pool = self._latent_pools[request.params.size]
+        with self._trace.device(f"decode, {request.images}", self._streams.decode, track="decode"):
+            return PendingDecode(request, finished.resources, decoded=pool.decode(finished.staged))
 
-    def colours(self, preview: Reading) -> Image:
-        """A picture as the model sees it now, a pixel per latent: its x0 estimate, projected to colours."""
+    def to_rgb(self, preview: Reading) -> Image:
+        """The x0 estimate of a slot as an image with a pixel per latent: an affine map from its channels to RGB."""
         latents = preview.result()[-1]
         colours = np.tensordot(self._to_rgb[:, :-1], latents, axes=1) + self._to_rgb[:, -1, None, None]
         image: Image = (np.nan_to_num(colours).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
         return image
 
-    def release(self, request: Request) -> None:
-        """Free what `request` holds on the device; nothing if it was never admitted."""
-        if placed := self._newcomers.pop(request, None) or self._placements.pop(request, None):
-            placed.hold.close()
-        if staged := self._staged.pop(request, None):
-            self._latent_pools[request.params.size].free_entries(staged)
-
-    def _latent_pool(self, plan: Plan) -> LatentPool:
+    def _pool_of(self, plan: Plan) -> LatentPool:
         return self._latent_pools[plan.placements[0].request.params.size]
 
-    def _place(self, request: Request, newcomer: _Newcomer) -> Placement:
-        pool = self._latent_pools[request.params.size]
-        slots, places = list[int](), list[int]()
-        newcomer.hold.callback(pool.free_slots, slots)
-        newcomer.hold.callback(pool.free_feature_places, places)
-        for index, generator in enumerate(newcomer.noise):
-            latents = encoded(newcomer.latents[index]) if newcomer.latents else None
-            slots.append(pool.take_slot(*_beginning(request, pool, generator, latents)))
-        if request.params.cache == "fast":
-            places.extend(pool.take_feature_place() for _ in range(request.rows))
-        lanes = request.rows // request.images
-        features = tuple(tuple(places[start : start + lanes]) for start in range(0, len(places), lanes))
-        return Placement(request, tuple(slots), newcomer.prompts, newcomer.noise, features, newcomer.hold)
+    def _stage(self, placement: Placement, pool: LatentPool) -> Finished:
+        """Copy the latents of a finished request out of the state, and free its slots."""
+        staged = pool.stage(placement.slots)
+        placement.release()
+        resources = ExitStack()
+        resources.callback(pool.free_entries, staged)
+        return Finished(placement.request, resources, staged=staged)
 
-    def _stage(self, request: Request, pool: LatentPool) -> None:
-        placement = self._placements.pop(request)
-        self._staged[request] = pool.stage(placement.slots)
-        placement.hold.close()
-
-    def _move(self, placement: Placement, pool: LatentPool) -> Move:
-        """One more step is launched. After some, a request shows its first picture: the lanes of it are read."""
+    def _advance(self, placement: Placement, pool: LatentPool) -> Move:
+        """Count the launched step, and read the lanes of the first image where it shows a preview."""
         request = placement.request
-        request.step = step = request.step + 1
+        step = request.advance()
         every = request.params.preview_every
         shown = every and not step % every and not request.denoised
         return Move(request, step, pool.read(placement.slots[0]) if shown else None)
 
-    def _filled_up(self, shape: StepShape, requests: Sequence[Request]) -> StepShape:
-        """The shape that engines were recorded for. Who shares with nobody is given the same one every time."""
+    def _padded(self, shape: StepShape, first: Request) -> StepShape:
+        """The captured shape that `shape` is padded to; for an isolated request the same one every time."""
         fitting = [rows for rows in self._buckets if rows >= shape.rows]
-        exact = requests[0].params.exact
-        rows = fitting[0] if exact else self._step_times.cheapest((requests[0].params.size, shape.depth), fitting)
+        isolated = first.params.isolated
+        rows = fitting[0] if isolated else self._step_times.cheapest((first.params.size, shape.depth), fitting)
         chunks = next(chunks for chunks in _CHUNK_BUCKETS if chunks % shape.chunks == 0)
         return StepShape(rows, rows, chunks, shape.depth)
 
-    def _rehearse_steps(self, pool: LatentPool, depth: Depth) -> None:
-        """Learn how long steps of `depth` take, as far as that is worth the time."""
-        for shape in self._rehearsals(depth):
-            seconds = self._rehearse(pool, shape)
+    def _warm_up_steps(self, pool: LatentPool, depth: Depth) -> None:
+        """Measure steps of `depth`, as far as that is worth the time."""
+        for shape in self._warm_up_shapes(depth):
+            seconds = self._measure_step(pool, shape)
             if shape.chunks == 1:
                 self._step_times.observe((pool.size, depth), shape.rows, seconds)
             if not self._device.pads and seconds > _LONG:
                 return
 
-    def _rehearsals(self, depth: Depth) -> Iterator[StepShape]:
+    def _warm_up_shapes(self, depth: Depth) -> Iterator[StepShape]:
         if self._device.pads:
             yield from (StepShape(rows, rows, chunks, depth) for rows in self._buckets for chunks in _CHUNK_BUCKETS)
-        else:  # the smallest, and the largest, which takes all memory: between them steps take what a line says
+        else:  # the smallest, and the largest, which takes all memory: times in between are interpolated
             extremes = sorted({self._buckets[0], self._buckets[-1]})
             yield from (StepShape(max(rows // 2, 1), rows, 1, depth) for rows in extremes)
 
-    def _rehearse_ends(self, pool: LatentPool) -> float:
-        """Encode and decode nobody's pictures; returns the seconds of one."""
-        for _ in range(_RECORDED_AFTER + 1 if self._device.pads else 1):
+    def _warm_up_encode_decode(self, pool: LatentPool) -> float:
+        """Encode and decode a blank image; returns the seconds of one."""
+        for _ in range(_CAPTURED_AFTER + 1 if self._device.pads else 1):
             started = time.perf_counter()
             self._prompts.warm_up()
             pool.warm_up()
         return time.perf_counter() - started
 
-    def _rehearse(self, pool: LatentPool, shape: StepShape) -> float:
-        """Step nobody's pictures; returns the seconds of a step."""
+    def _measure_step(self, pool: LatentPool, shape: StepShape) -> float:
+        """Take steps without requests; returns the seconds of one."""
         plan = self._make_plan(pool, shape, ())
         if self._device.pads:
-            first = self._time_steps(pool, plan, 2 * _RECORDED_AFTER)  # from each state buffer to the other
+            first = self._time_steps(pool, plan, 2 * _CAPTURED_AFTER)  # from each state buffer to the other
             return self._time_steps(pool, plan, _MEASURED) if shape.chunks == 1 else first
         first = self._time_steps(pool, plan, 1)
         return first if first > _BRIEF else self._time_steps(pool, plan, 1)
@@ -377,10 +334,10 @@ class Pipeline:
         return plan
 
 
-def _beginning(
+def _first_latents(
     request: Request, pool: LatentPool, generator: NoiseGenerator, latents: Latents | None
 ) -> tuple[Latents, InpaintLatents | None]:
-    """The first x of one picture, noise or the original under noise, and what is kept. Draws in diffusers' order."""
+    """The first x of one image, noise or the noised init image; the inpainting latents. Draws in diffusers' order."""
     init_image, table = request.params.init_image, request.table
     noise = generator.randn(pool.latent_shape)
     if init_image is None or latents is None:
@@ -389,5 +346,5 @@ def _beginning(
     x = np.float32(signal) * latents + np.float32(sigma) * noise
     if init_image.mask is None:
         return x, None
-    generator.randn(pool.latent_shape)  # diffusers encodes the masked picture too, which only other UNets look at
+    generator.randn(pool.latent_shape)  # diffusers encodes the masked image too, which only inpainting UNets read
     return x, InpaintLatents(latents, noise, init_image.mask)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,44 +11,9 @@ import numpy as np
 from engines.contract import LANES, TERMS, Array
 from engines.schedulers import NUMBERS
 from server.requests.request import Depth, Request
-from server.runtime.noise import NoiseGenerator
+from server.runtime.admission import Placement, RowConditioning
 
 _PADDING = np.zeros(NUMBERS, np.float32)  # the scheduler's numbers for an image of the spare slot
-
-# The context rows and the guidance weight of each UNet row of one image.
-RowConditioning = tuple[tuple[tuple[int, ...], float], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Where a running request lives on the device, and where its noise comes from."""
-
-    request: Request
-    slots: tuple[int, ...]  # one per image
-    prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
-    noise: tuple[NoiseGenerator, ...]  # one per image
-    features: tuple[tuple[int, ...], ...]  # for each image, places for those of its rows; none where it caches nothing
-    hold: ExitStack  # frees all of it
-
-    @property
-    def conditioning(self) -> RowConditioning:
-        """The UNet rows of each image in the next step."""
-        return self._guided if self.request.guided[self.request.step] else self._unguided
-
-    @cached_property
-    def _guided(self) -> RowConditioning:
-        """Ho & Salimans (2022), eq. 6."""
-        g = self.request.params.guidance_scale
-        return (self.prompts[0], g), (self.prompts[1], 1 - g)
-
-    @cached_property
-    def _unguided(self) -> RowConditioning:
-        return ((self.prompts[0], 1.0),)
-
-    @property
-    def draws(self) -> bool:
-        """Whether the next step needs fresh noise."""
-        return self.request.table.steps[self.request.step].draws
 
 
 class StepShape(NamedTuple):
@@ -144,7 +106,7 @@ def make_plan(
         "level": by_image[:, 2:4],
         "coef": by_image[:, 4:].reshape(shape.images, LANES, TERMS),
     }
-    if any(placement.draws for placement in placements):
+    if any(placement.draws_noise for placement in placements):
         arrays["noise"] = _draw(placements, (shape.images, *latent_shape))
     finishing = tuple([one.request for one in placements if one.request.step + 1 == one.request.steps])
     return Plan(placements, layout, finishing, arrays)
@@ -208,7 +170,7 @@ def _draw(placements: Sequence[Placement], shape: tuple[int, ...]) -> Array:
     noise = np.zeros(shape, np.float32)
     image = 0
     for placement in placements:
-        if placement.draws:
+        if placement.draws_noise:
             for index, generator in enumerate(placement.noise, start=image):
                 noise[index] = generator.randn(shape[1:])
         image += len(placement.slots)

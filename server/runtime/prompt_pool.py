@@ -16,8 +16,11 @@ _Key = tuple[Chunk, int]  # and how many of the text encoder's layers are left o
 
 
 class PromptPool:
-    """Embeddings of prompts' chunks on the device. Who is told the same shares a row, and rows outlive their requests
-    until the room is needed: the negative prompt of nearly everyone is encoded once."""
+    """A cache of the embeddings of prompt chunks on the device.
+
+    Requests with the same chunk share a row, and rows outlive their requests until the space is needed: a negative
+    prompt that most requests use is encoded once.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class PromptPool:
         rows: int,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
-        """`engine` was loaded for `stream`; `on_lookup` hears of each chunk whether its embeddings were still there."""
+        """`engine` was loaded for `stream`; `on_lookup` is called for each chunk with whether it was cached."""
         context = manifest.context
         self.context = device.allocate((rows, context.tokens, context.width), np.float32, purpose="prompts")
         self._layers = context.layers
@@ -46,13 +49,13 @@ class PromptPool:
         self._users: Counter[_Key] = Counter()
 
     def acquire(self, prompt: Prompt, *, clip_skip: int = 0, after: Event | None = None) -> tuple[int, ...]:
-        """The rows that hold the embeddings of the prompt's chunks, until `release`.
+        """Return the rows of the embeddings of the prompt's chunks, which are kept until `release`.
 
-        They are there when the stream has done what it was given; it writes none before it has passed `after`, since
-        who let go of a row may still have it read on the device.
+        They are valid once the stream has done the work queued on it. It overwrites none before it has passed `after`,
+        since steps that read a released row may still be in flight.
 
         Raises:
-            EngineError: and nothing is held.
+            EngineError: and no row is held.
         """
         held: list[_Key] = []
         try:
@@ -60,15 +63,15 @@ class PromptPool:
                 self._hold((chunk, clip_skip), after)
                 held.append((chunk, clip_skip))
         except EngineError:
-            self._let_go(held)
+            self._release(held)
             raise
         return tuple(self._rows[key] for key in held)
 
     def release(self, prompt: Prompt, *, clip_skip: int = 0) -> None:
-        self._let_go([(chunk, clip_skip) for chunk in prompt.chunks])
+        self._release([(chunk, clip_skip) for chunk in prompt.chunks])
 
     def warm_up(self) -> None:
-        """Encode something, and keep nothing of it."""
+        """Encode a blank chunk, and keep nothing of it."""
         tokens = self._ids.shape[1]
         self._launch(Chunk((0,) * tokens, (1.0,) * tokens), 0)
 
@@ -79,7 +82,7 @@ class PromptPool:
         self._rows.move_to_end(key)
         self._users[key] += 1
 
-    def _let_go(self, keys: list[_Key]) -> None:
+    def _release(self, keys: list[_Key]) -> None:
         for key in keys:
             self._users[key] -= 1
             if not self._users[key]:

@@ -1,4 +1,4 @@
-"""How long steps take, by picture size, depth and rows: measured when warming up, and kept true by every step since."""
+"""How long steps take, by image size, depth and rows: measured during warm-up, and updated by every step since."""
 
 from __future__ import annotations
 
@@ -12,59 +12,60 @@ from server.requests.request import Depth, Request
 
 Kind = tuple[Size, Depth]  # of steps
 
-_WEIGHT = 0.1  # of a new measurement beside those before it
+_WEIGHT = 0.1  # of a new measurement in the moving average
 
 
 class StepTimeModel:
-    """The curve from rows to seconds of each kind of step. For any thread."""
+    """The curve from rows to seconds for each kind of step. For any thread."""
 
     def __init__(self, *, max_rows: int) -> None:
         self._max_rows = max_rows
         self._seconds: dict[Kind, dict[int, float]] = {}
-        self._ends: dict[Size, float] = {}
+        self._encode_decode: dict[Size, float] = {}
         self._lock = threading.Lock()
 
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
-        """A step of `rows` took `seconds`."""
+        """Add a measurement: a step of `rows` took `seconds`."""
         with self._lock:
             known = self._seconds.setdefault(kind, {})
             known[rows] = known.get(rows, seconds) * (1 - _WEIGHT) + seconds * _WEIGHT
 
     def seconds(self, kind: Kind, rows: int) -> float:
-        """What a step of `rows` takes: between measured points on a line, beyond them in proportion; 0 if unknown."""
+        """The duration of a step of `rows`: interpolated between measurements, proportional beyond; 0 if unknown."""
         with self._lock:
-            return _seconds(self._seconds.get(kind, {}), rows)
+            return _interpolate(self._seconds.get(kind, {}), rows)
 
     def cheapest(self, kind: Kind, row_counts: Sequence[int]) -> int:
-        """The row count whose step takes the least time: kernels of a larger one are sometimes the faster."""
+        """The row count whose step takes the least time: kernels of a larger one are sometimes faster."""
         with self._lock:
             known = self._seconds.get(kind, {})
-            return min(row_counts, key=lambda rows: _seconds(known, rows))
+            return min(row_counts, key=lambda rows: _interpolate(known, rows))
 
-    def observe_ends(self, size: Size, seconds: float) -> None:
-        """Encoding what a request of one picture brings, and decoding what it leaves, took `seconds`."""
+    def observe_encode_decode(self, size: Size, seconds: float) -> None:
+        """Set the duration of encoding a request of one image and decoding that image."""
         with self._lock:
-            self._ends[size] = seconds
+            self._encode_decode[size] = seconds
 
-    def ends(self, size: Size) -> float:
-        """What encoding and decoding take together; 0 if unknown."""
+    def encode_decode(self, size: Size) -> float:
+        """The seconds that encoding and decoding take together; 0 if unknown."""
         with self._lock:
-            return self._ends.get(size, 0.0)
+            return self._encode_decode.get(size, 0.0)
 
     def work(self, request: Request) -> float:
-        """Seconds of a full device that `request` still needs for its steps."""
+        """The seconds of a full device that the remaining steps of `request` take."""
         share = request.rows / self._max_rows
         size = request.params.size
-        return share * sum(count * self.seconds((size, depth), self._max_rows) for depth, count in request.left.items())
+        left = request.steps_left.items()
+        return share * sum(count * self.seconds((size, depth), self._max_rows) for depth, count in left)
 
     def curves(self) -> Mapping[Kind, Mapping[int, float]]:
-        """Everything measured."""
+        """Everything measured: seconds by rows, for each kind of step."""
         with self._lock:
             return {kind: dict(sorted(known.items())) for kind, known in self._seconds.items()}
 
 
-def _seconds(known: Mapping[int, float], rows: int) -> float:
-    """By the curve that is `known`, from rows to seconds."""
+def _interpolate(known: Mapping[int, float], rows: int) -> float:
+    """The seconds at `rows` on the measured curve."""
     if rows in known:
         return known[rows]
     if not known:

@@ -1,4 +1,4 @@
-"""What notices that the device hangs: a thread of its own, since whoever waits for the device cannot."""
+"""Detects that the device hangs, in a thread of its own: the one that waits for the device cannot."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-_LEAST = 10.0  # seconds; a busy machine may hold up anything for some
-_LOOK = 0.5  # seconds between looks
+_MIN_LIMIT = 10.0  # seconds; a busy machine may delay anything for some
+_POLL = 0.5  # seconds between checks
 
 
 @dataclass(slots=True)
 class _Limit:
-    """A context manager of its own, not a generator: one is made for every step."""
+    """A context manager as a class, not a generator: one is made for every step."""
 
     watchdog: Watchdog
     seconds: float
@@ -23,39 +23,39 @@ class _Limit:
 
     def __enter__(self) -> None:
         self.deadline = time.monotonic() + self.seconds
-        self.watchdog.limited = self
+        self.watchdog.current = self
 
     def __exit__(self, *_: object) -> None:
-        self.watchdog.limited = None
+        self.watchdog.current = None
 
 
 class Watchdog:
-    """Bites once if a piece of the device's work takes many times what it should."""
+    """Calls `on_hang` once if a piece of the device's work takes many times longer than expected."""
 
-    def __init__(self, bite: Callable[[str], None], *, patience: float) -> None:
-        """Pieces may take `patience` times what is expected of them, and no less than 10 seconds; 0 waits forever.
+    def __init__(self, on_hang: Callable[[str], None], *, factor: float) -> None:
+        """Work may take `factor` times its expected duration, and at least 10 seconds; 0 disables the watchdog.
 
-        `bite` is called in the watchdog's thread with what hangs.
+        `on_hang` is called in the watchdog's thread, with a sentence that names the work.
         """
-        self._bite = bite
-        self._patience = patience
-        self.limited: _Limit | None = None  # what is watched now
+        self._on_hang = on_hang
+        self._factor = factor
+        self.current: _Limit | None = None  # the work that is watched now
         self._closed = threading.Event()
 
     def start(self) -> None:
-        if self._patience:
+        if self._factor:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
 
     def limit(self, expected: float, what: object) -> AbstractContextManager[None]:
-        """Watch the body, which should take `expected` seconds; `what` is said of it if it does not end."""
-        return _Limit(self, max(self._patience * expected, _LEAST), what)
+        """Watch the body, which should take `expected` seconds; `what` names it in the report of a hang."""
+        return _Limit(self, max(self._factor * expected, _MIN_LIMIT), what)
 
     def _watch(self) -> None:
-        while not self._closed.wait(_LOOK):
-            limit = self.limited
+        while not self._closed.wait(_POLL):
+            limit = self.current
             if limit and time.monotonic() > limit.deadline:
-                self._bite(f"{limit.what} took longer than {limit.seconds:.0f} s.")
+                self._on_hang(f"{limit.what} took longer than {limit.seconds:.0f} s.")
                 return

@@ -31,20 +31,20 @@ _log = logging.getLogger(__name__)
 _GLANCE = 0.1  # seconds between looks at whether to stop
 _RUNS, _ENOUGH = 5, 0.5  # a backend's process measures so often, unless so many seconds have gone by
 
-Tell = Callable[[str], None]
+OnStatus = Callable[[str], None]
 
 
 class MeasuringStopped(EngineError):
     """The server was stopped before it knew which backend to serve with."""
 
 
-def fastest(
+def choose_fastest(
     manifest: Manifest,
     bundle: Path,
     backends: Sequence[str],
     *,
     threads: int,
-    tell: Tell,
+    on_status: OnStatus,
     stopped: Callable[[], bool] = lambda: False,
 ) -> str:
     """The one of `backends` that makes a picture of the verified bundle in folder `bundle` in the least time.
@@ -62,7 +62,7 @@ def fastest(
     seconds = _recalled(note, backends) if note else None
     source = f"remembered in {note}"
     if seconds is None:
-        rounds = _measured(bundle, backends, threads=threads, tell=tell, stopped=stopped)
+        rounds = _measured(bundle, backends, threads=threads, on_status=on_status, stopped=stopped)
         ran = [backend for backend in backends if backend in rounds[-1]]
         seconds = {backend: min(one[backend] for one in rounds) for backend in ran}
         if len(seconds) < len(backends):
@@ -82,23 +82,23 @@ def _quickest(seconds: Mapping[str, float]) -> str:
 
 
 def _measured(
-    bundle: Path, backends: Sequence[str], *, threads: int, tell: Tell, stopped: Callable[[], bool]
+    bundle: Path, backends: Sequence[str], *, threads: int, on_status: OnStatus, stopped: Callable[[], bool]
 ) -> list[dict[str, float]]:
     """Two rounds, the second in the other order: who was in the way of one in the first may have gone by then."""
-    first = _round(bundle, backends, threads=threads, tell=tell, stopped=stopped)
+    first = _round(bundle, backends, threads=threads, on_status=on_status, stopped=stopped)
     if len(first) == 1:
         return [first]
-    return [first, _round(bundle, [*first][::-1], threads=threads, tell=tell, stopped=stopped)]
+    return [first, _round(bundle, [*first][::-1], threads=threads, on_status=on_status, stopped=stopped)]
 
 
 def _round(
-    bundle: Path, backends: Sequence[str], *, threads: int, tell: Tell, stopped: Callable[[], bool]
+    bundle: Path, backends: Sequence[str], *, threads: int, on_status: OnStatus, stopped: Callable[[], bool]
 ) -> dict[str, float]:
     """The seconds of each that runs. Raises EngineError where none does."""
     seconds: dict[str, float] = {}
     reasons: list[str] = []
     for backend in backends:
-        tell(f"measuring {backend}, once for this machine")
+        on_status(f"measuring {backend}, once for this machine")
         try:
             seconds[backend] = _asked(bundle, backend, threads=threads, stopped=stopped)
         except MeasuringStopped:
@@ -148,8 +148,8 @@ class _Shortest(StepTimeModel):
         if kind[1] == "full":
             self.step = min(self.step, seconds)
 
-    def observe_ends(self, size: Size, seconds: float) -> None:
-        super().observe_ends(size, seconds)
+    def observe_encode_decode(self, size: Size, seconds: float) -> None:
+        super().observe_encode_decode(size, seconds)
         self.end = min(self.end, seconds)
 
 

@@ -34,7 +34,7 @@ _GLANCE = 0.5  # seconds between looks at whether to stop, and at whether the lo
 _GRACE = 5.0  # seconds in which a cancelled build may put away what it has half written; Docker grants 10 in all
 _LAST_WORDS = 5  # lines of a build that ended without saying why
 
-Tell = Callable[[str], None]
+OnStatus = Callable[[str], None]
 
 
 class CompilingStopped(EngineError):
@@ -42,7 +42,7 @@ class CompilingStopped(EngineError):
 
 
 def compile_missing(
-    manifest: Manifest, bundle: Path, backend: str, *, tell: Tell, stopped: Callable[[], bool] = lambda: False
+    manifest: Manifest, bundle: Path, backend: str, *, on_status: OnStatus, stopped: Callable[[], bool] = lambda: False
 ) -> Manifest:
     """Compile the engines of `backend` where the bundle in folder `bundle` has none that run here; minutes on a GPU.
 
@@ -60,11 +60,11 @@ def compile_missing(
     """
     if _has_engines(manifest, bundle, backend):
         return manifest
-    with _lock(bundle, backend, tell, stopped) as lock:
+    with _lock(bundle, backend, on_status, stopped) as lock:
         manifest = Manifest.load(bundle)  # which another server may have written meanwhile
         if _has_engines(manifest, bundle, backend):
             return manifest
-        _build(_command(manifest, bundle, backend), backend, lock=lock, tell=tell, stopped=stopped)
+        _build(_command(manifest, bundle, backend), backend, lock=lock, on_status=on_status, stopped=stopped)
         return Manifest.load(bundle)
 
 
@@ -85,7 +85,7 @@ def _has_engines(manifest: Manifest, bundle: Path, backend: str) -> bool:
 
 
 @contextmanager
-def _lock(bundle: Path, backend: str, tell: Tell, stopped: Callable[[], bool]) -> Iterator[IO[bytes]]:
+def _lock(bundle: Path, backend: str, on_status: OnStatus, stopped: Callable[[], bool]) -> Iterator[IO[bytes]]:
     """Hold the bundle, alone among the servers of all containers that share its folder."""
     try:
         file = (bundle / _LOCK).open("ab")
@@ -95,16 +95,16 @@ def _lock(bundle: Path, backend: str, tell: Tell, stopped: Callable[[], bool]) -
             f"let the server write to it, or run build_engines.py compile {bundle} --backend {backend} first."
         ) from error
     with file:
-        _wait_for(file, tell, stopped)
+        _wait_for(file, on_status, stopped)
         yield file
 
 
-def _wait_for(file: IO[bytes], tell: Tell, stopped: Callable[[], bool]) -> None:
+def _wait_for(file: IO[bytes], on_status: OnStatus, stopped: Callable[[], bool]) -> None:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tell("waiting for another server, which compiles this bundle")
+            on_status("waiting for another server, which compiles this bundle")
             _heed(stopped)
             time.sleep(_GLANCE)
         else:
@@ -124,7 +124,9 @@ def _command(manifest: Manifest, bundle: Path, backend: str) -> list[str]:
     return [*build, *precision, "--progress", "json"]
 
 
-def _build(command: list[str], backend: str, *, lock: IO[bytes], tell: Tell, stopped: Callable[[], bool]) -> None:
+def _build(
+    command: list[str], backend: str, *, lock: IO[bytes], on_status: OnStatus, stopped: Callable[[], bool]
+) -> None:
     if not find_spec("rich"):
         raise EngineError("Compiling at the start needs the package rich: pip install 'latentd[compile]'.")
     last_words: deque[str] = deque(maxlen=_LAST_WORDS)
@@ -132,7 +134,7 @@ def _build(command: list[str], backend: str, *, lock: IO[bytes], tell: Tell, sto
         for line in _lines(child, stopped):
             said = _parsed(line)
             if "stage" in said:
-                tell(_described(said, backend))
+                on_status(_described(said, backend))
             elif "note" in said:
                 _log.info("%s", said["note"])
             else:

@@ -72,10 +72,10 @@ class Settings(BaseSettings):
         description="pictures decoded in one call, as far as the bundle was built for it. "
         "More are decoded faster, and hold up the steps of others longer",
     )
-    decode_beside: bool = Field(
+    overlap_decode: bool = Field(
         True,
-        description="on a GPU, decode while others step; without it, between their steps. "
-        "Beside, steps take a little longer, and nobody waits for a whole decode",
+        description="on a GPU, decode in parallel with denoising steps; --no-overlap-decode decodes between them. "
+        "Overlapping makes steps a little slower, and no request waits for a whole decode",
     )
     watchdog: float = Field(
         20,

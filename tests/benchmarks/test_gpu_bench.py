@@ -26,7 +26,7 @@ from benchmarks.gpu.report import lines, table
 from benchmarks.gpu.results_file import STAGES, Book, Record, Result, slug
 from benchmarks.inprocess import Served
 from benchmarks.models import Subject
-from benchmarks.policies import SwitchingBatcher
+from benchmarks.policies import SwitchablePolicy
 from benchmarks.spans import (
     Span,
     by_company,
@@ -48,6 +48,7 @@ from loadtest.provenance import Environment, Run
 from loadtest.statistics import Spread, goodput, percentile
 from server.requests.request import GenerationParams, Request
 from server.requests.tokenizer import Prompt
+from server.runtime.batcher import Batcher
 
 SHORT = ["--steps", "2,4", "--runs", "2", "--seconds", "0.3", "--serve-seconds", "0.5", "--threads", "1"]
 
@@ -156,14 +157,14 @@ def request(name: str, *, steps: int) -> Request:
     return Request(wish, scheduler_table(scheduler, steps, NoiseSchedule()), (), name)
 
 
-def taken(policy: SwitchingBatcher) -> str:
+def taken(batcher: Batcher) -> str:
     """Who takes the next step; the finished leave."""
-    batch = policy.next_batch()
+    batch = batcher.next_batch()
     assert batch is not None
     for item in batch.requests:
-        item.step += 1
+        item.advance()
         if item.denoised:
-            policy.leave(item)
+            batcher.leave(item)
     return "".join(item.id for item in batch.requests)
 
 
@@ -173,15 +174,16 @@ def taken(policy: SwitchingBatcher) -> str:
     ids=["request", "step"],
 )
 def test_by_request_newcomers_wait_for_everybody_who_runs(by_request: bool, turns: list[str]) -> None:
-    policy = SwitchingBatcher(max_rows=8, max_waiting=10)
+    policy = SwitchablePolicy()
     policy.by_request = by_request
+    batcher = Batcher(max_rows=8, max_waiting=10, line=policy)
     for item in (request("a", steps=2), request("b", steps=3)):
-        policy.submit(item)
-    seen = [taken(policy)]
-    policy.submit(request("c", steps=2))
-    seen += [taken(policy) for _ in turns[1:]]
+        batcher.submit(item)
+    seen = [taken(batcher)]
+    batcher.submit(request("c", steps=2))
+    seen += [taken(batcher) for _ in turns[1:]]
     assert seen == turns
-    assert (policy.running, policy.waiting) == (0, 0)
+    assert (batcher.running, batcher.waiting) == (0, 0)
 
 
 # --- the record and the table

@@ -284,6 +284,6 @@ def test_the_first_ending_is_the_only_one() -> None:
     request = Request(wish, steps, (lambda _request, event: heard.append(event),), "a")
     first = Completed(())
     for outcome in (first, Failed(Cancelled("too late"))):
-        request.end(outcome)
+        request.finish(outcome)
     assert heard == [first]
     assert request.outcome is first

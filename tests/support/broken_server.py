@@ -34,5 +34,5 @@ def break_device(how: str) -> None:
 
 if __name__ == "__main__":
     break_device(sys.argv.pop())
-    watchdog._LEAST = 1.0
+    watchdog._MIN_LIMIT = 1.0
     sys.exit(main())

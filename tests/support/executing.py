@@ -16,15 +16,9 @@ from engines.backends.available import engine_path
 from engines.backends.device import Buffer, Call, Device, Engine, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest
-from server.requests.intake import Intake
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
 from server.requests.schemas import GenerateRequest
-from server.requests.tokenizer import Tokenizer
-from server.runtime.batcher import Batcher
-from server.runtime.executor import Executor
-from server.runtime.metrics import Metrics
-from server.runtime.pipeline import Pipeline
-from server.runtime.step_times import StepTimeModel
+from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.trace import Trace
 
 SECONDS = 60  # that a test waits for what must come
@@ -132,7 +126,7 @@ class Asked:
 
 
 class Running(AbstractContextManager["Running"]):
-    """An executor over the bundle's engines of `backend` on `device`, from ready until all have their ending."""
+    """An executor over the engines of `backend` on `device`, from ready until every request has its outcome."""
 
     def __init__(
         self,
@@ -142,51 +136,35 @@ class Running(AbstractContextManager["Running"]):
         backend: str = "onnxruntime",
         manifest: Manifest | None = None,
         max_waiting: int = 1000,
-        patience: float = 0,
+        hang_factor: float = 0,
         trace: Trace | None = None,
         decode_chunk: int = 1,
-        decode_beside: bool = True,
+        overlap_decode: bool = True,
     ) -> None:
         self.manifest = manifest or Manifest.read(bundle)
-        self.step_times = StepTimeModel(max_rows=self.manifest.max_rows)
         self.trace = trace or Trace()
-        self.metrics = Metrics(max_rows=self.manifest.max_rows)
-        self.batcher = Batcher(max_rows=self.manifest.max_rows, max_waiting=max_waiting, work=self.step_times.work)
-        self.metrics.watch({}, self.step_times)
         self.failures: list[Exception] = []
         self._started = threading.Event()
-        tokenizer = Tokenizer(
-            bundle / self.manifest.tokenizer.file.path,
-            tokens=self.manifest.context.tokens,
-            pad=self.manifest.tokenizer.pad,
-            embeddings=self.manifest.tokenizer.embeddings,
-        )
-        self._intake = Intake(self.manifest, tokenizer)
 
-        def load(_tell: Callable[[str], None]) -> Pipeline:
+        def open_model(_on_status: OnStatus, _stopped: Callable[[], bool]) -> OpenedModel:
             self.device = Faulty(device(), self.manifest, backend)
-            self.pipeline = Pipeline.load(
-                self.manifest,
-                bundle,
-                backend=backend,
-                device=self.device,
-                step_times=self.step_times,
-                trace=self.trace,
-                decode_chunk=decode_chunk,
-                decode_beside=decode_beside,
-            )
-            return self.pipeline
+            return OpenedModel(self.manifest, backend, self.device)
 
-        self.executor = Executor(
-            self.batcher,
-            load,
-            step_times=self.step_times,
+        self._runtime = make_runtime(
+            self.manifest,
+            bundle,
+            open_model=open_model,
+            max_waiting=max_waiting,
+            hang_factor=hang_factor,
             trace=self.trace,
-            metrics=self.metrics,
-            patience=patience,
+            decode_chunk=decode_chunk,
+            overlap_decode=overlap_decode,
+            on_loaded=self._loaded,
             on_ready=self._ready,
             on_failure=self._failed,
         )
+        self.batcher, self.executor = self._runtime.batcher, self._runtime.executor
+        self.metrics, self.step_times = self._runtime.metrics, self._runtime.step_times
 
     def __enter__(self) -> Self:
         self.executor.start()
@@ -200,7 +178,7 @@ class Running(AbstractContextManager["Running"]):
 
     def request(self, asked: Asked, **fields: Any) -> Request:
         body = GenerateRequest(**{"prompt": "a red cat", "seed": 1, **fields})
-        return self._intake.request(body, asked.hear, self.metrics.observe)
+        return self._runtime.intake.request(body, asked.hear, self.metrics.observe)
 
     def ask(self, **fields: Any) -> Asked:
         """Submit a request."""
@@ -212,6 +190,9 @@ class Running(AbstractContextManager["Running"]):
         """The sum over a metric's labels."""
         lines = (line for line in self.metrics.render().decode().splitlines() if line.split("{")[0].split()[0] == name)
         return sum(float(line.split()[-1]) for line in lines)
+
+    def _loaded(self, loaded: LoadedModel) -> None:
+        self.pipeline = loaded.pipeline
 
     def _ready(self) -> None:
         self.device.armed = True

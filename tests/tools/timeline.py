@@ -22,14 +22,14 @@ from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device, write_bundle
 from tests.support.executing import Running
 
-_WIDTH, _LEFT, _LANE, _TOP = 1200, 120, 54, 56  # pixels
-_LANES = ("executor", "steps", "arrivals", "departures")
-_TITLES = {"executor": "executor (host)", "steps": "steps", "arrivals": "arrivals", "departures": "departures"}
+_WIDTH, _LEFT, _TRACK_HEIGHT, _TOP = 1200, 120, 54, 56  # pixels
+_TRACKS = ("executor", "steps", "encode", "decode")
+_TITLES = {"executor": "executor (host)", "steps": "steps", "encode": "encode", "decode": "decode"}
 _COLOURS = {
     "wait": "#e5e7eb",
     "steps": "#2563eb",
-    "arrivals": "#059669",
-    "departures": "#d97706",
+    "encode": "#059669",
+    "decode": "#d97706",
     "executor": "#111827",
 }
 
@@ -53,11 +53,11 @@ def record(folder: Path) -> Sequence[Span]:
 
 def drawn(spans: Sequence[Span]) -> str:
     """The moment around the first decode as SVG."""
-    decode = next(span for span in spans if span.lane == "departures")
-    steps = [span for span in spans if span.lane == "steps"]
+    decode = next(span for span in spans if span.track == "decode")
+    steps = [span for span in spans if span.track == "steps"]
     near = next(index for index, span in enumerate(steps) if span.end >= decode.begin)
     begin, end = steps[max(near - 4, 0)].begin - 0.004, steps[min(near + 4, len(steps) - 1)].end
-    height = _TOP + _LANE * len(_LANES) + 40
+    height = _TOP + _TRACK_HEIGHT * len(_TRACKS) + 40
     body = "\n".join([*_axis(begin, end, height), *_rectangles(spans, begin, end), *_threads(spans, begin, end)])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="system-ui, sans-serif" '
@@ -71,14 +71,14 @@ def _x(time: float, begin: float, end: float) -> float:
     return _LEFT + (time - begin) / (end - begin) * (_WIDTH - _LEFT - 20)
 
 
-def _y(lane: str) -> int:
-    return _TOP + _LANE * _LANES.index(lane)
+def _y(track: str) -> int:
+    return _TOP + _TRACK_HEIGHT * _TRACKS.index(track)
 
 
 def _axis(begin: float, end: float, height: int) -> Iterator[str]:
-    for lane in _LANES:
-        yield f'<text x="10" y="{_y(lane) + 20}" fill="#374151">{_TITLES[lane]}</text>'
-        yield f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{_y(lane) + 32}" y2="{_y(lane) + 32}" stroke="#e5e7eb"/>'
+    for track in _TRACKS:
+        yield f'<text x="10" y="{_y(track) + 20}" fill="#374151">{_TITLES[track]}</text>'
+        yield f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{_y(track) + 32}" y2="{_y(track) + 32}" stroke="#e5e7eb"/>'
     total = int((end - begin) * 1000)
     apart = next(apart for apart in (5, 10, 20, 50, 100, 200, 500, 1000) if total / apart < 14)
     for tick in range(0, total + 1, apart):
@@ -90,26 +90,26 @@ def _axis(begin: float, end: float, height: int) -> Iterator[str]:
 def _rectangles(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
     number = 0
     for span in spans:
-        number += span.lane == "steps"
-        if span.end < begin or span.begin > end or span.lane not in _LANES:
+        number += span.track == "steps"
+        if span.end < begin or span.begin > end or span.track not in _TRACKS:
             continue
         left, right = (min(max(_x(time, begin, end), _LEFT), _WIDTH - 20) for time in (span.begin, span.end))
-        colour = _COLOURS.get(span.name, _COLOURS[span.lane])
+        colour = _COLOURS.get(span.name, _COLOURS[span.track])
         yield (
-            f'<rect x="{left:.1f}" y="{_y(span.lane)}" width="{max(right - left, 1.2):.1f}" height="28" rx="2" '
+            f'<rect x="{left:.1f}" y="{_y(span.track)}" width="{max(right - left, 1.2):.1f}" height="28" rx="2" '
             f'fill="{colour}"><title>{escape(span.name)}: {1000 * (span.end - span.begin):.1f} ms</title></rect>'
         )
-        if span.lane == "steps" and right - left > 30:
+        if span.track == "steps" and right - left > 30:
             middle = (left + right) / 2
             yield f'<text x="{middle:.1f}" y="{_y("steps") + 19}" text-anchor="middle" fill="white">{number}</text>'
-        if span.lane in {"arrivals", "departures"}:
-            yield f'<text x="{right + 5:.1f}" y="{_y(span.lane) + 19}" fill="#374151">{escape(span.name)}</text>'
+        if span.track in {"encode", "decode"}:
+            yield f'<text x="{right + 5:.1f}" y="{_y(span.track) + 19}" fill="#374151">{escape(span.name)}</text>'
 
 
 def _threads(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
     """From each launch to its step."""
     launches = [span for span in spans if span.name == "launch"]
-    steps = [span for span in spans if span.lane == "steps"]
+    steps = [span for span in spans if span.track == "steps"]
     for launch, step in zip(launches, steps, strict=True):
         if begin <= launch.begin and step.begin <= end:
             yield (

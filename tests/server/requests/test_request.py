@@ -52,15 +52,17 @@ def test_no_shallow_step_lacks_the_features_of_a_row() -> None:
             asked = request(steps=10, start=start / 10, end=end / 10)
             kept = 0
             for step in range(asked.steps):
-                asked.step = step
+                assert asked.step == step
                 rows = 2 if asked.guided[step] else 1
                 if asked.depth == "full":
                     kept = rows
                 assert rows <= kept, (start, end, step)
+                asked.advance()
 
 
 def test_what_is_left_shrinks_with_every_step() -> None:
     asked = request(steps=7)
-    assert asked.left == Counter(full=3, shallow=4)
-    asked.step = 4
-    assert asked.left == Counter(full=1, shallow=2)
+    assert asked.steps_left == Counter(full=3, shallow=4)
+    for _ in range(4):
+        asked.advance()
+    assert asked.steps_left == Counter(full=1, shallow=2)

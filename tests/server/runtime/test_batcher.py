@@ -25,11 +25,13 @@ def request(
     guided: bool = True,
     size: Size = SMALL,
     steps: int = 3,
-    exact: bool = False,
+    isolated: bool = False,
     cache: Cache = "off",
 ) -> Request:
     scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
-    wish = GenerationParams(NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, exact=exact, cache=cache)
+    wish = GenerationParams(
+        NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
+    )
     return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), name)
 
 
@@ -56,7 +58,7 @@ def run_to_end(policy: Batcher, *, steps: int = 1000) -> list[str]:
         assert sum(item.rows for item in batch.requests) <= policy.max_rows
         assert len({item.params.size for item in batch.requests}) <= 1
         for item in batch.requests:
-            item.step += 1
+            item.advance()
             if item.denoised:
                 policy.leave(item)
                 finished.append(item.id)
@@ -194,18 +196,18 @@ def test_evicted_requests_are_handed_over_once() -> None:
 
 
 def test_who_shares_with_nobody_takes_turns_with_those_who_share() -> None:
-    policy = batcher(request("a"), request("alone", exact=True), request("b"), request("recluse", exact=True))
+    policy = batcher(request("a"), request("alone", isolated=True), request("b"), request("recluse", isolated=True))
     turns = [names(policy.next_batch()) for _ in range(6)]
     assert turns == [["a", "b"], ["alone"], ["recluse"]] * 2
 
 
 def test_who_shares_with_nobody_holds_rows_like_everyone() -> None:
-    policy = batcher(request("a", images=3), request("alone", exact=True), request("late"), max_rows=8)
+    policy = batcher(request("a", images=3), request("alone", isolated=True), request("late"), max_rows=8)
     first = policy.next_batch()
     assert first is not None
     assert [item.id for item in first.joined] == ["a", "alone"]
     for item in first.requests:
-        item.step += 1
+        item.advance()
     assert run_to_end(policy) == ["a", "alone", "late"]
 
 
@@ -223,7 +225,7 @@ def test_full_and_shallow_steps_take_turns() -> None:
 def step(policy: Batcher) -> Batch | None:
     batch = policy.next_batch()
     for item in batch.requests if batch else ():
-        item.step += 1
+        item.advance()
         if item.denoised:
             policy.leave(item)
     return batch

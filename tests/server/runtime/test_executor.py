@@ -12,8 +12,9 @@ import pytest
 from benchmarks.spans import read_trace
 from engines.accuracy import psnr
 from engines.errors import DeviceLost, EngineError
-from server.requests.request import DEPTHS, Image, Request
+from server.requests.request import DEPTHS, Image
 from server.runtime import watchdog
+from server.runtime.admission import Owned, Placement
 from server.runtime.trace import Trace
 from tests.support.executing import Asked
 from tests.support.machines import FakeMachine, Machine
@@ -78,7 +79,7 @@ def test_nothing_is_held_when_all_have_left(machine: Machine) -> None:
             for asked in [running.ask(**fields) for fields in CROWD]:
                 asked.images()
         assert not running.pipeline._prompts._users
-        assert running.batcher.running == running.batcher.waiting == running.executor.departing == 0
+        assert running.batcher.running == running.batcher.waiting == running.executor.decoding == 0
         assert places() == before
 
 
@@ -126,11 +127,11 @@ def test_a_fault_nobody_expected_leaves_nobody_waiting(cpu: Machine) -> None:
 def test_a_fault_while_places_are_freed_leaves_nobody_waiting(
     cpu: Machine, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
 ) -> None:
-    def fail(_request: Request) -> None:
+    def fail(_owned: Owned) -> None:
         raise RuntimeError("a bug")
 
+    monkeypatch.setattr(Placement, "release", fail)
     with cpu.running() as running:
-        monkeypatch.setattr(running.pipeline, "release", fail)
         asked = [Asked() for _ in range(5)]
         requests = [running.request(one, num_inference_steps=50, num_images=2) for one in asked]
         with running.batcher._changed:
@@ -186,7 +187,9 @@ def test_a_picture_that_is_not_a_number_fails_alone(machine: Machine) -> None:
 
         def poison() -> None:
             pool = running.pipeline._latent_pools[running.manifest.resolutions[0]]
-            slot = next(place.slots[0] for place in running.pipeline._placements.values() if place.request is request)
+            placement = running.executor._owned[request]
+            assert isinstance(placement, Placement)
+            slot = placement.slots[0]
             state = pool._states[pool._parity]
             nothing = np.full(state.shape[1:], np.nan, np.float32)
             running.pipeline._streams.steps.write(state, nothing, at=slot)
@@ -239,7 +242,7 @@ def test_steps_are_launched_ahead_but_no_further_than_two(gpu: FakeMachine) -> N
 
 
 def test_others_step_while_pictures_are_decoded(gpu: FakeMachine) -> None:
-    with gpu.running() as running, gpu.gate(running.pipeline._streams.departures):
+    with gpu.running() as running, gpu.gate(running.pipeline._streams.decode):
         short, long = (running.ask(num_inference_steps=steps, scheduler="ddim") for steps in (2, 12))
         long.wait(lambda: len(long.steps) == 12)
         assert short.steps == [1, 2]
@@ -251,7 +254,7 @@ def test_others_step_while_newcomers_are_encoded(gpu: FakeMachine) -> None:
     with gpu.running() as running:
         first = running.ask(num_inference_steps=30, scheduler="ddim")
         first.wait(lambda: first.steps)
-        with gpu.gate(running.pipeline._streams.arrivals):
+        with gpu.gate(running.pipeline._streams.encode):
             second = running.ask(prompt="something new", num_inference_steps=2)
             first.outcome()
             assert not second.events
@@ -259,8 +262,8 @@ def test_others_step_while_newcomers_are_encoded(gpu: FakeMachine) -> None:
 
 
 def test_decoding_between_the_steps_uses_their_stream(gpu: FakeMachine) -> None:
-    with gpu.running(decode_beside=False) as running:
-        assert running.pipeline._streams.departures is running.pipeline._streams.steps
+    with gpu.running(overlap_decode=False) as running:
+        assert running.pipeline._streams.decode is running.pipeline._streams.steps
         assert running.ask().outcome_name() == "Completed"
 
 
@@ -270,7 +273,7 @@ def test_more_pictures_than_places_wait_for_the_decoder(gpu: FakeMachine) -> Non
         wishes = [
             {"seed": seed, "num_inference_steps": 1, "guidance_scale": 1, "num_images": 4} for seed in (1, 20, 40)
         ]
-        with gpu.gate(running.pipeline._streams.departures):
+        with gpu.gate(running.pipeline._streams.decode):
             crowd = [running.ask(**fields) for fields in wishes]
             crowd[0].wait(lambda: crowd[0].steps)
             assert running.device.launches["denoise"] <= 2
@@ -331,12 +334,12 @@ def test_a_device_that_hangs_is_noticed(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(watchdog, "_LEAST", 0.5)
-    monkeypatch.setattr(watchdog, "_LOOK", 0.05)
-    with gpu.running(patience=0.001) as running, gpu.gate(running.pipeline._streams.steps):
+    monkeypatch.setattr(watchdog, "_MIN_LIMIT", 0.5)
+    monkeypatch.setattr(watchdog, "_POLL", 0.05)
+    with gpu.running(hang_factor=0.001) as running, gpu.gate(running.pipeline._streams.steps):
         crowd = [running.ask(num_inference_steps=3, seed=seed) for seed in range(6)]
         assert [asked.outcome_name() for asked in crowd] == ["NotReady"] * 6
-        assert running.executor.stuck
+        assert running.executor.hangs
         assert not running.executor.alive
     assert isinstance(running.failures[0], DeviceLost)
     assert "took longer than" in caplog.text
@@ -360,9 +363,9 @@ def test_a_trace_shows_steps_launched_ahead(gpu: FakeMachine, tmp_path: Path) ->
         for asked in [running.ask(num_inference_steps=8, seed=seed, scheduler="ddim") for seed in range(3)]:
             asked.images()
     spans = read_trace(tmp_path / "trace.json")
-    steps = [span for span in spans if span.lane == "steps"]
+    steps = [span for span in spans if span.track == "steps"]
     launches = [span for span in spans if span.name == "launch"]
     assert len(steps) == len(launches)
     ahead = [launch for launch, before in zip(launches[1:], steps, strict=False) if launch.begin < before.end]
     assert len(ahead) >= len(steps) // 2, "steps were not launched before those before them were done"
-    assert len([span for span in spans if span.lane == "departures"]) == 3
+    assert len([span for span in spans if span.track == "departures"]) == 3

@@ -12,8 +12,9 @@ from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Prompt
+from server.runtime.admission import Placement
 from server.runtime.noise import NoiseGenerator
-from server.runtime.plan import Placement, StepShape, make_plan, step_shape
+from server.runtime.plan import StepShape, make_plan, step_shape
 
 LATENT = (4, 8, 8)
 SPARE = 8
@@ -33,9 +34,16 @@ def placement(
     size, method = Size(width=64, height=64), Scheduler(scheduler)
     cache: Cache = "fast" if features else "off"
     wish = GenerationParams(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))), cache=cache)
-    request = Request(wish, table(method, 4, NoiseSchedule()), (), "a", step=step)
+    request = Request(wish, table(method, 4, NoiseSchedule()), (), "a")
+    advance(request, step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
-    return Placement(request, slots, prompts, tuple(map(NoiseGenerator, wish.seeds)), features, ExitStack())
+    noise = tuple(map(NoiseGenerator, wish.seeds))
+    return Placement(request, ExitStack(), slots=slots, prompts=prompts, noise=noise, features=features)
+
+
+def advance(request: Request, steps: int = 1) -> None:
+    for _ in range(steps):
+        request.advance()
 
 
 def test_what_fills_a_step_up_is_an_image_of_the_spare_slot_that_changes_nothing() -> None:
@@ -96,7 +104,7 @@ def test_the_same_company_keeps_its_seats_while_its_numbers_change() -> None:
     placements, shape = [placement(slots=(3, 5)), placement(slots=(1,), guided=False)], StepShape(8, 8, 1)
     first = make_plan(placements, LATENT, shape=shape, spare=SPARE)
     for one in placements:
-        one.request.step += 1
+        one.request.advance()
     second = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=first.layout)
     assert second.layout is first.layout
     anew = make_plan(placements, LATENT, shape=shape, spare=SPARE)
@@ -108,7 +116,8 @@ def test_the_same_company_keeps_its_seats_while_its_numbers_change() -> None:
 @pytest.mark.parametrize("change", ["company", "shape", "guidance"])
 def test_another_company_is_seated_anew(change: str) -> None:
     ends_early = replace(placement(slots=(3,)).request.params, guidance_end=0.5)
-    request = Request(ends_early, table(Scheduler("ddim"), 4, NoiseSchedule()), (), "a", step=1)
+    request = Request(ends_early, table(Scheduler("ddim"), 4, NoiseSchedule()), (), "a")
+    advance(request)
     placements = [replace(placement(slots=(3,)), request=request), placement(slots=(1,))]
     shape = StepShape(8, 8, 1)
     before = make_plan(placements, LATENT, shape=shape, spare=SPARE).layout
@@ -117,7 +126,7 @@ def test_another_company_is_seated_anew(change: str) -> None:
     elif change == "shape":
         shape = StepShape(4, 4, 1)
     else:
-        request.step += 1
+        request.advance()
     after = make_plan(placements, LATENT, shape=shape, spare=SPARE, before=before)
     anew = make_plan(placements, LATENT, shape=shape, spare=SPARE)
     assert after.layout is not before

@@ -27,7 +27,10 @@ def step_times(**seconds: float) -> StepTimeModel:
 def request(*, images: int, steps: int, done: int = 0, size: Size = SIZE, cache: Cache = "off") -> Request:
     nothing = Prompt("", ())
     wish = GenerationParams(nothing, nothing, size, Scheduler("ddim"), steps, 7.5, tuple(range(images)), cache=cache)
-    return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), "a", step=done)
+    made = Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), "a")
+    for _ in range(done):
+        made.advance()
+    return made
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(2, 1.0), (4, 2.0), (8, 4.0), (1, 1.0), (16, 8.0)])
@@ -61,8 +64,8 @@ def test_the_work_of_a_request_is_its_share_of_full_steps() -> None:
 
 def test_the_ends_are_kept_by_size() -> None:
     made = step_times()
-    made.observe_ends(SIZE, 2.5)
-    assert (made.ends(SIZE), made.ends(OTHER[0])) == (2.5, 0)
+    made.observe_encode_decode(SIZE, 2.5)
+    assert (made.encode_decode(SIZE), made.encode_decode(OTHER[0])) == (2.5, 0)
     assert made.curves() == {}
 
 

@@ -23,12 +23,12 @@ def spans(path: Path) -> list[tuple[str, str]]:
     """Lane and name of each, in the order they began."""
     found = read_trace(path)
     assert all(span.end >= span.begin for span in found)
-    return [(span.lane, span.name) for span in found]
+    return [(span.track, span.name) for span in found]
 
 
 def work(trace: Trace, device: HostDevice) -> None:
     stream = device.stream("steps")
-    with trace.span("launch"), trace.device("step", stream, lane="steps"):
+    with trace.span("launch"), trace.device("step", stream, track="steps"):
         pass
     trace.collect()
 
@@ -72,7 +72,7 @@ def test_on_a_device_that_is_lost_what_was_known_is_written(
     trace = Trace(tmp_path / "trace.json")
     trace.start(device.stream("steps"))
     work(trace, device)
-    with trace.device("the last", device.stream("steps"), lane="steps"):
+    with trace.device("the last", device.stream("steps"), track="steps"):
         pass
 
     def lost(_event: HostEvent) -> bool:

@@ -25,7 +25,7 @@ def test_it_bites_once_and_says_what_hangs() -> None:
         bites.append(what)
         bitten.set()
 
-    dog = Watchdog(bite, patience=2)
+    dog = Watchdog(bite, factor=2)
     dog.start()
     with dog.limit(0.01, "A step"):
         assert bitten.wait(30)
@@ -35,7 +35,7 @@ def test_it_bites_once_and_says_what_hangs() -> None:
 
 def test_what_ends_in_time_is_left_alone() -> None:
     bites: list[str] = []
-    dog = Watchdog(bites.append, patience=1000)
+    dog = Watchdog(bites.append, factor=1000)
     dog.start()
     for _ in range(3):
         with dog.limit(1, "A step"):
@@ -47,7 +47,7 @@ def test_what_ends_in_time_is_left_alone() -> None:
 
 def test_without_patience_it_waits_forever() -> None:
     bites: list[str] = []
-    dog = Watchdog(bites.append, patience=0)
+    dog = Watchdog(bites.append, factor=0)
     dog.start()
     with dog.limit(0, "A step"):
         time.sleep(0.2)

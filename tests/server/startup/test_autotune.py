@@ -44,8 +44,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def ignore(_status: str) -> None: ...
+
+
 def found(manifest: Manifest, *backends: str, threads: int = 1) -> str:
-    return autotune.fastest(manifest, Path(), backends or CONTENDERS, threads=threads, tell=lambda _text: None)
+    return autotune.choose_fastest(manifest, Path(), backends or CONTENDERS, threads=threads, on_status=ignore)
 
 
 # --- a server that does
@@ -76,7 +79,7 @@ def test_who_names_a_backend_measures_nothing(serving: Serving) -> None:
 def test_who_is_stopped_while_measuring_leaves_no_process(bundle: Path, manifest: Manifest, caches: Path) -> None:
     before = psutil.Process().children()
     with pytest.raises(MeasuringStopped):
-        autotune.fastest(manifest, bundle, CONTENDERS, threads=1, tell=lambda _text: None, stopped=lambda: True)
+        autotune.choose_fastest(manifest, bundle, CONTENDERS, threads=1, on_status=ignore, stopped=lambda: True)
     assert not caches.exists()
     assert psutil.Process().children() == before
 
@@ -93,14 +96,14 @@ def test_what_crashes_is_passed_over_and_asked_again_next_time(
             return asked(bundle, backend, threads=threads, stopped=stopped)
 
     monkeypatch.setattr(autotune, "_asked", crashing)
-    assert autotune.fastest(manifest, bundle, CONTENDERS, threads=1, tell=lambda _text: None) == "onnxruntime"
+    assert autotune.choose_fastest(manifest, bundle, CONTENDERS, threads=1, on_status=ignore) == "onnxruntime"
     assert "openvino is passed over: its process ended with 1" in caplog.text
     assert not caches.exists()
 
 
 def test_where_nothing_runs_each_reason_is_said(manifest: Manifest, tmp_path: Path, caches: Path) -> None:
     with pytest.raises(EngineError, match=r"openvino: .*holds no manifest\.json.*; onnxruntime: "):
-        autotune.fastest(manifest, tmp_path, CONTENDERS, threads=1, tell=lambda _text: None)
+        autotune.choose_fastest(manifest, tmp_path, CONTENDERS, threads=1, on_status=ignore)
     assert not caches.exists()
 
 
@@ -113,7 +116,7 @@ def test_of_what_is_observed_the_shortest_counts() -> None:
     for seconds in (3, 1, 2):
         step_times.observe((size, "full"), 2, seconds)
         step_times.observe((size, "shallow"), 2, seconds / 10)
-        step_times.observe_ends(size, seconds * 2)
+        step_times.observe_encode_decode(size, seconds * 2)
     assert (step_times.step, step_times.end) == (1, 2)
 
 

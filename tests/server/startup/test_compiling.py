@@ -30,7 +30,7 @@ SERVER = (
     "import sys; from pathlib import Path; from engines.manifest import Manifest\n"
     "from server.compiling import compile_missing\n"
     "bundle = Path(sys.argv[1])\n"
-    f"compile_missing(Manifest.load(bundle), bundle, {RTX!r}, tell=lambda text: print(text, flush=True))\n"
+    f"compile_missing(Manifest.load(bundle), bundle, {RTX!r}, on_status=lambda text: print(text, flush=True))\n"
 )
 
 
@@ -75,7 +75,7 @@ def wait_until_gone(processes: list[psutil.Process], *, seconds: float = 30) -> 
 
 def test_engines_are_compiled_once_and_told_of(copied: Path, manifest_of_copy: Manifest) -> None:
     told: list[str] = []
-    made = compile_missing(manifest_of_copy, copied, RTX, tell=told.append)
+    made = compile_missing(manifest_of_copy, copied, RTX, on_status=told.append)
     assert made == Manifest.load(copied)
     assert set(made.builds) == {"onnxruntime", RTX}
     assert {engine.precision for engine in made.builds[RTX].engines.values()} == {"fp32"}  # all that the bundle holds
@@ -88,7 +88,7 @@ def test_engines_are_compiled_once_and_told_of(copied: Path, manifest_of_copy: M
         assert 0 <= percents[0] <= percents[-1] <= 100
     told.clear()
     if probe().gpu is None:  # where there is one, whether they fit it is another question
-        assert compile_missing(made, copied, RTX, tell=told.append) is made
+        assert compile_missing(made, copied, RTX, on_status=told.append) is made
         assert not told
 
 
@@ -111,7 +111,7 @@ def test_a_killed_server_takes_its_build_along_and_the_next_one_goes_on(copied: 
         assert builders
         process.send_signal(signal.SIGKILL)
         wait_until_gone(builders)
-    made = compile_missing(Manifest.load(copied), copied, RTX, tell=lambda _: None)
+    made = compile_missing(Manifest.load(copied), copied, RTX, on_status=lambda _: None)
     assert RTX in made.builds
     assert not [path for path in copied.rglob("*") if path.name.endswith(".tmp")]
 
@@ -126,7 +126,7 @@ def test_a_stop_ends_the_build(
             manifest_of_copy,
             copied,
             RTX,
-            tell=lambda _: None,
+            on_status=lambda _: None,
             stopped=lambda: started.exists() and bool(started.read_text()),
         )
     assert not psutil.pid_exists(int(started.read_text()))
@@ -143,7 +143,7 @@ def test_a_build_that_does_not_end_is_killed(
             manifest_of_copy,
             copied,
             RTX,
-            tell=lambda _: None,
+            on_status=lambda _: None,
             stopped=lambda: started.exists() and bool(started.read_text()),
         )
     assert not psutil.pid_exists(int(started.read_text()))
@@ -154,7 +154,7 @@ def test_who_waits_for_another_can_be_stopped(copied: Path, manifest_of_copy: Ma
     with (copied / ".compiling").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(CompilingStopped):
-            compile_missing(manifest_of_copy, copied, RTX, tell=told.append, stopped=lambda: bool(told))
+            compile_missing(manifest_of_copy, copied, RTX, on_status=told.append, stopped=lambda: bool(told))
     assert told == ["waiting for another server, which compiles this bundle"]
 
 
@@ -169,7 +169,7 @@ def test_a_build_holds_the_bundle_as_long_as_it_lives(
     )
     script_build(code, tmp_path, monkeypatch)
     with pytest.raises(EngineError, match="it is held"):
-        compile_missing(manifest_of_copy, copied, RTX, tell=lambda _: None)
+        compile_missing(manifest_of_copy, copied, RTX, on_status=lambda _: None)
 
 
 def test_a_real_failure_is_told_in_the_build_s_own_words(copied: Path, manifest_of_copy: Manifest) -> None:
@@ -177,7 +177,7 @@ def test_a_real_failure_is_told_in_the_build_s_own_words(copied: Path, manifest_
     if probe().gpu is not None:
         pytest.skip("a GPU is here")
     with pytest.raises(EngineError, match=r"^The tensorrt engines were not compiled\. .*latentd\[cuda\]|.*GPU"):
-        compile_missing(manifest_of_copy, copied, "tensorrt", tell=lambda _: None)
+        compile_missing(manifest_of_copy, copied, "tensorrt", on_status=lambda _: None)
     assert Manifest.load(copied) == manifest_of_copy
 
 
@@ -200,7 +200,7 @@ def test_the_last_words_of_a_build(
 ) -> None:
     script_build(script, tmp_path, monkeypatch)
     with pytest.raises(EngineError, match=words):
-        compile_missing(manifest_of_copy, copied, RTX, tell=lambda _: None)
+        compile_missing(manifest_of_copy, copied, RTX, on_status=lambda _: None)
 
 
 def test_engines_for_another_gpu_are_compiled_anew(
@@ -214,22 +214,22 @@ def test_engines_for_another_gpu_are_compiled_anew(
     monkeypatch.setattr(compiling, "obstacle", lambda _: None)
     monkeypatch.setattr(compiling, "check_fits", refuse)
     script_build("print('{\"note\": \"as asked\"}'); open('ran', 'w')", tmp_path, monkeypatch)
-    compile_missing(elsewhere, copied, RTX, tell=lambda _: None)
+    compile_missing(elsewhere, copied, RTX, on_status=lambda _: None)
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_cpus_load_the_graphs_as_they_are(backend: str, manifest: Manifest, tmp_path: Path) -> None:
-    assert compile_missing(manifest, tmp_path / "unread", backend, tell=lambda _: None) is manifest
+    assert compile_missing(manifest, tmp_path / "unread", backend, on_status=lambda _: None) is manifest
 
 
 def test_a_bundle_that_cannot_be_written_says_what_to_do(copied: Path, manifest_of_copy: Manifest) -> None:
     (copied / ".compiling").mkdir()  # read-only folders do not stop root, who runs many a test
     with pytest.raises(EngineError, match="let the server write to it, or run build_engines"):
-        compile_missing(manifest_of_copy, copied, RTX, tell=lambda _: None)
+        compile_missing(manifest_of_copy, copied, RTX, on_status=lambda _: None)
 
 
 def test_compiling_needs_its_extra(copied: Path, manifest_of_copy: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "find_spec", lambda _: None)
     with pytest.raises(EngineError, match=r"pip install 'latentd\[compile\]'"):
-        compile_missing(manifest_of_copy, copied, RTX, tell=lambda _: None)
+        compile_missing(manifest_of_copy, copied, RTX, on_status=lambda _: None)

@@ -1,0 +1,131 @@
+"""The one place that assembles a runtime: everything that runs requests, without HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engines.backends.device import Device
+from engines.manifest import Manifest
+from server.requests.intake import Intake
+from server.requests.request import Cache
+from server.requests.tokenizer import Tokenizer
+from server.runtime.batcher import Batcher, Line
+from server.runtime.executor import Executor
+from server.runtime.metrics import Metrics
+from server.runtime.pipeline import Pipeline
+from server.runtime.step_times import StepTimeModel
+from server.runtime.trace import Trace
+
+OnStatus = Callable[[str], None]  # called with what the runtime is doing, in a few words
+
+
+class OpenedModel(NamedTuple):
+    """A bundle with engines for a backend, and the device that loads them."""
+
+    manifest: Manifest
+    backend: str
+    device: Device
+
+
+class LoadedModel(NamedTuple):
+    """A model whose engines are loaded."""
+
+    manifest: Manifest
+    backend: str
+    pipeline: Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The parts that run requests. `executor.start()` loads the model and begins."""
+
+    intake: Intake
+    batcher: Batcher
+    executor: Executor
+    metrics: Metrics
+    step_times: StepTimeModel
+
+
+def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
+    manifest: Manifest,
+    bundle: Path,
+    *,
+    open_model: Callable[[OnStatus, Callable[[], bool]], OpenedModel],
+    max_waiting: int,
+    hang_factor: float,
+    line: Callable[[], Line] = Line,
+    trace: Trace | None = None,
+    cache: Cache = "off",
+    decode_chunk: int = 1,
+    overlap_decode: bool = True,
+    on_loaded: Callable[[LoadedModel], None] = lambda _model: None,
+    on_ready: Callable[[], None] = lambda: None,
+    on_failure: Callable[[Exception], None] = lambda _error: None,
+) -> Runtime:
+    """Assemble the runtime of the verified bundle in folder `bundle`. Nothing is loaded until the executor starts.
+
+    Args:
+        open_model: called in the executor's thread with a status callback and a function that says whether to stop.
+        max_waiting: requests that may wait; see `Batcher`, as for `line`.
+        hang_factor: see `Watchdog`.
+        cache: the step cache of requests that do not set it.
+        decode_chunk: images decoded in one call.
+        overlap_decode: decode on a stream of its own, in parallel with steps.
+        on_loaded, on_ready, on_failure: called in the executor's thread.
+    """
+    trace = trace or Trace()
+    step_times = StepTimeModel(max_rows=manifest.max_rows)
+    batcher = Batcher(max_rows=manifest.max_rows, max_waiting=max_waiting, work=step_times.work, line=line)
+    metrics = Metrics(max_rows=manifest.max_rows)
+
+    def load(on_status: OnStatus) -> Pipeline:
+        opened = open_model(on_status, lambda: batcher.closed)
+        metrics.set_model(opened.manifest, opened.backend)
+        on_status("loading the engines")
+        pipeline = Pipeline.load(
+            opened.manifest,
+            bundle,
+            backend=opened.backend,
+            device=opened.device,
+            step_times=step_times,
+            trace=trace,
+            decode_chunk=decode_chunk,
+            overlap_decode=overlap_decode,
+            on_lookup=metrics.prompt_lookup,
+        )
+        on_loaded(LoadedModel(opened.manifest, opened.backend, pipeline))
+        return pipeline
+
+    executor = Executor(
+        batcher,
+        load,
+        step_times=step_times,
+        trace=trace,
+        metrics=metrics,
+        hang_factor=hang_factor,
+        on_ready=on_ready,
+        on_failure=on_failure,
+    )
+    metrics.watch(
+        {
+            "latentd_requests_waiting": ("Requests that wait for their first step.", lambda: batcher.waiting),
+            "latentd_requests_running": ("Requests that take steps.", lambda: batcher.running),
+            "latentd_requests_decoding": ("Requests whose images are being decoded.", lambda: executor.decoding),
+            "latentd_ready": ("1 when requests are accepted.", lambda: float(executor.ready)),
+        },
+        step_times,
+    )
+    return Runtime(_intake(manifest, bundle, cache), batcher, executor, metrics, step_times)
+
+
+def _intake(manifest: Manifest, bundle: Path, cache: Cache) -> Intake:
+    tokenizer = Tokenizer(
+        bundle / manifest.tokenizer.file.path,
+        tokens=manifest.context.tokens,
+        pad=manifest.tokenizer.pad,
+        embeddings=manifest.tokenizer.embeddings,
+    )
+    return Intake(manifest, tokenizer, cache=cache)
