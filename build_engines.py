@@ -210,7 +210,7 @@ def _backends(arguments: argparse.Namespace, progress: BuildShow) -> list[str]:
     for backend in arguments.backend or ["auto"]:
         if backend == "auto":
             choice = choose()
-            progress.note(f"backend {choice.backend} ({choice.why})")
+            progress.note(f"backend {choice.backend} ({choice.reason})")
             asked.append(choice.backend)
         else:
             asked.append(backend)

@@ -68,7 +68,7 @@ def _contenders(settings: Settings, manifest: Manifest) -> Sequence[str]:
         wanted = [backend for backend in wanted if backend not in ON_CPU]
     choice = choose([*wanted, *ON_CPU])
     if wanted and choice.backend != wanted[0]:
-        _log.warning("backend %s is unavailable (%s)", wanted[0], choice.why)
+        _log.warning("backend %s is unavailable (%s)", wanted[0], choice.reason)
     if choice.backend in wanted:
         return [choice.backend]
     return [backend for backend in ON_CPU if unavailable_reason(backend) is None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def open_device(*, threads: int) -> NullDevice:  # noqa: ARG001 - as every backe
 
 def install() -> None:
     """Let the server of this process open this device in place of ONNX Runtime's."""
-    registry._BACKENDS[_STAND_IN] = __name__
+    registry.SPECS[_STAND_IN] = replace(registry.SPECS[_STAND_IN], module=__name__)
 
 
 if __name__ == "__main__":

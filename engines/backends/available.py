@@ -1,4 +1,4 @@
-"""Which backends are installed here, which can run here, and which is the best of them."""
+"""Which backends are installed and can run on this machine, and what each loads from a bundle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.backends.registry import BACKENDS, ON_CPU, needs
+from engines.backends.registry import BACKENDS, ON_CPU, SPECS, TENSORRT, install_command, missing_package
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.manifest import BundleError, Gpu, Manifest, Precision
@@ -16,49 +16,39 @@ from engines.manifest import BundleError, Gpu, Manifest, Precision
 if TYPE_CHECKING:
     from engines.backends.cuda import Probe
 
-_PACKAGES = {
-    "tensorrt": ("tensorrt",),
-    "tensorrt_rtx": ("tensorrt-rtx",),
-    "onnxruntime_cuda": ("onnxruntime-gpu",),
-    "openvino": ("openvino",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-}
-TENSORRT = ("tensorrt", "tensorrt_rtx")
-_ON_GPU = (*TENSORRT, "onnxruntime_cuda")
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, and why it and none before it."""
+    """A backend, and the reason for it."""
 
     backend: str
-    why: str
+    reason: str
 
 
 def installed(backend: str) -> str:
     """The version of the package behind `backend`. Raises EngineError where it is not installed."""
-    for package in _PACKAGES[backend]:
+    for package in SPECS[backend].packages:
         try:
             return version(package)
         except PackageNotFoundError:
             continue
-    raise EngineError(needs(backend, _PACKAGES[backend][0]))
+    raise EngineError(missing_package(backend, SPECS[backend].packages[0]))
 
 
 def probe() -> Probe:
-    """The GPU that is here, or why there is none."""
+    """The GPU of this machine, or the reason why there is none."""
     from engines.backends.cuda import probe  # noqa: PLC0415 - CUDA's modules, which a server on a CPU has no use for
 
     return probe()
 
 
 def unavailable_reason(backend: str) -> str | None:
-    """Why `backend` cannot run here, in a few words; None where it can."""
+    """Why `backend` cannot run on this machine, in a few words; None if it can."""
     try:
         installed(backend)
     except EngineError:
         return "not installed"
-    return _gpu_unavailable_reason(backend) if backend in _ON_GPU else None
+    return _gpu_unavailable_reason(backend) if SPECS[backend].runs_on == "gpu" else None
 
 
 def _gpu_unavailable_reason(backend: str) -> str | None:
@@ -67,7 +57,7 @@ def _gpu_unavailable_reason(backend: str) -> str | None:
         return found.reason
     accepted = _accepted(backend) if backend in TENSORRT else []
     if accepted and found.gpu.compute_capability not in accepted:
-        return f"not for {found.gpu.name}, of compute capability {found.gpu.compute_capability}"
+        return f"does not support {found.gpu.name} (compute capability {found.gpu.compute_capability})"
     return None
 
 
@@ -78,18 +68,18 @@ def _accepted(backend: str) -> list[str]:
 
 
 def gpu_here() -> Gpu:
-    """The GPU that engines would be compiled on and for. Raises EngineError where there is none."""
+    """The GPU that engines are compiled on and for. Raises EngineError if there is none."""
     found = probe()
     if found.gpu is None:
         raise EngineError(
             f"TensorRT compiles on the GPU that will run its engines. {found.reason} Compile there: "
-            "build_engines.py compile BUNDLE needs no torch. Or take --backend tensorrt_rtx, which compiles anywhere."
+            "build_engines.py compile BUNDLE needs no torch. Or use --backend tensorrt_rtx, which needs no GPU."
         )
     return found.gpu
 
 
 def check_fits(manifest: Manifest, backend: str, bundle: Path) -> None:
-    """Raise EngineError, naming the command that rebuilds, where the engines were built for another GPU or version."""
+    """Raise EngineError, with the command that rebuilds, if the engines were built for another GPU or version."""
     build = manifest.builds.get(backend)
     if build and backend in TENSORRT:
         from engines.backends import tensorrt  # noqa: PLC0415 - as above
@@ -118,11 +108,11 @@ def precision_of(manifest: Manifest, backend: str) -> Precision:
 
 
 def choose(backends: Sequence[str] = BACKENDS) -> Choice:
-    """The first of `backends` that can run here. Raises EngineError where none can."""
-    passed: list[str] = []
+    """The first of `backends` that can run on this machine. Raises EngineError if none can."""
+    unavailable: list[str] = []
     for backend in backends:
         reason = unavailable_reason(backend)
         if reason is None:
-            return Choice(backend, "; ".join([*passed, f"{backend}: runs here"]))
-        passed.append(f"{backend}: {reason}")
-    raise EngineError(f"No backend can run here ({'; '.join(passed)}): pip install 'latentd[cpu]'.")
+            return Choice(backend, "; ".join([*unavailable, f"{backend}: available"]))
+        unavailable.append(f"{backend}: {reason}")
+    raise EngineError(f"No backend is available ({'; '.join(unavailable)}): {install_command('cpu')}")

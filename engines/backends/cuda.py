@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from engines.backends.device import ALIGNMENT, Buffer, Event
+from engines.backends.registry import install_command
 from engines.contract import Array
 from engines.errors import DeviceLost, EngineError
 from engines.manifest import Gpu
@@ -86,7 +87,7 @@ class Probe:
 def probe() -> Probe:
     """Look for the first GPU. Raises nothing and claims nothing: without a driver, a GPU or cuda-python it says so."""
     if runtime is None:
-        return Probe(None, "cuda-python is not installed: pip install 'latentd[cuda]' or 'latentd[rtx]'.")
+        return Probe(None, f"cuda-python is not installed: {install_command('cuda')}")
     try:
         check(runtime.cudaGetDeviceCount())
         return Probe(_described(runtime))

@@ -32,6 +32,7 @@ from engines.backends.cuda import (
     open_cuda,
 )
 from engines.backends.device import Buffer, Stream
+from engines.backends.registry import install_command
 from engines.errors import DeviceLost, EngineError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -185,8 +186,8 @@ def open_device(*, threads: int) -> OnnxRuntimeCudaDevice:  # noqa: ARG001 - eve
     """Open the GPU through ONNX Runtime. Raises EngineError where the installed ONNX Runtime has no CUDA, or no GPU."""
     if PROVIDER not in ort.get_available_providers():
         raise EngineError(
-            "This ONNX Runtime computes on the CPU only: pip uninstall onnxruntime, "
-            "then pip install 'latentd[cuda]' in place of 'latentd[cpu]'."
+            "The installed ONNX Runtime is for CPUs only: uninstall the package onnxruntime, then "
+            f"{install_command('cuda')}"
         )
     ort.preload_dlls()  # finds the libraries of CUDA and cuDNN where pip has put them
     cuda, _gpu = open_cuda()

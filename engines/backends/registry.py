@@ -1,48 +1,105 @@
-"""The backends by name, each imported when it is asked for."""
+"""The backends, one description of each. A new backend is a module that implements its device, and an entry here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from typing import Literal
 
 from engines.backends.device import Device
 from engines.errors import EngineError
+from engines.manifest import Precision
 
-# Backends are imported when they are asked for, so a missing package costs only those who need it.
-_BACKENDS = {
-    "tensorrt": "engines.backends.tensorrt",
-    "tensorrt_rtx": "engines.backends.tensorrt_rtx",
-    "onnxruntime_cuda": "engines.backends.onnxruntime_cuda",
-    "openvino": "engines.backends.openvino",
-    "onnxruntime": "engines.backends.onnxruntime",
-}
-ON_CPU = ("openvino", "onnxruntime")  # they load the FP32 graphs as they are, so every bundle can be served by them
-EXTRAS = {
-    "tensorrt": "cuda",
-    "tensorrt_rtx": "rtx",
-    "onnxruntime_cuda": "cuda",
-    "openvino": "openvino",
-    "onnxruntime": "cpu",
-}
-BACKENDS = tuple(_BACKENDS)  # the fastest first
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """What is known of a backend without importing it."""
+
+    name: str
+    module: str  # has `open_device(*, threads: int) -> Device`; imported when a device is opened
+    extra: str  # of this project's optional dependencies
+    packages: tuple[str, ...]  # distributions any of which provides it; the first is the usual one
+    precisions: tuple[Precision, ...]  # of its engines; the first is the default
+    runs_on: Literal["cpu", "gpu"]
+    compiles: bool = False  # TensorRT compiles its engines ahead of time; others load ONNX graphs
+
+
+_SPECS = (  # the fastest first
+    BackendSpec(
+        name="tensorrt",
+        module="engines.backends.tensorrt",
+        extra="cuda",
+        packages=("tensorrt",),
+        precisions=("fp16", "bf16", "fp32"),
+        runs_on="gpu",
+        compiles=True,
+    ),
+    BackendSpec(
+        name="tensorrt_rtx",
+        module="engines.backends.tensorrt_rtx",
+        extra="rtx",
+        packages=("tensorrt-rtx",),
+        precisions=("fp16", "bf16", "fp32"),
+        runs_on="gpu",
+        compiles=True,
+    ),
+    BackendSpec(
+        name="onnxruntime_cuda",
+        module="engines.backends.onnxruntime_cuda",
+        extra="cuda",
+        packages=("onnxruntime-gpu",),
+        precisions=("fp16", "fp32"),
+        runs_on="gpu",
+    ),
+    BackendSpec(
+        name="openvino",
+        module="engines.backends.openvino",
+        extra="openvino",
+        packages=("openvino",),
+        precisions=("fp32", "bf16", "int8"),
+        runs_on="cpu",
+    ),
+    BackendSpec(
+        name="onnxruntime",
+        module="engines.backends.onnxruntime",
+        extra="cpu",
+        packages=("onnxruntime", "onnxruntime-gpu"),
+        precisions=("fp32",),
+        runs_on="cpu",
+    ),
+)
+SPECS: dict[str, BackendSpec] = {spec.name: spec for spec in _SPECS}
+BACKENDS = tuple(SPECS)  # their names
+ON_CPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "cpu")  # every bundle has the FP32 graphs they load
+ON_GPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "gpu")
+TENSORRT = tuple(spec.name for spec in _SPECS if spec.compiles)
 
 
 def open_device(backend: str, *, threads: int = 0) -> Device:
-    """Open the device behind `backend`, with `threads` CPU threads (0: one per core).
+    """Open the device of `backend`, with `threads` CPU threads (0: one per core).
 
     Raises:
-        EngineError: the name is unknown or its package is not installed.
+        EngineError: the name is unknown, or its package is not installed.
     """
-    if backend not in _BACKENDS:
-        raise EngineError(f"There is no backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    if backend not in SPECS:
+        raise EngineError(f"Unknown backend {backend!r}: choose one of {', '.join(SPECS)}.")
     try:
-        module = import_module(_BACKENDS[backend])
+        module = import_module(SPECS[backend].module)
     except ImportError as error:
-        raise EngineError(needs(backend, str(error.name))) from error
+        raise EngineError(missing_package(backend, str(error.name))) from error
     opener: Callable[..., Device] = module.open_device
     return opener(threads=threads)
 
 
-def needs(backend: str, package: str) -> str:
-    """What to tell people who lack the package behind a backend."""
-    return f"Backend {backend} needs the package {package}: pip install 'latentd[{EXTRAS[backend]}]'."
+def missing_package(backend: str, package: str) -> str:
+    """The message for a backend whose package is not installed."""
+    return f"Backend {backend} needs the package {package}: {install_command(SPECS[backend].extra)}"
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this project: in a source checkout from there, with its pinned versions."""
+    if (Path(__file__).parents[2] / "pyproject.toml").is_file():
+        return f".venv/bin/pip install -c scripts/constraints.txt -e '.[{extra}]'"
+    return f"pip install 'latentd[{extra}]'"

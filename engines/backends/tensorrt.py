@@ -27,6 +27,7 @@ from engines.backends.cuda import (
     probe,
 )
 from engines.backends.device import Buffer, Stream
+from engines.backends.registry import install_command
 from engines.errors import DeviceLost, EngineError
 from engines.manifest import Build, Gpu
 
@@ -296,17 +297,17 @@ def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every back
 
 
 def open_package(package: str, *, extra: str, contexts: type[Contexts] = Contexts) -> TensorRtDevice:
-    """Open the GPU through `package`, which `pip install 'latentd[extra]'` brings. Raises EngineError."""
+    """Open the GPU through `package`, which is in `extra`. Raises EngineError."""
     found = probe()
     if found.gpu is None:
         raise EngineError(
             f"Backend {package} needs an NVIDIA GPU. {found.reason} "
-            "Where there is none, take the backend onnxruntime or openvino."
+            "Without one, use the backend onnxruntime or openvino."
         )
     try:
         trt = import_module(package)
     except ImportError as error:
-        raise EngineError(f"Backend {package} needs its package ({error}): pip install 'latentd[{extra}]'.") from error
+        raise EngineError(f"Backend {package} needs its package ({error}): {install_command(extra)}") from error
     cuda, gpu = open_cuda()
     return TensorRtDevice(trt, cuda, gpu=gpu, contexts=contexts)
 

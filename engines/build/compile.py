@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.backends.available import TENSORRT, gpu_here, installed
-from engines.backends.registry import ON_CPU
+from engines.backends.available import gpu_here, installed
+from engines.backends.registry import ON_CPU, SPECS, TENSORRT
 from engines.build.profiles import Shapes, shapes
 from engines.build.trajectory import CALIBRATED, record
-from engines.build.trt.build import build_engine
+from engines.build.trt.parent import build_engine
 from engines.contract import GRAPHS, STEPS, Array, GraphName
 from engines.errors import EngineError
 from engines.files import sha256_of_code, write_atomically
@@ -25,18 +25,11 @@ from engines.progress import Progress
 
 _BUILD = Path(__file__).parent
 _ENGINES = _BUILD.parent
-_OFFERED: Mapping[str, tuple[Precision, ...]] = {
-    "tensorrt": ("fp16", "bf16", "fp32"),
-    "tensorrt_rtx": ("fp16", "bf16", "fp32"),
-    "onnxruntime_cuda": ("fp16", "fp32"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "onnxruntime": ("fp32",),
-}
 
 
 def check_precision(backend: str, precision: Precision | None) -> None:
     """Raise EngineError, saying what there is, unless `backend` computes in `precision`."""
-    offered = _OFFERED[backend]
+    offered = SPECS[backend].precisions
     if precision and precision not in offered:
         hint = " Its weights can be stored in half the space with --weights fp16." if precision == "fp16" else ""
         raise EngineError(f"{backend} computes in {' or '.join(offered)}, not in {precision}.{hint}")
@@ -73,7 +66,7 @@ def _typed(precision: Precision) -> ComputeDtype:
 
 def _default(backend: str, *, prefers_bf16: bool) -> Precision:
     """BF16 where the model asks for it, on GPUs alone: CPUs lack no range in FP32."""
-    offered = _OFFERED[backend]
+    offered = SPECS[backend].precisions
     return "bf16" if prefers_bf16 and "bf16" in offered and backend not in ON_CPU else offered[0]
 
 

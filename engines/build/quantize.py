@@ -18,6 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from engines.backends.openvino import TAKES_BF16, openvino
+from engines.backends.registry import install_command
 from engines.contract import Array
 from engines.errors import EngineError
 from engines.files import publish
@@ -208,7 +209,7 @@ def _quiet_nncf() -> Iterator[Any]:
             import nncf  # noqa: PLC0415 - seconds, and torch where it is installed
             import rich  # noqa: PLC0415 - NNCF brings it, and draws on its shared console
         except ImportError as error:
-            raise EngineError(f"INT8 needs the package {error.name}: pip install 'latentd[int8]'.") from error
+            raise EngineError(f"INT8 needs the package {error.name}: {install_command('int8')}") from error
         nncf.set_log_level(logging.ERROR)
         console = rich.get_console()
         was, console.quiet = console.quiet, True

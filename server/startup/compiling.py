@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engines.backends.available import check_fits, unavailable_reason
-from engines.backends.registry import ON_CPU
+from engines.backends.registry import ON_CPU, install_command
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import Manifest
@@ -128,7 +128,7 @@ def _build(
     command: list[str], backend: str, *, lock: IO[bytes], on_status: OnStatus, stopped: Callable[[], bool]
 ) -> None:
     if not find_spec("rich"):
-        raise EngineError("Compiling at the start needs the package rich: pip install 'latentd[compile]'.")
+        raise EngineError(f"Compiling at the start needs the package rich: {install_command('compile')}")
     last_words: deque[str] = deque(maxlen=_LAST_WORDS)
     with _running(command, lock) as child:
         for line in _lines(child, stopped):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 from engines.backends import available
 from engines.backends.cuda import Probe
+from engines.backends.registry import install_command
 from engines.errors import EngineError
 from engines.manifest import Gpu
 
@@ -49,17 +51,19 @@ def test_the_fastest_that_runs_here_is_taken(
 
 def test_the_reasons_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch, "onnxruntime", "tensorrt-rtx")
-    assert available.choose().why == (
+    assert available.choose().reason == (
         "tensorrt: not installed; tensorrt_rtx: no driver; onnxruntime_cuda: not installed; "
-        "openvino: not installed; onnxruntime: runs here"
+        "openvino: not installed; onnxruntime: available"
     )
 
 
 def test_where_nothing_runs_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch)
-    with pytest.raises(EngineError, match=r"pip install 'latentd\[cpu\]'"):
+    with pytest.raises(EngineError, match=re.escape(install_command("cpu"))):
         available.choose()
-    with pytest.raises(EngineError, match=r"openvino needs the package openvino: pip install 'latentd\[openvino\]'"):
+    with pytest.raises(
+        EngineError, match=f"openvino needs the package openvino: {re.escape(install_command('openvino'))}"
+    ):
         available.installed("openvino")
 
 

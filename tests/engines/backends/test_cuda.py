@@ -28,6 +28,7 @@ from engines.backends.cuda import (
     probe,
 )
 from engines.backends.device import ALIGNMENT
+from engines.backends.registry import install_command
 from engines.contract import Array
 from engines.errors import DeviceLost, EngineError
 from tests.engines.backends.fake_cuda import GIB, FakeCuda
@@ -581,7 +582,7 @@ def test_the_probe_names_the_gpu_and_what_it_can(monkeypatch: pytest.MonkeyPatch
 
 def test_without_cuda_python_the_probe_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "runtime", None)
-    assert probe() == Probe(None, "cuda-python is not installed: pip install 'latentd[cuda]' or 'latentd[rtx]'.")
+    assert probe() == Probe(None, f"cuda-python is not installed: {install_command('cuda')}")
 
 
 def test_whatever_is_raised_becomes_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from engines.backends import tensorrt
 from engines.backends import tensorrt_rtx as rtx
 from engines.backends.cuda import Cuda, CudaStream, DeviceBuffer, Probe, probe
 from engines.backends.device import ALIGNMENT, Buffer
+from engines.backends.registry import install_command
 from engines.backends.tensorrt import TensorRtCall, TensorRtDevice, check_fits, open_package
 from engines.build.profiles import shapes
 from engines.contract import Array, GraphName
@@ -936,7 +937,9 @@ def test_without_a_gpu_the_backend_says_what_to_take(opener: Any, backend: str) 
 
 def test_without_the_package_the_backend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "probe", lambda: Probe(FAKE_GPU))
-    with pytest.raises(EngineError, match=r"Backend no_such_trt needs its package .*pip install 'latentd\[cuda\]'"):
+    with pytest.raises(
+        EngineError, match=f"Backend no_such_trt needs its package .*{re.escape(install_command('cuda'))}"
+    ):
         open_package("no_such_trt", extra="cuda")
 
 

@@ -17,7 +17,7 @@ import pytest
 import build_engines
 from engines.backends import available
 from engines.backends.cuda import Probe, probe
-from engines.backends.registry import ON_CPU
+from engines.backends.registry import ON_CPU, install_command
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import MANIFEST, BundleError, Gpu, Manifest
@@ -211,4 +211,4 @@ def test_tensorrt_itself_asks_for_its_package_or_its_gpu(copied: Path, capsys: p
     if build("compile", copied, "--backend", "tensorrt") == 0:
         pytest.skip("TensorRT and a GPU are here")
     told = capsys.readouterr().err
-    assert "latentd[cuda]" in told or "GPU" in told
+    assert install_command("cuda") in told or "GPU" in told

@@ -23,15 +23,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.build.trt import build
-from engines.build.trt.build import (
-    BuildError,
+from engines.backends.registry import install_command
+from engines.build.trt import child as building
+from engines.build.trt import parent
+from engines.build.trt.disk import write_engine
+from engines.build.trt.errors import BuildError, GraphRefused, NotWritten, OutOfMemory, Unavailable
+from engines.build.trt.layers import inspected_layers, summarize
+from engines.build.trt.parent import (
     EngineReport,
-    GraphRefused,
-    NotWritten,
-    OutOfMemory,
     Ranges,
-    Unavailable,
     build_engine,
 )
 from engines.errors import EngineError
@@ -290,8 +290,8 @@ def test_the_engine_inspector_tells_the_same() -> None:
     half, single = {"Datatype": "Half"}, {"Format/Datatype": "Float"}
     first = [layer("__myl_SiluGnor_myl0_1", "x", half), layer("_gemm_mha_v2_myl0_2", "t", half)]
     second = [layer("__myl_Move_myl1_0", "x [profile 1]", single), layer("_gemm_mha_v2_myl1_1", "t", half)]
-    table = build._inspected(json.dumps({"Layers": [*first, *second, "named only_myl1_2"]}))
-    assert build._summary(table, {"attentions": 1, "group_norms": 1}) == {
+    table = inspected_layers(json.dumps({"Layers": [*first, *second, "named only_myl1_2"]}))
+    assert summarize(table, {"attentions": 1, "group_norms": 1}) == {
         "total": 3,
         "attentions": 1,
         "fused_attentions": 1,
@@ -323,7 +323,7 @@ def test_a_build_that_does_not_look_up_is_killed(
     graph: Path, tmp_path: Path, child: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, tmp_path, RTX, PRETENDED + "    def create_network(self, flags): time.sleep(60)\n")
-    monkeypatch.setattr(build, "_GRACE", 0.2)
+    monkeypatch.setattr(parent, "_GRACE", 0.2)
 
     class Interrupting(Silent):
         def note(self, text: str) -> None:
@@ -343,8 +343,8 @@ def test_a_build_that_does_not_look_up_ends_itself_when_nobody_listens(
     pretend(monkeypatch, tmp_path, RTX, PRETENDED + "    def create_network(self, flags): time.sleep(60)\n")
     out, beside = tmp_path / "it.engine", tmp_path / "beside"
     job = {"module": RTX, "onnx": str(graph), "out": str(out), "beside": str(beside), "profiles": []}
-    with TemporaryFile() as stderr, build._running(job, stderr) as alone:
-        said = next(message for message in build._heard(alone) if "note" in message)
+    with TemporaryFile() as stderr, parent._running(job, stderr) as alone:
+        said = next(message for message in parent._heard(alone) if "note" in message)
         assert said == {"note": "ready"}
         assert beside.exists()
         assert alone.stdout
@@ -358,7 +358,7 @@ CALLER = """
 import subprocess, sys, time
 from pathlib import Path
 from engines.progress import Silent
-from engines.build.trt.build import build_engine
+from engines.build.trt.parent import build_engine
 
 class Telling(subprocess.Popen):
     def __init__(self, *args, **options):
@@ -467,7 +467,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
 ) -> None:
     pretend(monkeypatch, tmp_path, module, f"raise ModuleNotFoundError(\"No module named '{module}'\")")
-    assert f"pip install 'latentd[{extra}]'." in refused(Unavailable, graph, tmp_path / "it.engine", module)
+    assert install_command(extra) in refused(Unavailable, graph, tmp_path / "it.engine", module)
 
 
 def test_a_package_without_its_libraries_is_to_be_installed_again(
@@ -511,7 +511,7 @@ class Builder:
     ("fate", "kind", "told"),
     [
         ("raise TypeError('factory function returned nullptr')", Unavailable, "does not start here"),
-        ("raise MemoryError", OutOfMemory, r"ran out of memory at [\d.]+ MB: ask for fewer --resolution, --rows"),
+        ("raise MemoryError", OutOfMemory, r"ran out of memory at [\d.]+ MB: use fewer --resolution, --rows"),
         ("raise ValueError('a new fault')", BuildError, "exit status 1: .*ValueError: a new fault"),
         ("print('from C', flush=True); import os; os._exit(3)", BuildError, "exit status 3: from C. Build again"),
     ],
@@ -529,13 +529,13 @@ def test_what_happens_to_the_child_is_told(
     "words", ["Error Code 2: OutOfMemory (Requested size was 8589934592 bytes.)", "std::bad_alloc", "out of memory"]
 )
 def test_tensorrts_words_for_too_little_memory_are_known(words: str) -> None:
-    assert build._OUT_OF_MEMORY.search(f"[virtualMemoryBuffer.cpp::resizePhysical::172] {words}")
+    assert building._OUT_OF_MEMORY.search(f"[virtualMemoryBuffer.cpp::resizePhysical::172] {words}")
 
 
 @pytest.mark.parametrize(
     ("number", "kind", "told"),
     [
-        (signal.SIGKILL, OutOfMemory, r"killed when it took \d+\.\d [MG]B of memory.*ask for fewer --resolution"),
+        (signal.SIGKILL, OutOfMemory, r"killed when it took \d+\.\d [MG]B of memory.*use fewer --resolution"),
         (signal.SIGSEGV, BuildError, "was ended by SIGSEGV: it said nothing. Build again"),
         (signal.SIGTERM, BuildError, "stopped by a signal: start it again"),
     ],
@@ -580,5 +580,5 @@ def test_a_full_disk_is_told_with_what_is_needed(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(NotWritten, match=r"\(No space left on device\): it takes 3.0 MB"):
-        build._write(bytes(3_000_000), tmp_path / "it.engine", tmp_path / "beside")
+        write_engine(bytes(3_000_000), tmp_path / "it.engine", tmp_path / "beside")
     assert not (tmp_path / "it.engine").exists()
