@@ -201,27 +201,7 @@ def _document(service: Service, request: Request, files: Files, *, image_format:
             GeneratedImage(seed=seed, format=image_format, image=base64.b64encode(content).decode())
             for seed, content in zip(params.seeds, files.contents, strict=True)
         ],
-        parameters=Parameters(
-            prompt=params.prompt.text,
-            negative_prompt=params.negative_prompt.text,
-            prompt_syntax=params.prompt.syntax,
-            clip_skip=params.clip_skip,
-            width=params.size.width,
-            height=params.size.height,
-            num_inference_steps=params.num_inference_steps,
-            guidance_scale=params.guidance_scale,
-            guidance_start=params.guidance_start,
-            guidance_end=params.guidance_end,
-            seed=params.seeds[0],
-            num_images=request.images,
-            scheduler=params.scheduler.name,
-            timestep_spacing=params.scheduler.timestep_spacing,
-            final_sigmas_type=params.scheduler.final_sigmas_type,
-            eta=params.scheduler.eta,
-            strength=params.init_image.strength if params.init_image else None,
-            exact=params.isolated,
-            cache=params.cache,
-        ),
+        parameters=Parameters.of(params),
         timings=_timings(request, files),
         warnings=_warnings(request),
     )

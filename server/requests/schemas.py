@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import binascii
 import re
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests.images import ImageFormat
-from server.requests.request import Cache
+from server.requests.request import Cache, GenerationParams
 from server.requests.tokenizer import Syntax
 from server.requests.uploads import MAX_FILE
 
@@ -170,6 +170,28 @@ class Parameters(BaseModel):
     strength: float | None = Field(description="None where no image was sent; pictures are not repeated here")
     exact: bool
     cache: Cache
+
+    @classmethod
+    def of(cls, params: GenerationParams) -> Self:
+        """The fields of `params` by their own names, and those that the API names or groups differently."""
+        scheduler = params.scheduler
+        same = {name: getattr(params, name) for name in cls.model_fields if hasattr(params, name)}
+        renamed = {
+            "prompt": params.prompt.text,
+            "negative_prompt": params.negative_prompt.text,
+            "prompt_syntax": params.prompt.syntax,
+            "width": params.size.width,
+            "height": params.size.height,
+            "seed": params.seeds[0],
+            "num_images": len(params.seeds),
+            "scheduler": scheduler.name,
+            "timestep_spacing": scheduler.timestep_spacing,
+            "final_sigmas_type": scheduler.final_sigmas_type,
+            "eta": scheduler.eta,
+            "strength": params.init_image.strength if params.init_image else None,
+            "exact": params.isolated,
+        }
+        return cls(**(same | renamed))
 
 
 class GenerateResponse(BaseModel):

@@ -46,7 +46,7 @@ def device() -> Device:
 
 @pytest.fixture
 def stream(device: Device) -> Stream:
-    return device.stream("arrivals")
+    return device.stream("encode")
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""The parameters of an answer: every field of a request, with its default filled in."""
+
+from __future__ import annotations
+
+from engines.manifest import Size
+from engines.schedulers import Scheduler
+from server.requests.request import GenerationParams
+from server.requests.schemas import GenerateRequest, Parameters
+from server.requests.tokenizer import Prompt
+
+NOT_ECHOED = {
+    "guidance_rescale",  # only 0 is accepted
+    "sigmas",  # part of the scheduler's name
+    "image_format",  # stated with each image
+    "preview_every",  # changes the stream of events, not the images
+    "image",  # too large to repeat
+    "mask",
+}
+
+
+def test_every_field_of_a_request_is_echoed_or_listed() -> None:
+    assert set(GenerateRequest.model_fields) == set(Parameters.model_fields) | NOT_ECHOED
+    assert not set(Parameters.model_fields) & NOT_ECHOED
+
+
+def test_values_are_those_of_the_request() -> None:
+    params = GenerationParams(
+        Prompt("a boat", ()),
+        Prompt("a bird", ()),
+        Size(width=64, height=48),
+        Scheduler("ddim", eta=0.5),
+        7,
+        3.5,
+        (5, 6),
+        guidance_end=0.5,
+        clip_skip=1,
+        isolated=True,
+        cache="fast",
+    )
+    assert Parameters.of(params).model_dump(exclude={"prompt_syntax", "timestep_spacing", "final_sigmas_type"}) == {
+        "prompt": "a boat",
+        "negative_prompt": "a bird",
+        "clip_skip": 1,
+        "width": 64,
+        "height": 48,
+        "num_inference_steps": 7,
+        "guidance_scale": 3.5,
+        "guidance_start": 0.0,
+        "guidance_end": 0.5,
+        "seed": 5,
+        "num_images": 2,
+        "scheduler": "ddim",
+        "eta": 0.5,
+        "strength": None,
+        "exact": True,
+        "cache": "fast",
+    }
