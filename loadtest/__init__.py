@@ -1,1 +1,1 @@
-"""Load and measurements: what the server does under work, and beside others. No room of the server imports it."""
+"""The load test: puts load on a running server and reports what it sustains. The server never imports it."""

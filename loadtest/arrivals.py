@@ -1,4 +1,4 @@
-"""Who comes when: an open loop, in which callers do not wait for each other's pictures. Pure numbers."""
+"""Poisson arrivals for an open loop, in which requests do not wait for each other's images. Pure."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One caller: seconds after the start, and what is asked for."""
+    """One request: when it arrives, in seconds after the start, and its number of steps."""
 
     at: float
     steps: int
 
 
 def poisson(*, rate: float, seconds: float, steps: tuple[int, int], seed: int) -> tuple[Arrival, ...]:
-    """A Poisson process of `rate` callers per second, each wanting steps drawn evenly from `steps`, both ends included.
+    """Return a Poisson process of `rate` requests per second, with steps uniform over `steps`, both ends included.
 
-    The same seed gives the same callers at every rate, only closer together: so loads differ in nothing else.
+    The same seed gives the same requests at every rate, only closer together, so that loads differ in nothing else.
     """
     dice = np.random.default_rng(seed)
     arrivals: list[Arrival] = []

@@ -1,10 +1,10 @@
-"""The load test's callers for Locust: the same mix, the same faces, and answers judged alike.
+"""The load test's users for Locust: the same mix, response formats and outcomes.
 
 locust -f loadtest/locustfile.py --headless --host http://127.0.0.1:8000 --users 8 --run-time 60s
 locust -f loadtest/locustfile.py --headless --master --expect-workers 2 --host … --users 64 --run-time 60s
-locust -f loadtest/locustfile.py --worker --master-host …    on each machine that makes load
+locust -f loadtest/locustfile.py --worker --master-host …    on each machine that generates load
 
-The mix is read once, where Locust is not a worker; workers are sent it with the other options.
+The master, or a Locust without workers, reads the mix once; its workers receive it with the other options.
 """
 
 from __future__ import annotations
@@ -23,47 +23,47 @@ from locust.clients import ResponseContextManager
 from locust.env import Environment
 from locust.runners import LocalRunner, Runner, WorkerRunner
 
-from loadtest.mix import Entry, Mix, MixError
-from loadtest.options import add_what, conflict, entries_of, positive
-from loadtest.response_formats import FACES, Answer, Face, Part, Reply
+from loadtest.mix import Mix, MixEntry, MixError, choose_entries
+from loadtest.options import BOTH_GIVEN, add_request_options, positive
+from loadtest.response_formats import RESPONSE_FORMATS, BodyPart, RawResponse, RequestResult, ResponseFormat
 
 _log = logging.getLogger(__name__)
-_ASKING = 10.0  # seconds for the models
-_APART = 2**24  # between the numbers that two workers give their callers, so that no two ask for the same picture
+_CONTROL_TIMEOUT = 10.0  # seconds, for the models
+_NUMBERS_PER_WORKER = 2**24  # keeps request numbers, and so image seeds, apart between workers
 
 
-class Caller(HttpUser):
-    """Asks again as soon as there is a picture, and after a pause where there is none."""
+class LatentdUser(HttpUser):
+    """A user who sends requests one after another: at once after an image, after a pause otherwise."""
 
     mix: Mix
-    face: Face
-    patience: float  # seconds
+    response_format: ResponseFormat
+    request_timeout: float  # seconds
     stages: bool
     numbers: Iterator[int]
 
     @task
-    def ask(self) -> None:
+    def generate(self) -> None:
         number = next(self.numbers)
         index = self.mix.pick(number)
         with self.client.post(
-            self.face.path,
+            self.response_format.path,
             name=self.mix.entries[index].name,
-            json=self.face.body(self.mix.fields(index, number)),
-            headers={"Accept": self.face.accept},
-            timeout=self.patience,
+            json=self.response_format.body(self.mix.fields(index, number)),
+            headers={"Accept": self.response_format.accept},
+            timeout=self.request_timeout,
             catch_response=True,
         ) as response:
-            answer = _answer(self.face, response)
-            if answer.outcome == "completed":
+            result = _result(self.response_format, response)
+            if result.outcome == "completed":
                 response.success()
             else:
-                response.failure(_told(answer))
+                response.failure(_failure_name(result))
         if self.stages:
-            self._tell_stages(answer)
-        time.sleep(answer.pause)  # gevent's, while others go on
+            self._report_stages(result)
+        time.sleep(result.pause)  # patched by gevent: other users run meanwhile
 
-    def _tell_stages(self, answer: Answer) -> None:
-        for stage, seconds in (answer.stages or {}).items():
+    def _report_stages(self, result: RequestResult) -> None:
+        for stage, seconds in (result.stages or {}).items():
             self.environment.events.request.fire(
                 request_type="stage",
                 name=stage,
@@ -77,61 +77,69 @@ class Caller(HttpUser):
 @events.init_command_line_parser.add_listener
 def add_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("latentd: what is sent")
-    add_what(group)
+    add_request_options(group)
     add = group.add_argument
-    add("--timeout", type=positive, default=120, metavar="S", help="silence of the server that ends a request")
+    add(
+        "--timeout",
+        type=positive,
+        default=120,
+        metavar="S",
+        help="seconds without a byte from the server after which a request ends (default: %(default)s)",
+    )
     add("--stages", action="store_true", help="also list the server's stages, which Locust adds to its totals")
 
 
 @events.init.add_listener
 def read_mix(environment: Environment, runner: Runner | None, **_: Any) -> None:
-    """Workers find the entries among the options that the master sends them."""
+    """Read the mix into the options, which the master sends to its workers."""
     given = environment.parsed_options
     if given is None or isinstance(runner, WorkerRunner):
         return
     try:
-        if wrong := conflict(given):
-            raise MixError(wrong)
-        given.entries = [entry.model_dump() for entry in entries_of(given, lambda: _examples(environment.host))]
-    except (MixError, OSError) as error:  # as all of requests' are
+        given.entries = [entry.model_dump() for entry in _choose_entries(given, environment.host)]
+    except (MixError, OSError) as error:  # OSError includes the errors of requests
         _log.error("%s", error)
         sys.exit(2)
 
 
 @events.test_start.add_listener
-def begin(environment: Environment, **_: Any) -> None:
+def configure_users(environment: Environment, **_: Any) -> None:
+    """Give the users of this process what to send."""
     given, runner = environment.parsed_options, environment.runner
     if given is None or not isinstance(runner, LocalRunner | WorkerRunner):
         return
-    Caller.mix = Mix(_entries(given), given.seed)
-    Caller.face = FACES[given.face]
-    Caller.patience, Caller.stages = given.timeout, given.stages
-    Caller.numbers = itertools.count(runner.worker_index * _APART)
+    LatentdUser.mix = Mix(tuple(MixEntry.model_validate(entry) for entry in given.entries), given.seed)
+    LatentdUser.response_format = RESPONSE_FORMATS[given.response_format]
+    LatentdUser.request_timeout, LatentdUser.stages = given.timeout, given.stages
+    LatentdUser.numbers = itertools.count(runner.worker_index * _NUMBERS_PER_WORKER)
 
 
-def _entries(given: Namespace) -> tuple[Entry, ...]:
-    return tuple(Entry.model_validate(entry) for entry in given.entries)
+def _choose_entries(given: Namespace, host: str | None) -> tuple[MixEntry, ...]:
+    if given.mix and (given.prompt or given.steps):
+        raise MixError(BOTH_GIVEN)
+    return choose_entries(given.mix, given.prompt, given.steps, examples=lambda: _examples(host))
 
 
 def _examples(host: str | None) -> Sequence[str]:
     if host is None:
-        raise MixError("Say which server with --host, or what to send with --mix or --prompt.")
-    reply = requests.get(f"{host.rstrip('/')}/models", timeout=_ASKING)
-    reply.raise_for_status()
-    found: list[dict[str, Any]] = reply.json()
+        raise MixError("Name the server with --host, or give what to send with --mix or --prompt.")
+    response = requests.get(f"{host.rstrip('/')}/models", timeout=_CONTROL_TIMEOUT)
+    response.raise_for_status()
+    found: list[dict[str, Any]] = response.json()
     return found[0]["examples"] if found else ()
 
 
-def _answer(face: Face, response: ResponseContextManager) -> Answer:
+def _result(response_format: ResponseFormat, response: ResponseContextManager) -> RequestResult:
     if response.status_code:
-        return face.answer(Reply(response.status_code, response.headers, [Part(0.0, response.content)]))
+        body = [BodyPart(0.0, response.content)]
+        return response_format.parse(RawResponse(response.status_code, response.headers, body))
     if isinstance(response.error, requests.Timeout):
-        return Answer("client timeout")
-    return Answer("failed", detail=type(response.error).__name__)
+        return RequestResult("client timeout")
+    return RequestResult("failed", detail=type(response.error).__name__)
 
 
-def _told(answer: Answer) -> str:
-    """What Locust counts failures by: few words, and the server's own only where they tell what broke."""
-    status = f" ({answer.status})" if answer.status else ""
-    detail = f": {answer.detail}" if answer.detail and answer.outcome == "failed" else ""
-    return f"{answer.outcome}{status}{detail}"
+def _failure_name(result: RequestResult) -> str:
+    """Return the name that Locust groups failures by: the outcome, with the server's message where it failed."""
+    status = f" ({result.status})" if result.status else ""
+    detail = f": {result.detail}" if result.detail and result.outcome == "failed" else ""
+    return f"{result.outcome}{status}{detail}"

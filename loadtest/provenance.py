@@ -1,4 +1,4 @@
-"""Where measurements come from: the command, the commit, and the machine they were made on."""
+"""The provenance of measurements: the command, the commit, and the machine."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from engines.backends.cuda import probe
 
 _ROOT = Path(__file__).parent.parent
-_INVOLVED = re.compile(
+_RECORDED = re.compile(
     r"(cuda|cudnn|nvidia|tensorrt|torch|triton|diffusers|transformers|onnx|openvino|numpy|tokenizers|latentd)"
 )
 _QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem"
 
 
-class Fact(BaseModel):
-    """Anything that is written to the JSON."""
+class ResultModel(BaseModel):
+    """Base of the models that results files consist of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Environment(Fact):
-    """What it was measured on."""
+class Environment(ResultModel):
+    """The machine and the packages of a measurement."""
 
     device: str
     compute_capability: str | None
-    gpu: dict[str, str] = Field(description="what nvidia-smi says; empty where there is none")
-    cuda: str | None = Field(description="the newest that the driver knows")
+    gpu: dict[str, str] = Field(description="nvidia-smi's fields; empty without a GPU")
+    cuda: str | None = Field(description="the newest CUDA version that the driver supports")
     processor: str
     cores: int
     system: str
@@ -44,28 +44,29 @@ class Environment(Fact):
     packages: dict[str, str]
 
 
-class Run(Fact):
-    """One call of the benchmark."""
+class Run(ResultModel):
+    """One run of a measuring command, with its provenance."""
 
     command: str
     began: str
     ended: str | None = None
-    commit: str | None = Field(default=None, description="of this repository, + where files differ from it")
+    commit: str | None = Field(default=None, description="commit of this repository, with a + if files differ")
     environment: Environment
 
 
 def begin_run(command: list[str]) -> Run:
-    """This call, and what it runs on."""
+    """Return the provenance of a run of `command` that begins now."""
     return Run(command=shlex.join(command), began=now(), commit=_commit(), environment=_environment())
 
 
 def now() -> str:
+    """Return the time in UTC, ISO 8601 to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _environment() -> Environment:
     gpu, processor = probe().gpu, _processor()
-    named = {dist.name: dist.version for dist in distributions() if _INVOLVED.search(dist.name.lower())}
+    named = {dist.name: dist.version for dist in distributions() if _RECORDED.search(dist.name.lower())}
     return Environment(
         device=gpu.name if gpu else processor,
         compute_capability=gpu.compute_capability if gpu else None,
@@ -106,7 +107,7 @@ def _commit() -> str | None:
 
 
 def _output(program: str, *arguments: str) -> str | None:
-    """What it prints; None where it is not here, or does not do it."""
+    """Return what the program prints; None where it is missing or fails."""
     path = shutil.which(program)
     if path is None:
         return None

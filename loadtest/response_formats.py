@@ -1,4 +1,4 @@
-"""The ways to ask a server for a picture: what is sent, and what the answer says. Pure."""
+"""The response formats of POST /generate: what is sent for each, and how its response is parsed. Pure."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+import httpx
+from httpx_sse import EventSource
 
 from loadtest.results import STAGES, Outcome, outcome_of
 
-_DETAIL = 500  # characters that are kept of what went wrong
-_LONGEST_PAUSE = 5.0  # seconds that a user who was sent away waits
+_MAX_DETAIL = 500  # characters that are kept of an error
+_MAX_PAUSE = 5.0  # seconds that a user waits after a refusal
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of an answer's body, and when it came."""
+class BodyPart:
+    """A piece of a response's body and when it arrived."""
 
     at: float  # seconds after the request was sent
     content: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back, as HTTP tells it."""
+class RawResponse:
+    """An HTTP response with the arrival time of each piece of its body."""
 
     status: int
-    headers: Mapping[str, str]  # whose names' case does not matter
-    parts: Sequence[Part]
+    headers: Mapping[str, str]  # looked up without regard to case
+    parts: Sequence[BodyPart]
 
     @property
     def content(self) -> bytes:
@@ -37,130 +40,138 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """How a request ended."""
+class RequestResult:
+    """The outcome of a request and what its response says."""
 
     outcome: Outcome
     status: int | None = None
     retry_after: float | None = None
     detail: str = ""
     stages: dict[str, float] | None = None
-    first_step: float | None = None  # seconds after the request was sent; None where the face does not tell
+    first_step: float | None = None  # seconds after the request was sent; None where the format does not stream steps
 
     @property
     def pause(self) -> float:
-        """Seconds that a user waits before asking again."""
-        return 0.0 if self.outcome == "completed" else min(self.retry_after or 1.0, _LONGEST_PAUSE)
+        """Seconds that a user waits before the next request."""
+        return 0.0 if self.outcome == "completed" else min(self.retry_after or 1.0, _MAX_PAUSE)
 
 
-class Face(ABC):
-    """One way to ask. A further one says where, what it sends for the fields of a mix, and how it reads the answer."""
+class ResponseFormat(ABC):
+    """One way to request images. A subclass gives the path, the Accept header, the body, and the parser."""
 
     path = "/generate"
     accept: str
 
     def body(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The JSON that is sent for an entry's fields."""
+        """Return the JSON body for an entry's fields."""
         return fields
 
     @abstractmethod
-    def read(self, reply: Reply) -> Answer:
-        """What an answer of status 200 says. Raises ValueError, KeyError or TypeError where a part of it is missing."""
+    def read(self, response: RawResponse) -> RequestResult:
+        """Parse a response of status 200. Raises ValueError, KeyError or TypeError where a part of it is missing."""
 
-    def answer(self, reply: Reply) -> Answer:
-        """How the request ended that was answered so."""
-        if reply.status != 200:
-            retry_after = _number(reply.headers.get("retry-after"))
-            return Answer(outcome_of(reply.status), reply.status, retry_after, detail_of(reply.content))
+    def parse(self, response: RawResponse) -> RequestResult:
+        """Return the outcome of the request that got `response`."""
+        if response.status != 200:
+            retry_after = _seconds(response.headers.get("retry-after"))
+            return RequestResult(outcome_of(response.status), response.status, retry_after, detail_of(response.content))
         try:
-            return self.read(reply)
+            return self.read(response)
         except (ValueError, KeyError, TypeError):
-            failed = outcome_of(reply.status, whole=False)
-            return Answer(failed, reply.status, detail="the answer has no pictures or no timings")
+            failed = outcome_of(response.status, whole=False)
+            return RequestResult(failed, response.status, detail="the response has no images or no timings")
 
 
-class Json(Face):
-    """A document of pictures and timings."""
+class JsonFormat(ResponseFormat):
+    """A JSON document with images in base64 and timings."""
 
     accept = "application/json"
 
-    def read(self, reply: Reply) -> Answer:
-        return _document(json.loads(reply.content))
+    def read(self, response: RawResponse) -> RequestResult:
+        return _parse_document(json.loads(response.content))
 
 
-class Png(Face):
-    """The bare file; a header tells the timings."""
+class PngFormat(ResponseFormat):
+    """The bare PNG file; the Server-Timing header has the timings."""
 
     accept = "image/png"
 
-    def read(self, reply: Reply) -> Answer:
-        if not reply.content.startswith(_PNG):
-            raise ValueError("no PNG")
-        told = server_timing(reply.headers["server-timing"])
-        return Answer("completed", reply.status, stages={stage: told[stage] for stage in STAGES})
+    def read(self, response: RawResponse) -> RequestResult:
+        if not response.content.startswith(_PNG):
+            raise ValueError("not a PNG file")
+        timings = server_timing(response.headers["server-timing"])
+        return RequestResult("completed", response.status, stages={stage: timings[stage] for stage in STAGES})
 
 
-class Events(Face):
-    """Server-sent events: each step as it is done, then the document."""
+class EventStreamFormat(ResponseFormat):
+    """Server-sent events: one for each step, then the JSON document."""
 
     accept = "text/event-stream"
 
-    def read(self, reply: Reply) -> Answer:
+    def read(self, response: RawResponse) -> RequestResult:
         first_step = None
-        for at, name, data in server_sent(reply.parts):
+        for at, name, data in server_sent_events(response.parts):
             match name:
                 case "step" if first_step is None:
                     first_step = at
                 case "completed":
-                    return replace(_document(json.loads(data)), first_step=first_step)
+                    return replace(_parse_document(json.loads(data)), first_step=first_step)
                 case "error":
                     status = int(json.loads(data)["status"])
-                    return Answer(outcome_of(status, whole=False), status, detail=detail_of(data))
-        return Answer("failed", reply.status, detail="the stream ended, and told neither of a picture nor of an error")
+                    return RequestResult(outcome_of(status, whole=False), status, detail=detail_of(data.encode()))
+        return RequestResult("failed", response.status, detail="the stream ended without an image or an error")
 
 
-FACES: dict[str, Face] = {"json": Json(), "png": Png(), "events": Events()}
+FormatName = Literal["json", "png", "events"]
+RESPONSE_FORMATS: dict[FormatName, ResponseFormat] = {
+    "json": JsonFormat(),
+    "png": PngFormat(),
+    "events": EventStreamFormat(),
+}
 
 
 def detail_of(content: bytes) -> str:
-    """A problem's own words, or what there is instead."""
+    """Return a problem document's `detail`, or the body itself where there is none; at most 500 characters."""
     try:
         text = json.loads(content)["detail"]
     except (ValueError, KeyError, TypeError):
         text = content.decode("utf-8", "replace")
-    return str(text)[:_DETAIL]
+    return str(text)[:_MAX_DETAIL]
 
 
 def server_timing(text: str) -> dict[str, float]:
-    """Seconds by name, of a Server-Timing header."""
+    """Return the durations of a Server-Timing header by name, in seconds."""
     metrics = [[piece.strip() for piece in metric.split(";")] for metric in text.split(",")]
     found = [(name, value) for name, *values in metrics for value in values if value.startswith("dur=")]
     return {name: float(value.removeprefix("dur=")) / 1000 for name, value in found}
 
 
-def server_sent(parts: Sequence[Part]) -> Iterator[tuple[float, str, bytes]]:
-    """Server-sent events: when each was whole, its name and its data. Comments, which keep lines open, are none."""
-    rest = b""
-    for part in parts:
-        *blocks, rest = (rest + part.content).replace(b"\r\n", b"\n").split(b"\n\n")
-        for block in blocks:
-            pairs = [line.partition(b":")[::2] for line in block.split(b"\n")]
-            name = next((value for field, value in pairs if field == b"event"), b"message").strip()
-            data = b"\n".join(value.removeprefix(b" ") for field, value in pairs if field == b"data")
-            if data:
-                yield part.at, name.decode(), data
+def server_sent_events(parts: Sequence[BodyPart]) -> Iterator[tuple[float, str, str]]:
+    """Yield each server-sent event with data: when its last piece arrived, its name and its data."""
+    arrived = 0.0
+
+    def body() -> Iterator[bytes]:
+        nonlocal arrived
+        for part in parts:
+            arrived = part.at
+            yield part.content
+
+    # httpx-sse decodes lazily: it asks for the next piece once all events of the last are out, so `arrived` is theirs.
+    response = httpx.Response(200, headers={"content-type": "text/event-stream"}, content=body())
+    for event in EventSource(response).iter_sse():
+        if event.data:
+            yield arrived, event.event or "message", event.data
 
 
-def _document(document: Mapping[str, Any]) -> Answer:
-    """Of the JSON that holds pictures and timings."""
+def _parse_document(document: Mapping[str, Any]) -> RequestResult:
     if not document["images"]:
-        raise ValueError("no pictures")
+        raise ValueError("no images")
     stages = {stage: float(document["timings"][stage]) for stage in STAGES}
-    return Answer("completed", 200, stages=stages)
+    return RequestResult("completed", 200, stages=stages)
 
 
-def _number(text: str | None) -> float | None:
-    """Seconds; None for the dates that Retry-After may also say."""
+def _seconds(text: str | None) -> float | None:
+    """Return a Retry-After header in seconds; None where it is a date."""
     try:
         return max(float(text or ""), 0.0)
     except ValueError:

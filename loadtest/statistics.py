@@ -1,4 +1,4 @@
-"""Repeated measurements and what follows from them. Pure."""
+"""Statistics of repeated measurements. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from loadtest.provenance import Fact
+from loadtest.provenance import ResultModel
 
 
-class Spread(Fact):
-    """Repeated measurements, seconds, in the order in which they were made."""
+class Spread(ResultModel):
+    """Repeated measurements in seconds, in the order in which they were made."""
 
     values: tuple[float, ...]
 
@@ -29,10 +29,10 @@ class Spread(Fact):
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The `q`th percentile, on a line between the two values beside it."""
+    """Return the `q`th percentile, interpolated linearly."""
     return float(np.percentile(values, q))
 
 
-def goodput(latencies: Iterable[float], accepted: Iterable[float], *, seconds: float) -> float:
-    """Per second, those whose latency is at most what they accept."""
-    return sum(latency <= most for latency, most in zip(latencies, accepted, strict=True)) / seconds
+def goodput(latencies: Iterable[float], targets: Iterable[float], *, seconds: float) -> float:
+    """Return how many latencies are within their targets, per second."""
+    return sum(latency <= target for latency, target in zip(latencies, targets, strict=True)) / seconds

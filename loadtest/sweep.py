@@ -1,57 +1,61 @@
-"""Where a node breaks: which loads it holds, and which rate to try next. Pure."""
+"""The search for the knee: which loads a server sustains, and which rate to try next. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.results import Point
+from loadtest.results import LoadMetrics
 
-_BEHIND = 0.9  # of the offered load: less goodput does not hold it
-_EXPLODED = 10.0  # times the idle latency, at the 99th percentile
-_BEYOND = 2.0  # times the knee: where a sweep ends
-_MOST = 20  # rates, whatever is found
-_DOWN = 2.0  # by this the rate falls while nothing held yet,
-_FALLS = 6  # so often at most
-
-
-def holds(point: Point) -> bool:
-    """Whether nearly all that was asked came in time, and nobody waited without measure. Not, if nobody came."""
-    explodes = point.slowdown is None or point.slowdown > _EXPLODED
-    return point.goodput >= _BEHIND * point.offered and not explodes
+_MIN_GOODPUT = 0.9  # of the offered load
+_MAX_SLOWDOWN = 10.0  # times the idle latency, at the 99th percentile
+_PAST_KNEE = 2.0  # times the knee: where a sweep ends
+_MAX_RATES = 20
+_DECREASE = 2.0  # divides the rate while no load has been sustained yet,
+_MAX_DECREASES = 6
 
 
-def knee(points: Sequence[Point]) -> float | None:
-    """The highest rate that held with all rates below it; None if the lowest did not."""
+def is_sustained(point: LoadMetrics) -> bool:
+    """Whether goodput kept up with the offered load without runaway latency; False without completed requests."""
+    runs_away = point.slowdown is None or point.slowdown > _MAX_SLOWDOWN
+    return point.goodput >= _MIN_GOODPUT * point.offered and not runs_away
+
+
+def knee(points: Sequence[LoadMetrics]) -> float | None:
+    """Return the highest rate that was sustained together with all rates below it; None if the lowest was not.
+
+    Latency over load bends upwards there, which gives the knee its name.
+    """
     found = None
     for point in sorted((one for one in points if one.load.rate), key=lambda one: one.load.rate or 0.0):
-        if not holds(point):
+        if not is_sustained(point):
             break
         found = point.load.rate
     return found
 
 
-def breaks(points: Sequence[Point]) -> bool:
-    return not all(map(holds, points))
+def is_overloaded(points: Sequence[LoadMetrics]) -> bool:
+    """Whether any load was not sustained."""
+    return not all(map(is_sustained, points))
 
 
-def next_rate(points: Sequence[Point], *, first: float, factor: float) -> float | None:
-    """The rate to try after `points`; None when the sweep is over.
+def next_rate(points: Sequence[LoadMetrics], *, first: float, factor: float) -> float | None:
+    """Return the rate to try after `points`; None when the sweep is over.
 
-    It grows by `factor` until a load does not hold, and on to twice the knee, so that what lies beyond is seen too.
-    Where the first already breaks, it falls until one holds.
+    The rate grows by `factor` until a load is not sustained, then up to twice the knee, so that overload is measured
+    too. Where the first rate is not sustained, it is halved until one is.
     """
     rates = [point.load.rate for point in points if point.load.rate]
     if not rates:
         return first
-    if len(rates) >= _MOST:
+    if len(rates) >= _MAX_RATES:
         return None
-    held = knee(points)
-    if held is None:
-        return min(rates) / _DOWN if len(rates) <= _FALLS else None
-    if not breaks(points):
+    sustained = knee(points)
+    if sustained is None:
+        return min(rates) / _DECREASE if len(rates) <= _MAX_DECREASES else None
+    if not is_overloaded(points):
         return max(rates) * factor
-    last = _BEYOND * held
+    last = _PAST_KNEE * sustained
     following = max(rates) * factor
     if max(rates) >= last * 0.999:
         return None
-    return last if following > last * 0.9 else following  # not two that are next to the same
+    return last if following > last * 0.9 else following  # avoids two rates next to each other

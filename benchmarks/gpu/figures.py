@@ -7,14 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from loadtest.provenance import Fact
+from loadtest.provenance import ResultModel
 from loadtest.statistics import Spread, goodput, percentile
 
 Policy = Literal["by step", "by request"]
 POLICIES: tuple[Policy, ...] = ("by step", "by request")
 
 
-class Summary(Fact):
+class Summary(ResultModel):
     """Too many measurements to keep each, seconds."""
 
     count: int
@@ -23,7 +23,7 @@ class Summary(Fact):
     p95: float
 
 
-class Peak(Fact):
+class Peak(ResultModel):
     """The largest rate of matrix products that was seen."""
 
     flops: float  # per second
@@ -31,7 +31,7 @@ class Peak(Fact):
     dtype: str
 
 
-class Latencies(Fact):
+class Latencies(ResultModel):
     """One picture at a time, from asking for it to having its pixels."""
 
     precision: str
@@ -40,7 +40,7 @@ class Latencies(Fact):
     broken: int = 0  # pictures that were not finite, as random weights may have it; they take as long
 
 
-class Built(Fact):
+class Built(ResultModel):
     """The bundle that is measured."""
 
     precision: str
@@ -49,7 +49,7 @@ class Built(Fact):
     kept: bool  # it was there already
 
 
-class Full(Fact):
+class Full(ResultModel):
     """The pipeline kept full at one number of rows."""
 
     rows: int
@@ -63,7 +63,7 @@ class Full(Fact):
     waiting_share: float | None  # of the time: the host waited for the device
 
 
-class Rows(Fact):
+class Rows(ResultModel):
     """What more rows in a step bring."""
 
     steps: int  # of each picture
@@ -81,7 +81,7 @@ class Rows(Fact):
         return point.step.median if point and point.step else self.curve.get(rows)
 
 
-class Load(Fact):
+class Load(ResultModel):
     """The same callers, served by both policies."""
 
     share: float  # of the saturated throughput
@@ -91,7 +91,7 @@ class Load(Fact):
     latencies: dict[Policy, tuple[float, ...]]  # of each, seconds from when it was due to come
 
 
-class Serving(Fact):
+class Serving(ResultModel):
     """Continuous beside request-level batching, under callers who do not wait for each other."""
 
     rows: int
@@ -111,7 +111,7 @@ class Serving(Fact):
         return goodput(load.latencies[policy], accepted, seconds=load.seconds)
 
 
-class Decoding(Fact):
+class Decoding(ResultModel):
     """Pictures per second when full, decoded while others step, and between their steps."""
 
     rows: int

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from benchmarks.gpu.figures import Figures
 from engines.files import write_atomically
-from loadtest.provenance import Fact, Run, now
+from loadtest.provenance import ResultModel, Run, now
 
 Stage = Literal["peak", "torch", "build", "rows", "single", "serve", "decode", "compile"]
 
@@ -18,7 +18,7 @@ Stage = Literal["peak", "torch", "build", "rows", "single", "serve", "decode", "
 STAGES: tuple[Stage, ...] = ("peak", "torch", "build", "rows", "single", "serve", "decode", "compile")
 
 
-class Result(Fact):
+class Result(ResultModel):
     """What a stage found of a model and an engine, or why it found nothing."""
 
     stage: Stage

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from loadtest.provenance import Fact, Run
+from loadtest.provenance import ResultModel, Run
 
 EAGER, FULL_EAGER = "torch-eager", "torch-eager-sd14"
 _HEADINGS = (
@@ -26,7 +26,7 @@ _HEADINGS = (
 _NOTHING = "–"
 
 
-class Settings(Fact):
+class Settings(ResultModel):
     """What every contestant was asked. Results are kept as long as it stays the same."""
 
     sizes: dict[str, int] = Field(description="steps, by size")
@@ -37,7 +37,7 @@ class Settings(Fact):
     prompts: tuple[str, ...] = Field(description="picture k has prompt k, in turns, and seed k")
 
 
-class Turn(Fact):
+class Turn(ResultModel):
     """What a contestant did in one life of its process, or why it did nothing."""
 
     contestant: str

@@ -18,7 +18,7 @@ from typing import Self
 import httpx
 import psutil
 
-from loadtest.client import Unusable
+from loadtest.client import LoadTestError
 
 ROOT = Path(__file__).parents[2]  # where `-m` finds the servers
 _PATIENCE = 300.0  # seconds for a start,
@@ -28,7 +28,10 @@ _WEIGH = 1.0  # seconds between looks at its memory
 
 
 class Running:
-    """The server that `command` starts at `port`, ready. A context manager; raises Unusable where it does not start."""
+    """The server that `command` starts at `port`, ready; a context manager.
+
+    Raises LoadTestError where it does not start.
+    """
 
     def __init__(self, command: Sequence[str], *, port: int, log: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -68,14 +71,14 @@ class Running:
         with httpx.Client(base_url=self.url, timeout=_END, trust_env=False) as client:
             while time.perf_counter() < until:
                 if self._process.poll() is not None:
-                    raise Unusable(
+                    raise LoadTestError(
                         f"{shlex.join(self._command)} ended with {self._process.returncode}: see {self._log}"
                     )
                 with suppress(httpx.TransportError):
                     if client.get("/v2/health/ready").status_code == 200:
                         return
                 time.sleep(_LOOK)
-        raise Unusable(f"{shlex.join(self._command)} is not ready after {_PATIENCE:g} s: see {self._log}")
+        raise LoadTestError(f"{shlex.join(self._command)} is not ready after {_PATIENCE:g} s: see {self._log}")
 
     def _weigh(self) -> None:
         """Proportional set size, so that a library that several of its processes share counts once."""

@@ -50,11 +50,11 @@ from benchmarks.peers.servers_results import (
 from engines.accuracy import psnr
 from engines.backends.available import unavailable_reason
 from engines.files import write_atomically
-from loadtest.client import Node, Unusable
-from loadtest.drive import Driver, measure_alone
+from loadtest.client import LoadTestError, ServerClient
+from loadtest.generator import LoadGenerator, measure_idle_latencies
 from loadtest.options import count, positive
 from loadtest.provenance import begin_run, now
-from loadtest.results import Load, Sent
+from loadtest.results import LoadLevel, RequestRecord
 
 _PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "litserve")
 _ALIKE = 35.0  # dB: pictures that differ more are not of the same request
@@ -127,7 +127,7 @@ class Bench:
                 loads = asyncio.run(self._put_loads(server, running.url))
                 took = {"ready_after": running.ready_after, "memory": running.memory or None}
                 return Result(server=server.name, run=run, psnr=alike, loads=loads, **took)
-        except (Unusable, httpx.HTTPError) as error:
+        except (LoadTestError, httpx.HTTPError) as error:
             return Result(server=server.name, run=run, note=str(error) or type(error).__name__)
 
     def save(self) -> None:
@@ -184,15 +184,17 @@ class Bench:
         """Every rate of a scenario. Requests are numbered with their load, on through the scenarios."""
         settings, mix = self.options.settings, self.record.mix(scenario)
         first = self.options.scenarios.index(scenario) * len(settings.rates)
-        async with Node(url, timeout=_WAIT + max(settings.rates) * (settings.warm_up + settings.seconds)) as node:
-            alone = await measure_alone(node, mix)
+        async with ServerClient(
+            url, timeout=_WAIT + max(settings.rates) * (settings.warm_up + settings.seconds)
+        ) as node:
+            alone = await measure_idle_latencies(node, mix)
             idle = self.record.idle(scenario) or mix.mean(alone)  # it is the yardstick that has nothing to go by
             accepted = (SLO * idle,) * len(mix.entries)
-            driver = Driver(node, mix, alone=alone, accepted=accepted, hear=_writer(file))
+            driver = LoadGenerator(node, mix, idle_latencies=alone, latency_targets=accepted, on_request=_writer(file))
             points = []
             for number, share in enumerate(settings.rates, first):
-                load = Load(rate=share / idle, warm_up=settings.warm_up, seconds=settings.seconds)
-                points.append((await driver.put(load, number, _silent)).point)
+                load = LoadLevel(rate=share / idle, warm_up=settings.warm_up, seconds=settings.seconds)
+                points.append((await driver.run(load, number, _silent)).point)
         return Under(scenario=scenario, alone=alone, points=tuple(points))
 
 
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.save()
             if result.note:
                 console.print(f"{server.name}: not measured: {escape(result.note)}", style="yellow", soft_wrap=True)
-    except (Unusable, OSError) as error:
+    except (LoadTestError, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     bench.record.runs[-1] = bench.record.runs[-1].model_copy(update={"ended": now()})
@@ -242,7 +244,7 @@ def _is_due(server: Server, options: Options, record: Record) -> bool:
 
 
 def _record(options: Options) -> Record:
-    """The one to begin, or to go on with. Raises Unusable."""
+    """The one to begin, or to go on with. Raises LoadTestError."""
     path = options.out / "serving.json"
     peers = _versions(options.peers_python)
     scenarios = {scenario: entries(scenario, options.settings.steps) for scenario in options.scenarios}
@@ -252,34 +254,34 @@ def _record(options: Options) -> Record:
     try:
         kept = Record.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise Unusable(f"{path} is none of ours: choose another --out, or leave out --resume. {error}") from None
+        raise LoadTestError(f"{path} is none of ours: choose another --out, or leave out --resume. {error}") from None
     if (kept.settings, kept.scenarios) != (begun.settings, begun.scenarios):
-        raise Unusable(f"{path} was measured with other options: choose another --out, or leave out --resume.")
+        raise LoadTestError(f"{path} was measured with other options: choose another --out, or leave out --resume.")
     kept.peers = peers
     return kept
 
 
 def _versions(python: str) -> dict[str, str]:
-    """What the peers' interpreter has of what they need. Raises Unusable where it does not run."""
+    """What the peers' interpreter has of what they need. Raises LoadTestError where it does not run."""
     try:
         done = subprocess.run(  # noqa: S603 - the interpreter that was named
             [python, "-c", _VERSIONS, *_PACKAGES], capture_output=True, text=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise Unusable(f"{python} does not run: give the interpreter with --peers-python. {error}") from None
+        raise LoadTestError(f"{python} does not run: give the interpreter with --peers-python. {error}") from None
     found: dict[str, str] = json.loads(done.stdout)
     return found
 
 
 def _restore_checkpoint(folder: Path) -> None:
-    """The demo bundle's weights as diffusers reads them. Raises Unusable."""
+    """The demo bundle's weights as diffusers reads them. Raises LoadTestError."""
     if (folder / "model_index.json").exists():
         return
     command = [sys.executable, "-m", "engines.demo.restore", "--out", str(folder.resolve())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        raise Unusable(
+        raise LoadTestError(
             f"The demo checkpoint cannot be written ({lines[-1] if lines else ''}): it takes 'latentd[build]'."
         )
 
@@ -287,7 +289,7 @@ def _restore_checkpoint(folder: Path) -> None:
 def _draw(client: httpx.Client, fields: dict[str, Any]) -> Pixels:
     reply = client.post("/generate", json=fields, headers={"Accept": "application/json"})
     if reply.status_code != 200:
-        raise Unusable(f"{fields} was answered with {reply.status_code}: {reply.text[:300]}")
+        raise LoadTestError(f"{fields} was answered with {reply.status_code}: {reply.text[:300]}")
     return _pixels(base64.b64decode(reply.json()["images"][0]["image"]))
 
 
@@ -301,8 +303,8 @@ def _file_of(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def _writer(file: TextIO) -> Callable[[Sent], None]:
-    def hear(sent: Sent) -> None:
+def _writer(file: TextIO) -> Callable[[RequestRecord], None]:
+    def hear(sent: RequestRecord) -> None:
         file.write(sent.model_dump_json() + "\n")
 
     return hear

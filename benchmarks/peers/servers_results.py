@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from loadtest.mix import Entry, Mix
-from loadtest.provenance import Fact, Run
-from loadtest.results import Point
+from loadtest.mix import Mix, MixEntry
+from loadtest.provenance import ResultModel, Run
+from loadtest.results import LoadMetrics
 
 Scenario = Literal["same", "mixed"]
 SCENARIOS: tuple[Scenario, ...] = ("same", "mixed")
@@ -35,15 +35,15 @@ _MIXED = (
 )
 
 
-class Under(Fact):
+class Under(ResultModel):
     """A server in a scenario."""
 
     scenario: Scenario
     alone: tuple[float, ...] = Field(description="seconds of each entry on this server when idle")
-    points: tuple[Point, ...] = Field(description="by rate, the lowest first")
+    points: tuple[LoadMetrics, ...] = Field(description="by rate, the lowest first")
 
 
-class Result(Fact):
+class Result(ResultModel):
     """A server, or why it was not measured."""
 
     server: str
@@ -62,7 +62,7 @@ class Result(Fact):
         return next((one for one in self.loads if one.scenario == scenario), None)
 
 
-class Settings(Fact):
+class Settings(ResultModel):
     """What is the same for all servers."""
 
     rates: tuple[float, ...] = Field(description="of what the yardstick draws one after the other")
@@ -78,7 +78,7 @@ class Record(BaseModel):
 
     format: Literal[1] = 1
     settings: Settings
-    scenarios: dict[Scenario, tuple[Entry, ...]]
+    scenarios: dict[Scenario, tuple[MixEntry, ...]]
     peers: dict[str, str] = Field(description="packages of the peers' interpreter")
     runs: list[Run] = []
     results: list[Result] = []
@@ -99,13 +99,13 @@ class Record(BaseModel):
         return self.mix(scenario).mean(under.alone) if under else None
 
 
-def entries(scenario: Scenario, steps: int) -> tuple[Entry, ...]:
+def entries(scenario: Scenario, steps: int) -> tuple[MixEntry, ...]:
     """What callers ask for: all the same but for prompts and seeds, or several kinds of requests."""
     kinds = _MIXED if scenario == "mixed" else (_DEFAULTS,) * len(_PROMPTS)
     return tuple(_entry(kind, prompt, steps) for kind, prompt in zip(kinds, _PROMPTS, strict=True))
 
 
-def _entry(kind: tuple[float, str, float, float], prompt: str, steps: int) -> Entry:
+def _entry(kind: tuple[float, str, float, float], prompt: str, steps: int) -> MixEntry:
     share, scheduler, guidance, weight = kind
     fields = {
         "prompt": prompt,
@@ -113,4 +113,4 @@ def _entry(kind: tuple[float, str, float, float], prompt: str, steps: int) -> En
         "scheduler": scheduler,
         "guidance_scale": guidance,
     }
-    return Entry(name=f"{fields['num_inference_steps']} steps of {scheduler}", weight=weight, fields=fields)
+    return MixEntry(name=f"{fields['num_inference_steps']} steps of {scheduler}", weight=weight, fields=fields)

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loadtest.client import Node, Unusable
+from loadtest.client import LoadTestError, ServerClient
 from loadtest.compare import MARGIN
-from loadtest.drive import Driver, measure_alone
+from loadtest.generator import LoadGenerator, measure_idle_latencies
 from loadtest.mix import Mix, plain_entries
-from loadtest.results import Load, Outcome
+from loadtest.results import LoadLevel, Outcome
 
 _LEVEL = 0.99  # of the intervals
 _PAIRS = 80  # of requests on idle servers,
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         found = asyncio.run(measure(Contender(given.earlier), Contender(given.now)))
-    except Unusable as error:
+    except LoadTestError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     console.print(table(found))
@@ -94,10 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def measure(earlier: Contender, now: Contender, *, pairs: int = _PAIRS, crowds: int = CROWDS) -> list[Ratio]:
-    """Both under the same requests, in turns so short that what else the machine does meets both. Raises Unusable."""
+    (
+        """Both under the same requests, in turns so short that what else the machine does meets both.
+
+    Raises LoadTestError.
+    """
+        ""
+    )
     async with AsyncExitStack() as stack:
         nodes = [await stack.enter_async_context(_serving(one)) for one in (earlier, now)]
-        alone = [await measure_alone(node, _mix(0)) for node in nodes]
+        alone = [await measure_idle_latencies(node, _mix(0)) for node in nodes]
         idle = [await _in_turns(nodes, number, partial(_ask, number=number)) for number in range(pairs)]
         load = crowd_load(alone[0][0])
         crowded = [await _in_turns(nodes, seed, partial(_crowd, load=load, seed=seed)) for seed in range(crowds)]
@@ -105,7 +111,7 @@ async def measure(earlier: Contender, now: Contender, *, pairs: int = _PAIRS, cr
 
 
 async def _in_turns(
-    nodes: Sequence[Node], number: int, of: Callable[[Node], Coroutine[None, None, float]]
+    nodes: Sequence[ServerClient], number: int, of: Callable[[ServerClient], Coroutine[None, None, float]]
 ) -> list[float]:
     """A figure of both; who is first changes, so that drift meets both alike."""
     turn = (0, 1) if number % 2 == 0 else (1, 0)
@@ -113,7 +119,7 @@ async def _in_turns(
     return [told[0], told[1]]
 
 
-async def _ask(node: Node, *, number: int) -> float:
+async def _ask(node: ServerClient, *, number: int) -> float:
     """Seconds of a request on an idle server."""
     began = time.perf_counter()
     answer = await node.send(_mix(0).fields(0, number))
@@ -121,18 +127,18 @@ async def _ask(node: Node, *, number: int) -> float:
     return time.perf_counter() - began
 
 
-async def _crowd(node: Node, *, load: Load, seed: int) -> float:
+async def _crowd(node: ServerClient, *, load: LoadLevel, seed: int) -> float:
     """Mean seconds of requests that come by chance, and share steps."""
-    driver = Driver(node, _mix(seed), alone=(1.0,), accepted=(1.0,), hear=lambda _: None)
-    measured = await driver.put(load, seed, lambda _: None)
+    driver = LoadGenerator(node, _mix(seed), idle_latencies=(1.0,), latency_targets=(1.0,), on_request=lambda _: None)
+    measured = await driver.run(load, seed, lambda _: None)
     for one in measured.requests:
         _check(one.outcome, one.detail)
     return float(np.mean([one.latency for one in measured.requests]))
 
 
-def crowd_load(alone: float) -> Load:
+def crowd_load(alone: float) -> LoadLevel:
     """Of as many callers on every machine, whatever a picture takes there."""
-    return Load(rate=_BUSY / alone, warm_up=0, seconds=_CALLERS * alone / _BUSY)
+    return LoadLevel(rate=_BUSY / alone, warm_up=0, seconds=_CALLERS * alone / _BUSY)
 
 
 def _mix(seed: int) -> Mix:
@@ -140,9 +146,9 @@ def _mix(seed: int) -> Mix:
 
 
 def _check(outcome: Outcome, detail: str) -> None:
-    """Raises Unusable where a request failed: then there is more wrong than the speed."""
+    """Raises LoadTestError where a request failed: then there is more wrong than the speed."""
     if outcome != "completed":
-        raise Unusable(f"A request was {outcome}: {detail}")
+        raise LoadTestError(f"A request was {outcome}: {detail}")
 
 
 def _compare(figure: str, seconds: Sequence[Sequence[float]]) -> Ratio:
@@ -181,31 +187,31 @@ def ends(count: int) -> int:
 
 
 @asynccontextmanager
-async def _serving(contender: Contender) -> AsyncIterator[Node]:
-    """A server that is ready, until it is no longer needed. Raises Unusable with what it said."""
+async def _serving(contender: Contender) -> AsyncIterator[ServerClient]:
+    """A server that is ready, until it is no longer needed. Raises LoadTestError with what it said."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with tempfile.TemporaryFile() as said:
         command = contender.command(port)
         process = subprocess.Popen(command, stdout=said, stderr=said, cwd=contender.folder)  # noqa: S603 - our own
         try:
-            async with Node(f"http://127.0.0.1:{port}", timeout=_TIMEOUT) as node:
+            async with ServerClient(f"http://127.0.0.1:{port}", timeout=_TIMEOUT) as node:
                 if not await _ready(node, process):
                     said.seek(0)
-                    raise Unusable(f"{contender.folder} does not serve: {said.read().decode(errors='replace')}")
+                    raise LoadTestError(f"{contender.folder} does not serve: {said.read().decode(errors='replace')}")
                 yield node
         finally:
             process.terminate()
             process.wait()
 
 
-async def _ready(node: Node, process: subprocess.Popen[bytes]) -> bool:
+async def _ready(node: ServerClient, process: subprocess.Popen[bytes]) -> bool:
     for _ in range(math.ceil(_STARTING / 0.1)):
         if process.poll() is not None:
             return False
         try:
             await node.check_ready()
-        except Unusable:
+        except LoadTestError:
             await asyncio.sleep(0.1)
         else:
             return True

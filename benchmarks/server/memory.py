@@ -30,14 +30,14 @@ from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest
 from loadtest.options import count
-from loadtest.provenance import Fact, Run, begin_run, now
+from loadtest.provenance import ResultModel, Run, begin_run, now
 
 _PROCESS = Path("/proc/self")
 _FORGET_PEAK = "5"  # what clear_refs takes for it
 _KILO, _MEBI = 2**10, 2**20
 
 
-class Moment(Fact):
+class Moment(ResultModel):
     """What the process held when something was done, bytes."""
 
     done: str
@@ -47,7 +47,7 @@ class Moment(Fact):
     peak: int = Field(description="the most of both together, since the moment before: VmHWM")
 
 
-class Memory(Fact):
+class Memory(ResultModel):
     """The file's content."""
 
     run: Run

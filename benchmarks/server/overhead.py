@@ -38,7 +38,7 @@ from engines.demo import BUNDLE as _DEMO
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
 from loadtest.options import count, positive, size
-from loadtest.provenance import Fact, Run, begin_run, now
+from loadtest.provenance import ResultModel, Run, begin_run, now
 from loadtest.statistics import Spread, percentile
 from server.requests import images
 from server.requests.intake import Intake
@@ -58,7 +58,7 @@ class NoServer(Exception):
     """The server did not start, or did not answer; the message says what it said."""
 
 
-class Full(Fact):
+class Full(ResultModel):
     """A closed loop."""
 
     answer: str
@@ -78,7 +78,7 @@ class Full(Fact):
         return self.server_cpu / max(self.requests, 1)
 
 
-class Parts(Fact):
+class Parts(ResultModel):
     """CPU seconds of one request's pieces, each measured on its own and in this process."""
 
     validate_body: float = Field(description="JSON to a checked body")
@@ -87,7 +87,7 @@ class Parts(Fact):
     image: float = Field(description="pixels to PNG")
 
 
-class Measured(Fact):
+class Measured(ResultModel):
     """One server."""
 
     rows: int = Field(description="UNet rows that fit in a step")
@@ -98,7 +98,7 @@ class Measured(Fact):
     parts: Parts
 
 
-class Overhead(Fact):
+class Overhead(ResultModel):
     """The file's content."""
 
     run: Run

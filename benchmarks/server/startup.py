@@ -32,20 +32,20 @@ from rich.table import Table
 from benchmarks.server.overhead import READY, NoServer
 from engines.files import write_atomically
 from loadtest.options import count
-from loadtest.provenance import Fact, Run, begin_run, now
+from loadtest.provenance import ResultModel, Run, begin_run, now
 from loadtest.statistics import Spread
 
 _TREE = Path(__file__).parents[2]
 
 
-class Start(Fact):
+class Start(ResultModel):
     """One start."""
 
     ready: float = Field(description="seconds from the process to the answer that it is ready")
     cpu: float = Field(description="seconds of processor time that it had taken by then, of all its threads")
 
 
-class Starts(Fact):
+class Starts(ResultModel):
     """All starts of one tree's server."""
 
     tree: str
@@ -60,7 +60,7 @@ class Starts(Fact):
         return Spread(values=tuple(start.cpu for start in self.starts))
 
 
-class Startup(Fact):
+class Startup(ResultModel):
     """The file's content."""
 
     run: Run

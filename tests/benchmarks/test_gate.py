@@ -15,9 +15,9 @@ from benchmarks.server import gate
 from benchmarks.server.gate import Contender
 from engines.demo import BUNDLE as DEMO
 from loadtest import __main__ as command
-from loadtest.drive import callers
+from loadtest.generator import request_schedule
 from loadtest.mix import Mix, plain_entries
-from loadtest.results import Summary
+from loadtest.results import LoadTestSummary
 from tests import ROOT
 from tests.support.serving import Serving
 
@@ -69,7 +69,7 @@ def test_too_few_rounds_are_refused() -> None:
 
 def test_every_crowd_has_somebody() -> None:
     for seed, alone in itertools.product(range(gate.CROWDS), (0.01, 3.0)):
-        assert list(callers(gate.crowd_load(alone), Mix(plain_entries(["a"], steps=1), seed)))
+        assert list(request_schedule(gate.crowd_load(alone), Mix(plain_entries(["a"], steps=1), seed)))
 
 
 def test_both_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_fifth_is_seen_beside_an_earlier_run(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     for figure in ("throughput", "p50"):
         assert re.search(rf"{figure} .* regressed", shown), shown
-    summary = Summary.model_validate_json((tmp_path / "slowed" / "summary.json").read_bytes())
+    summary = LoadTestSummary.model_validate_json((tmp_path / "slowed" / "summary.json").read_bytes())
     assert {"throughput", "p50"} <= {one.figure for one in summary.compared if one.regressed}
 
 

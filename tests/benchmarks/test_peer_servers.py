@@ -16,9 +16,9 @@ from rich.console import Console
 from benchmarks.peers import servers as command
 from benchmarks.peers.server_process import Running, free_port
 from benchmarks.peers.servers_results import SLO, Record, Result, Settings, Under, entries
-from loadtest.client import Unusable
-from loadtest.drive import callers
-from loadtest.results import Load, Sent
+from loadtest.client import LoadTestError
+from loadtest.generator import request_schedule
+from loadtest.results import LoadLevel, RequestRecord
 
 NAMES = ["fastapi", "litserve", "onnxruntime"]
 SETTINGS = Settings(rates=(0.5, 2.0), seconds=1.5, warm_up=0.5, steps=2, threads=1, seed=0)
@@ -42,7 +42,7 @@ def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = "import sys; sys.exit('no such model')"
     with (
-        pytest.raises(Unusable, match="ended with 1"),
+        pytest.raises(LoadTestError, match="ended with 1"),
         Running([sys.executable, "-c", code], port=free_port(), log=log),
     ):
         pass
@@ -110,7 +110,9 @@ def test_a_run_with_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         one, other = yardstick.under(scenario), ours.under(scenario)
         assert one is not None
         assert other is not None
-        assert [point.load for point in one.points] == [point.load for point in other.points]  # the same callers
+        assert [point.load for point in one.points] == [
+            point.load for point in other.points
+        ]  # the same request schedule
 
     page = (tmp_path / "serving.md").read_text()
     assert page in shown
@@ -130,16 +132,18 @@ def check_server(out: Path, record: Record, name: str) -> None:
     assert result.ready_after > 0
     assert result.memory is not None
     assert result.memory > 50e6
-    requests = [Sent.model_validate_json(line) for line in (out / f"requests-{name}.jsonl").read_text().splitlines()]
+    requests = [
+        RequestRecord.model_validate_json(line) for line in (out / f"requests-{name}.jsonl").read_text().splitlines()
+    ]
     assert set(Counter((one.load, one.number) for one in requests).values()) == {1}
     for under in result.loads:
         idle = record.idle(under.scenario)
         assert idle is not None
         for share, point in zip(record.settings.rates, under.points, strict=True):
             sent = [one for one in requests if one.load == point.number]
-            load = Load(rate=share / idle, warm_up=0.5, seconds=1.5)
-            due = [caller.due for caller in callers(load, record.mix(under.scenario))]
+            load = LoadLevel(rate=share / idle, warm_up=0.5, seconds=1.5)
+            due = [caller.due for caller in request_schedule(load, record.mix(under.scenario))]
             assert sorted(one.due for one in sent) == pytest.approx(due)
             assert sum(point.outcomes.values()) == point.requests == sum(one.counted for one in sent)
             assert {one.outcome for one in sent} <= {"completed"}, [one.detail for one in sent]
-            assert all(one.accepted == pytest.approx(SLO * idle) for one in sent)
+            assert all(one.latency_target == pytest.approx(SLO * idle) for one in sent)

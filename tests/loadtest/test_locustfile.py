@@ -1,4 +1,4 @@
-"""Locust itself, in processes of its own: it patches the standard library of whoever imports it."""
+"""Locust itself, in processes of its own, because it patches the standard library where it is imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code, and what was said."""
+    """Return the exit code and the output."""
     try:
         said, _ = process.communicate(timeout=120)
     finally:
@@ -46,21 +46,21 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def counted(run: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Requests and failures by type and name, in Locust's own words once it has ended."""
+    """Return requests and failures by type and name, from the JSON file that Locust writes at its end."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for line in json.loads(run.with_suffix(".json").read_text()):
         found.setdefault(line["method"], {})[line["name"]] = (line["num_requests"], line["num_failures"])
     return found
 
 
-def in_all(said: str) -> tuple[int, int]:
-    """Requests and failures, of the last table."""
+def totals(said: str) -> tuple[int, int]:
+    """Return requests and failures of the last table."""
     requests, failures = re.findall(r"Aggregated +(\d+) +(\d+)\(", said)[-1]
     return int(requests), int(failures)
 
 
 def completed(serving: Serving) -> float:
-    """Requests, by the server's own count."""
+    """Return the number of completed requests, by the server's count."""
     counts = serving.metrics().items()
     return sum(value for name, value in counts if name.startswith("latentd_requests_total") and "completed" in name)
 
@@ -69,10 +69,10 @@ def run_words(url: str, seconds: int = 3) -> list[str]:
     return ["--host", url, "--users", "2", "--spawn-rate", "2", "--run-time", f"{seconds}s", "--stop-timeout", "60"]
 
 
-@pytest.mark.parametrize("face", ["json", "events"])
-def test_every_entry_is_counted_by_its_name(face: str, mix: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("response_format", ["json", "events"])
+def test_every_entry_is_counted_by_its_name(response_format: str, mix: Path, tmp_path: Path) -> None:
     with Serving(DEMO) as serving:
-        words = [*run_words(serving.url), "--mix", str(mix), "--face", face, "--stages"]
+        words = [*run_words(serving.url), "--mix", str(mix), "--format", response_format, "--stages"]
         code, said = end(start(*words, "--csv", str(tmp_path / "run"), "--json-file", str(tmp_path / "run")))
         done = completed(serving)
     assert code == 0, said
@@ -85,7 +85,7 @@ def test_every_entry_is_counted_by_its_name(face: str, mix: Path, tmp_path: Path
     assert "stage,denoise," in (tmp_path / "run_stats.csv").read_text()
 
 
-def test_workers_are_told_by_the_master_what_to_send(mix: Path, tmp_path: Path) -> None:
+def test_workers_receive_the_mix_from_the_master(mix: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
     with Serving(DEMO) as serving:
@@ -100,12 +100,12 @@ def test_workers_are_told_by_the_master_what_to_send(mix: Path, tmp_path: Path) 
     assert worker_code == 0, worker_said
     asked = counted(tmp_path / "run")["POST"]
     assert asked.keys() <= {"line 1", "line 2"}
-    assert 0 < sum(count for count, _ in asked.values()) <= done  # it ends without what workers are still asking for
+    assert 0 < sum(count for count, _ in asked.values()) <= done  # it ends without requests still in flight
     assert not any(failures for _, failures in asked.values())
 
 
-def test_refusals_are_named_and_waited_for(mix: Path) -> None:
-    """Many users and a queue of one: most are sent away, and come back when the server said."""
+def test_refusals_are_counted_and_followed_by_a_pause(mix: Path) -> None:
+    """With many users and a queue of one, most are refused, and return after Retry-After."""
     users = 24
     with Serving(DEMO, "--max-waiting", "1") as serving:
         words = [*run_words(serving.url), "--users", str(users), "--spawn-rate", str(users), "--mix", str(mix)]
@@ -113,19 +113,19 @@ def test_refusals_are_named_and_waited_for(mix: Path) -> None:
         refused = serving.metrics()['latentd_requests_rejected_total{reason="QueueFull"}']
     assert code == 1
     assert "refused (429)" in said
-    assert in_all(said)[1] == refused > 0
+    assert totals(said)[1] == refused > 0
     assert refused <= users * 4  # a second's pause after each, in a run of three
 
 
-def test_a_server_that_breaks_makes_failures() -> None:
-    """Some pictures come before its device is lost; then its process ends."""
+def test_failing_server_is_counted_as_failures() -> None:
+    """Some images arrive before its device is lost; then its process ends."""
     with Serving(DEMO, "is-lost", module="tests.support.broken_server") as serving:
         words = [*run_words(serving.url, seconds=20), "--steps", "8"]
         process = start(*words)
         assert serving.process.wait(60) == 70
         code, said = end(process)
     assert code == 1, said
-    requests, failures = in_all(said)
+    requests, failures = totals(said)
     assert 0 < failures < requests
     assert "prompt 'a red heart on a yellow background'" in said  # of the model's examples
     assert "not ready (503)" in said
@@ -136,13 +136,13 @@ def test_a_server_that_breaks_makes_failures() -> None:
     ("words", "message"),
     [
         (["--mix", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--mix", "x", "--steps", "3"], "--mix says prompts and steps itself"),
-        ([], "Say which server with --host"),
+        (["--mix", "x", "--steps", "3"], "--mix gives prompts and steps itself"),
+        ([], "Name the server with --host"),
         (["--host", "http://127.0.0.1:9"], "refused"),
-        (["--face", "smiling"], "invalid choice"),
+        (["--format", "smiling"], "invalid choice"),
     ],
 )
-def test_what_cannot_be_sent_ends_it_at_once(words: list[str], message: str) -> None:
+def test_invalid_options_end_it_at_once(words: list[str], message: str) -> None:
     code, said = end(start(*words))
     assert code == 2, said
     assert message in said
