@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engines.cli import parse
 from engines.files import write_atomically
 from loadtest.charts import seconds
 from loadtest.client import LoadTestError
-from loadtest.command_line import InvalidOptions, LoadTestOptions, parse_options
+from loadtest.command_line import LoadTestOptions
 from loadtest.mix import MixError
 from loadtest.provenance import begin_run
 from loadtest.report import render_report
@@ -35,11 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, which docs/load-testing.md explains."""
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    try:
-        options = parse_options(words)
-    except InvalidOptions as error:
-        Console(stderr=True).print(f"error: {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 2
+    options = parse(LoadTestOptions, words, prog="python -m loadtest")
     try:
         summary, loads = _run(options, ["python", "-m", "loadtest", *words])
     except (LoadTestError, MixError, OSError) as error:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from engines.cli import parse
 from loadtest import __main__ as command
-from loadtest.command_line import parse_options
+from loadtest.command_line import LoadTestOptions
 from tests.loadtest.records import UNREACHABLE
 
 
@@ -15,19 +16,20 @@ from tests.loadtest.records import UNREACHABLE
     ("words", "message"),
     [
         ([], "give a load"),
-        (["--rate", "0"], "--rate 0: Input should be greater than 0"),
-        (["--rate", "1", "--rate", "nan"], "--rate nan: Input should be a finite number"),
-        (["--rate", "2,4"], "--rate 2,4: Input should be a valid number"),
-        (["--users", "1.5"], "--users 1.5: Input should be a valid integer"),
-        (["--rate", "1", "--warm-up", "-1"], "--warm-up -1: Input should be greater than or equal to 0"),
-        (["--rate", "1", "--factor", "1"], "--factor 1: Input should be greater than 1.05"),
-        (["--rate", "1", "--format", "gif"], "--format gif: Input should be 'json', 'png' or 'events'"),
+        (["--rate", "0"], "--rate: Input should be greater than 0"),
+        (["--rate", "1", "--rate", "nan"], "--rate: Input should be a finite number"),
+        (["--rate", "2,4"], "--rate: Input should be a valid number"),
+        (["--users", "1.5"], "--users: Input should be a valid integer"),
+        (["--rate", "1", "--warm-up", "-1"], "--warm-up: Input should be greater than or equal to 0"),
+        (["--rate", "1", "--factor", "1"], "--factor: Input should be greater than 1.05"),
+        (["--rate", "1", "--format", "gif"], "--format: Input should be 'json', 'png' or 'events'"),
         (["--rate", "1", "--mix", "x", "--steps", "3"], "--mix gives prompts and steps itself"),
         (["--sweep", "--baseline", "x"], "--baseline compares equal loads"),
     ],
 )
 def test_invalid_options_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--out", "nowhere", *words]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--out", "nowhere", *words])
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -44,16 +46,16 @@ def test_incomplete_commands_exit_with_2(words: list[str], message: str, capsys:
 def test_options_may_be_repeated_and_prompts_are_taken_as_they_are() -> None:
     prompts = ["a red heart, on yellow", '[a "cat" \\', "5", "null"]
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
-    options = parse_options(["--out", "x", "--rate", "2", "--rate=4", "--rate", "2", "--users", "8", *words])
-    assert options.rate == [2.0, 4.0]
-    assert options.users == [8]
-    assert options.prompt == prompts
+    options = parse(LoadTestOptions, ["--out", "x", "--rate", "2", "--rate=4", "--rate", "2", "--users", "8", *words])
+    assert options.rate == (2.0, 4.0)
+    assert options.users == (8,)
+    assert list(options.prompt) == prompts
 
 
 def test_environment_variables_are_not_options(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SEED", "seed", "URL", "url"):
         monkeypatch.setenv(name, "7")
-    options = parse_options(["--out", "x", "--sweep"])
+    options = parse(LoadTestOptions, ["--out", "x", "--sweep"])
     assert (options.seed, options.url, options.sweep) == (0, "http://127.0.0.1:8000", True)
 
 
