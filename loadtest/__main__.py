@@ -25,7 +25,7 @@ from loadtest.client import LoadTestError
 from loadtest.command_line import LoadTestOptions
 from loadtest.mix import MixError
 from loadtest.provenance import begin_run
-from loadtest.report import render_report
+from loadtest.report.page import render_report
 from loadtest.results import OUTCOMES, LoadLevel, LoadMetrics, LoadTestSummary, MeasuredLoad, Outcome, RequestRecord
 from loadtest.runner import load_baseline, measure, summarize_run
 

@@ -2,13 +2,12 @@
 
 A `Chart` is data: two axes, series of points, stacked bars and reference lines. It is drawn by one of
 
-- `inline_svg(chart, *, name) -> str`: for an HTML page, coloured by its CSS variables --c0 to --c7, --ink, --muted and
-  --line (`PALETTE` has their values in light mode), so that it follows light and dark mode;
+- `inline_svg(chart, *, name) -> str`: for an HTML page, in the colours of its CSS variables --c0 to --c7, --ink,
+  --muted and --line (`PALETTE` has their values in light mode);
 - `standalone_svg(charts) -> str`: a file of charts side by side with one legend, on white.
 
 `linear_axis(values, label)` and `log_axis(values, label)` make axes that fit the values; `cumulative(values)` gives the
-points of a distribution. The output is deterministic. matplotlib is imported when the first chart is drawn, because
-it takes longer than the rest of the command's start.
+points of a distribution. The output is deterministic. matplotlib is imported by the first drawing: it takes 0.5 s.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _LEGEND_ROW = 0.2  # inches
 _LEGEND_COLUMNS = 4
 _MAX_POINTS = 600  # of a line: more are not visible
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-# c0 to c7 are told apart by readers with colour vision deficiencies as well.
+# c0 to c7 can be distinguished with colour vision deficiencies.
 PALETTE: Mapping[str, str] = {
     "c0": "#2a78d6",
     "c1": "#eb6834",
@@ -294,10 +293,8 @@ def _with_tooltips(svg: bytes, tooltips: Mapping[str, Sequence[str]]) -> Element
     root = ElementTree.fromstring(svg)  # noqa: S314 - our own
     for gid, texts in tooltips.items():
         group = root.find(f".//{{{_SVG}}}g[@id='{gid}']")
-        if group is not None:
-            marks = group.findall(f".//{{{_SVG}}}use") or [group]
+        marks = [] if group is None else group.findall(f".//{{{_SVG}}}use") or [group]
+        if len(marks) == len(texts):  # matplotlib leaves out marks beyond the figure
             for mark, text in zip(marks, texts, strict=True):
-                title = ElementTree.Element(f"{{{_SVG}}}title")
-                title.text = text
-                mark.insert(0, title)
+                ElementTree.SubElement(mark, f"{{{_SVG}}}title").text = text
     return root

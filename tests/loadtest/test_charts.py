@@ -63,7 +63,7 @@ def test_distribution_ends_at_one() -> None:
 def test_charts_have_labels_legend_and_reference_lines() -> None:
     shown = texts(inline_svg(LINES, name="a"))
     assert {"throughput, requests per second", "latency, s", "p50", HOSTILE, "latency target", "knee"} <= set(shown)
-    assert "steps" not in texts(inline_svg(BARS, name="a"))  # a legend of one entry says nothing
+    assert "steps" not in texts(inline_svg(BARS, name="a"))  # no legend for one entry
 
 
 def test_names_are_escaped() -> None:
@@ -75,6 +75,11 @@ def test_names_are_escaped() -> None:
 def test_marks_have_tooltips() -> None:
     assert "<title>p50: 0.4 at 3</title>" in inline_svg(LINES, name="a")
     assert "<title>a: 2, 0 to 1</title>" in inline_svg(BARS, name="a")
+
+
+def test_points_beyond_the_axes_are_not_drawn() -> None:
+    far = Chart(ChartAxis("a", 0, 1), ChartAxis("b", 0, 1), [Series("p50", [(0.5, 0.5), (0.6, 1e6)], 0, "dots")])
+    assert {"a", "b"} <= set(texts(inline_svg(far, name="a")))
 
 
 def test_inline_charts_have_the_page_colours_and_their_own_ids() -> None:

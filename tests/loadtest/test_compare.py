@@ -12,7 +12,7 @@ from tests.loadtest.records import request_record
 
 
 def random_run(seed: int, *, factor: float = 1.0, rate: float = 10.0, seconds: float = 60.0) -> list[MeasuredLoad]:
-    """A load whose latencies are by chance, and all `factor` times as long."""
+    """Return a run of one load with random latencies, `factor` times as long."""
     rng, load = np.random.default_rng(seed), LoadLevel(rate=rate, warm_up=0, seconds=seconds)
     due = np.sort(rng.uniform(0, seconds, int(rate * seconds)))
     latency = 0.2 * rng.lognormal(0, 0.3, len(due)) * factor
@@ -29,7 +29,7 @@ def test_equal_runs_pass_and_slower_run_regresses() -> None:
     assert regressed(before, before) == set()
     assert regressed(before, random_run(1)) == set()
     assert {"p50", "p95"} <= regressed(before, random_run(1, factor=1.3))
-    assert regressed(random_run(1, factor=1.3), before) == set()  # faster is no regression
+    assert regressed(random_run(1, factor=1.3), before) == set()  # being faster is not a regression
 
 
 def test_lower_throughput_is_a_regression() -> None:

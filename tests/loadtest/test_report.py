@@ -5,7 +5,7 @@ from __future__ import annotations
 from loadtest import __main__ as command
 from loadtest.mix import MixEntry, plain_entries
 from loadtest.provenance import begin_run
-from loadtest.report import render_report
+from loadtest.report.page import render_report
 from loadtest.results import ComparedMetric, LoadLevel, LoadTestSummary, MeasuredLoad, MetricsSample, summarize
 from tests.loadtest.records import UNREACHABLE, request_record
 

@@ -63,7 +63,7 @@ def test_each_format_has_stages(name: FormatName, content: bytes) -> None:
         ("events", b""),
         ("events", event("step", {"step": 1, "steps": 2})),
         ("events", event("completed", {**WHOLE, "images": []})),
-        ("events", event("completed", WHOLE)[:-1]),  # cut off before it was whole
+        ("events", event("completed", WHOLE)[:-1]),  # truncated
     ],
 )
 def test_response_without_images_has_failed(name: FormatName, content: bytes) -> None:

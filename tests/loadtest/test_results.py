@@ -27,9 +27,9 @@ def test_warm_up_is_not_counted() -> None:
     load = LoadLevel(rate=1, warm_up=2, seconds=10)
     requests = [
         request_record(1.0, 0.1, counted=False),  # ended before counting began
-        request_record(1.5, 1.0, counted=False),  # ended after: the server's work, nobody's latency
+        request_record(1.5, 1.0, counted=False),  # ended after it: counts towards throughput only
         request_record(3.0, 0.2),
-        request_record(4.0, 0.8),  # later than accepted
+        request_record(4.0, 0.8),  # after its latency target
         request_record(5.0, 0.01, outcome="refused"),
         request_record(11.9, 0.3),  # in time, but ended after the load
     ]
@@ -46,7 +46,7 @@ def test_warm_up_is_not_counted() -> None:
 def test_late_client_is_reported() -> None:
     load = LoadLevel(rate=1, warm_up=0, seconds=10)
     assert not summarize(load, 0, [request_record(1.0, 0.5, late=0.3)], step_rows={}).kept_up
-    assert summarize(load, 0, [request_record(1.0, 50.0, late=0.3)], step_rows={}).kept_up  # who would notice
+    assert summarize(load, 0, [request_record(1.0, 50.0, late=0.3)], step_rows={}).kept_up  # negligible
 
 
 def test_step_rows_are_differences_of_cumulative_histogram() -> None:

@@ -10,7 +10,7 @@ from tests.loadtest.records import load_metrics
 
 
 def sweep_rates(limit: float, *, first: float, factor: float = 1.5) -> list[float]:
-    """The rates that a sweep tries on a server that sustains up to `limit` per second."""
+    """Return the rates that a sweep tries on a server that sustains up to `limit` per second."""
     points: list[LoadMetrics] = []
     while (rate := next_rate(points, first=first, factor=factor)) is not None:
         points.append(load_metrics(rate, goodput=rate if rate <= limit else limit * 0.5))
@@ -25,7 +25,7 @@ def test_sweep_ends_at_twice_the_knee() -> None:
 
 def test_sweep_that_begins_too_high_halves_the_rate() -> None:
     assert sweep_rates(3.0, first=10.0) == [10.0, 5.0, 2.5]
-    assert len(sweep_rates(0.0, first=100.0)) == 7  # and gives up on a server that holds nothing
+    assert len(sweep_rates(0.0, first=100.0)) == 7  # it gives up on a server that sustains nothing
     assert len(sweep_rates(1e9, first=1.0)) == 20
 
 
@@ -34,17 +34,8 @@ def test_sustained_loads() -> None:
     assert not is_sustained(load_metrics(10, goodput=8.9))
     assert not is_sustained(load_metrics(10, goodput=10, slowdown=11.0))
     assert not is_sustained(load_metrics(10, goodput=0, slowdown=None))
-    assert not is_sustained(load_metrics(0.01, goodput=0, slowdown=None))  # nobody came
-    assert (
-        knee(
-            [
-                load_metrics(4, goodput=1),
-                load_metrics(1, goodput=1),
-                load_metrics(2, goodput=2),
-                load_metrics(8, goodput=8),
-            ]
-        )
-        == 2
-    )
+    assert not is_sustained(load_metrics(0.01, goodput=0, slowdown=None))  # no request completed
+    goodput = {4: 1, 1: 1, 2: 2, 8: 8}  # by rate
+    assert knee([load_metrics(rate, goodput=value) for rate, value in goodput.items()]) == 2
     assert knee([load_metrics(1, goodput=0)]) is None
     assert is_overloaded([load_metrics(1, goodput=1), load_metrics(2, goodput=1)])

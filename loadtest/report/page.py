@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.charts import Chart, inline_svg, number, seconds
-from loadtest.report_charts import (
+from loadtest.report.figures import (
     cpu_chart,
     goodput_chart,
     is_knee,
@@ -63,7 +63,7 @@ def render_report(summary: LoadTestSummary, loads: Sequence[MeasuredLoad]) -> st
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["seconds"] = seconds
     environment.filters["svg"] = lambda chart: Markup(inline_svg(chart, name=f"chart{next(names)}"))  # noqa: S704 - matplotlib escapes
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
     points = [one.point for one in loads]
     return template.render(
         title=_title(summary),

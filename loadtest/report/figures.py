@@ -58,7 +58,7 @@ def goodput_chart(summary: LoadTestSummary, points: Sequence[LoadMetrics]) -> Ch
     knee = next((point.offered for point in points if is_knee(summary, point)), None)
     return Chart(
         linear_axis(offered, "offered load, requests per second"),
-        linear_axis(offered, "requests per second"),
+        linear_axis([*offered, *(point.throughput for point in points)], "requests per second"),
         [
             Series("offered", [(0.0, 0.0), (most, most)], 7, "dashes"),
             Series("throughput", [(point.offered, point.throughput) for point in points], 1, "dots"),
