@@ -21,7 +21,7 @@ import pytest
 from server.__main__ import _LAST_WORDS
 from server.startup.settings import Settings
 from tests import ROOT
-from tests.tools.image import STOP_SECONDS, Stage, needed, stages, text_of
+from tests.tools.docker_image import STOP_SECONDS, DockerfileStage, needed, stages, text_of
 
 STAGES = stages(ROOT / "Dockerfile")
 TARGETS = ("cpu", "cuda")
@@ -74,7 +74,7 @@ def test_cpu_is_what_one_gets_without_asking() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_every_base_is_a_stage_or_a_version(stage: Stage) -> None:
+def test_every_base_is_a_stage_or_a_version(stage: DockerfileStage) -> None:
     assert stage.base in STAGES or PINNED.fullmatch(stage.base)
 
 

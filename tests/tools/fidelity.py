@@ -1,4 +1,4 @@
-"""How near a bundle's served pictures are to those that diffusers draws from the checkpoint, in FP32.
+"""Compare a bundle's served images with those that diffusers generates from the checkpoint in FP32, as PSNR.
 
 python -m tests.tools.fidelity --checkpoint demo-checkpoint --bundle engines/demo --backend openvino
 """
@@ -18,16 +18,16 @@ from tests.support.serving import Serving, pictures
 
 
 def compare(checkpoint: Path, bundle: Path, backend: str, *, count: int) -> list[float]:
-    """PSNR in dB of `count` pictures of the model's examples, with its own defaults."""
+    """Return the PSNR in dB of `count` images of the model's examples, with its defaults."""
     manifest, pipeline = Manifest.load(bundle), load_pipeline(checkpoint)
     with Serving(bundle, "--backend", backend, start_seconds=600) as serving:
         scheduler = manifest.defaults.scheduler
-        return [distance(serving, pipeline, manifest, scheduler=scheduler, seed=seed) for seed in range(count)]
+        return [served_psnr(serving, pipeline, manifest, scheduler=scheduler, seed=seed) for seed in range(count)]
 
 
-def distance(serving: Serving, pipeline: Any, manifest: Manifest, *, scheduler: str, seed: int) -> float:
-    """PSNR in dB of a served picture of one of the model's examples beside diffusers', with the model's defaults."""
-    wish: dict[str, Any] = {
+def served_psnr(serving: Serving, pipeline: Any, manifest: Manifest, *, scheduler: str, seed: int) -> float:
+    """Return the PSNR in dB of a served image compared with diffusers', for one of the model's examples."""
+    params: dict[str, Any] = {
         "prompt": manifest.examples[seed % len(manifest.examples)] if manifest.examples else "a lighthouse at night",
         "num_inference_steps": manifest.defaults.num_inference_steps,
         "guidance_scale": manifest.defaults.guidance_scale,
@@ -35,7 +35,7 @@ def distance(serving: Serving, pipeline: Any, manifest: Manifest, *, scheduler: 
         "seed": seed,
         **manifest.resolutions[0].model_dump(),
     }
-    return psnr(pictures(serving.generate(**wish))[0], draw(pipeline, **wish))
+    return psnr(pictures(serving.generate(**params))[0], draw(pipeline, **params))
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--backend", default="onnxruntime")
-    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--count", type=int, default=12, help="images (default: %(default)s)")
     given = parser.parse_args()
     found = compare(given.checkpoint, given.bundle, given.backend, count=given.count)
     sys.stdout.write(
-        f"PSNR of {len(found)} pictures: least {min(found):.1f} dB, median {statistics.median(found):.1f} dB\n"
+        f"PSNR of {len(found)} images: minimum {min(found):.1f} dB, median {statistics.median(found):.1f} dB\n"
     )
 
 

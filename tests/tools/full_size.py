@@ -1,8 +1,8 @@
-"""Builds engines from a full-size small-stable-diffusion-v0 with random weights, and says what that took.
+"""Build engines from a full-size small-stable-diffusion-v0 with random weights; report time and peak memory.
 
 python -m tests.tools.full_size --out DIR [--backend tensorrt_rtx] [arguments of build_engines.py]
 
-Needs about 6 GB of disk. Not part of the test run: it takes minutes.
+It needs about 6 GB of disk, and takes minutes, so it is not part of the test run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engines.manifest import Manifest
 
 
 def run(command: list[str]) -> tuple[int, float, int]:
-    """The exit code, the seconds, and the peak memory in bytes of `command` and all its children together."""
+    """Run `command`; return its exit code, seconds, and peak memory in bytes including its children."""
     began, peak = time.monotonic(), 0
     with subprocess.Popen(command) as process:  # noqa: S603 - our own command
         while process.poll() is None:
@@ -36,7 +36,7 @@ def _memory(pid: int) -> int:
         for process in (root, *root.children(recursive=True)):
             total += process.memory_info().rss
     except psutil.Error:
-        pass  # it has just ended
+        pass  # the process has just ended
     return total
 
 
@@ -50,9 +50,9 @@ def main() -> int:
         write_checkpoint(checkpoint, layers_per_block=1)
     build = ["build_engines.py", "--model", str(checkpoint), "--out", str(bundle), "--backend", given.backend, *more]
     code, seconds, peak = run([sys.executable, *build])
-    sys.stderr.write(f"exit {code} after {seconds / 60:.1f} minutes, {peak / 1e9:.1f} GB at the peak\n")
+    sys.stderr.write(f"exit {code} after {seconds / 60:.1f} minutes, peak memory {peak / 1e9:.1f} GB\n")
     if code == 0 and (layers := Manifest.load(bundle).builds[given.backend].engines["denoise"].layers):
-        sys.stderr.write(f"attentions fused: {layers.fused_attentions} of {layers.attentions}\n")
+        sys.stderr.write(f"fused attention layers: {layers.fused_attentions} of {layers.attentions}\n")
         return int(layers.fused_attentions < layers.attentions)
     return code
 

@@ -1,4 +1,4 @@
-"""How near each scheduler is to diffusers, as a table and as pictures, its UNet calls, and how long its table takes.
+"""Compare each scheduler with diffusers: its table's error, images, UNet calls, and time to compute the table.
 
 python -m tests.tools.schedulers_report --checkpoint demo-checkpoint --bundle engines/demo
 """
@@ -22,16 +22,19 @@ from engines.schedulers import METHODS, NAMES, Spacing, find, levels, table
 from tests.support.references import load_pipeline
 from tests.support.serving import Serving
 from tests.support.stepping import apart, run_diffusers, run_table
-from tests.tools.fidelity import distance
+from tests.tools.fidelity import served_psnr
 
 SD1 = NoiseSchedule(steps_offset=1, set_alpha_to_one=False)
 STEPS = (2, 4, 10, 20, 30, 50)
 TIMED = 50  # steps
-SEEDS = (1, 2)  # of the pictures drawn by each
+SEEDS = (1, 2)  # of each scheduler's images
 
 
 def largest_error(name: str, *, double: bool) -> float:
-    """Of any x on the way, relative to its largest value, over step counts, predictions and spacings."""
+    """Return the largest relative error of any x, over step counts, prediction types and spacings.
+
+    `double` is whether diffusers computes in float64.
+    """
     about, worst = METHODS[find(name).method].about, 0.0
     spacings = get_args(Spacing) if "timestep_spacing" in about.options else (None,)
     for prediction in about.predictions:
@@ -45,14 +48,14 @@ def largest_error(name: str, *, double: bool) -> float:
 
 
 def calls(name: str) -> str:
-    """UNet calls per step, from counting them."""
+    """Return the UNet calls per step, counted in tables."""
     extra = {len(table(find(name), n, SD1).steps) - n * METHODS[find(name).method].about.calls_per_step for n in STEPS}
-    told = {(1, 0): "1", (1, 1): "1 (second 2)", (2, -1): "2 (last 1)"}
-    return told[METHODS[find(name).method].about.calls_per_step, extra.pop()]
+    texts = {(1, 0): "1", (1, 1): "1 (second 2)", (2, -1): "2 (last 1)"}
+    return texts[METHODS[find(name).method].about.calls_per_step, extra.pop()]
 
 
 def milliseconds(name: str, *, repeats: int = 20) -> float:
-    """The median time to work a table out, when nothing is remembered."""
+    """Return the median time to compute a table without caches, in milliseconds."""
     taken = []
     for _ in range(repeats):
         table.cache_clear()
@@ -64,14 +67,14 @@ def milliseconds(name: str, *, repeats: int = 20) -> float:
 
 
 def end_to_end(name: str, serving: Serving, pipeline: Any, manifest: Manifest) -> str:
-    """The least PSNR of the served pictures of a bundle beside those of diffusers in FP32, by the model's defaults."""
-    found = [distance(serving, pipeline, manifest, scheduler=name, seed=seed) for seed in SEEDS]
+    """Return the minimum PSNR of a bundle's served images compared with diffusers' in FP32."""
+    found = [served_psnr(serving, pipeline, manifest, scheduler=name, seed=seed) for seed in SEEDS]
     return "identical" if min(found) == IDENTICAL else f"{min(found):.0f} dB"
 
 
 def row(name: str, served: str) -> tuple[str, ...]:
-    exact, as_it_is = (f"{largest_error(name, double=double):.0e}" for double in (True, False))
-    return f"`{name}`", calls(name), exact, as_it_is, served, f"{milliseconds(name):.2f}"
+    in_double, as_is = (f"{largest_error(name, double=double):.0e}" for double in (True, False))
+    return f"`{name}`", calls(name), in_double, as_is, served, f"{milliseconds(name):.2f}"
 
 
 def main() -> None:
@@ -81,7 +84,14 @@ def main() -> None:
     given = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    head = ("scheduler", "UNet calls per step", "error", "of the class as it is", "picture", f"ms for {TIMED} steps")
+    head = (
+        "scheduler",
+        "UNet calls per step",
+        "error in float64",
+        "error of the class as it is",
+        "image",
+        f"ms for {TIMED} steps",
+    )
     manifest, pipeline = Manifest.load(given.bundle), load_pipeline(given.checkpoint)
     with Serving(given.bundle) as serving:
         served = {name: end_to_end(name, serving, pipeline, manifest) for name in NAMES}

@@ -1,9 +1,9 @@
-"""Draw where the time goes: a moment of a server's work, from launch to picture, as docs/timeline.svg.
+"""Draw docs/timeline.svg: what executor and device do around the decode of an image.
 
 python -m tests.tools.timeline --out docs/timeline.svg
 
-The GPU is the host (`fake_cuda.py`): its streams are threads, and its kernels ONNX Runtime's on the CPU. So the order
-of things is what a GPU is given, and their lengths are not a GPU's.
+The GPU is simulated on the host (`fake_cuda.py`): streams are threads, and kernels are ONNX Runtime's on the CPU.
+So the order of operations is that of a GPU, and their durations are not.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _COLOURS = {
 
 
 def record(folder: Path) -> Sequence[Span]:
-    """Four requests of different lengths, of which two come late."""
+    """Record a trace of four requests with different numbers of steps, two of which arrive later."""
     write_bundle(DEMO, folder / "bundle", rows=(2, 4))
     trace = Trace(folder / "trace.json")
-    wish = {"prompt": "a red heart on a yellow background", "scheduler": "euler"}
+    params = {"prompt": "a red heart on a yellow background", "scheduler": "euler"}
     with Running(folder / "bundle", lambda: fake_device(FakeCuda()), backend="tensorrt", trace=trace) as running:
-        first = [running.ask(**wish, seed=seed, num_inference_steps=steps) for seed, steps in enumerate((6, 14))]
+        first = [running.ask(**params, seed=seed, num_inference_steps=steps) for seed, steps in enumerate((6, 14))]
         first[0].wait(lambda: len(first[0].steps) >= 3)
         late = [
-            running.ask(**{**wish, "prompt": prompt}, seed=9, num_inference_steps=8)
+            running.ask(**{**params, "prompt": prompt}, seed=9, num_inference_steps=8)
             for prompt in ("a penguin on a blue background", "an owl on an orange background")
         ]
         for asked in (*first, *late):
@@ -51,8 +51,8 @@ def record(folder: Path) -> Sequence[Span]:
     return read_trace(folder / "trace.json")
 
 
-def drawn(spans: Sequence[Span]) -> str:
-    """The moment around the first decode as SVG."""
+def draw(spans: Sequence[Span]) -> str:
+    """Draw the time around the first decode as SVG."""
     decode = next(span for span in spans if span.track == "decode")
     steps = [span for span in spans if span.track == "steps"]
     near = next(index for index, span in enumerate(steps) if span.end >= decode.begin)
@@ -62,8 +62,8 @@ def drawn(spans: Sequence[Span]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="system-ui, sans-serif" '
         f'font-size="13">\n<rect width="{_WIDTH}" height="{height}" fill="white"/>\n'
-        f'<text x="{_LEFT}" y="24" font-size="16" fill="#111827">Steps are launched before their predecessors are '
-        f"done; newcomers are encoded and finished pictures decoded beside them</text>\n{body}\n</svg>\n"
+        f'<text x="{_LEFT}" y="24" font-size="16" fill="#111827">Steps are launched before their predecessors '
+        f"end; new requests are encoded and finished images decoded in parallel</text>\n{body}\n</svg>\n"
     )
 
 
@@ -107,7 +107,7 @@ def _rectangles(spans: Sequence[Span], begin: float, end: float) -> Iterator[str
 
 
 def _threads(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
-    """From each launch to its step."""
+    """Draw a line from each launch to its step."""
     launches = [span for span in spans if span.name == "launch"]
     steps = [span for span in spans if span.track == "steps"]
     for launch, step in zip(launches, steps, strict=True):
@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/timeline.svg"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        given.out.write_text(drawn(record(Path(folder))), encoding="utf-8")
+        given.out.write_text(draw(record(Path(folder))), encoding="utf-8")
     return 0
 
 
