@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from engines.backends.available import check_fits, choose, unavailable_reason
 from engines.backends.registry import BACKENDS, ON_CPU
-from engines.build.bundle import Wanted, export, geometry_of, reshaped, stored, with_whole_builds
+from engines.build.bundle import BundleSpec, export, geometry_of, reshaped, stored, with_whole_builds
 from engines.build.compile import compile_backend, precisions, prefers_bf16, typed_graphs
 from engines.build.console import (
     BuildFeed,
@@ -37,8 +37,7 @@ from engines.build.console import (
     terminal,
 )
 from engines.build.verify import VerificationError, verify
-from engines.checkpoints import checkpoint
-from engines.checkpoints.checkpoint import Embedding, Lora, Origin, count_parameters
+from engines.checkpoints.checkpoint import Checkpoint, Embedding, Lora, count_parameters, find_checkpoint
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 
@@ -91,22 +90,22 @@ def _end_with_standard_input() -> None:
 def _build(arguments: argparse.Namespace, progress: BuildShow, console: Console) -> None:
     arguments.backend = _backends(arguments, progress)
     arguments.bundle = arguments.out
-    origin = _find(arguments, progress)
-    wanted = _wanted(arguments, origin)
+    checkpoint = _find(arguments, progress)
+    wanted = _wanted(arguments, checkpoint)
     for backend in arguments.backend:
-        chosen = precisions(backend, arguments.precision, prefers_bf16=origin.facts.prefers_bf16)
-        console.print(plan_table(backend, geometry_of(origin, wanted), chosen, count_parameters(origin)))
-    manifest = export(origin, arguments.out, wanted, force=arguments.force, progress=progress)
+        chosen = precisions(backend, arguments.precision, prefers_bf16=checkpoint.config.prefers_bf16)
+        console.print(plan_table(backend, geometry_of(checkpoint, wanted), chosen, count_parameters(checkpoint)))
+    manifest = export(checkpoint, arguments.out, wanted, force=arguments.force, progress=progress)
     _compile_each(manifest, arguments, progress, console)
 
 
 def _export(arguments: argparse.Namespace, progress: BuildShow, _console: Console) -> None:
-    origin = _find(arguments, progress)
-    export(origin, arguments.out, _wanted(arguments, origin), force=arguments.force, progress=progress)
+    checkpoint = _find(arguments, progress)
+    export(checkpoint, arguments.out, _wanted(arguments, checkpoint), force=arguments.force, progress=progress)
 
 
-def _find(arguments: argparse.Namespace, progress: BuildShow) -> Origin:
-    return checkpoint.find(
+def _find(arguments: argparse.Namespace, progress: BuildShow) -> Checkpoint:
+    return find_checkpoint(
         arguments.model,
         revision=arguments.revision,
         config=arguments.config,
@@ -118,12 +117,12 @@ def _find(arguments: argparse.Namespace, progress: BuildShow) -> Origin:
     )
 
 
-def _wanted(arguments: argparse.Namespace, origin: Origin) -> Wanted:
+def _wanted(arguments: argparse.Namespace, checkpoint: Checkpoint) -> BundleSpec:
     backends = arguments.backend or ["tensorrt"]
-    bf16 = origin.facts.prefers_bf16
+    bf16 = checkpoint.config.prefers_bf16
     typed = (typed_graphs(backend, arguments.precision, prefers_bf16=bf16) for backend in backends)
     halved = not set(backends) & set(ON_CPU) and arguments.precision != "fp32"
-    return Wanted(
+    return BundleSpec(
         weights=arguments.weights or stored(arguments.out) or ("fp16" if halved else "fp32"),
         typed=tuple(sorted(set().union(*typed))),
         name=arguments.name,

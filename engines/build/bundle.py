@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.build.profiles import shapes
-from engines.checkpoints.checkpoint import Checkpoint, Origin, count_parameters
+from engines.checkpoints.checkpoint import Checkpoint, CheckpointConfig, count_parameters
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.files import sha256_of_code
@@ -31,7 +31,7 @@ _EXPORTING_CODE = (_ENGINES / "contract.py", _ENGINES / "export", _ENGINES / "ch
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class BundleSpec:
     """What a bundle shall be. None and the empty leave it to the checkpoint, or to what the bundle already says."""
 
     weights: Storage
@@ -45,34 +45,36 @@ class Wanted:
     examples: tuple[str, ...] = ()
 
 
-def export(origin: Origin, out: Path, wanted: Wanted, *, force: bool = False, progress: Progress) -> Manifest:
-    """Bring the graphs in folder `out` to those of `origin`, and write the manifest. Needs torch where they differ.
+def export(
+    checkpoint: Checkpoint, out: Path, wanted: BundleSpec, *, force: bool = False, progress: Progress
+) -> Manifest:
+    """Bring the graphs in folder `out` to those of `checkpoint`, and write the manifest. Needs torch where they differ.
 
     Raises:
         EngineError: a size does not fit the model, the weights cannot be read, or a graph differs from torch.
     """
-    key = _export_key(origin, wanted.weights)
+    key = _export_key(checkpoint, wanted.weights)
     earlier = None if force else _earlier(out, key)
     if earlier and not _missing(earlier, wanted.typed):
         progress.note("the graphs: unchanged")
         manifest = _described(earlier, wanted)
     else:
-        manifest = _exported(origin, out, wanted, key=key, earlier=earlier, progress=progress)
+        manifest = _exported(checkpoint, out, wanted, key=key, earlier=earlier, progress=progress)
     manifest.save(out)
     return manifest
 
 
-def geometry_of(origin: Origin, wanted: Wanted) -> Geometry:
+def geometry_of(checkpoint: Checkpoint, wanted: BundleSpec) -> Geometry:
     """The sizes that an export will have. Raises EngineError where one does not fit the model."""
-    facts = origin.facts
+    config = checkpoint.config
     for size in wanted.resolutions:
-        check_size(size, facts.latent.multiple)
+        check_size(size, config.latent.multiple)
     return Geometry(
-        resolutions=wanted.resolutions or (facts.size,),
+        resolutions=wanted.resolutions or (config.size,),
         rows=wanted.rows,
         decode_batch=wanted.decode_batch,
-        latent=facts.latent,
-        context=facts.context,
+        latent=config.latent,
+        context=config.context,
     )
 
 
@@ -140,7 +142,7 @@ def _missing(manifest: Manifest, typed: Sequence[tuple[GraphName, ComputeDtype]]
     return any(precision not in manifest.graphs[name].onnx for name, precision in typed)
 
 
-def _described(manifest: Manifest, wanted: Wanted) -> Manifest:
+def _described(manifest: Manifest, wanted: BundleSpec) -> Manifest:
     return reshaped(
         manifest,
         name=wanted.name or manifest.source.name,
@@ -152,7 +154,7 @@ def _described(manifest: Manifest, wanted: Wanted) -> Manifest:
     )
 
 
-def _defaults(scheduler: str, wanted: Wanted) -> Defaults:
+def _defaults(scheduler: str, wanted: BundleSpec) -> Defaults:
     """What was asked for, or what diffusers' own pipelines take."""
     steps, guidance = (4, 8.5) if scheduler == "lcm" else (50, 7.5)
     return Defaults(
@@ -163,22 +165,22 @@ def _defaults(scheduler: str, wanted: Wanted) -> Defaults:
 
 
 def _exported(
-    origin: Origin, out: Path, wanted: Wanted, *, key: str, earlier: Manifest | None, progress: Progress
+    checkpoint: Checkpoint, out: Path, wanted: BundleSpec, *, key: str, earlier: Manifest | None, progress: Progress
 ) -> Manifest:
-    geometry_of(origin, wanted)  # refuses a size that does not fit before anything is loaded
-    _warn_of_memory(origin, progress)
+    geometry_of(checkpoint, wanted)  # refuses a size that does not fit before anything is loaded
+    _warn_of_memory(checkpoint, progress)
     with progress.stage("loading torch"):
         from engines.checkpoints.load import load_modules, opened  # noqa: PLC0415 - seconds of imports, for those who need them
 
-    with opened(origin, progress) as checkpoint:
+    with opened(checkpoint, progress) as config:
         with progress.stage("reading the weights"):
-            modules = load_modules(checkpoint, origin)
-        return _traced(checkpoint, modules, origin, out, wanted=wanted, key=key, earlier=earlier, progress=progress)
+            modules = load_modules(config, checkpoint)
+        return _traced(config, modules, checkpoint, out, wanted=wanted, key=key, earlier=earlier, progress=progress)
 
 
-def _warn_of_memory(origin: Origin, progress: Progress) -> None:
+def _warn_of_memory(checkpoint: Checkpoint, progress: Progress) -> None:
     """Tell before minutes of work that the system may end it: it would do so without a word."""
-    needed = _MEMORY_PER_WEIGHT * sum(count_parameters(origin).values())
+    needed = _MEMORY_PER_WEIGHT * sum(count_parameters(checkpoint).values())
     present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         progress.note(
@@ -188,12 +190,12 @@ def _warn_of_memory(origin: Origin, progress: Progress) -> None:
 
 
 def _traced(  # noqa: PLR0913 - all that a new manifest is made of
-    checkpoint: Checkpoint,
+    config: CheckpointConfig,
     modules: Modules,
-    origin: Origin,
+    checkpoint: Checkpoint,
     out: Path,
     *,
-    wanted: Wanted,
+    wanted: BundleSpec,
     key: str,
     earlier: Manifest | None,
     progress: Progress,
@@ -203,9 +205,9 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
 
     out.mkdir(parents=True, exist_ok=True)
     known: dict[GraphName, Any] = earlier.graphs if earlier else {}
-    size = (*wanted.resolutions, checkpoint.size)[0]
+    size = (*wanted.resolutions, config.size)[0]
     graphs = export_graphs(
-        checkpoint,
+        config,
         modules,
         out,
         storage=wanted.weights,
@@ -215,20 +217,20 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
         progress=progress,
     )
     with progress.stage("fitting previews"):
-        preview = fit_rgb(modules.vae, checkpoint.latent)
+        preview = fit_rgb(modules.vae, config.latent)
     manifest = Manifest(
-        name=origin.name,
-        source=origin.source,
+        name=checkpoint.name,
+        source=checkpoint.source,
         weights=wanted.weights,
-        trained_size=checkpoint.size,
+        trained_size=config.size,
         preview=preview,
         resolutions=(size,),
         rows=wanted.rows,
-        latent=checkpoint.latent,
-        context=checkpoint.context,
-        tokenizer=export_tokenizer(checkpoint, origin.words, out),
-        noise_schedule=checkpoint.noise_schedule,
-        defaults=Defaults(scheduler=checkpoint.scheduler),
+        latent=config.latent,
+        context=config.context,
+        tokenizer=export_tokenizer(config, checkpoint.learned_tokens, out),
+        noise_schedule=config.noise_schedule,
+        defaults=Defaults(scheduler=config.scheduler),
         graphs=graphs,
         builds=earlier.builds if earlier else {},
         versions={package: version(package) for package in _EXPORTERS},
@@ -237,10 +239,10 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
     return _described(manifest, wanted)
 
 
-def _export_key(origin: Origin, weights: Storage) -> str:
+def _export_key(checkpoint: Checkpoint, weights: Storage) -> str:
     """One hash over the checkpoint, what was added to it, how weights are stored, and the code that traces."""
     facts = {
-        "source": origin.source.model_dump(),
+        "source": checkpoint.source.model_dump(),
         "weights": weights,
         "code": sha256_of_code(_EXPORTING_CODE),
         "versions": {package: _version(package) for package in _EXPORTERS},

@@ -100,18 +100,18 @@ class CheckpointError(EngineError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """A diffusers folder of the SD 1.x and 2.x family, and the facts its configs hold."""
 
     folder: Path
     name: str
 
-    def config(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
+    def read(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
         return _read_config(self.folder / part / file, f"{self.name} is not a whole diffusers checkpoint")
 
     @cached_property
     def latent(self) -> Latent:
-        unet, vae = self.config("unet"), self.config("vae")
+        unet, vae = self.read("unet"), self.read("vae")
         downscale = 2 ** (len(vae["block_out_channels"]) - 1)
         return Latent(
             channels=unet["in_channels"],
@@ -122,7 +122,7 @@ class Checkpoint:
 
     @cached_property
     def context(self) -> Context:
-        text = self.config("text_encoder")
+        text = self.read("text_encoder")
         return Context(
             tokens=text["max_position_embeddings"],
             width=text["hidden_size"],
@@ -132,13 +132,13 @@ class Checkpoint:
     @property
     def size(self) -> Size:
         """The size the model was trained at."""
-        sample = self.config("unet")["sample_size"]
+        sample = self.read("unet")["sample_size"]
         height, width = sample if isinstance(sample, list) else (sample, sample)
         return Size(width=width * self.latent.downscale, height=height * self.latent.downscale)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
-        config = self.config("scheduler", "scheduler_config.json")
+        config = self.read("scheduler", "scheduler_config.json")
         known = {key: value for key, value in config.items() if key in NoiseSchedule.model_fields}
         try:
             return NoiseSchedule.model_validate(known)
@@ -152,24 +152,24 @@ class Checkpoint:
     @property
     def scheduler(self) -> str:
         """The scheduler of the checkpoint's own pipeline; `pndm`, that of SD 1.x, when we have no table for it."""
-        return _published(self.config("scheduler", "scheduler_config.json")) or "pndm"
+        return _published(self.read("scheduler", "scheduler_config.json")) or "pndm"
 
     @property
     def guidance_embedding(self) -> int | None:
         """How wide the guidance is embedded that the UNet is told, as in latent consistency models; None: it is not."""
-        width: int | None = self.config("unet").get("time_cond_proj_dim")
+        width: int | None = self.read("unet").get("time_cond_proj_dim")
         return width
 
     @property
     def prefers_bf16(self) -> bool:
         """Whether attention scores outgrow FP16, as they do in the UNets of SD 2.x."""
-        unet = self.config("unet")
+        unet = self.read("unet")
         return bool(unet.get("upcast_attention")) or unet["cross_attention_dim"] == 1024
 
     @property
     def vocabulary(self) -> frozenset[str]:
         """Every token of the tokenizer, whichever files it is kept in."""
-        kept = {path.name: self.config("tokenizer", path.name) for path in (self.folder / "tokenizer").glob("*.json")}
+        kept = {path.name: self.read("tokenizer", path.name) for path in (self.folder / "tokenizer").glob("*.json")}
         whole = kept.get("tokenizer.json", {})
         noted = kept.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
         return frozenset(
@@ -253,7 +253,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Word:
+class LearnedToken:
     """A word that a model was taught by textual inversion: one vector or several in place of a token's own."""
 
     token: str
@@ -292,7 +292,7 @@ class Embedding:
         raise CheckpointError(f"{text!r} is no embedding: write FILE.safetensors or FILE.safetensors:TOKEN.")
 
     @cached_property
-    def words(self) -> tuple[Word, ...]:
+    def learned_tokens(self) -> tuple[LearnedToken, ...]:
         """What the file teaches, by its header. Raises CheckpointError."""
         shapes, _ = read_header(self.path)
         _refuse_other_embedding(self, shapes)
@@ -324,12 +324,12 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Checkpoint:
     """Where a checkpoint is, before any weight of it is read."""
 
     name: str
     path: Path  # a diffusers folder, or a single file
-    config: Path | None = None  # the diffusers folder whose configs describe a single file; None for a folder
+    config_folder: Path | None = None  # the diffusers folder whose configs describe a single file; None for a folder
     allow_pickle: bool = False
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
@@ -337,12 +337,12 @@ class Origin:
 
     @property
     def single_file(self) -> bool:
-        return self.config is not None
+        return self.config_folder is not None
 
     @cached_property
-    def facts(self) -> Checkpoint:
+    def config(self) -> CheckpointConfig:
         """What the configs say. Its folder holds the weights too, unless they lie in a single file."""
-        return Checkpoint(folder=self.config or self.path, name=self.name)
+        return CheckpointConfig(folder=self.config_folder or self.path, name=self.name)
 
     @cached_property
     def source(self) -> Source:
@@ -354,7 +354,7 @@ class Origin:
             digest.update(f"{label} {sha256_of(path)}\n".encode())
         for lora in self.loras:
             digest.update(f"lora {lora.scale!r} {sha256_of(lora.path)}\n".encode())
-        taught = [(embedding.path, word.token) for embedding in self.embeddings for word in embedding.words]
+        taught = [(embedding.path, word.token) for embedding in self.embeddings for word in embedding.learned_tokens]
         for path, token in taught:
             digest.update(f"embedding {token!r} {sha256_of(path)}\n".encode())
         if self.decoder:
@@ -369,25 +369,25 @@ class Origin:
         )
 
     @property
-    def words(self) -> tuple[Word, ...]:
+    def learned_tokens(self) -> tuple[LearnedToken, ...]:
         """What the embeddings teach, in the order in which the tokenizer learns it."""
-        return tuple(word for embedding in self.embeddings for word in embedding.words)
+        return tuple(word for embedding in self.embeddings for word in embedding.learned_tokens)
 
     @property
     def weights(self) -> tuple[Path, ...]:
         """Every file that holds weights."""
         if self.single_file:
             return (self.path,)
-        return tuple(path for part in _WEIGHED for path in self.facts.weights(part))
+        return tuple(path for part in _WEIGHED for path in self.config.weights(part))
 
     def _deciding(self) -> Iterator[tuple[str, Path]]:
-        facts = self.facts
-        for path in (*self.weights, *facts._configs()):
-            inside = path.is_relative_to(facts.folder)
-            yield path.relative_to(facts.folder).as_posix() if inside else "file", path
+        config = self.config
+        for path in (*self.weights, *config._configs()):
+            inside = path.is_relative_to(config.folder)
+            yield path.relative_to(config.folder).as_posix() if inside else "file", path
 
 
-def find(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
+def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
     model: str,
     *,
     revision: str | None = None,
@@ -397,7 +397,7 @@ def find(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
     embeddings: Sequence[Embedding] = (),
     decoder: str | None = None,
     progress: Progress = _NOBODY,
-) -> Origin:
+) -> Checkpoint:
     """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
 
     A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x there is
@@ -412,7 +412,7 @@ def find(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
         _refuse_lora(lora.path)
     _refuse_same_tokens(embeddings)
     path = Path(model)
-    wanted = _Wanted(
+    wanted = _FindOptions(
         revision,
         config,
         allow_pickle,
@@ -431,7 +431,7 @@ def find(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _FindOptions:
     """What `find` was asked for, beside the model."""
 
     revision: str | None
@@ -442,11 +442,11 @@ class _Wanted:
     decoder: Decoder | None
     progress: Progress
 
-    def origin(self, name: str, path: Path, config: Path | None = None) -> Origin:
-        return Origin(
+    def checkpoint(self, name: str, path: Path, config: Path | None = None) -> Checkpoint:
+        return Checkpoint(
             name=name,
             path=path,
-            config=config,
+            config_folder=config,
             allow_pickle=self.allow_pickle,
             loras=self.loras,
             embeddings=self.embeddings,
@@ -454,20 +454,20 @@ class _Wanted:
         )
 
 
-def _folder(path: Path, wanted: _Wanted) -> Origin:
-    origin = wanted.origin(path.resolve().name, path)
-    _refuse_unsupported(origin)
-    _refuse_weights(origin.facts, wanted)
-    return origin
+def _folder(path: Path, wanted: _FindOptions) -> Checkpoint:
+    checkpoint = wanted.checkpoint(path.resolve().name, path)
+    _refuse_unsupported(checkpoint)
+    _refuse_weights(checkpoint.config, wanted)
+    return checkpoint
 
 
-def _hub(model: str, wanted: _Wanted) -> Origin:
+def _hub(model: str, wanted: _FindOptions) -> Checkpoint:
     """Download the configs, and only after they are found to be ours the gigabytes, of the same commit."""
     folder = _download(model, _CONFIGS, revision=wanted.revision, progress=wanted.progress)
-    origin = wanted.origin(model, folder)
-    _refuse_unsupported(origin)
+    checkpoint = wanted.checkpoint(model, folder)
+    _refuse_unsupported(checkpoint)
     _download(model, _weight_patterns(pickled=False), revision=folder.name, progress=wanted.progress)
-    bare = [part for part in _WEIGHED if not origin.facts.weights(part)]
+    bare = [part for part in _WEIGHED if not checkpoint.config.weights(part)]
     if bare and not wanted.allow_pickle:
         raise CheckpointError(
             f"{model} has no .safetensors weights for {', '.join(bare)}. If it has pickled ones, which can run code, "
@@ -475,8 +475,8 @@ def _hub(model: str, wanted: _Wanted) -> Origin:
         )
     if bare:
         _download(model, _weight_patterns(pickled=True, parts=bare), revision=folder.name, progress=wanted.progress)
-    _refuse_weights(origin.facts, wanted)
-    return origin
+    _refuse_weights(checkpoint.config, wanted)
+    return checkpoint
 
 
 def _weight_patterns(*, pickled: bool, parts: Sequence[str] = tuple(_WEIGHED)) -> list[str]:
@@ -487,21 +487,21 @@ def _weight_patterns(*, pickled: bool, parts: Sequence[str] = tuple(_WEIGHED)) -
     return ["model_index.json", *(f"{stem}{end}" for stem in stems for end in ends)]
 
 
-def _single_file(path: Path, wanted: _Wanted) -> Origin:
+def _single_file(path: Path, wanted: _FindOptions) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: check the path.")
     pickled = path.suffix.lower() in _PICKLES
     if pickled:
         _refuse_pickle(str(path), wanted)
     layout = None if pickled else read_layout(path)
-    origin = wanted.origin(path.stem, path, _describing(path, layout, wanted))
-    _refuse_unsupported(origin)
+    checkpoint = wanted.checkpoint(path.stem, path, _describing(path, layout, wanted))
+    _refuse_unsupported(checkpoint)
     if layout:
-        check_fit(origin, layout)
-    return origin
+        check_fit(checkpoint, layout)
+    return checkpoint
 
 
-def _describing(path: Path, layout: Layout | None, wanted: _Wanted) -> Path:
+def _describing(path: Path, layout: Layout | None, wanted: _FindOptions) -> Path:
     """The folder of configs that describe a single file."""
     if wanted.config and Path(wanted.config).is_dir():
         return Path(wanted.config)
@@ -584,31 +584,31 @@ def _counting(stage: Stage) -> type:
 # --- what we do not build
 
 
-def _refuse_unsupported(origin: Origin) -> None:
-    checkpoint = origin.facts
-    index = checkpoint.config(".", "model_index.json")
+def _refuse_unsupported(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    index = config.read(".", "model_index.json")
     if (pipeline := index.get("_class_name")) not in _PIPELINES:
-        raise CheckpointError(f"{checkpoint.name} is a {pipeline}; {_SUPPORTED} ({_PIPELINES[0]}).")
+        raise CheckpointError(f"{config.name} is a {pipeline}; {_SUPPORTED} ({_PIPELINES[0]}).")
     for part, classes in _CLASSES.items():
         published = (index.get(part) or [None, None])[1]
         if published not in classes:
-            raise CheckpointError(f"{checkpoint.name} has a {published} as {part}; {_SUPPORTED} ({classes[0]}).")
-    unet = checkpoint.config("unet")
-    _refuse_channels(checkpoint.name, unet["in_channels"], checkpoint.config("vae")["latent_channels"])
+            raise CheckpointError(f"{config.name} has a {published} as {part}; {_SUPPORTED} ({classes[0]}).")
+    unet = config.read("unet")
+    _refuse_channels(config.name, unet["in_channels"], config.read("vae")["latent_channels"])
     for key in _CONDITIONS:
         if (value := unet.get(key)) is not None:
             raise CheckpointError(
-                f"{checkpoint.name} has a UNet with {key} {value!r}, an input we do not give; {_SUPPORTED}."
+                f"{config.name} has a UNet with {key} {value!r}, an input we do not give; {_SUPPORTED}."
             )
-    if (width := unet["cross_attention_dim"]) != checkpoint.context.width:
+    if (width := unet["cross_attention_dim"]) != config.context.width:
         raise CheckpointError(
-            f"{checkpoint.name} is no whole: its UNet reads prompts {width} wide, its text encoder writes "
-            f"{checkpoint.context.width}. Take both parts from the same checkpoint."
+            f"{config.name} is no whole: its UNet reads prompts {width} wide, its text encoder writes "
+            f"{config.context.width}. Take both parts from the same checkpoint."
         )
-    for embedding in origin.embeddings:
-        _refuse_misfit(embedding, checkpoint)
-    if origin.decoder:
-        _refuse_decoder(origin.decoder, checkpoint)
+    for embedding in checkpoint.embeddings:
+        _refuse_misfit(embedding, config)
+    if checkpoint.decoder:
+        _refuse_decoder(checkpoint.decoder, config)
 
 
 def _refuse_channels(name: str, channels: int, latent: int) -> None:
@@ -618,12 +618,12 @@ def _refuse_channels(name: str, channels: int, latent: int) -> None:
         raise CheckpointError(f"{name} has a UNet of {channels} input channels ({purpose}); {_SUPPORTED}.")
 
 
-def _refuse_weights(checkpoint: Checkpoint, wanted: _Wanted) -> None:
+def _refuse_weights(config: CheckpointConfig, wanted: _FindOptions) -> None:
     for part in _WEIGHED:
-        folder = checkpoint.folder / part
-        if not checkpoint.weights(part):
+        folder = config.folder / part
+        if not config.weights(part):
             raise CheckpointError(_absent(folder, part))
-        if checkpoint.pickled(part):
+        if config.pickled(part):
             _refuse_pickle(str(folder), wanted)
 
 
@@ -634,7 +634,7 @@ def _absent(folder: Path, part: str) -> str:
     return f"{folder} holds no .safetensors weights: the checkpoint is not whole. Download {part}/{wanted}."
 
 
-def _refuse_pickle(what: str, wanted: _Wanted) -> None:
+def _refuse_pickle(what: str, wanted: _FindOptions) -> None:
     if not wanted.allow_pickle:
         raise CheckpointError(
             f"{what} holds no .safetensors weights, and pickled ones can run code: convert them with diffusers' "
@@ -703,27 +703,28 @@ _SIGNS = {
 }
 
 
-def check_fit(origin: Origin, layout: Layout) -> None:
+def check_fit(checkpoint: Checkpoint, layout: Layout) -> None:
     """Raise CheckpointError unless the configs describe the single file, as far as its layout tells."""
-    _refuse_channels(origin.path.name, layout.channels, origin.facts.config("vae")["latent_channels"])
-    if layout.width != origin.facts.context.width:
+    _refuse_channels(checkpoint.path.name, layout.channels, checkpoint.config.read("vae")["latent_channels"])
+    if layout.width != checkpoint.config.context.width:
         raise CheckpointError(
-            f"{origin.path.name} reads prompts {layout.width} wide (Stable Diffusion {layout.version}), the configs in "
-            f"{origin.config} are for {origin.facts.context.width}: pass --config with a checkpoint of its kind."
+            f"{checkpoint.path.name} reads prompts {layout.width} wide (Stable Diffusion {layout.version}), the "
+            f"configs in {checkpoint.config_folder} are for {checkpoint.config.context.width}: pass --config with a "
+            "checkpoint of its kind."
         )
 
 
-def count_parameters(origin: Origin) -> dict[GraphName, int]:
+def count_parameters(checkpoint: Checkpoint) -> dict[GraphName, int]:
     """How many weights each graph will have, by the files' headers; empty where they are pickled."""
     counts: dict[GraphName, int] = {}
-    for path in origin.weights:
+    for path in checkpoint.weights:
         if path.suffix == ".safetensors":
             for key, shape in read_header(path)[0].items():
-                name = _graph_of(key if origin.single_file else f"{path.parent.name}.{key}")
+                name = _graph_of(key if checkpoint.single_file else f"{path.parent.name}.{key}")
                 if name:
                     counts[name] = counts.get(name, 0) + math.prod(shape)
-    if counts and origin.decoder:
-        shapes, _ = read_header(origin.decoder.weights)
+    if counts and checkpoint.decoder:
+        shapes, _ = read_header(checkpoint.decoder.weights)
         counts["decode"] = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("decoder."))
     return counts
 
@@ -811,14 +812,14 @@ def _refuse_other_decoder(decoder: Decoder) -> None:
         )
 
 
-def _refuse_decoder(decoder: Decoder, checkpoint: Checkpoint) -> None:
+def _refuse_decoder(decoder: Decoder, config: CheckpointConfig) -> None:
     """Raise CheckpointError where the decoder reads other latents than this model makes, as far as its config tells."""
-    latent = checkpoint.latent
+    latent = config.latent
     channels, colors = decoder.config.get("latent_channels", 4), decoder.config.get("out_channels", 3)
     if (channels, decoder.downscale, colors) != (latent.channels, latent.downscale, 3):
         raise CheckpointError(
             f"{decoder.name} makes {colors} colours of {channels} channels at {decoder.downscale} pixels a latent, "
-            f"{checkpoint.name} has {latent.channels} channels at {latent.downscale}: take a decoder of its kind."
+            f"{config.name} has {latent.channels} channels at {latent.downscale}: take a decoder of its kind."
         )
 
 
@@ -845,13 +846,13 @@ def _refuse_other_embedding(embedding: Embedding, shapes: Shapes) -> None:
         )
 
 
-def _word(token: str, key: str, shape: tuple[int, ...], name: str) -> Word:
+def _word(token: str, key: str, shape: tuple[int, ...], name: str) -> LearnedToken:
     """The word of a tensor [D] or [n, D]. Raises CheckpointError where it is none."""
     if len(shape) not in {1, 2} or 0 in shape:
         raise CheckpointError(f"{name} is no embedding of textual inversion: {key} is of shape {list(shape)}.")
     if not re.fullmatch(r"\S+", token):
         raise CheckpointError(f"{token!r} is no token, which is one word without spaces: name one with {name}:TOKEN.")
-    return Word(token=token, key=key, vectors=shape[0] if len(shape) == 2 else 1, width=shape[-1])
+    return LearnedToken(token=token, key=key, vectors=shape[0] if len(shape) == 2 else 1, width=shape[-1])
 
 
 def _refuse_same_tokens(embeddings: Sequence[Embedding]) -> None:
@@ -859,7 +860,7 @@ def _refuse_same_tokens(embeddings: Sequence[Embedding]) -> None:
     claims: dict[str, str] = {}
     for embedding in embeddings:
         name = embedding.path.name
-        for word in embedding.words:
+        for word in embedding.learned_tokens:
             for token in dict.fromkeys(token.lower() for token in word.claimed):
                 if token in claims:
                     raise CheckpointError(
@@ -869,15 +870,15 @@ def _refuse_same_tokens(embeddings: Sequence[Embedding]) -> None:
                 claims[token] = name
 
 
-def _refuse_misfit(embedding: Embedding, checkpoint: Checkpoint) -> None:
+def _refuse_misfit(embedding: Embedding, config: CheckpointConfig) -> None:
     """Raise CheckpointError for a word that this model's tokenizer or text encoder cannot learn."""
-    name, context = embedding.path.name, checkpoint.context
-    vocabulary = checkpoint.vocabulary
-    for word in embedding.words:
+    name, context = embedding.path.name, config.context
+    vocabulary = config.vocabulary
+    for word in embedding.learned_tokens:
         if word.width != context.width:
             made = f"made for {_WIDTHS[word.width]}, " if word.width in _WIDTHS else ""
             raise CheckpointError(
-                f"{name} does not fit {checkpoint.name}: {made}{word.width} wide, and this model's text encoder is "
+                f"{name} does not fit {config.name}: {made}{word.width} wide, and this model's text encoder is "
                 f"{context.width}."
             )
         if word.vectors > context.tokens - 2:  # beside start and end
@@ -886,5 +887,5 @@ def _refuse_misfit(embedding: Embedding, checkpoint: Checkpoint) -> None:
             )
         if taken := next((token for token in word.claimed if token in vocabulary), None):
             raise CheckpointError(
-                f"{taken} of {name} is a token that {checkpoint.name} has already: name another with {name}:TOKEN."
+                f"{taken} of {name} is a token that {config.name} has already: name another with {name}:TOKEN."
             )

@@ -28,12 +28,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engines.checkpoints.checkpoint import (
     Checkpoint,
+    CheckpointConfig,
     CheckpointError,
     Decoder,
     Layout,
+    LearnedToken,
     Lora,
-    Origin,
-    Word,
     check_fit,
     layout_of,
     read_header,
@@ -65,24 +65,24 @@ class Modules:
 
 
 @contextmanager
-def opened(origin: Origin, progress: Progress) -> Iterator[Checkpoint]:
+def opened(checkpoint: Checkpoint, progress: Progress) -> Iterator[CheckpointConfig]:
     """The checkpoint as a diffusers folder; that of a single file is temporary, and needs 4 GB for SD 1.x.
 
     Raises:
         CheckpointError: the single file cannot be read, is not one we build, or its configs describe another.
     """
-    if not origin.single_file:
-        yield origin.facts
+    if not checkpoint.single_file:
+        yield checkpoint.config
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-        with progress.stage(f"converting {origin.path.name}"):
-            _convert(origin, Path(folder))
-        yield Checkpoint(folder=Path(folder), name=origin.name)
+        with progress.stage(f"converting {checkpoint.path.name}"):
+            _convert(checkpoint, Path(folder))
+        yield CheckpointConfig(folder=Path(folder), name=checkpoint.name)
 
 
-def _convert(origin: Origin, folder: Path) -> None:
+def _convert(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the single file as a diffusers folder, in FP32. What holds no weights is copied as it is."""
-    pipeline, source = _read_single_file(origin), origin.facts.folder
+    pipeline, source = _read_single_file(checkpoint), checkpoint.config.folder
     try:
         for part in ("tokenizer", "scheduler"):
             shutil.copytree(source / part, folder / part)
@@ -91,82 +91,82 @@ def _convert(origin: Origin, folder: Path) -> None:
             for part in ("text_encoder", "unet", "vae"):
                 getattr(pipeline, part).save_pretrained(folder / part)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{origin.path.name} cannot be converted: {error}. TMPDIR says where.") from error
+        raise CheckpointError(f"{checkpoint.path.name} cannot be converted: {error}. TMPDIR says where.") from error
 
 
-def _read_single_file(origin: Origin) -> Any:
+def _read_single_file(checkpoint: Checkpoint) -> Any:
     """A diffusers pipeline of the file's weights, all of them and nothing else."""
-    pickled = origin.path.suffix.lower() != ".safetensors"
-    layout = _layout_of_pickle(origin) if pickled else read_layout(origin.path)
+    pickled = checkpoint.path.suffix.lower() != ".safetensors"
+    layout = _layout_of_pickle(checkpoint) if pickled else read_layout(checkpoint.path)
     absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     try:
         with quiet():
             from diffusers import StableDiffusionPipeline  # noqa: PLC0415 - remarks on packages it can do without
 
             pipeline = StableDiffusionPipeline.from_single_file(
-                str(origin.path),
-                config=str(origin.config),
+                str(checkpoint.path),
+                config=str(checkpoint.config_folder),
                 local_files_only=True,
                 torch_dtype=torch.float32,
                 requires_safety_checker=False,
                 **absent,
             )
     except _UNREADABLE as error:
-        raise _misfit(origin, error) from error
+        raise _misfit(checkpoint, error) from error
     if layout.tensors != (wanted := len(pipeline.unet.state_dict())):
-        raise _misfit(origin, f"its UNet has {layout.tensors} weights, not {wanted}")
+        raise _misfit(checkpoint, f"its UNet has {layout.tensors} weights, not {wanted}")
     return pipeline
 
 
-def _misfit(origin: Origin, why: Exception | str) -> CheckpointError:
+def _misfit(checkpoint: Checkpoint, why: Exception | str) -> CheckpointError:
     if isinstance(why, NotImplementedError):  # torch's word for weights that were never filled in
         why = "weights are missing"
     elif isinstance(why, Exception):
         why = _first_sentence(why)
     return CheckpointError(
-        f"{origin.path.name} is not what the configs in {origin.config} describe: {why}. "
+        f"{checkpoint.path.name} is not what the configs in {checkpoint.config_folder} describe: {why}. "
         "Pass --config with a checkpoint of its kind."
     )
 
 
-def _layout_of_pickle(origin: Origin) -> Layout:
+def _layout_of_pickle(checkpoint: Checkpoint) -> Layout:
     """Recognise a pickled single file, as `find` does others by their header."""
     try:
-        content = torch.load(origin.path, map_location="meta", weights_only=True)
+        content = torch.load(checkpoint.path, map_location="meta", weights_only=True)
     except (*_UNREADABLE, EOFError) as error:
         raise CheckpointError(
-            f"{origin.path} cannot be read as bare tensors ({_first_sentence(error)}): convert it to .safetensors "
+            f"{checkpoint.path} cannot be read as bare tensors ({_first_sentence(error)}): convert it to .safetensors "
             "where you trust it."
         ) from error
     content = content.get("state_dict", content)
     shapes = {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
-    layout = layout_of(origin.path.name, shapes)
-    check_fit(origin, layout)
+    layout = layout_of(checkpoint.path.name, shapes)
+    check_fit(checkpoint, layout)
     return layout
 
 
-def load_modules(checkpoint: Checkpoint, origin: Origin) -> Modules:
-    """Read the weights, fuse the origin's LoRAs into them in order, and add its embeddings and its decoder.
+def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
+    """Read the weights, fuse the checkpoint's LoRAs into them in order, and add its embeddings and its decoder.
 
     Raises:
         CheckpointError: a file is damaged or lacks weights, or a LoRA was made for another model.
     """
     with quiet():
-        vae = _part(AutoencoderKL, checkpoint, "vae")
+        vae = _part(AutoencoderKL, config, "vae")
         modules = Modules(
-            text_encoder=_part(CLIPTextModel, checkpoint, "text_encoder", attn_implementation="sdpa"),
-            unet=_part(UNet2DConditionModel, checkpoint, "unet"),
+            text_encoder=_part(CLIPTextModel, config, "text_encoder", attn_implementation="sdpa"),
+            unet=_part(UNet2DConditionModel, config, "unet"),
             vae=vae,
-            decoder=_decoder(origin.decoder) if origin.decoder else vae,
+            decoder=_decoder(checkpoint.decoder) if checkpoint.decoder else vae,
         )
-    for lora in origin.loras:
+    for lora in checkpoint.loras:
         _fuse(lora, modules)
-    if origin.embeddings:
-        _teach(origin, load_tokenizer(checkpoint, origin.words), modules.text_encoder)
+    if checkpoint.embeddings:
+        _teach(checkpoint, load_tokenizer(config, checkpoint.learned_tokens), modules.text_encoder)
     return modules
 
 
-def load_tokenizer(checkpoint: Checkpoint, words: Sequence[Word] = ()) -> Any:
+def load_tokenizer(config: CheckpointConfig, words: Sequence[LearnedToken] = ()) -> Any:
     """The tokenizer, which finds the tokens of `words` in prompts as diffusers' `load_textual_inversion` has it.
 
     Raises:
@@ -174,18 +174,18 @@ def load_tokenizer(checkpoint: Checkpoint, words: Sequence[Word] = ()) -> Any:
     """
     try:
         with quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(config.folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"The tokenizer of {checkpoint.name} cannot be loaded: {error}") from error
+        raise CheckpointError(f"The tokenizer of {config.name} cannot be loaded: {error}") from error
     for word in words:
         tokenizer.add_tokens(list(word.tokens))
     return tokenizer
 
 
-def _part(kind: Any, checkpoint: Checkpoint, part: str, **options: Any) -> Any:
+def _part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -> Any:
     """One module. Pickles are read by torch's weights_only loading, which both libraries are set to."""
-    place, safe = checkpoint.folder / part, not checkpoint.pickled(part)
-    return _module(kind, place, name=checkpoint.name, part=part, use_safetensors=safe, **options)
+    place, safe = config.folder / part, not config.pickled(part)
+    return _module(kind, place, name=config.name, part=part, use_safetensors=safe, **options)
 
 
 def _decoder(decoder: Decoder) -> Any:
@@ -307,12 +307,12 @@ def _alphas(path: Path) -> Mapping[str, float]:
 # --- embeddings
 
 
-def _teach(origin: Origin, tokenizer: Any, text_encoder: Any) -> None:
+def _teach(checkpoint: Checkpoint, tokenizer: Any, text_encoder: Any) -> None:
     """Lay each vector where the text encoder looks up its token."""
     rows: dict[int, Tensor] = {}
-    for embedding in origin.embeddings:
+    for embedding in checkpoint.embeddings:
         tensors = _tensors(embedding.path)
-        for word in embedding.words:
+        for word in embedding.learned_tokens:
             ids = tokenizer.convert_tokens_to_ids(list(word.tokens))
             rows |= zip(ids, tensors[word.key].view(word.vectors, word.width), strict=True)
     known = text_encoder.get_input_embeddings().num_embeddings

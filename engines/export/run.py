@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from engines.accuracy import tolerance, worst_difference
 from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
-from engines.checkpoints.checkpoint import Checkpoint, Word
+from engines.checkpoints.checkpoint import CheckpointConfig, LearnedToken
 from engines.checkpoints.load import Modules, load_tokenizer
 from engines.contract import GRAPHS, Array, GraphName
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
@@ -23,7 +23,7 @@ _FP16_ENDS = 65504.0
 
 
 def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
-    checkpoint: Checkpoint,
+    config: CheckpointConfig,
     modules: Modules,
     out: Path,
     *,
@@ -40,7 +40,7 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     Raises:
         ExportError: a graph differs from torch, or leaves FP16's range.
     """
-    traced = traced_graphs(modules, checkpoint.latent, checkpoint.context)
+    traced = traced_graphs(modules, config.latent, config.context)
     exports = {name: _Export(name, traced[name], out, progress) for name in GRAPHS}
     wanted = {name: [precision for graph, precision in typed if graph == name] for name in GRAPHS}
     for name, one in exports.items():
@@ -48,9 +48,9 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     return {name: one.every_precision(known.get(name), storage, wanted[name]) for name, one in exports.items()}
 
 
-def export_tokenizer(checkpoint: Checkpoint, words: Sequence[Word], out: Path) -> Tokenizer:
+def export_tokenizer(config: CheckpointConfig, words: Sequence[LearnedToken], out: Path) -> Tokenizer:
     """Whatever form the checkpoint keeps it in, the bundle holds one `tokenizer.json`, which knows `words` too."""
-    tokenizer = load_tokenizer(checkpoint, words)
+    tokenizer = load_tokenizer(config, words)
     path = out / "tokenizer.json"
     write_atomically(path, tokenizer.backend_tokenizer.to_str().encode())
     return Tokenizer(

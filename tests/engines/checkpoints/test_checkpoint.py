@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engines.checkpoints.checkpoint import Checkpoint, CheckpointError, Lora, Origin, find
+from engines.checkpoints.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, Lora, find_checkpoint
 from engines.checkpoints.load import Modules, load_modules, opened
 from engines.progress import Silent
 from tests import ROOT
@@ -57,7 +57,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
 @pytest.fixture(scope="module")
 def plain(families: Families) -> Modules:
     """The modules of `sd1`: leave them as they are."""
-    return load(find(str(families("sd1"))))
+    return load(find_checkpoint(str(families("sd1"))))
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def pickle_weights(folder: Path) -> None:
             path.unlink()
 
 
-def load(origin: Origin) -> Modules:
-    with opened(origin, Silent()) as checkpoint:
-        return load_modules(checkpoint, origin)
+def load(checkpoint: Checkpoint) -> Modules:
+    with opened(checkpoint, Silent()) as config:
+        return load_modules(config, checkpoint)
 
 
 def assert_same(modules: Modules, others: Modules) -> None:
@@ -94,24 +94,24 @@ def assert_same(modules: Modules, others: Modules) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_found_and_loaded(families: Families, family: str) -> None:
-    origin = find(str(families(family)))
-    assert origin.name == family
-    modules = load(origin)
+    checkpoint = find_checkpoint(str(families(family)))
+    assert checkpoint.name == family
+    modules = load(checkpoint)
     assert all(not getattr(modules, part).training for part in PARTS)
     assert {weight.dtype for part in PARTS for weight in getattr(modules, part).parameters()} == {torch.float32}
     assert modules.text_encoder.config._attn_implementation == "sdpa"
-    assert origin.facts.context.width == modules.unet.config.cross_attention_dim
+    assert checkpoint.config.context.width == modules.unet.config.cross_attention_dim
 
 
 def test_what_sets_families_apart(families: Families) -> None:
-    facts = {family: find(str(families(family))).facts for family in FAMILIES}
-    assert facts["sd2"].noise_schedule.prediction_type == "v_prediction"
-    assert [name for name, checkpoint in facts.items() if checkpoint.prefers_bf16] == ["sd2"]
-    assert {name: checkpoint.guidance_embedding for name, checkpoint in facts.items()} == {
+    configs = {family: find_checkpoint(str(families(family))).config for family in FAMILIES}
+    assert configs["sd2"].noise_schedule.prediction_type == "v_prediction"
+    assert [name for name, config in configs.items() if config.prefers_bf16] == ["sd2"]
+    assert {name: config.guidance_embedding for name, config in configs.items()} == {
         **dict.fromkeys(FAMILIES),
         "lcm": 32,
     }
-    assert (facts["lcm"].scheduler, facts["sd2"].scheduler, facts["sd1"].scheduler) == ("lcm", "ddim", "pndm")
+    assert (configs["lcm"].scheduler, configs["sd2"].scheduler, configs["sd1"].scheduler) == ("lcm", "ddim", "pndm")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_what_sets_families_apart(families: Families) -> None:
 )
 def test_the_scheduler_is_named_after_its_config(copied: Path, config: dict[str, object], name: str) -> None:
     (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    assert Checkpoint(copied, "copy").scheduler == name
+    assert CheckpointConfig(copied, "copy").scheduler == name
 
 
 @pytest.mark.parametrize(
@@ -164,24 +164,24 @@ def test_the_scheduler_is_named_after_its_config(copied: Path, config: dict[str,
 )
 def test_a_scheduler_without_a_table_falls_to_the_one_of_sd1(copied: Path, config: dict[str, object]) -> None:
     (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    assert Checkpoint(copied, "copy").scheduler == "pndm"
+    assert CheckpointConfig(copied, "copy").scheduler == "pndm"
 
 
 def test_zero_terminal_snr_is_a_fact_of_the_noise_schedule(copied: Path) -> None:
-    assert not Checkpoint(copied, "copy").noise_schedule.rescale_betas_zero_snr
+    assert not CheckpointConfig(copied, "copy").noise_schedule.rescale_betas_zero_snr
     edit(copied / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
-    assert Checkpoint(copied, "copy").noise_schedule.rescale_betas_zero_snr
+    assert CheckpointConfig(copied, "copy").noise_schedule.rescale_betas_zero_snr
 
 
 def test_a_wide_context_prefers_bf16_too(copied: Path) -> None:
     edit(copied / "unet" / "config.json", cross_attention_dim=1024)
-    assert Checkpoint(copied, "copy").prefers_bf16
+    assert CheckpointConfig(copied, "copy").prefers_bf16
 
 
 def test_a_scheduler_we_have_no_words_for_is_an_error(copied: Path) -> None:
     edit(copied / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")
     with pytest.raises(CheckpointError, match=r"scheduler config of copy .* beta_schedule"):
-        _ = find(str(copied)).facts.noise_schedule
+        _ = find_checkpoint(str(copied)).config.noise_schedule
 
 
 # --- what is not built
@@ -209,7 +209,7 @@ def test_a_scheduler_we_have_no_words_for_is_an_error(copied: Path) -> None:
 def test_other_folders_are_refused_by_name(copied: Path, file: str, changes: dict[str, Any], complaint: str) -> None:
     edit(copied / file, **changes)
     with pytest.raises(CheckpointError, match=complaint):
-        find(str(copied))
+        find_checkpoint(str(copied))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_other_folders_are_refused_by_name(copied: Path, file: str, changes: dic
 def test_other_single_files_are_refused_by_name(tmp_path: Path, keys: list[str], complaint: str) -> None:
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=complaint):
-        find(str(tmp_path / "other.safetensors"))
+        find_checkpoint(str(tmp_path / "other.safetensors"))
 
 
 def test_an_inpainting_file_is_refused(families: Families, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_inpainting_file_is_refused(families: Families, tmp_path: Path) -> No
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "inpaint.safetensors")
     with pytest.raises(CheckpointError, match="9 input channels"):
-        find(str(tmp_path / "inpaint.safetensors"), config=str(families("sd1")))
+        find_checkpoint(str(tmp_path / "inpaint.safetensors"), config=str(families("sd1")))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file, as pickles are", b"\x08\0\0\0\0\0\0\0not json"])
@@ -250,19 +250,19 @@ def test_what_is_no_safetensors_file_is_said_so(tmp_path: Path, content: bytes) 
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"no \.safetensors file, or a damaged one"):
-        find(str(path))
+        find_checkpoint(str(path))
 
 
 def test_paths_that_lead_nowhere_are_said_so(tmp_path: Path, families: Families) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        find(str(tmp_path / "model.safetensors"))
+        find_checkpoint(str(tmp_path / "model.safetensors"))
     (tmp_path / "model.onnx").touch()
     with pytest.raises(CheckpointError, match="no checkpoint: pass a diffusers folder"):
-        find(str(tmp_path / "model.onnx"))
+        find_checkpoint(str(tmp_path / "model.onnx"))
     with pytest.raises(CheckpointError, match="--config describes a single file"):
-        find(str(families("sd1")), config=str(families("sd1")))
+        find_checkpoint(str(families("sd1")), config=str(families("sd1")))
     with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
-        find(str(tmp_path / "no such folder"))
+        find_checkpoint(str(tmp_path / "no such folder"))
 
 
 # --- weights
@@ -273,24 +273,24 @@ def test_damaged_or_missing_weights_name_the_part(copied: Path) -> None:
     whole = {name: weight.clone() for name, weight in load_file(path).items()}  # what it returns lies in the file
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="weights of copy cannot be loaded: text_encoder"):
-        load(find(str(copied)))
+        load(find_checkpoint(str(copied)))
     whole.pop("final_layer_norm.weight")
     save_file(whole, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"text_encoder lacks 1 .* final_layer_norm\.weight"):
-        load(find(str(copied)))
+        load(find_checkpoint(str(copied)))
     path.rename(path.with_suffix(".fp16.safetensors"))
     with pytest.raises(CheckpointError, match=r"holds model\.fp16\.safetensors but no model\.safetensors: .* rename"):
-        find(str(copied))
+        find_checkpoint(str(copied))
 
 
 def test_pickled_folders_are_read_only_where_that_is_allowed(plain: Modules, copied: Path) -> None:
     pickle_weights(copied)
     with pytest.raises(CheckpointError, match=r"can run code: .* --allow-pickle"):
-        find(str(copied))
+        find_checkpoint(str(copied))
     progress = Noting()
-    origin = find(str(copied), allow_pickle=True, progress=progress)
+    checkpoint = find_checkpoint(str(copied), allow_pickle=True, progress=progress)
     assert [note.split(":")[0] for note in progress.notes] == [str(copied / part) for part in PARTS]
-    assert_same(load(origin), plain)
+    assert_same(load(checkpoint), plain)
 
 
 class Harmful:
@@ -307,7 +307,7 @@ def test_a_pickle_never_runs_code(copied: Path, monkeypatch: pytest.MonkeyPatch,
     path = next((copied / part).glob("*.bin"))
     torch.save({**torch.load(path), "harmful": Harmful()}, path)
     with pytest.raises(CheckpointError, match=f"cannot be loaded: {part}"):
-        load(find(str(copied), allow_pickle=True))
+        load(find_checkpoint(str(copied), allow_pickle=True))
     assert not (copied / "harmed").exists()
 
 
@@ -318,14 +318,14 @@ def test_a_pickle_never_runs_code(copied: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_single_file_is_the_folder_it_was_made_of(families: Families, tmp_path: Path, family: str) -> None:
     folder = families(family)
     path = write_single_file(folder, tmp_path / f"{family}-one.safetensors")
-    origin = find(str(path), config=str(folder))
-    assert (origin.name, origin.source.name) == (path.stem, path.stem)
-    with opened(origin, Silent()) as checkpoint:
-        assert checkpoint.folder != folder
-        assert checkpoint.noise_schedule == origin.facts.noise_schedule == Checkpoint(folder, "").noise_schedule
-        assert {file.name for file in (checkpoint.folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
-        assert_same(load_modules(checkpoint, origin), load(find(str(folder))))
-    assert not checkpoint.folder.exists()
+    checkpoint = find_checkpoint(str(path), config=str(folder))
+    assert (checkpoint.name, checkpoint.source.name) == (path.stem, path.stem)
+    with opened(checkpoint, Silent()) as config:
+        assert config.folder != folder
+        assert config.noise_schedule == checkpoint.config.noise_schedule == CheckpointConfig(folder, "").noise_schedule
+        assert {file.name for file in (config.folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
+        assert_same(load_modules(config, checkpoint), load(find_checkpoint(str(folder))))
+    assert not config.folder.exists()
 
 
 def test_a_pickled_single_file_is_read_only_where_that_is_allowed(
@@ -333,11 +333,11 @@ def test_a_pickled_single_file_is_read_only_where_that_is_allowed(
 ) -> None:
     path = write_single_file(families("sd1"), tmp_path / "one.ckpt")
     with pytest.raises(CheckpointError, match="--allow-pickle"):
-        find(str(path), config=str(families("sd1")))
+        find_checkpoint(str(path), config=str(families("sd1")))
     progress = Noting()
-    origin = find(str(path), config=str(families("sd1")), allow_pickle=True, progress=progress)
+    checkpoint = find_checkpoint(str(path), config=str(families("sd1")), allow_pickle=True, progress=progress)
     assert len(progress.notes) == 1
-    assert_same(load(origin), plain)
+    assert_same(load(checkpoint), plain)
 
 
 def test_a_pickled_single_file_is_recognised_once_it_is_read(
@@ -349,9 +349,9 @@ def test_a_pickled_single_file_is_recognised_once_it_is_read(
         ({"state_dict": {}, "harmful": Harmful()}, "cannot be read as bare tensors"),
     ):
         torch.save(content, "one.ckpt")
-        origin = find("one.ckpt", config=str(families("sd1")), allow_pickle=True)
+        checkpoint = find_checkpoint("one.ckpt", config=str(families("sd1")), allow_pickle=True)
         with pytest.raises(CheckpointError, match=complaint):
-            load(origin)
+            load(checkpoint)
     assert not Path("harmed").exists()
 
 
@@ -369,14 +369,14 @@ def test_configs_that_describe_another_file_are_refused(
 ) -> None:
     path = write_single_file(families(family), tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match=complaint) as told:
-        load(find(str(path), config=str(families(config))))
+        load(find_checkpoint(str(path), config=str(families(config))))
     assert "ass --config with a checkpoint of its kind" in str(told.value)
 
 
 def test_a_file_of_sd2_asks_what_it_predicts(families: Families, tmp_path: Path) -> None:
     path = write_single_file(families("sd2"), tmp_path / "one.safetensors")
     with pytest.raises(CheckpointError, match="does not say what its UNet predicts: pass --config"):
-        find(str(path))
+        find_checkpoint(str(path))
 
 
 # --- LoRA
@@ -444,10 +444,10 @@ def test_loras_add_up_and_leave_plain_modules(families: Families, plain: Modules
         Lora(write_lora(tmp_path / "a.safetensors", first, style, alpha=2.0), 0.75),
         Lora(write_lora(tmp_path / "b.safetensors", second, style, alpha=4.0), -0.5),
     )
-    origin = find(str(families("sd1")), loras=loras)
-    assert origin.source.loras == ("a.safetensors:0.75", "b.safetensors:-0.5")
-    untouched = find(str(families("sd1"))).source
-    fused = load(origin)
+    checkpoint = find_checkpoint(str(families("sd1")), loras=loras)
+    assert checkpoint.source.loras == ("a.safetensors:0.75", "b.safetensors:-0.5")
+    untouched = find_checkpoint(str(families("sd1"))).source
+    fused = load(checkpoint)
     wanted = expected(plain, (0.75 * 2 / 4, first), (-0.5, second))
     for part in PARTS:
         assert [type(module) for module in getattr(fused, part).modules()] == [
@@ -456,7 +456,9 @@ def test_loras_add_up_and_leave_plain_modules(families: Families, plain: Modules
         for name, weight in getattr(fused, part).state_dict().items():
             assert torch.allclose(weight, wanted[f"{part}.{name}"], atol=1e-6), name
     assert len(first) > 10
-    assert find(str(families("sd1"))).source == untouched  # weights are mapped into memory, and changed in it alone
+    assert (
+        find_checkpoint(str(families("sd1"))).source == untouched
+    )  # weights are mapped into memory, and changed in it alone
 
 
 def test_a_lora_without_alpha_takes_its_rank_for_it(families: Families, plain: Modules, tmp_path: Path) -> None:
@@ -464,7 +466,7 @@ def test_a_lora_without_alpha_takes_its_rank_for_it(families: Families, plain: M
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
     up, down = torch.ones(len(weight), 2), torch.ones(2, weight.shape[1])
     save_file({f"{layer}.up.weight": up, f"{layer}.down.weight": down}, tmp_path / "old.safetensors")
-    fused = load(find(str(families("sd1")), loras=[Lora(tmp_path / "old.safetensors", 0.5)]))
+    fused = load(find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "old.safetensors", 0.5)]))
     there = fused.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
     assert torch.allclose(there, weight + 1.0, atol=1e-6)
 
@@ -495,14 +497,14 @@ def test_what_cannot_be_fused_is_refused(
     path = tmp_path / "style.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     with pytest.raises(CheckpointError, match=complaint):
-        load(find(str(families("sd1")), loras=[Lora(path)]))
+        load(find_checkpoint(str(families("sd1")), loras=[Lora(path)]))
 
 
 def test_a_lora_trained_in_a_way_we_do_not_fuse_is_refused(families: Families, tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)}, tmp_path / "a.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match="use_rslora"):
-        load(find(str(families("sd1")), loras=[Lora(tmp_path / "a.safetensors")]))
+        load(find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "a.safetensors")]))
 
 
 def test_loras_are_written_with_their_scale() -> None:
@@ -523,7 +525,7 @@ def test_malformed_loras_are_explained(text: str) -> None:
 
 def test_a_missing_lora_is_said_so(families: Families, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        find(str(families("sd1")), loras=[Lora(tmp_path / "style.safetensors")])
+        find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "style.safetensors")])
 
 
 # --- identity
@@ -531,7 +533,7 @@ def test_a_missing_lora_is_said_so(families: Families, tmp_path: Path) -> None:
 
 def test_the_identity_is_that_of_every_file_that_decides(copied: Path, tmp_path: Path) -> None:
     def identity(*loras: Lora) -> str:
-        return find(str(copied), loras=loras).source.sha256
+        return find_checkpoint(str(copied), loras=loras).source.sha256
 
     seen = [identity()]
     (copied / "README.md").write_text("unrelated")
@@ -555,12 +557,12 @@ def test_the_identity_is_that_of_every_file_that_decides(copied: Path, tmp_path:
 
 def test_the_identity_of_a_single_file_holds_its_configs(copied: Path, tmp_path: Path) -> None:
     path = write_single_file(copied, tmp_path / "one.safetensors")
-    origin = find(str(path), config=str(copied))
-    assert origin.source is origin.source
+    checkpoint = find_checkpoint(str(path), config=str(copied))
+    assert checkpoint.source is checkpoint.source
     (copied / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # its weights are not those that count
-    assert find(str(path), config=str(copied)).source == origin.source
+    assert find_checkpoint(str(path), config=str(copied)).source == checkpoint.source
     edit(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    assert find(str(path), config=str(copied)).source != origin.source
+    assert find_checkpoint(str(path), config=str(copied)).source != checkpoint.source
 
 
 # --- the hub
@@ -668,7 +670,7 @@ def hub() -> Iterator[Hub]:
 FIND = """
 import json, sys
 from contextlib import contextmanager
-from engines.checkpoints.checkpoint import CheckpointError, find
+from engines.checkpoints.checkpoint import CheckpointError, find_checkpoint
 
 class Telling:
     def __init__(self): self.told = {"stages": [], "bytes": [], "notes": []}
@@ -681,8 +683,8 @@ outcomes = []
 for arguments in json.loads(sys.argv[1]):
     progress = Telling()
     try:
-        origin = find(arguments.pop("model"), progress=progress, **arguments)
-        told = {"name": origin.name, "folder": str(origin.facts.folder), "sha256": origin.source.sha256}
+        checkpoint = find_checkpoint(arguments.pop("model"), progress=progress, **arguments)
+        told = {"name": checkpoint.name, "folder": str(checkpoint.config.folder), "sha256": checkpoint.source.sha256}
     except CheckpointError as error:
         told = {"error": str(error)}
     outcomes.append(told | progress.told)
@@ -734,8 +736,8 @@ def test_a_hub_checkpoint_is_downloaded_pinned_and_counted(
         {"model": "us/tiny", "revision": "v2"},
     )
     assert main["name"] == "us/tiny"
-    assert main["sha256"] == again["sha256"] == find(str(published)).source.sha256
-    assert pinned["sha256"] == find(str(families("sd15"))).source.sha256
+    assert main["sha256"] == again["sha256"] == find_checkpoint(str(published)).source.sha256
+    assert pinned["sha256"] == find_checkpoint(str(families("sd15"))).source.sha256
     assert "us/tiny has no revision 'v2'" in unknown["error"]
     weights = sum(path.stat().st_size for path in published.glob("[tuv]*/*model.safetensors"))
     assert main["stages"] == ["downloading us/tiny"] * 2
@@ -764,7 +766,7 @@ def test_pickles_are_downloaded_only_where_that_is_allowed(hub: Hub, ask: Ask, c
     assert "pass --allow-pickle" in refused["error"]
     assert not [file for file in hub.fetched if file.endswith(".bin")]
     (allowed,) = ask(hub.url, {"model": "us/pickled", "allow_pickle": True})
-    assert allowed["sha256"] == find(str(copied), allow_pickle=True).source.sha256
+    assert allowed["sha256"] == find_checkpoint(str(copied), allow_pickle=True).source.sha256
     assert len(allowed["notes"]) == 3
 
 
@@ -782,7 +784,7 @@ def test_a_single_files_configs_come_from_the_hub(hub: Hub, ask: Ask, published:
     path = write_single_file(published, tmp_path / "one.safetensors")
     hub.models |= {"us/tiny": {"main": published}, "stable-diffusion-v1-5/stable-diffusion-v1-5": {"main": published}}
     given, default = ask(hub.url, {"model": str(path), "config": "us/tiny"}, {"model": str(path)})
-    assert given["sha256"] == default["sha256"] == find(str(path), config=str(published)).source.sha256
+    assert given["sha256"] == default["sha256"] == find_checkpoint(str(path), config=str(published)).source.sha256
     assert not [file for file in hub.fetched if file.endswith((".safetensors", ".bin"))]
 
 
@@ -791,7 +793,7 @@ def test_a_decoder_comes_from_the_hub(hub: Hub, ask: Ask, copied: Path, tmp_path
     (decoder / "taesd_decoder.safetensors").write_bytes(b"not needed")
     hub.models["us/taesd"] = {"main": decoder}
     (told,) = ask(hub.url, {"model": str(copied), "decoder": "us/taesd"})
-    assert told["sha256"] == find(str(copied), decoder=str(decoder)).source.sha256
+    assert told["sha256"] == find_checkpoint(str(copied), decoder=str(decoder)).source.sha256
     assert hub.fetched == ["config.json", "diffusion_pytorch_model.safetensors"]
     edit(decoder / "config.json", _class_name="AutoencoderKL")
     hub.models["us/vae"] = {"main": decoder}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import build_engines
 from engines.build.console import inspect_tables
-from engines.checkpoints.checkpoint import CheckpointError, Embedding, Origin, find
+from engines.checkpoints.checkpoint import Checkpoint, CheckpointError, Embedding, find_checkpoint
 from engines.checkpoints.load import Modules, load_modules
 from engines.export.run import export_tokenizer
 from engines.manifest import Manifest, Source
@@ -62,8 +62,8 @@ def embeddings(learned: dict[Path, dict[str, Tensor]]) -> list[Embedding]:
     return [Embedding(path, "style" if path.stem == "v2-final" else None) for path in learned]
 
 
-def load(origin: Origin) -> Modules:
-    return load_modules(origin.facts, origin)
+def load(checkpoint: Checkpoint) -> Modules:
+    return load_modules(checkpoint.config, checkpoint)
 
 
 # --- what is built
@@ -74,11 +74,11 @@ def test_words_are_those_of_diffusers(checkpoint: Path, embeddings: list[Embeddi
     """The same ids from the bundle's own tokenizer, and the same embeddings, bit for bit."""
     theirs = load_pipeline(checkpoint)
     for embedding in embeddings:
-        for word in embedding.words:
+        for word in embedding.learned_tokens:
             theirs.load_textual_inversion({word.token: load_file(embedding.path)[word.key]})
-    origin = find(str(checkpoint), embeddings=embeddings)
-    text_encoder = load(origin).text_encoder
-    made = export_tokenizer(origin.facts, origin.words, tmp_path)
+    found = find_checkpoint(str(checkpoint), embeddings=embeddings)
+    text_encoder = load(found).text_encoder
+    made = export_tokenizer(found.config, found.learned_tokens, tmp_path)
     assert made.embeddings == {"<cat>": 3, "<catnip>": 1, "<hill>": 2, "Kirigami": 2, "style": 1}
     ours = tokenizers.Tokenizer.from_file(str(tmp_path / made.file.path))
     assert ours.get_vocab() == theirs.tokenizer.get_vocab()
@@ -95,7 +95,10 @@ def test_words_are_those_of_diffusers(checkpoint: Path, embeddings: list[Embeddi
 
 
 def test_what_was_there_is_left_as_it_was(checkpoint: Path, embeddings: list[Embedding]) -> None:
-    plain, taught = load(find(str(checkpoint))), load(find(str(checkpoint), embeddings=embeddings))
+    plain, taught = (
+        load(find_checkpoint(str(checkpoint))),
+        load(find_checkpoint(str(checkpoint), embeddings=embeddings)),
+    )
     known = len(plain.text_encoder.get_input_embeddings().weight)
     for part in ("text_encoder", "unet", "vae"):
         for name, weight in getattr(plain, part).state_dict().items():
@@ -115,7 +118,7 @@ def test_vectors_lie_at_their_tokens_in_a_larger_table(checkpoint: Path, tmp_pat
     config.write_text(json.dumps(facts | {"vocab_size": known + 5}))
     cat = vectors(3, WIDTH, seed=1)
     path = written(tmp_path / "cat.safetensors", {"<cat>": cat})
-    table = load(find(str(folder), embeddings=[Embedding(path)])).text_encoder.get_input_embeddings().weight
+    table = load(find_checkpoint(str(folder), embeddings=[Embedding(path)])).text_encoder.get_input_embeddings().weight
     assert torch.equal(table, torch.cat([tensors[key][:known], cat, tensors[key][known + 3 :]]))
     assert torch.equal(load_file(weights)[key], tensors[key])  # weights are mapped into memory, and changed in it alone
 
@@ -125,7 +128,7 @@ def test_the_identity_covers_vectors_and_tokens(checkpoint: Path, tmp_path: Path
     other = written(tmp_path / "hill.safetensors", {"emb_params": vectors(WIDTH, seed=2)})
 
     def source(*embeddings: Embedding) -> Source:
-        return find(str(checkpoint), embeddings=embeddings).source
+        return find_checkpoint(str(checkpoint), embeddings=embeddings).source
 
     named, both = source(Embedding(path, "<cat>")), source(Embedding(path, "<cat>"), Embedding(other, "<hill>"))
     assert (named.embeddings, both.embeddings) == (
@@ -184,7 +187,7 @@ def refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for embedding, (_, shapes) in zip(embeddings, files, strict=True):
             written(embedding.path, {key: torch.zeros(shape) for key, shape in shapes.items()})
         with pytest.raises(CheckpointError) as told:
-            find(str(folder), embeddings=embeddings)
+            find_checkpoint(str(folder), embeddings=embeddings)
         return str(told.value)
 
     return refused
@@ -250,10 +253,10 @@ def test_tokens_are_known_from_whichever_file_the_checkpoint_keeps_them_in(
     (kept / file).write_text(json.dumps(contents[file]))
     path = written(tmp_path / "a.safetensors", {"<a>": torch.zeros(WIDTH)})
     with pytest.raises(CheckpointError, match=r"<a> of a\.safetensors is a token that copy has already"):
-        find(str(folder), embeddings=[Embedding(path)])
-    assert find(str(folder), embeddings=[Embedding(path, "<b>")]).words[0].tokens == ("<b>",)
+        find_checkpoint(str(folder), embeddings=[Embedding(path)])
+    assert find_checkpoint(str(folder), embeddings=[Embedding(path, "<b>")]).learned_tokens[0].tokens == ("<b>",)
 
 
 def test_a_missing_file_is_said_so(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        find(str(checkpoint), embeddings=[Embedding(tmp_path / "cat.safetensors")])
+        find_checkpoint(str(checkpoint), embeddings=[Embedding(tmp_path / "cat.safetensors")])

@@ -17,7 +17,7 @@ import build_engines
 from engines.backends.registry import ON_CPU
 from engines.build.bundle import _export_key
 from engines.build.console import inspect_tables
-from engines.checkpoints.checkpoint import CheckpointError, count_parameters, find
+from engines.checkpoints.checkpoint import CheckpointError, count_parameters, find_checkpoint
 from engines.checkpoints.load import load_modules
 from engines.contract import LANES, Array
 from engines.manifest import Manifest
@@ -103,9 +103,9 @@ def test_the_bundle_says_what_decodes(built: Path, bundle: Path) -> None:
 
 def test_another_decoder_is_another_model(checkpoint: Path, copied: Path) -> None:
     def key() -> str:
-        return _export_key(find(str(checkpoint), decoder=str(copied)), "fp32")
+        return _export_key(find_checkpoint(str(checkpoint), decoder=str(copied)), "fp32")
 
-    keys = [key(), _export_key(find(str(checkpoint)), "fp32")]
+    keys = [key(), _export_key(find_checkpoint(str(checkpoint)), "fp32")]
     make_decoder(copied, scaling_factor=1.0)
     keys.append(key())
     with (copied / "diffusion_pytorch_model.safetensors").open("ab") as weights:
@@ -115,7 +115,9 @@ def test_another_decoder_is_another_model(checkpoint: Path, copied: Path) -> Non
 
 
 def test_its_weights_are_counted(checkpoint: Path, distilled: Path) -> None:
-    plain, counts = (count_parameters(find(str(checkpoint), decoder=name)) for name in (None, str(distilled)))
+    plain, counts = (
+        count_parameters(find_checkpoint(str(checkpoint), decoder=name)) for name in (None, str(distilled))
+    )
     theirs = AutoencoderTiny.from_pretrained(distilled).decoder
     assert counts == plain | {"decode": sum(weight.numel() for weight in theirs.parameters())}
 
@@ -136,27 +138,27 @@ def test_one_that_reads_other_latents_is_refused(
 ) -> None:
     decoder = make_decoder(tmp_path / "other", **changes)
     with pytest.raises(CheckpointError, match=words):
-        find(str(checkpoint), decoder=str(decoder))
+        find_checkpoint(str(checkpoint), decoder=str(decoder))
 
 
 def test_what_is_no_decoder_is_said_so(checkpoint: Path, copied: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="vae is of kind AutoencoderKL"):
-        find(str(checkpoint), decoder=str(checkpoint / "vae"))
+        find_checkpoint(str(checkpoint), decoder=str(checkpoint / "vae"))
     with pytest.raises(CheckpointError, match=r"config\.json is missing: .* is no diffusers AutoencoderTiny"):
-        find(str(checkpoint), decoder=str(tmp_path))
+        find_checkpoint(str(checkpoint), decoder=str(tmp_path))
     weights = copied / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="damaged"):
-        find(str(checkpoint), decoder=str(copied))
+        find_checkpoint(str(checkpoint), decoder=str(copied))
     weights.rename(copied / "taesd_decoder.safetensors")
     with pytest.raises(CheckpointError, match=r"has no diffusion_pytorch_model\.safetensors"):
-        find(str(checkpoint), decoder=str(copied))
+        find_checkpoint(str(checkpoint), decoder=str(copied))
 
 
 def test_weights_that_do_not_fit_its_config_are_an_error(tmp_path: Path, copied: Path) -> None:
     model = make_checkpoint(tmp_path / "model")
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"num_decoder_blocks": [2, 1]}))
-    origin = find(str(model), decoder=str(copied))
+    checkpoint = find_checkpoint(str(model), decoder=str(copied))
     with pytest.raises(CheckpointError, match="The weights of copy cannot be loaded: decoder"):
-        load_modules(origin.facts, origin)
+        load_modules(checkpoint.config, checkpoint)

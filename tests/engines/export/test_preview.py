@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.checkpoint import CheckpointConfig
 from engines.demo import model
 from engines.demo.pictures import HERE, compose, concepts
 from engines.demo.restore import fill, read_weights
@@ -58,12 +58,12 @@ def test_latents_that_tell_nothing_are_grey() -> None:
 
 
 def test_any_vae_gets_the_same_map_each_time(tmp_path_factory: pytest.TempPathFactory) -> None:
-    checkpoint = Checkpoint(make_checkpoint(tmp_path_factory.mktemp("checkpoint")), "tiny")
-    vae = AutoencoderKL.from_pretrained(checkpoint.folder / "vae").eval()
+    config = CheckpointConfig(make_checkpoint(tmp_path_factory.mktemp("checkpoint")), "tiny")
+    vae = AutoencoderKL.from_pretrained(config.folder / "vae").eval()
     state = torch.get_rng_state()
-    first, second = (fit_rgb(vae, checkpoint.latent) for _ in range(2))
+    first, second = (fit_rgb(vae, config.latent) for _ in range(2))
     assert first == second
-    assert [len(row) for row in first] == [checkpoint.latent.channels + 1] * 3
+    assert [len(row) for row in first] == [config.latent.channels + 1] * 3
     assert all(math.isfinite(weight) for row in first for weight in row)
     assert torch.equal(torch.get_rng_state(), state)
 
