@@ -1,4 +1,4 @@
-"""Draws the atlas of glyphs from Noto Color Emoji; needed only to change the set of things.
+"""Draw the atlas of glyphs from Noto Color Emoji; needed only to change which things the model draws.
 
 python -m engines.demo.atlas --font NotoColorEmoji.ttf
 """
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engines.demo.pictures import ATLAS, CELL, COLUMNS, concepts
 
-FONT_SIZE = 109  # the one size of the font's bitmaps
+FONT_SIZE = 109  # the only size of the font's bitmaps
 BITMAP = (136, 128)
 
 GLYPHS = {
@@ -120,7 +120,7 @@ GLYPHS = {
 
 
 def draw(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """RGBA [64, 64]: one glyph, its longer side filling the cell."""
+    """Return an RGBA image [64, 64] of one glyph, scaled so that its longer side fills the cell."""
     bitmap = Image.new("RGBA", BITMAP)
     ImageDraw.Draw(bitmap).text((0, 0), char, font=font, embedded_color=True)
     tight = bitmap.crop(bitmap.getbbox())
@@ -132,7 +132,7 @@ def draw(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def draw_atlas(font: ImageFont.FreeTypeFont) -> Image.Image:
-    """RGBA: every glyph in the order of concepts.json, ten to a row."""
+    """Return an RGBA image of every glyph in the order of concepts.json, ten per row."""
     rows = -(-len(GLYPHS) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for index, thing in enumerate(concepts().things):

@@ -1,8 +1,8 @@
-"""Asks a running server for pictures and checks that they show what was asked.
+"""Request images from a running server and check that each shows what its prompt asks for.
 
     python -m engines.demo.check --url http://127.0.0.1:8000 --prompts 200 --out grid.png
 
-Exits 1 when fewer than 95 % of the things or 97 % of the backgrounds are right.
+Exits with 1 if fewer than 95 % of the things or 97 % of the backgrounds are right.
 """
 
 import argparse
@@ -24,7 +24,7 @@ log = logging.getLogger("engines.demo.check")
 
 STEPS = 20
 GUIDANCE = 4.0
-AT_ONCE = 4  # requests
+CONCURRENCY = 4  # requests
 TIMEOUT = 120  # s
 MIN_THINGS = 0.95
 MIN_BACKGROUNDS = 0.97
@@ -32,7 +32,7 @@ MIN_BACKGROUNDS = 0.97
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture, what it should show and what the checker sees in it."""
+    """One image, what it should show, and what the checker sees in it."""
 
     prompt: str
     wanted: Seen
@@ -42,7 +42,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of the pictures are right."""
+    """Number of images, and of those with the right thing and background."""
 
     pictures: int
     things: int
@@ -50,17 +50,17 @@ class Score:
 
     @property
     def passed(self) -> bool:
-        """Whether both rates are reached."""
+        """Whether both rates reach their thresholds."""
         return self.things >= MIN_THINGS * self.pictures and self.backgrounds >= MIN_BACKGROUNDS * self.pictures
 
 
 def judge(prompt: str, wanted: Seen, picture: Image.Image) -> Drawn:
-    """Looks at one picture."""
+    """Run the checker on one image."""
     return Drawn(prompt, wanted, picture, check(picture))
 
 
 def score(drawn: Sequence[Drawn]) -> Score:
-    """Counts what is right."""
+    """Count the right things and backgrounds."""
     return Score(
         pictures=len(drawn),
         things=sum(one.seen.thing == one.wanted.thing for one in drawn),
@@ -69,7 +69,7 @@ def score(drawn: Sequence[Drawn]) -> Score:
 
 
 def report(drawn: Sequence[Drawn]) -> Score:
-    """Logs the two rates and every wrong picture's prompt."""
+    """Log the two rates, and the prompt of every image that is wrong."""
     result = score(drawn)
     for what, right, needed in (
         ("things", result.things, MIN_THINGS),
@@ -90,7 +90,7 @@ def report(drawn: Sequence[Drawn]) -> Score:
 
 
 def grid(pictures: Iterable[Image.Image], columns: int = 20) -> Image.Image:
-    """All pictures in rows, 2 px apart."""
+    """Return one image with all `pictures` in rows, 2 px apart."""
     shown = list(pictures)
     pitch = SIZE + 2
     sheet = Image.new("RGB", (columns * pitch, -(-len(shown) // columns) * pitch), "white")
@@ -101,7 +101,7 @@ def grid(pictures: Iterable[Image.Image], columns: int = 20) -> Image.Image:
 
 
 def request_picture(url: str, prompt: str, seed: int) -> Image.Image:
-    """One picture from `POST /generate`."""
+    """Request one image with `POST /generate`."""
     body = {
         "prompt": prompt,
         "seed": seed,
@@ -119,24 +119,24 @@ def request_picture(url: str, prompt: str, seed: int) -> Image.Image:
 
 
 def draw_all(url: str, prompts: int, seed: int) -> list[Drawn]:
-    """Draws and judges all prompts, four at once; picture i has seed + i."""
+    """Request and check an image for each prompt, four at a time; image i uses seed + i."""
     wanted = draw_prompts(prompts, seed)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
         pictures = pool.map(lambda at: request_picture(url, wanted[at][0], seed + at), range(prompts))
         return [judge(prompt, seen, picture) for (prompt, seen), picture in zip(wanted, pictures, strict=True)]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that checking a server and evaluating a checkpoint share."""
+    """Return a parser with the options that checking a server and evaluating a checkpoint share."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--prompts", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--out", type=Path, help="PNG of all pictures")
+    options.add_argument("--out", type=Path, help="PNG file to write all images to")
     return options
 
 
 def conclude(drawn: Sequence[Drawn], out: Path | None) -> int:
-    """Reports, writes the grid, and returns the exit status."""
+    """Write the grid of images to `out`, log the report, and return the exit status."""
     if out is not None:
         grid(one.picture for one in drawn).save(out)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -144,7 +144,7 @@ def conclude(drawn: Sequence[Drawn], out: Path | None) -> int:
 
 
 def main() -> int:
-    """Checks one server."""
+    """Check one server."""
     options = parser(__doc__)
     options.add_argument("--url", default="http://127.0.0.1:8000")
     given = options.parse_args()

@@ -1,4 +1,4 @@
-"""The training pictures as tensors: every glyph at every place, kept in memory and composed on demand."""
+"""The training images as tensors: every glyph at every placement, kept in memory and composed on demand."""
 
 import random
 from collections.abc import Iterator
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from engines.demo.pictures import concepts, layer, placements
 
-BATCH = 64  # pictures
+BATCH = 64  # images
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Every thing at every place, and the colours to put behind them."""
+    """Every thing at every placement, and the background colors."""
 
     paint: Tensor  # [T * P, 3, 64, 64] u8, premultiplied RGB
     alpha: Tensor  # [T * P, 1, 64, 64] u8
     colors: Tensor  # [K, 3] f32 in 0..255
 
     def compose(self, index: Tensor, color: Tensor) -> Tensor:
-        """Pictures [n, 3, 64, 64] f32 in -1..1 of layers `index` [n] on colours `color` [n]."""
+        """Return images [n, 3, 64, 64] f32 in -1..1 of layers `index` [n] on background colors `color` [n]."""
         paint, alpha = self.paint[index].float(), self.alpha[index].float() / 255
         ground = self.colors[color][:, :, None, None]
         return (paint + (1 - alpha) * ground) / 127.5 - 1
 
     def compose_all(self, index: Tensor, color: Tensor) -> Iterator[Tensor]:
-        """The same for many: 64 pictures at a time."""
+        """Yield the same in batches of 64 images."""
         for start in range(0, len(index), BATCH):
             part = slice(start, start + BATCH)
             yield self.compose(index[part], color[part])
@@ -36,14 +36,14 @@ class Layers:
 
 @dataclass(frozen=True)
 class Split:
-    """Layers to learn from and layers held out."""
+    """Indices of the layers to train on, and of those held out."""
 
     train: Tensor  # [n] i64
     held_out: Tensor  # [m] i64
 
 
 def load_layers() -> Layers:
-    """Draws every layer from the atlas; takes some ten seconds and 160 MB."""
+    """Compose every layer from the atlas; takes about ten seconds and 160 MB."""
     drawn = [np.asarray(layer(thing, place)) for thing in concepts().things for place in placements()]
     rgba = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
     alpha = rgba[:, 3:].contiguous()
@@ -55,7 +55,7 @@ def load_layers() -> Layers:
 
 
 def split(seed: int, held_out: int = 512) -> Split:
-    """Holds out some compositions, the same for the same seed."""
+    """Split the layers; the same seed holds out the same ones."""
     count = len(concepts().things) * len(placements())
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return Split(order[held_out:], order[:held_out])
@@ -63,19 +63,19 @@ def split(seed: int, held_out: int = 512) -> Split:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Each (thing, colour) at several random places: what the UNet learns from."""
+    """Each (thing, color) at several random placements: the UNet's training set."""
 
     layer: Tensor  # [n] i64
     color: Tensor  # [n] i64
 
     def names(self, index: int) -> tuple[str, str]:
-        """Thing and colour of one picture."""
+        """Return the thing and the color of one image."""
         thing = int(self.layer[index]) // len(placements())
         return concepts().things[thing], list(concepts().colors)[int(self.color[index])]
 
 
 def draw_pairs(places: int, seed: int) -> Pairs:
-    """`places` different places for every (thing, colour)."""
+    """Draw `places` different placements for every (thing, color)."""
     rng = random.Random(seed)  # noqa: S311
     per_thing = len(placements())
     drawn = [

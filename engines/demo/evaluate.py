@@ -1,4 +1,4 @@
-"""Checks a checkpoint's pictures with diffusers' own pipeline: the reference for what a server should reach.
+"""Check the images of a checkpoint in diffusers' own pipeline: the reference for the server's scores.
 
 python -m engines.demo.evaluate --checkpoint demo-checkpoint --prompts 200 --out grid.png
 """
@@ -15,18 +15,18 @@ from rich.progress import track
 from engines.demo.check import GUIDANCE, STEPS, Drawn, conclude, judge, parser
 from engines.demo.pictures import draw_prompts
 
-BATCH = 20  # pictures
+BATCH = 20  # images
 
 
 def load_pipeline(checkpoint: Path) -> StableDiffusionPipeline:
-    """The checkpoint, quiet."""
+    """Load the checkpoint, without progress bars."""
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> Iterator[Image.Image]:
-    """Pictures of all prompts; picture i has seed + i."""
+    """Yield an image for each prompt; image i uses seed + i."""
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         generators = [torch.Generator().manual_seed(seed + start + at) for at in range(len(batch))]
@@ -34,7 +34,7 @@ def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> I
 
 
 def draw_all(checkpoint: Path, prompts: int, seed: int) -> list[Drawn]:
-    """Draws and judges all prompts."""
+    """Generate and check an image for each prompt."""
     wanted = draw_prompts(prompts, seed)
     pictures = paint(load_pipeline(checkpoint), [prompt for prompt, _ in wanted], seed)
     shown = track(zip(wanted, pictures, strict=True), "drawing", total=prompts)
@@ -42,7 +42,7 @@ def draw_all(checkpoint: Path, prompts: int, seed: int) -> list[Drawn]:
 
 
 def main() -> int:
-    """Evaluates one checkpoint."""
+    """Evaluate one checkpoint."""
     options = parser(__doc__)
     options.add_argument("--checkpoint", type=Path, required=True)
     given = options.parse_args()

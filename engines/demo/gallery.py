@@ -1,4 +1,4 @@
-"""Draws the README's pictures: fixed prompts and seeds, asked of a running server.
+"""Generate the README's images from fixed prompts and a fixed seed, on a running server.
 
 python -m engines.demo.gallery --url http://127.0.0.1:8000 --out docs/demo.png
 """
@@ -13,7 +13,7 @@ from engines.demo.pictures import caption
 
 SEED = 7
 COLUMNS = 8
-WANTED = (
+SHOWN = (
     ("red heart", "yellow"),
     ("penguin", "blue"),
     ("rocket", "black"),
@@ -44,9 +44,9 @@ WANTED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--out", type=Path, required=True, help="PNG of all pictures, twice their size")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write all images to, at twice their size")
     given = parser.parse_args()
-    sheet = grid((request_picture(given.url, caption(*pair), SEED) for pair in WANTED), columns=COLUMNS)
+    sheet = grid((request_picture(given.url, caption(*pair), SEED) for pair in SHOWN), columns=COLUMNS)
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(given.out, optimize=True)
 
 

@@ -1,4 +1,4 @@
-"""Training one network: optimiser, running average, log, and a state file to resume from."""
+"""Training of one network: optimizer, moving average of weights, loss log, and a state file to resume from."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 @dataclass
 class Learner(Generic[Net]):
-    """One network in training and where its state is kept."""
+    """A network in training, and the file its state is saved to."""
 
     net: Net
     optimizer: AdamW
@@ -35,7 +35,7 @@ class Learner(Generic[Net]):
     step: int = 0
 
     def learn_until(self, steps: int, loss: Callable[[], Tensor], save: Callable[[], None], *, every: int) -> None:
-        """Learns until `steps`; calls `save` after each `every` steps and at the end."""
+        """Train until step `steps`; call `save` every `every` steps and at the end."""
         with _progress() as bar:
             task = bar.add_task(self.path.stem, total=steps)
             while self.step < steps:
@@ -55,10 +55,10 @@ class Learner(Generic[Net]):
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        self._follow()
+        self._update_average()
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
         decay = min(EMA_DECAY, self.step / (self.step + 10))
         for average, weight in zip(self.average.parameters(), self.net.parameters(), strict=True):
             average.lerp_(weight, 1 - decay)
@@ -72,7 +72,7 @@ class Learner(Generic[Net]):
         save_atomically({**{name: getattr(self, name).state_dict() for name in PARTS}, "step": self.step}, self.path)
 
     def resume(self) -> None:
-        """Goes on from the state file, if there is one."""
+        """Load the state file, if there is one."""
         if self.path.exists():
             state = load(self.path)
             for name in PARTS:
@@ -81,7 +81,7 @@ class Learner(Generic[Net]):
 
 
 def new_learner(net: Net, rate: Callable[[int], float], peak: float, path: Path) -> Learner[Net]:
-    """A learner at step 0, or where its state file left it; `rate` is a share of the `peak` learning rate."""
+    """Return a learner at step 0 or at that of its state file; `rate` gives a fraction of the `peak` learning rate."""
     optimizer = AdamW(net.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     average = copy.deepcopy(net).requires_grad_(False)
     learner = Learner(net, optimizer, LambdaLR(optimizer, rate), average, path)
@@ -90,14 +90,14 @@ def new_learner(net: Net, rate: Callable[[int], float], peak: float, path: Path)
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """Writes aside, then renames: an interruption leaves the old file."""
+    """Write to a temporary file, then rename it: an interruption leaves the old file."""
     half = path.with_suffix(".half")
     torch.save(state, half)
     os.replace(half, path)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save_atomically` wrote."""
+    """Load what `save_atomically` wrote."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 

@@ -1,4 +1,4 @@
-"""The demo model's parts: SD 1.x architecture, small enough to train on two CPU cores in two hours."""
+"""The demo model's parts: the SD 1.x architecture, small enough to train on two CPU cores in two hours."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TRAIN_STEPS = 1000
 
 
 def new_vae() -> AutoencoderKL:
-    """RGB [n, 3, 64, 64] in -1..1 to latents [n, 4, 16, 16] and back."""
+    """Return a VAE from RGB [n, 3, 64, 64] in -1..1 to latents [n, 4, 16, 16]."""
     return AutoencoderKL(
         sample_size=SIZE,
         latent_channels=4,
@@ -28,7 +28,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Noise of latents [n, 4, 16, 16] given text [n, 32, 128]; attends at 8x8 and 4x4."""
+    """Return a UNet for latents [n, 4, 16, 16] and text [n, 32, 128], with cross-attention at 8x8 and 4x4."""
     return UNet2DConditionModel(
         sample_size=LATENT,
         layers_per_block=1,
@@ -41,7 +41,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Token ids [n, 32] to text [n, 32, 128]."""
+    """Return a text encoder from token ids [n, 32] to text [n, 32, 128]."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -59,7 +59,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_scheduler() -> DPMSolverMultistepScheduler:
-    """SD 1.x's noise schedule, solved by DPM-Solver++(2M)."""
+    """Return DPM-Solver++(2M) with SD 1.x's noise schedule."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=TRAIN_STEPS,
         beta_start=0.00085,
@@ -76,12 +76,12 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The trained tokenizer."""
+    """Load the trained tokenizer."""
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids [n, 32] i64, padded as Stable Diffusion pads them."""
+    """Return token ids [n, 32] i64, padded as Stable Diffusion pads them."""
     ids: Tensor = tokenizer(
         captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
@@ -89,7 +89,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 class Painter(nn.Module):
-    """Text encoder and UNet, which learn together."""
+    """Text encoder and UNet, which are trained together."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -97,19 +97,19 @@ class Painter(nn.Module):
         self.unet = unet
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """Predicted noise [n, 4, 16, 16] in latents x [n, 4, 16, 16] at timesteps t [n], for tokens ids [n, 32]."""
+        """Predict the noise [n, 4, 16, 16] in latents x [n, 4, 16, 16] at timesteps t [n], for token ids [n, 32]."""
         text = self.text_encoder(ids).last_hidden_state
         noise: Tensor = self.unet(x, t, text).sample
         return noise
 
 
 def new_painter(tokenizer: CLIPTokenizer) -> Painter:
-    """An untrained painter."""
+    """Return an untrained painter."""
     return Painter(new_text_encoder(tokenizer), new_unet())
 
 
 def save_checkpoint(folder: Path, vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer) -> None:
-    """Writes a checkpoint that `StableDiffusionPipeline.from_pretrained` loads."""
+    """Write a checkpoint that `StableDiffusionPipeline.from_pretrained` loads."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         unet=painter.unet,

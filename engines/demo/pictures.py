@@ -1,6 +1,6 @@
-"""The demo model's small world: things on flat backgrounds, their captions, and the checker that names them.
+"""The demo model's images: things on flat backgrounds, their captions, and the checker that recognises them.
 
-Imports no torch, so a picture can be checked wherever numpy and Pillow are.
+Needs numpy and Pillow, not torch.
 """
 
 import json
@@ -19,9 +19,9 @@ CONCEPTS = HERE / "concepts.json"
 ATLAS = HERE / "glyphs.png"
 CELL = 64  # px, one glyph of the atlas
 COLUMNS = 10
-SIZE = 64  # px, one picture
+SIZE = 64  # px, one image
 GLYPH_SIZES = (44, 46, 48, 50)  # px, longer side as composed
-SHIFT = 2  # px, furthest a glyph lies from the centre
+SHIFT = 2  # px, largest offset of a glyph from the center
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -29,14 +29,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Concepts:
-    """Everything the model can draw: names of things, and names of colours with their RGB."""
+    """What the model can draw: names of things, and names of background colors with their RGB."""
 
     things: tuple[str, ...]
     colors: dict[str, tuple[int, int, int]]
 
 
 class Placement(NamedTuple):
-    """Where a glyph goes: its size and its offset from the centre, in px."""
+    """Size of a glyph and its offset from the center, in px."""
 
     size: int = 48
     right: int = 0
@@ -44,7 +44,7 @@ class Placement(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the checker sees in a picture."""
+    """What the checker recognises in an image."""
 
     thing: str
     color: str
@@ -52,14 +52,14 @@ class Seen(NamedTuple):
 
 @cache
 def concepts() -> Concepts:
-    """The shipped concepts."""
+    """Load concepts.json."""
     raw = json.loads(CONCEPTS.read_text(encoding="utf-8"))
     return Concepts(tuple(raw["things"]), {name: (r, g, b) for name, (r, g, b) in raw["colors"].items()})
 
 
 @cache
 def glyph(thing: str) -> Image.Image:
-    """RGBA [64, 64] glyph of a thing, from the atlas."""
+    """Return the RGBA glyph [64, 64] of a thing, from the atlas."""
     row, column = divmod(concepts().things.index(thing), COLUMNS)
     left, top = column * CELL, row * CELL
     return _atlas().crop((left, top, left + CELL, top + CELL))
@@ -72,7 +72,7 @@ def _atlas() -> Image.Image:
 
 
 def layer(thing: str, place: Placement) -> Image.Image:
-    """RGBA [64, 64]: the glyph placed on nothing."""
+    """Return the glyph on a transparent RGBA image [64, 64]."""
     layer = Image.new("RGBA", (SIZE, SIZE))
     corner = (SIZE - place.size) // 2
     small = glyph(thing).resize((place.size, place.size), Image.Resampling.LANCZOS)
@@ -80,17 +80,17 @@ def layer(thing: str, place: Placement) -> Image.Image:
     return layer
 
 
-CENTRE = Placement()
+CENTER = Placement()
 
 
-def compose(thing: str, color: str, place: Placement = CENTRE) -> Image.Image:
-    """RGB [64, 64]: a thing on a flat background."""
+def compose(thing: str, color: str, place: Placement = CENTER) -> Image.Image:
+    """Return an RGB image [64, 64] of a thing on a flat background."""
     ground = Image.new("RGBA", (SIZE, SIZE), (*concepts().colors[color], 255))
     return Image.alpha_composite(ground, layer(thing, place)).convert("RGB")
 
 
 def placements() -> list[Placement]:
-    """Every place at which the training pictures show a glyph."""
+    """Return every placement of a glyph in the training images."""
     shifts = range(-SHIFT, SHIFT + 1)
     return [Placement(size, right, down) for size in GLYPH_SIZES for right in shifts for down in shifts]
 
@@ -122,47 +122,47 @@ ENDINGS = (".", ", highly detailed", ", digital art", ", high quality", ", clean
 
 
 def with_article(noun: str) -> str:
-    """ "a red apple", "an owl"."""
+    """Return "a red apple", "an owl"."""
     vowel = noun[0] in "aeiou" and not noun.startswith("uni")
     return f"{'an' if vowel else 'a'} {noun}"
 
 
 def caption(thing: str, color: str) -> str:
-    """The canonical wording."""
-    return _worded(WORDINGS[0], thing, color)
+    """Return the caption in its standard wording."""
+    return _format(WORDINGS[0], thing, color)
 
 
 def random_caption(thing: str, color: str, rng: random.Random) -> str:
-    """One of the wordings that the model learns; now and then with words that change nothing."""
+    """Return a caption in one of the wordings to train on, sometimes with words that do not change the image."""
     name = _without_color(thing) if rng.random() < 0.2 else thing
     if rng.random() < 0.1:
         name = f"{rng.choice(FLOURISHES)} {name}"
     ending = rng.choice(ENDINGS) if rng.random() < 0.1 else ""
-    return _worded(rng.choice(WORDINGS), name, color) + ending
+    return _format(rng.choice(WORDINGS), name, color) + ending
 
 
-def _worded(wording: str, thing: str, color: str) -> str:
+def _format(wording: str, thing: str, color: str) -> str:
     return wording.format(thing=thing, color=color, a_thing=with_article(thing), a_color=with_article(color))
 
 
 def _without_color(thing: str) -> str:
-    """ "red apple" is also an "apple"."""
+    """Return "apple" for "red apple"."""
     first, _, rest = thing.partition(" ")
     return rest if rest and first in concepts().colors else thing
 
 
 def all_words() -> list[str]:
-    """Texts that hold every word a caption can have, for training the tokenizer."""
+    """Return texts with every word of the captions, to train the tokenizer on."""
     pairs = [(thing, color) for thing in concepts().things for color in concepts().colors]
     return [caption(*pair) for pair in pairs] + [
-        *(_worded(wording, "thing", "color") for wording in WORDINGS),
+        *(_format(wording, "thing", "color") for wording in WORDINGS),
         *FLOURISHES,
         *ENDINGS,
     ]
 
 
 def draw_prompts(count: int, seed: int) -> list[tuple[str, Seen]]:
-    """Canonical prompts with what their pictures should show; the same seed draws the same prompts."""
+    """Draw random prompts, and what their images should show; the same seed draws the same prompts."""
     rng = random.Random(seed)  # noqa: S311
     wanted = (Seen(rng.choice(concepts().things), rng.choice(list(concepts().colors))) for _ in range(count))
     return [(caption(*seen), seen) for seen in wanted]
@@ -172,7 +172,7 @@ def draw_prompts(count: int, seed: int) -> list[tuple[str, Seen]]:
 
 
 NOTHING = "nothing"
-MIN_EXPLAINED = 0.3  # share of the picture's squared distance from the bare ground
+MIN_EXPLAINED = 0.3  # of the squared distance from the plain background
 CHECK_PLACES = tuple(
     Placement(size, right, down)
     for size in (GLYPH_SIZES[0], 47, GLYPH_SIZES[-1])
@@ -182,14 +182,14 @@ CHECK_PLACES = tuple(
 
 
 def check(picture: Image.Image) -> Seen:
-    """Names the thing and the background colour in an RGB picture of any size."""
+    """Recognise the thing and the background color in an RGB image of any size."""
     pixels = np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX))
     color = background(pixels)
     return Seen(_nearest_thing(pixels, color), color)
 
 
 def background(pixels: Pixels) -> str:
-    """The palette's nearest colour to the median of the corners of uint8 [64, 64, 3]."""
+    """Return the color nearest to the median of the corners of uint8 [64, 64, 3]."""
     ends = np.r_[0:5, SIZE - 5 : SIZE]
     median = np.median(pixels[np.ix_(ends, ends)].reshape(-1, 3), axis=0)
     colors = concepts().colors
@@ -197,10 +197,10 @@ def background(pixels: Pixels) -> str:
 
 
 def _nearest_thing(pixels: Pixels, color: str) -> str:
-    """The thing whose reference, at its best placement, is the least squared distance away.
+    """Return the thing whose reference, at its best placement, has the least squared distance.
 
-    It must also explain a good part of what sets the picture apart from the bare ground: noise and blank pictures show
-    nothing, whatever is nearest.
+    It must also explain a good part of the difference from the plain background: noise and blank images show nothing,
+    whichever thing is nearest.
     """
     paint, alpha = _references()
     picture = _halve(_unit(pixels[None]))
@@ -214,7 +214,7 @@ def _nearest_thing(pixels: Pixels, color: str) -> str:
 
 @cache
 def _references() -> tuple[Floats, Floats]:
-    """Every thing at every checked placement: premultiplied RGB [N, 32, 32, 3] and alpha [N, 32, 32, 1] in 0..1."""
+    """Return every thing at every checked placement: premultiplied RGB [N, 32, 32, 3] and alpha [N, 32, 32, 1] in 0..1."""
     layers = np.stack([np.asarray(layer(thing, place)) for thing in concepts().things for place in CHECK_PLACES])
     alpha = _unit(layers[..., 3:])
     paint = _unit(layers[..., :3]) * alpha
@@ -222,12 +222,12 @@ def _references() -> tuple[Floats, Floats]:
 
 
 def _unit(pixels: Pixels) -> Floats:
-    """0..255 to 0..1 in f32."""
+    """Scale 0..255 to 0..1 in f32."""
     return pixels.astype(np.float32) / np.float32(255)
 
 
 def _halve(images: Floats) -> Floats:
-    """Box-filters f32 [N, 64, 64, c] to [N, 32, 32, c]."""
+    """Box-filter f32 [N, 64, 64, c] to [N, 32, 32, c]."""
     count, height, width, channels = images.shape
     halved: Floats = images.reshape(count, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4), dtype=np.float32)
     return halved

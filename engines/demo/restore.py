@@ -1,4 +1,4 @@
-"""Restores the checkpoint from the bundle that lies here, so that it can be built anew without training anew.
+"""Restore the demo's checkpoint from its bundle, so that it can be exported again without training it again.
 
 python -m engines.demo.restore --out demo-checkpoint
 """
@@ -20,7 +20,7 @@ from engines.manifest import Manifest
 
 
 def read_weights(bundle: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Every named weight of the graphs, f32: the transposed ones turned back, those stored as FP16 widened."""
+    """Return every named weight of the graphs as f32, with the transposed ones transposed back."""
     weights: dict[str, Tensor] = {}
     for graph in manifest.graphs.values():
         for stored in onnx.load(bundle / graph.onnx["fp32"].files[0].path).graph.initializer:
@@ -31,14 +31,14 @@ def read_weights(bundle: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def fill(net: nn.Module, prefix: str, weights: dict[str, Tensor]) -> None:
-    """Gives `net` the weights under `prefix`; raises KeyError for one that the graphs do not hold."""
+    """Load the weights under `prefix` into `net`. Raises KeyError for one that the graphs do not hold."""
     net.load_state_dict(
         {name: weights[f"{prefix}.{name}"].reshape(old.shape) for name, old in net.state_dict().items()}
     )
 
 
 def restore(bundle: Path, out: Path) -> None:
-    """Writes the diffusers checkpoint behind `bundle` to `out`."""
+    """Write the diffusers checkpoint that `bundle` was exported from to `out`."""
     manifest = Manifest.load(bundle)
     weights = read_weights(bundle, manifest)
     write_tokenizer(out / "tokenizer", all_words())
@@ -50,7 +50,7 @@ def restore(bundle: Path, out: Path) -> None:
     fill(painter.text_encoder, "text_encoder", weights)
     model.save_checkpoint(out, vae, painter, tokenizer)
     shutil.rmtree(out / "tokenizer")
-    write_tokenizer(out / "tokenizer", all_words())  # as vocab.json and merges.txt, which every reader knows
+    write_tokenizer(out / "tokenizer", all_words())  # vocab.json and merges.txt, which every library reads
 
 
 def main() -> None:

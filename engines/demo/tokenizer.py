@@ -1,4 +1,4 @@
-"""A CLIP-style byte-pair tokenizer of its own, trained on the captions: nearly every word of them is one token."""
+"""A CLIP-style byte-pair tokenizer, trained on the captions until nearly every word is one token."""
 
 import json
 import re
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-MAX_LENGTH = 32  # tokens, with start and end
+MAX_LENGTH = 32  # tokens, start and end included
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-WORDS = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")  # CLIP's pattern, for the ASCII that captions are
+WORDS = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")  # CLIP's pattern, reduced to ASCII
 
 Pair = tuple[str, str]
 
 
 def byte_symbols() -> list[str]:
-    """GPT-2's 256 printable stand-ins for bytes, in CLIP's order."""
+    """Return GPT-2's 256 printable symbols for bytes, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
     return [chr(code) for code in [*printable, *range(256, 256 + others)]]
 
 
 def learn_merges(captions: Iterable[str]) -> list[Pair]:
-    """Byte-pair merges, most frequent first, until every word is one token; Sennrich et al. (2016), algorithm 1."""
+    """Learn byte-pair merges until every word is one token; Sennrich et al. (2016), algorithm 1."""
     counts = Counter(word for text in captions for word in WORDS.findall(text.lower()))
     spelled = {(*word[:-1], word[-1] + WORD_END): count for word, count in counts.items()}
     merges: list[Pair] = []
@@ -53,14 +53,14 @@ def _merge(symbols: tuple[str, ...], pair: Pair) -> tuple[str, ...]:
 
 
 def vocabulary(merges: Iterable[Pair]) -> dict[str, int]:
-    """Token ids in CLIP's order: bytes, bytes that end a word, merges, start, end."""
+    """Return token ids in CLIP's order: bytes, bytes that end a word, merges, start, end."""
     singles = byte_symbols()
     tokens = [*singles, *(single + WORD_END for single in singles), *(a + b for a, b in merges), START, END]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
 def write_tokenizer(folder: Path, captions: Iterable[str]) -> None:
-    """Writes the files that `CLIPTokenizer.from_pretrained` reads."""
+    """Write the files that `CLIPTokenizer.from_pretrained` reads."""
     merges = learn_merges(captions)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "vocab.json", vocabulary(merges))

@@ -1,9 +1,9 @@
-"""Trains the demo model from nothing but glyphs.png and concepts.json, and writes a diffusers checkpoint.
+"""Train the demo model from glyphs.png and concepts.json, and write a diffusers checkpoint.
 
     python -m engines.demo.train --out demo-checkpoint --state demo-state
 
-Stages follow one another: tokenizer, vae, latents, unet, save. What `--state` already holds is not done again, so the
-same command resumes an interrupted run. `losses.jsonl` in the state folder logs every tenth step.
+The stages are tokenizer, vae, latents, unet and save. Those already in the `--state` folder are skipped, so the same
+command resumes an interrupted run. `losses.jsonl` in the state folder logs every tenth step.
 """
 
 import argparse
@@ -40,7 +40,7 @@ REPORT_EVERY = 500  # steps of the VAE
 
 @dataclass(frozen=True)
 class Training:
-    """Where a run keeps its things and how long it goes on."""
+    """Options of a training run."""
 
     out: Path
     state: Path
@@ -54,7 +54,7 @@ class Training:
     save_every: int
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where it is safe."""
+        """Return a context that computes in bfloat16 where it is safe."""
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
@@ -62,13 +62,13 @@ class Training:
 
 
 def one_cycle(steps: int) -> Callable[[int], float]:
-    """Learning rate as a share of its peak: up over the first 5 %, down along a cosine."""
+    """Return a schedule, as a fraction of the peak rate: linear warm-up over the first 5 %, then cosine decay."""
     rise = max(1, steps // 20)
     return lambda step: min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))) + 1e-3
 
 
 def warm_then_decay(steps: int) -> Callable[[int], float]:
-    """Learning rate as a share of its peak: up over 100 steps, level, then down to nothing over the last 40 %."""
+    """Return a schedule, as a fraction of the peak rate: warm-up over 100 steps, and decay over the last 40 %."""
     return lambda step: min((step + 1) / WARM_UP, max(1e-3, (steps - step) / (0.4 * steps)), 1.0)
 
 
@@ -76,14 +76,14 @@ def warm_then_decay(steps: int) -> Callable[[int], float]:
 
 
 def train_tokenizer(run: Training) -> None:
-    """Stage 1: learns the words."""
+    """Stage 1: learn the vocabulary."""
     folder = run.state / "tokenizer"
     if not folder.exists():
         write_tokenizer(folder, all_words())
 
 
 def train_vae(run: Training, layers: data.Layers) -> AutoencoderKL:
-    """Stage 2: learns to squeeze pictures into latents."""
+    """Stage 2: learn to compress images to latents."""
     torch.manual_seed(run.seed)
     learner = new_learner(model.new_vae().to(run.device), one_cycle(run.vae_steps), VAE_RATE, run.state / "vae.pt")
     parts = data.split(run.seed)
@@ -100,7 +100,7 @@ def train_vae(run: Training, layers: data.Layers) -> AutoencoderKL:
 
 
 def picture_batches(layers: data.Layers, among: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Random pictures [size, 3, 64, 64] without end."""
+    """Yield batches of random images [size, 3, 64, 64] forever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         index = among[torch.randint(len(among), (size,), generator=generator)]
@@ -109,7 +109,7 @@ def picture_batches(layers: data.Layers, among: Tensor, size: int, seed: int) ->
 
 
 def vae_loss(vae: AutoencoderKL, pictures: Tensor, run: Training) -> Tensor:
-    """L1 on pixels and on their gradients, and a weak pull of the latents to N(0, 1)."""
+    """Return the L1 loss of pixels and of their gradients, plus a small KL divergence of the latents from N(0, 1)."""
     with run.autocast():
         posterior = vae.encode(pictures).latent_dist
         drawn = vae.decode(posterior.sample()).sample
@@ -123,26 +123,26 @@ def vae_loss(vae: AutoencoderKL, pictures: Tensor, run: Training) -> Tensor:
 
 @torch.no_grad()
 def report_psnr(vae: AutoencoderKL, layers: data.Layers, held_out: Tensor, run: Training) -> None:
-    """Logs the mean PSNR in dB over held-out pictures, each colour in turn."""
+    """Log the mean PSNR in dB over held-out images, cycling through the colors."""
     color = torch.arange(len(held_out)) % len(layers.colors)
     ratios: list[Tensor] = []
     for batch in layers.compose_all(held_out, color):
         pictures = batch.to(run.device)
         drawn = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
         ratios.append(10 * torch.log10(4 / (drawn - pictures).square().mean(dim=(1, 2, 3))))
-    log.info("VAE: %.2f dB on %d held-out pictures", torch.cat(ratios).mean().item(), len(held_out))
+    log.info("VAE: %.2f dB on %d held-out images", torch.cat(ratios).mean().item(), len(held_out))
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The training pictures as the UNet sees them."""
+    """The latents of the training images."""
 
     values: Tensor  # [n, 4, 16, 16] f32, unit variance
-    scale: float  # what brought them there: the VAE's scaling factor
+    scale: float  # the VAE's scaling factor, which makes the variance 1
 
 
 def encode_pictures(run: Training, vae: AutoencoderKL, layers: data.Layers, pairs: data.Pairs) -> Latents:
-    """Stage 3: encodes every training picture once."""
+    """Stage 3: encode every training image once."""
     path = run.state / "latents.pt"
     if not path.exists():
         values = torch.cat([_encode(run, vae, part) for part in layers.compose_all(pairs.layer, pairs.color)])
@@ -162,7 +162,7 @@ def _encode(run: Training, vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 def train_unet(
     run: Training, latents: Latents, pairs: data.Pairs, save: Callable[[model.Painter], None]
 ) -> model.Painter:
-    """Stage 4: learns to see the picture in the noise, given its caption."""
+    """Stage 4: learn to predict the noise in latents, given the image's caption."""
     torch.manual_seed(run.seed)
     tokenizer = model.load_tokenizer(run.state / "tokenizer")
     net = model.new_painter(tokenizer).to(run.device)
@@ -183,12 +183,12 @@ def train_unet(
 
 
 def caption_of(pairs: data.Pairs, index: int, rng: random.Random) -> str:
-    """A caption of one picture, or none, for classifier-free guidance; Ho & Salimans (2022)."""
+    """Return a caption of one image, or an empty one for classifier-free guidance; Ho & Salimans (2022)."""
     return "" if rng.random() < EMPTY_CAPTIONS else random_caption(*pairs.names(index), rng)
 
 
 def noise_loss(net: model.Painter, x: Tensor, ids: Tensor, alpha_bar: Tensor, run: Training) -> Tensor:
-    """Squared error of the predicted noise, weighted as Min-SNR, Hang et al. (2023), section 3.4.
+    """Return the squared error of the predicted noise, weighted by Min-SNR, Hang et al. (2023), section 3.4.
 
     x: latents [n, 4, 16, 16] f32; ids: tokens [n, 32] i64; alpha_bar: [1000] f32.
     """
@@ -204,7 +204,7 @@ def noise_loss(net: model.Painter, x: Tensor, ids: Tensor, alpha_bar: Tensor, ru
 
 
 def save_checkpoint(run: Training, vae: AutoencoderKL, painter: model.Painter) -> None:
-    """Stage 5: writes the checkpoint; readers see the old one or the new one, never half."""
+    """Stage 5: write the checkpoint; readers see the old one or the new one, never a part of it."""
     half, old = (run.out.with_name(f"{run.out.name}.{part}") for part in ("half", "old"))
     shutil.rmtree(half, ignore_errors=True)
     model.save_checkpoint(half, vae, painter, model.load_tokenizer(run.state / "tokenizer"))
@@ -217,7 +217,7 @@ def save_checkpoint(run: Training, vae: AutoencoderKL, painter: model.Painter) -
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Ships the tokenizer as vocab.json and merges.txt, which every reader of SD checkpoints knows."""
+    """Write the tokenizer as vocab.json and merges.txt, which every library reads."""
     shutil.rmtree(target)
     shutil.copytree(source, target)
 
@@ -226,7 +226,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def parse() -> Training:
-    """The run as the command line asks for it."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--state", type=Path, required=True, help="folder of the work in progress")
@@ -236,14 +236,14 @@ def parse() -> Training:
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--unet-steps", type=int, default=3400)
     parser.add_argument("--unet-batch", type=int, default=64)
-    parser.add_argument("--places", type=int, default=12, help="pictures of each thing on each colour")
+    parser.add_argument("--places", type=int, default=12, help="images of each thing on each color")
     parser.add_argument("--save-every", type=int, default=500, help="UNet steps between checkpoints")
     given = vars(parser.parse_args())
     return Training(**{**given, "device": torch.device(given["device"])})
 
 
 def main() -> None:
-    """Runs the stages that are not done yet."""
+    """Run the stages that are not done yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     run = parse()
     run.state.mkdir(parents=True, exist_ok=True)

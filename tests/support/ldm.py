@@ -1,4 +1,4 @@
-"""A diffusers folder as the single file that Stable Diffusion was first published as, to test who reads such files."""
+"""Converts a diffusers folder to a single file in the layout of Stable Diffusion's first release."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Names = tuple[tuple[str, str], ...]  # pairs of what stands in a name and what takes its place
+Names = tuple[tuple[str, str], ...]  # replacements in tensor names: old, new
 
 _RESNET: Names = (
     ("norm1", "in_layers.0"),
@@ -60,7 +60,7 @@ _OPEN_CLIP: Names = (
 
 
 def single_file(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the checkpoint in `folder` under their original names: SD 1.x's, or SD 2.x's where it is one."""
+    """Return the tensors of the checkpoint in `folder` under their names in single files of SD 1.x or SD 2.x."""
     unet, text = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "text_encoder"))
     layers, blocks = unet["layers_per_block"], len(unet["block_out_channels"])
     tensors = _read(folder, "unet", "diffusion_pytorch_model")
@@ -95,7 +95,7 @@ def _rename(key: str, names: Names) -> str:
 
 
 def _unet(key: str, layers: int, attentions: set[str]) -> str:
-    """Blocks are numbered through: a down block is its layers and a downsampler, an up block one layer more."""
+    """Number all blocks in sequence: a down block is its layers and a downsampler, an up block has one more layer."""
     if ".resnets." in key:
         key = _rename(key, _RESNET)
     found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", key)
@@ -122,7 +122,7 @@ def _clip(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _open_clip(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """OpenCLIP keeps the projections to query, key and value as one matrix."""
+    """OpenCLIP stores the projections to query, key and value as one matrix."""
     for key, value in tensors.items():
         name = f"cond_stage_model.model.{_rename(key.removeprefix('text_model.'), _OPEN_CLIP)}"
         name = re.sub(r"(\.\d+)\.(c_fc|c_proj)", r"\1.mlp.\2", name)

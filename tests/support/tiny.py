@@ -1,4 +1,4 @@
-"""Tiny random checkpoints: real diffusers folders of every shape the tests need, made in a second."""
+"""Tiny checkpoints with random weights: diffusers folders of every supported family, written in a second."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from engines.demo.tokenizer import write_tokenizer
 
 TOKENS, WIDTH = 16, 32
-SIDE = 32  # pixels; latents are half of it
+SIDE = 32  # pixels; latents have half as many
 CAPTIONS = ["a red cat on a blue hill", "a green bird in the rain", "two old boats at night"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of checkpoints differs from the smallest SD 1.x."""
+    """Differences of a family of checkpoints from the smallest SD 1.x."""
 
     unet: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
@@ -38,9 +38,9 @@ class Family:
     pipeline: str | None = None
 
 
-# What sets each family apart from `sd1`: its scheduler, and changes to the configs of UNet and text encoder.
+# Each family differs from `sd1` in its scheduler and in the configs of the UNet and the text encoder.
 FAMILIES: Mapping[str, Family] = {
-    "sd1": Family(),  # layers_per_block=1, as the smallest distilled ones
+    "sd1": Family(),  # layers_per_block=1, as in the smallest distilled checkpoints
     "sd15": Family(unet={"layers_per_block": 2}),
     "no-mid": Family(unet={"mid_block_type": None}),
     "sd2": Family(
@@ -55,14 +55,14 @@ FAMILIES: Mapping[str, Family] = {
         scheduler=DDIMScheduler,
         schedule={"prediction_type": "v_prediction", "clip_sample": False},
     ),
-    # Eight heads of 40 channels, as real ones have: what TensorRT fuses. The others' are too narrow.
+    # Eight heads of 40 channels, as in real checkpoints: TensorRT does not fuse the narrower ones of the others.
     "wide": Family(unet={"block_out_channels": (320, 320), "norm_num_groups": 32, "attention_head_dim": 8}),
     "lcm": Family(unet={"time_cond_proj_dim": 32}, scheduler=LCMScheduler, pipeline="LatentConsistencyModelPipeline"),
 }
 
 
 def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
-    """Write a checkpoint of `family` with random weights to `folder`, as diffusers itself would."""
+    """Write a checkpoint of `family` with random weights to `folder`, as diffusers does."""
     kind = FAMILIES[family]
     write_tokenizer(folder / "tokenizer", CAPTIONS)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TOKENS)
@@ -84,14 +84,14 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
 
 
 def make_decoder(folder: Path, **changes: Any) -> Path:
-    """Write an `AutoencoderTiny` that reads those checkpoints' latents to `folder`."""
+    """Write an `AutoencoderTiny` that decodes the latents of these checkpoints to `folder`."""
     torch.manual_seed(1)
     config = {
         "encoder_block_out_channels": (16, 16),
         "decoder_block_out_channels": (16, 16),
         "num_encoder_blocks": (1, 1),
         "num_decoder_blocks": (1, 1),
-        "scaling_factor": 1.5,  # real ones have 1, which would prove nothing
+        "scaling_factor": 1.5,  # real ones have 1, which would not show that it is used
     }
     AutoencoderTiny(**{**config, **changes}).save_pretrained(folder)
     return folder
@@ -123,7 +123,7 @@ def _text_encoder(tokenizer: CLIPTokenizer, changes: Mapping[str, Any]) -> CLIPT
         "pad_token_id": tokenizer.pad_token_id,
     }
     encoder = CLIPTextModel(CLIPTextConfig(**{**config, **changes}))
-    torch.nn.init.normal_(encoder.final_layer_norm.bias, std=0.5)  # zero in new ones, in trained ones not
+    torch.nn.init.normal_(encoder.final_layer_norm.bias, std=0.5)  # zero in new encoders, unlike in trained ones
     return encoder
 
 
@@ -142,7 +142,7 @@ def _unet(changes: Mapping[str, Any]) -> UNet2DConditionModel:
     with torch.no_grad():
         for name, weight in unet.named_parameters():
             if name.endswith("attn2.to_out.0.weight"):
-                weight.mul_(10)  # or prompts would hardly change the picture, and prove little
+                weight.mul_(10)  # otherwise prompts would hardly change the image
     return unet
 
 
