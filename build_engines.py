@@ -37,7 +37,10 @@ from engines.build.console import (
     terminal,
 )
 from engines.build.verify import VerificationError, verify
-from engines.checkpoints.checkpoint import Checkpoint, Embedding, Lora, count_parameters, find_checkpoint
+from engines.checkpoints.checkpoint import Checkpoint, count_parameters
+from engines.checkpoints.embedding import Embedding
+from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.lora import Lora
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 

@@ -80,9 +80,11 @@ HTTP_AND_DEVICES = {"fastapi", "starlette", "uvicorn", "onnxruntime", "openvino"
 
 # Packages, and the only folders or modules of the product that may import them.
 ONLY_IN: dict[str, set[str]] = {
-    "torch": {"engines.export", "engines.checkpoints.load", "engines.demo"},
-    "diffusers": {"engines.checkpoints.load", "engines.demo"},
-    "transformers": {"engines.checkpoints.load", "engines.demo"},
+    "torch": {"engines.export", "engines.checkpoints.loading", "engines.demo"},
+    "diffusers": {"engines.checkpoints.loading", "engines.demo"},
+    "transformers": {"engines.checkpoints.loading", "engines.demo"},
+    "safetensors": {"engines.checkpoints"},  # at the top in `loading` alone: compiling a bundle works without it
+    "huggingface_hub": {"engines.checkpoints.hub"},
     "onnx": {"engines.export", "engines.demo"},
     "cuda": {"engines.backends.cuda"},
     "openvino": {"engines.backends.openvino"},  # which keeps it from sending statistics of its use

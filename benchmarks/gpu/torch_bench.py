@@ -66,7 +66,7 @@ def measure_compiled(checkpoint: Path, steps: Sequence[int], runs: int) -> Laten
 @contextmanager
 def _loaded(checkpoint: Path) -> Iterator[Any]:
     """The pipeline on the GPU in FP16, or on the CPU in FP32; its memory is free again afterwards."""
-    from engines.checkpoints.load import quiet  # noqa: PLC0415 - brings diffusers, which a matrix product needs not
+    from engines.checkpoints.loading.libraries import quiet  # noqa: PLC0415 - brings diffusers, which a matrix product needs not
 
     with quiet():
         from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: PLC0415 - remarks on what it can do without

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.build.profiles import shapes
-from engines.checkpoints.checkpoint import Checkpoint, CheckpointConfig, count_parameters
+from engines.checkpoints.checkpoint import Checkpoint, count_parameters
+from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.files import sha256_of_code
@@ -21,7 +22,7 @@ from engines.manifest import Build, BundleError, ComputeDtype, Defaults, Geometr
 from engines.progress import Progress
 
 if TYPE_CHECKING:
-    from engines.checkpoints.load import Modules
+    from engines.checkpoints.loading.modules import Modules
 
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 _MEMORY_PER_WEIGHT = 12  # bytes at the peak
@@ -170,9 +171,10 @@ def _exported(
     geometry_of(checkpoint, wanted)  # refuses a size that does not fit before anything is loaded
     _warn_of_memory(checkpoint, progress)
     with progress.stage("loading torch"):
-        from engines.checkpoints.load import load_modules, opened  # noqa: PLC0415 - seconds of imports, for those who need them
+        from engines.checkpoints.loading.convert import as_folder  # noqa: PLC0415 - seconds of imports, for those who need them
+        from engines.checkpoints.loading.modules import load_modules  # noqa: PLC0415 - as above
 
-    with opened(checkpoint, progress) as config:
+    with as_folder(checkpoint, progress) as config:
         with progress.stage("reading the weights"):
             modules = load_modules(config, checkpoint)
         return _traced(config, modules, checkpoint, out, wanted=wanted, key=key, earlier=earlier, progress=progress)

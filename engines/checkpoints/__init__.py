@@ -1,1 +1,1 @@
-"""Checkpoints: find, download and recognise them, read their configs without torch, and load their weights with it."""
+"""Checkpoints: found, downloaded and recognised without torch, and loaded with it (in the folder `loading` alone)."""

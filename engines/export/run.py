@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from engines.accuracy import tolerance, worst_difference
 from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
-from engines.checkpoints.checkpoint import CheckpointConfig, LearnedToken
-from engines.checkpoints.load import Modules, load_tokenizer
+from engines.checkpoints.diffusers_folder import CheckpointConfig
+from engines.checkpoints.embedding import LearnedToken
+from engines.checkpoints.loading.modules import Modules, load_tokenizer
 from engines.contract import GRAPHS, Array, GraphName
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed

@@ -14,7 +14,8 @@ import torch
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engines.checkpoints.load import Modules, quiet
+from engines.checkpoints.loading.libraries import quiet
+from engines.checkpoints.loading.modules import Modules
 from engines.contract import VARYING, Array, GraphName, Port, TensorSpec, build_inputs, random_values
 from engines.errors import EngineError
 from engines.export.modules import Decode, Denoise, EncodeImage, EncodePrompt, GraphModule, ShallowDenoise

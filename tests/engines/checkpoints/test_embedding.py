@@ -1,4 +1,4 @@
-"""Words learned by textual inversion mean what they mean to diffusers; those of other models are refused."""
+"""Learned tokens act as they do in diffusers; embeddings of other models are refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from torch import Tensor
 
 import build_engines
 from engines.build.console import inspect_tables
-from engines.checkpoints.checkpoint import Checkpoint, CheckpointError, Embedding, find_checkpoint
-from engines.checkpoints.load import Modules, load_modules
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.embedding import Embedding
+from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.loading.modules import Modules, load_modules
 from engines.export.run import export_tokenizer
 from engines.manifest import Manifest, Source
 from tests.support.references import load_pipeline
@@ -45,7 +48,7 @@ def written(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 @pytest.fixture
 def learned(tmp_path: Path) -> dict[Path, dict[str, Tensor]]:
-    """Files of every form, with the words in them."""
+    """Files of every form, with their tensors."""
     files: dict[Path, dict[str, Tensor]] = {
         tmp_path / "learned_embeds.safetensors": {"<cat>": vectors(3, WIDTH, seed=1)},
         tmp_path / "two.safetensors": {"<catnip>": vectors(WIDTH, seed=2), "<hill>": vectors(2, WIDTH, seed=3)},
@@ -70,12 +73,12 @@ def load(checkpoint: Checkpoint) -> Modules:
 
 
 @pytest.mark.filterwarnings("ignore")  # of diffusers
-def test_words_are_those_of_diffusers(checkpoint: Path, embeddings: list[Embedding], tmp_path: Path) -> None:
-    """The same ids from the bundle's own tokenizer, and the same embeddings, bit for bit."""
+def test_tokens_are_those_of_diffusers(checkpoint: Path, embeddings: list[Embedding], tmp_path: Path) -> None:
+    """The same ids from the bundle's own tokenizer, and the same embeddings, bit by bit."""
     theirs = load_pipeline(checkpoint)
     for embedding in embeddings:
-        for word in embedding.learned_tokens:
-            theirs.load_textual_inversion({word.token: load_file(embedding.path)[word.key]})
+        for learned in embedding.learned_tokens:
+            theirs.load_textual_inversion({learned.token: load_file(embedding.path)[learned.key]})
     found = find_checkpoint(str(checkpoint), embeddings=embeddings)
     text_encoder = load(found).text_encoder
     made = export_tokenizer(found.config, found.learned_tokens, tmp_path)
@@ -94,28 +97,30 @@ def test_words_are_those_of_diffusers(checkpoint: Path, embeddings: list[Embeddi
     assert theirs.maybe_convert_prompt("a <cat>", theirs.tokenizer) == "a <cat> <cat>_1 <cat>_2"
 
 
-def test_what_was_there_is_left_as_it_was(checkpoint: Path, embeddings: list[Embedding]) -> None:
-    plain, taught = (
+def test_other_weights_are_unchanged(checkpoint: Path, embeddings: list[Embedding]) -> None:
+    plain, extended = (
         load(find_checkpoint(str(checkpoint))),
         load(find_checkpoint(str(checkpoint), embeddings=embeddings)),
     )
     known = len(plain.text_encoder.get_input_embeddings().weight)
     for part in ("text_encoder", "unet", "vae"):
         for name, weight in getattr(plain, part).state_dict().items():
-            assert torch.equal(getattr(taught, part).state_dict()[name][: len(weight) if weight.ndim else None], weight)
-    assert len(taught.text_encoder.get_input_embeddings().weight) == known + 9
+            assert torch.equal(
+                getattr(extended, part).state_dict()[name][: len(weight) if weight.ndim else None], weight
+            )
+    assert len(extended.text_encoder.get_input_embeddings().weight) == known + 9
 
 
-def test_vectors_lie_at_their_tokens_in_a_larger_table(checkpoint: Path, tmp_path: Path) -> None:
+def test_vectors_are_written_to_the_rows_of_their_tokens(checkpoint: Path, tmp_path: Path) -> None:
     """As in checkpoints whose text encoder has more rows than their tokenizer has tokens."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     config, weights = folder / "text_encoder/config.json", folder / "text_encoder/model.safetensors"
-    facts, tensors = json.loads(config.read_text()), {name: one.clone() for name, one in load_file(weights).items()}
+    settings, tensors = json.loads(config.read_text()), {name: one.clone() for name, one in load_file(weights).items()}
     key = next(name for name in tensors if name.endswith("token_embedding.weight"))
     known = len(tensors[key])
     tensors[key] = torch.cat([tensors[key], vectors(5, WIDTH, seed=7)])
     save_file(tensors, weights, metadata={"format": "pt"})
-    config.write_text(json.dumps(facts | {"vocab_size": known + 5}))
+    config.write_text(json.dumps(settings | {"vocab_size": known + 5}))
     cat = vectors(3, WIDTH, seed=1)
     path = written(tmp_path / "cat.safetensors", {"<cat>": cat})
     table = load(find_checkpoint(str(folder), embeddings=[Embedding(path)])).text_encoder.get_input_embeddings().weight
@@ -141,7 +146,7 @@ def test_the_identity_covers_vectors_and_tokens(checkpoint: Path, tmp_path: Path
     assert len({one.sha256 for one in seen}) == len(seen)
 
 
-def test_inspect_shows_what_was_added(manifest: Manifest) -> None:
+def test_inspect_shows_embeddings(manifest: Manifest) -> None:
     source = manifest.source.model_copy(update={"embeddings": ("cat.safetensors:<cat>",)})
     console = Console(width=120)
     with console.capture() as shown:
@@ -152,7 +157,7 @@ def test_inspect_shows_what_was_added(manifest: Manifest) -> None:
 # --- how they are named
 
 
-def test_embeddings_are_written_with_their_token() -> None:
+def test_embeddings_are_parsed_with_their_token() -> None:
     assert Embedding.parse("cat.safetensors") == Embedding(Path("cat.safetensors"))
     assert Embedding.parse("a/Cat.SafeTensors:<cat:toy>") == Embedding(Path("a/Cat.SafeTensors"), "<cat:toy>")
     assert Embedding.parse(r"C:\cat.safetensors:cat") == Embedding(Path(r"C:\cat.safetensors"), "cat")
@@ -160,7 +165,7 @@ def test_embeddings_are_written_with_their_token() -> None:
 
 @pytest.mark.parametrize("text", ["style.pt", "learned_embeds.bin", "style.pt:<style>", "C:/a.ckpt:<a>"])
 def test_pickles_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(CheckpointError, match=r"pickled, which can run code: .*save_file"):
+    with pytest.raises(CheckpointError, match=r"is a pickle, .* can run code\. .*save_file"):
         Embedding.parse(text)
     with pytest.raises(SystemExit):
         build_engines.main(["export", "--model", "m", "--out", "out", "--embedding", text])
@@ -168,7 +173,7 @@ def test_pickles_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("text", ["", "cat", "cat.safetensors:", "cat.ptx", ":<cat>"])
-def test_malformed_ones_are_explained(text: str) -> None:
+def test_malformed_embeddings_are_explained(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"write FILE.safetensors or FILE.safetensors:TOKEN"):
         Embedding.parse(text)
 
@@ -178,7 +183,7 @@ def test_malformed_ones_are_explained(text: str) -> None:
 
 @pytest.fixture
 def refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """What is said to files of some shapes, each with the token it was given, where no weight can be read."""
+    """The error for files of some shapes and the tokens given with them, from a checkpoint without weights."""
     folder = shutil.copytree(checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.chdir(tmp_path)
 
@@ -197,23 +202,27 @@ def refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("name", "shapes", "complaint"),
     [
         ("a.safetensors", {"clip_g": (2, 1280), "clip_l": (2, 768)}, "embedding for Stable Diffusion XL"),
-        ("a.safetensors", {"<a>": (2, 1024)}, "made for Stable Diffusion 2.x, 1024 wide, and this model's .* is 32"),
+        ("a.safetensors", {"<a>": (2, 1024)}, "made for Stable Diffusion 2.x, 1024 wide, while this model's .* is 32"),
         ("a.safetensors", {"<a>": (768,)}, "made for Stable Diffusion 1.x, 768 wide"),
         ("a.safetensors", {"<a>": (33,)}, "does not fit copy: 33 wide"),
-        ("a.safetensors", {"<a>": (15, WIDTH)}, "15 vectors for <a>, and a prompt has room for 14"),
-        ("a.safetensors", {"<a>": (1, 2, WIDTH)}, r"<a> is of shape \[1, 2, 32\]"),
-        ("a.safetensors", {"<a>": (0, WIDTH)}, r"<a> is of shape \[0, 32\]"),
-        ("a.safetensors", {}, "no embedding of textual inversion"),
-        ("a.safetensors", {"lora_unet_conv_in.lora_down.weight": (4, WIDTH)}, "no embedding of textual inversion"),
-        ("a.safetensors", {"a b": (WIDTH,)}, r"'a b' is no token, .* a\.safetensors:TOKEN"),
-        ("a b.safetensors", {"emb_params": (WIDTH,)}, r"'a b' is no token"),
-        ("a.safetensors:a\tb", {"emb_params": (WIDTH,)}, "is no token"),
-        ("a.safetensors:<c>", {"<a>": (WIDTH,), "<b>": (WIDTH,)}, r"holds 2 words, .* \(<a>, <b>\): leave out '<c>'"),
-        ("re.safetensors", {"emb_params": (WIDTH,)}, r"re of .* copy has already: name another with re\.saf.*:TOKEN"),
-        ("a.safetensors:<|endoftext|>", {"emb_params": (WIDTH,)}, r"<\|endoftext\|> of .* has already"),
+        ("a.safetensors", {"<a>": (15, WIDTH)}, "15 vectors for <a>, and a prompt holds at most 14"),
+        ("a.safetensors", {"<a>": (1, 2, WIDTH)}, r"<a> has the shape \[1, 2, 32\]"),
+        ("a.safetensors", {"<a>": (0, WIDTH)}, r"<a> has the shape \[0, 32\]"),
+        ("a.safetensors", {}, "not a textual inversion embedding"),
+        ("a.safetensors", {"lora_unet_conv_in.lora_down.weight": (4, WIDTH)}, "not a textual inversion embedding"),
+        ("a.safetensors", {"a b": (WIDTH,)}, r"'a b' is not a token, .* a\.safetensors:TOKEN"),
+        ("a b.safetensors", {"emb_params": (WIDTH,)}, r"'a b' is not a token"),
+        ("a.safetensors:a\tb", {"emb_params": (WIDTH,)}, "is not a token"),
+        ("a.safetensors:<c>", {"<a>": (WIDTH,), "<b>": (WIDTH,)}, r"holds 2 tokens .* \(<a>, <b>\): leave out '<c>'"),
+        (
+            "re.safetensors",
+            {"emb_params": (WIDTH,)},
+            r"re of .* is already a token of copy: choose another name with re\.saf.*:TOKEN",
+        ),
+        ("a.safetensors:<|endoftext|>", {"emb_params": (WIDTH,)}, r"<\|endoftext\|> of .* is already a token"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_embeddings_that_do_not_fit_are_refused(
     refused: Callable[..., str], name: str, shapes: Mapping[str, tuple[int, ...]], complaint: str
 ) -> None:
     assert re.search(complaint, told := refused((name, shapes))), told
@@ -236,9 +245,7 @@ def test_tokens_that_prompts_cannot_tell_apart_are_refused(
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
-def test_tokens_are_known_from_whichever_file_the_checkpoint_keeps_them_in(
-    checkpoint: Path, tmp_path: Path, file: str
-) -> None:
+def test_known_tokens_are_read_from_every_tokenizer_file(checkpoint: Path, tmp_path: Path, file: str) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     kept = folder / "tokenizer"
     for path in kept.iterdir():
@@ -252,11 +259,11 @@ def test_tokens_are_known_from_whichever_file_the_checkpoint_keeps_them_in(
     }
     (kept / file).write_text(json.dumps(contents[file]))
     path = written(tmp_path / "a.safetensors", {"<a>": torch.zeros(WIDTH)})
-    with pytest.raises(CheckpointError, match=r"<a> of a\.safetensors is a token that copy has already"):
+    with pytest.raises(CheckpointError, match=r"<a> of a\.safetensors is already a token of copy"):
         find_checkpoint(str(folder), embeddings=[Embedding(path)])
     assert find_checkpoint(str(folder), embeddings=[Embedding(path, "<b>")]).learned_tokens[0].tokens == ("<b>",)
 
 
-def test_a_missing_file_is_said_so(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_embedding_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         find_checkpoint(str(checkpoint), embeddings=[Embedding(tmp_path / "cat.safetensors")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ import build_engines
 from engines.backends.registry import ON_CPU
 from engines.build.bundle import _export_key
 from engines.build.console import inspect_tables
-from engines.checkpoints.checkpoint import CheckpointError, count_parameters, find_checkpoint
-from engines.checkpoints.load import load_modules
+from engines.checkpoints.checkpoint import count_parameters
+from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.loading.modules import load_modules
 from engines.contract import LANES, Array
 from engines.manifest import Manifest
 from tests.support.loaded import Loaded
@@ -108,8 +111,9 @@ def test_another_decoder_is_another_model(checkpoint: Path, copied: Path) -> Non
     keys = [key(), _export_key(find_checkpoint(str(checkpoint)), "fp32")]
     make_decoder(copied, scaling_factor=1.0)
     keys.append(key())
-    with (copied / "diffusion_pytorch_model.safetensors").open("ab") as weights:
-        weights.write(b"\0")
+    with (copied / "diffusion_pytorch_model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"\x55")
     keys.append(key())
     assert len(set(keys)) == 4
 
@@ -125,12 +129,15 @@ def test_its_weights_are_counted(checkpoint: Path, distilled: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"latent_channels": 16}, "of 16 channels at 2 pixels a latent, tiny-sd has 4 channels at 2"),
+        (
+            {"latent_channels": 16},
+            "with 16 channels and 2 pixels per latent to 3 colors; tiny-sd has 4 channels, 2 pixels",
+        ),
         (
             {"num_decoder_blocks": (1, 1, 1), "decoder_block_out_channels": (16, 16, 16)},
-            "of 4 channels at 4 pixels a latent",
+            "with 4 channels and 4 pixels per latent",
         ),
-        ({"out_channels": 4}, "makes 4 colours"),
+        ({"out_channels": 4}, "to 4 colors"),
     ],
 )
 def test_one_that_reads_other_latents_is_refused(
@@ -142,9 +149,9 @@ def test_one_that_reads_other_latents_is_refused(
 
 
 def test_what_is_no_decoder_is_said_so(checkpoint: Path, copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="vae is of kind AutoencoderKL"):
+    with pytest.raises(CheckpointError, match="vae is of class AutoencoderKL"):
         find_checkpoint(str(checkpoint), decoder=str(checkpoint / "vae"))
-    with pytest.raises(CheckpointError, match=r"config\.json is missing: .* is no diffusers AutoencoderTiny"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing: .* is not a diffusers AutoencoderTiny"):
         find_checkpoint(str(checkpoint), decoder=str(tmp_path))
     weights = copied / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from engines.checkpoints.checkpoint import CheckpointConfig
+from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.demo import model
 from engines.demo.pictures import HERE, compose, concepts
 from engines.demo.restore import fill, read_weights

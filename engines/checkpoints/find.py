@@ -1,0 +1,203 @@
+"""Find a checkpoint in a folder, in a file or on the hub, and refuse what is not supported before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.decoder import DECODER_CONFIG, DECODER_WEIGHTS, Decoder, check_decoder_kind
+from engines.checkpoints.diffusers_folder import (
+    CONFIG_PATTERNS,
+    PARTS,
+    CheckpointConfig,
+    weight_patterns,
+    weights_name,
+)
+from engines.checkpoints.embedding import Embedding, check_tokens_distinct
+from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.hub import download
+from engines.checkpoints.lora import Lora, check_lora
+from engines.checkpoints.safetensors_header import read_header
+from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout
+from engines.checkpoints.supported import check_supported
+from engines.progress import Progress, Silent
+
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_SD1_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # its configs describe every single file of SD 1.x
+_SILENT = Silent()
+
+
+def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyword
+    model: str,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    allow_pickle: bool = False,
+    loras: Sequence[Lora] = (),
+    embeddings: Sequence[Embedding] = (),
+    decoder: str | None = None,
+    progress: Progress = _SILENT,
+) -> Checkpoint:
+    """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
+
+    A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x there is
+    a default. `revision` is the hub's: of the model, or of `config` for a single file. `decoder` is the folder or hub
+    id of a decoder that replaces the VAE's.
+
+    Raises:
+        CheckpointError: there is none, the hub cannot be reached, its architecture is not supported, or a LoRA, an
+            embedding or the decoder does not fit it.
+    """
+    for lora in loras:
+        check_lora(lora.path)
+    check_tokens_distinct(embeddings)
+    path = Path(model)
+    search = _Search(
+        revision=revision,
+        config=config,
+        allow_pickle=allow_pickle,
+        loras=tuple(loras),
+        embeddings=tuple(embeddings),
+        decoder=_find_decoder(decoder, progress) if decoder else None,
+        progress=progress,
+    )
+    if path.suffix.lower() in {".safetensors", *_PICKLES} and not path.is_dir():
+        return search.in_file(path)
+    if path.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: pass a diffusers folder, a hub id or a .safetensors file.")
+    if config:
+        raise CheckpointError(f"--config describes a single file, and {model} is not one: leave --config out.")
+    return search.in_folder(path) if path.is_dir() else search.on_hub(model)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The arguments of `find_checkpoint` but the model, which is in a folder, on the hub, or a single file."""
+
+    revision: str | None
+    config: str | None
+    allow_pickle: bool
+    loras: tuple[Lora, ...]
+    embeddings: tuple[Embedding, ...]
+    decoder: Decoder | None
+    progress: Progress
+
+    def in_folder(self, path: Path) -> Checkpoint:
+        checkpoint = self._supported(path.resolve().name, path)
+        self._check_weights(checkpoint.config)
+        return checkpoint
+
+    def on_hub(self, model: str) -> Checkpoint:
+        """Download the configs, and only once they are found to be supported the gigabytes, of the same commit."""
+        folder = self._download(model, CONFIG_PATTERNS, self.revision)
+        checkpoint = self._supported(model, folder)
+        commit = folder.name
+        self._download_weights(model, weight_patterns(pickled=False), commit)
+        lacking = [part for part in PARTS if not checkpoint.config.weights(part)]
+        if lacking and not self.allow_pickle:
+            raise CheckpointError(
+                f"{model} has no .safetensors weights for {', '.join(lacking)}. If it has pickled ones, which can run "
+                "code, pass --allow-pickle to read them as plain tensors, or --revision with a branch that has "
+                ".safetensors."
+            )
+        if lacking:
+            self._download_weights(model, weight_patterns(lacking, pickled=True), commit)
+        self._check_weights(checkpoint.config)
+        return checkpoint
+
+    def in_file(self, path: Path) -> Checkpoint:
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist: check the path.")
+        pickled = path.suffix.lower() in _PICKLES
+        if pickled:
+            self._check_pickle_allowed(str(path))
+        layout = None if pickled else read_layout(path)
+        checkpoint = self._supported(path.stem, path, self._find_configs(path, layout))
+        if layout:
+            check_configs_fit(checkpoint, layout)
+        return checkpoint
+
+    def _find_configs(self, path: Path, layout: SingleFileLayout | None) -> Path:
+        """Return the folder of configs that describe a single file."""
+        if self.config and Path(self.config).is_dir():
+            return Path(self.config)
+        if not self.config and layout and layout.version == 2:
+            raise CheckpointError(
+                f"{path.name} is a Stable Diffusion 2 file, which does not say what its UNet predicts: pass --config "
+                "with a diffusers folder or hub id of the same kind (768-pixel models predict v, 512-pixel ones the "
+                "noise)."
+            )
+        try:
+            return self._download(self.config or _SD1_CONFIG, CONFIG_PATTERNS, self.revision)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The configs that describe {path.name} are missing. {error} "
+                "Pass --config DIR, a diffusers folder of the same architecture."
+            ) from error
+
+    def _supported(self, name: str, path: Path, config_folder: Path | None = None) -> Checkpoint:
+        checkpoint = Checkpoint(
+            name=name,
+            path=path,
+            config_folder=config_folder,
+            allow_pickle=self.allow_pickle,
+            loras=self.loras,
+            embeddings=self.embeddings,
+            decoder=self.decoder,
+        )
+        check_supported(checkpoint)
+        return checkpoint
+
+    def _check_weights(self, config: CheckpointConfig) -> None:
+        for part in PARTS:
+            folder = config.folder / part
+            if not config.weights(part):
+                raise CheckpointError(_lacks_weights(folder, part))
+            if config.pickled(part):
+                self._check_pickle_allowed(str(folder))
+
+    def _check_pickle_allowed(self, source: str) -> None:
+        if not self.allow_pickle:
+            raise CheckpointError(
+                f"{source} holds no .safetensors weights, and pickled ones can run code: convert them with diffusers' "
+                "save_pretrained(safe_serialization=True), or pass --allow-pickle to read them as plain tensors."
+            )
+        self.progress.note(f"{source}: reading pickled weights, as plain tensors only. Prefer .safetensors.")
+
+    def _download(self, model: str, patterns: Sequence[str], revision: str | None) -> Path:
+        return download(model, patterns, revision=revision, progress=self.progress)
+
+    def _download_weights(self, model: str, patterns: Sequence[str], commit: str) -> None:
+        # The index is in the cache already: without it, the hub client warns of patterns that match nothing.
+        self._download(model, ("model_index.json", *patterns), commit)
+
+
+def _lacks_weights(folder: Path, part: str) -> str:
+    expected = weights_name(part)
+    if other := next(folder.glob("*.safetensors"), None):
+        return (
+            f"{folder} holds {other.name} but no {expected}: if those are the weights to build from, rename the file."
+        )
+    return f"{folder} holds no .safetensors weights: the checkpoint is incomplete. Download {part}/{expected}."
+
+
+def _find_decoder(decoder: str, progress: Progress) -> Decoder:
+    """Find the decoder in folder `decoder`, or download the one with that hub id once its config is checked."""
+    path = Path(decoder)
+    if path.is_dir():
+        found = Decoder(name=path.resolve().name, folder=path)
+        check_decoder_kind(found)
+    else:
+        found = Decoder(name=decoder, folder=download(decoder, [DECODER_CONFIG], revision=None, progress=progress))
+        check_decoder_kind(found)
+        files = [DECODER_CONFIG, DECODER_WEIGHTS]
+        download(decoder, files, revision=found.folder.name, progress=progress)
+    if not found.weights.is_file():
+        raise CheckpointError(
+            f"{found.name} has no {found.weights.name}: pass a decoder that has one, or write it with diffusers' "
+            "AutoencoderTiny.save_pretrained(safe_serialization=True)."
+        )
+    read_header(found.weights)  # refuses a damaged file
+    return found

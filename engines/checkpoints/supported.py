@@ -1,0 +1,68 @@
+"""Which models are supported, by their configs."""
+
+from __future__ import annotations
+
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.decoder import check_decoder_fits
+from engines.checkpoints.diffusers_folder import CheckpointConfig
+from engines.checkpoints.embedding import check_embedding_fits
+from engines.checkpoints.errors import CheckpointError
+
+SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
+_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+_CLASSES = {
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+# Config fields that, when set, give the UNet inputs besides the latent, the timestep and the prompt.
+_CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
+_PURPOSES = {9: "inpainting", 5: "depth-to-image", 7: "upscaling", 8: "editing by instruction"}  # by input channels
+
+
+def check_supported(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the configs are those of a supported model, and its additions fit it."""
+    _check_classes(checkpoint.config)
+    _check_unet(checkpoint.config)
+    for embedding in checkpoint.embeddings:
+        check_embedding_fits(embedding, checkpoint.config)
+    if checkpoint.decoder:
+        check_decoder_fits(checkpoint.decoder, checkpoint.config)
+
+
+def check_channels(name: str, channels: int, latent: int) -> None:
+    """Raise CheckpointError unless the UNet takes the `latent` channels of the VAE alone."""
+    if channels != latent:
+        purpose = _PURPOSES.get(channels, "more than a latent")
+        raise CheckpointError(f"{name} has a UNet with {channels} input channels ({purpose}). {SUPPORTED}.")
+
+
+def _check_classes(config: CheckpointConfig) -> None:
+    index = config.read(".", "model_index.json")
+    if (pipeline := index.get("_class_name")) not in _PIPELINES:
+        raise CheckpointError(f"{config.name} is a {pipeline}. {SUPPORTED} ({_PIPELINES[0]}).")
+    for part, classes in _CLASSES.items():
+        published = (index.get(part) or [None, None])[1]
+        if published not in classes:
+            raise CheckpointError(f"{config.name} has a {published} as {part}. {SUPPORTED} ({classes[0]}).")
+
+
+def _check_unet(config: CheckpointConfig) -> None:
+    unet = config.read("unet")
+    check_channels(config.name, unet["in_channels"], config.read("vae")["latent_channels"])
+    for key in _CONDITIONS:
+        if (value := unet.get(key)) is not None:
+            raise CheckpointError(
+                f"{config.name} has a UNet with {key} {value!r}, an input that is not supported. {SUPPORTED}."
+            )
+    if (width := unet["cross_attention_dim"]) != config.context.width:
+        raise CheckpointError(
+            f"The parts of {config.name} do not fit each other: its UNet takes prompt embeddings {width} wide, its "
+            f"text encoder returns {config.context.width}. Take both parts from the same checkpoint."
+        )

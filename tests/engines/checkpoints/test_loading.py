@@ -1,0 +1,50 @@
+"""Weights are loaded as they were saved; damaged ones and pickles are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.loading.modules import Modules
+from tests.support.checkpoints import PARTS, Harmful, NoteRecorder, assert_same, load, pickle_weights
+
+
+def test_damaged_or_missing_weights_name_the_part(copied: Path) -> None:
+    path = copied / "text_encoder" / "model.safetensors"
+    whole = {name: weight.clone() for name, weight in load_file(path).items()}  # load_file returns views of the file
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="weights of copy cannot be loaded: text_encoder"):
+        load(find_checkpoint(str(copied)))
+    whole.pop("final_layer_norm.weight")
+    save_file(whole, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"text_encoder lacks 1 .* final_layer_norm\.weight"):
+        load(find_checkpoint(str(copied)))
+    path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(CheckpointError, match=r"holds model\.fp16\.safetensors but no model\.safetensors: .* rename"):
+        find_checkpoint(str(copied))
+
+
+def test_pickled_folders_need_allow_pickle(plain: Modules, copied: Path) -> None:
+    pickle_weights(copied)
+    with pytest.raises(CheckpointError, match=r"can run code: .* --allow-pickle"):
+        find_checkpoint(str(copied))
+    progress = NoteRecorder()
+    checkpoint = find_checkpoint(str(copied), allow_pickle=True, progress=progress)
+    assert [note.split(":")[0] for note in progress.notes] == [str(copied / part) for part in PARTS]
+    assert_same(load(checkpoint), plain)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_pickles_never_run_code(copied: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.chdir(copied)
+    pickle_weights(copied)
+    path = next((copied / part).glob("*.bin"))
+    torch.save({**torch.load(path), "harmful": Harmful()}, path)
+    with pytest.raises(CheckpointError, match=f"cannot be loaded: {part}"):
+        load(find_checkpoint(str(copied), allow_pickle=True))
+    assert not (copied / "harmed").exists()

@@ -1,0 +1,168 @@
+"""LoRAs are fused as their paper says; what cannot be fused is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.loading.modules import Modules
+from engines.checkpoints.lora import Lora
+from tests.support.checkpoints import PARTS, Families, load
+
+
+def changes(modules: Modules, *, seed: int) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """Random factors up and down of rank 4, for layers of each kind in both parts."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = (
+        "attn1.to_q",
+        "attn2.to_out.0",
+        "ff.net.0.proj",
+        "proj_in",
+        "resnets.0.conv1",
+        "self_attn.v_proj",
+        "mlp.fc1",
+    )
+    return {
+        (part, name): (
+            0.1 * torch.randn(len(layer.weight), 4, *[1] * (layer.weight.ndim - 2), generator=generator),
+            0.1 * torch.randn(4, *layer.weight.shape[1:], generator=generator),
+        )
+        for part in ("unet", "text_encoder")
+        for name, layer in getattr(modules, part).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(wanted)
+    }
+
+
+def write_lora(path: Path, made: dict[tuple[str, str], tuple[Tensor, Tensor]], style: str, *, alpha: float) -> Path:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, float] = {}
+    for (part, name), (up, down) in made.items():
+        full = name if part == "unet" else f"text_model.{name}"
+        if style == "kohya":
+            layer = f"lora_{'unet' if part == 'unet' else 'te'}_{full.replace('.', '_')}"
+            tensors |= {
+                f"{layer}.lora_up.weight": up,
+                f"{layer}.lora_down.weight": down,
+                f"{layer}.alpha": torch.tensor(alpha),
+            }
+        else:
+            tensors |= {f"{part}.{full}.lora_B.weight": up, f"{part}.{full}.lora_A.weight": down}
+            metadata[f"{part}.lora_alpha"] = alpha
+    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
+    return path
+
+
+def expected(modules: Modules, *added: tuple[float, dict[tuple[str, str], tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    weights = {
+        f"{part}.{name}": weight.clone()
+        for part in PARTS
+        for name, weight in getattr(modules, part).state_dict().items()
+    }
+    for scale, made in added:
+        for (part, name), (up, down) in made.items():
+            weight = weights[f"{part}.{name}.weight"]
+            weight += scale * torch.einsum("or,r...->o...", up.flatten(1), down)
+    return weights
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+def test_loras_are_added_to_the_weights_and_keep_the_modules(
+    families: Families, plain: Modules, tmp_path: Path, style: str
+) -> None:
+    first, second = changes(plain, seed=1), changes(plain, seed=2)
+    loras = (
+        Lora(write_lora(tmp_path / "a.safetensors", first, style, alpha=2.0), 0.75),
+        Lora(write_lora(tmp_path / "b.safetensors", second, style, alpha=4.0), -0.5),
+    )
+    checkpoint = find_checkpoint(str(families("sd1")), loras=loras)
+    assert checkpoint.source.loras == ("a.safetensors:0.75", "b.safetensors:-0.5")
+    untouched = find_checkpoint(str(families("sd1"))).source
+    fused = load(checkpoint)
+    wanted = expected(plain, (0.75 * 2 / 4, first), (-0.5, second))
+    for part in PARTS:
+        assert [type(module) for module in getattr(fused, part).modules()] == [
+            type(module) for module in getattr(plain, part).modules()
+        ]
+        for name, weight in getattr(fused, part).state_dict().items():
+            assert torch.allclose(weight, wanted[f"{part}.{name}"], atol=1e-6), name
+    assert len(first) > 10
+    assert (
+        find_checkpoint(str(families("sd1"))).source == untouched
+    )  # weights are mapped into memory, and changed in it alone
+
+
+def test_alpha_defaults_to_the_rank(families: Families, plain: Modules, tmp_path: Path) -> None:
+    weight = plain.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+    up, down = torch.ones(len(weight), 2), torch.ones(2, weight.shape[1])
+    save_file({f"{layer}.up.weight": up, f"{layer}.down.weight": down}, tmp_path / "old.safetensors")
+    fused = load(find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "old.safetensors", 0.5)]))
+    there = fused.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+    assert torch.allclose(there, weight + 1.0, atol=1e-6)
+
+
+QUERY = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "complaint"),
+    [
+        ({"conv_in.weight": (16, 4, 3, 3)}, "is not a LoRA"),
+        ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 8)}, "Stable Diffusion XL"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)}, "diffusion transformer"),
+        ({f"lora_unet_{QUERY}.hada_w1_a": (4, 8)}, "a LoHa"),
+        ({f"lora_unet_{QUERY}.lora_down.weight": (4, 16), f"lora_unet_{QUERY}.dora_scale": (1,)}, "a DoRA"),
+        ({f"lora_unet_{QUERY}.lora_down.weight": (4, 320), f"lora_unet_{QUERY}.lora_up.weight": (320, 4)}, "shape"),
+        ({f"lora_unet_{QUERY}.lora_down.weight": (4, 16)}, "shape"),
+        (
+            {f"lora_unet_{QUERY}.lora_down.weight": (4, 16), f"lora_unet_{QUERY}.diff_b": (1,)},
+            "not a known factor of a LoRA",
+        ),
+        (
+            {"lora_unet_down_blocks_7_attn1_to_q.lora_down.weight": (4, 8)},
+            r"updates the layer lora_unet_down_blocks_7_\S+, which this model does not have: it was made for another",
+        ),
+    ],
+)
+def test_loras_that_do_not_fit_are_refused(
+    families: Families, tmp_path: Path, shapes: dict[str, tuple[int, ...]], complaint: str
+) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    with pytest.raises(CheckpointError, match=complaint):
+        load(find_checkpoint(str(families("sd1")), loras=[Lora(path)]))
+
+
+def test_unsupported_training_options_are_refused(families: Families, tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)}, tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match="use_rslora"):
+        load(find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "a.safetensors")]))
+
+
+def test_loras_are_parsed_with_their_scale() -> None:
+    assert Lora.parse("style.safetensors") == Lora(Path("style.safetensors"), 1.0)
+    assert Lora.parse("a/style.safetensors:0.8") == Lora(Path("a/style.safetensors"), 0.8)
+    assert Lora.parse(r"C:\style.safetensors") == Lora(Path(r"C:\style.safetensors"))
+    assert Lora.parse(r"C:\style.safetensors:-1").scale == -1
+    assert str(Lora(Path("a/style.safetensors"))) == "style.safetensors:1"
+
+
+@pytest.mark.parametrize(
+    "text", ["style.pt", "style.safetensors:", "style.safetensors:big", "style.safetensors:nan", ""]
+)
+def test_malformed_loras_are_explained(text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"write"):
+        Lora.parse(text)
+
+
+def test_a_missing_lora_is_refused(families: Families, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "style.safetensors")])
