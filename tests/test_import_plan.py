@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.manifest",
         "engines.progress",
     },
+    "engines.checkpoints.loading": {"engines.checkpoints", "engines.progress"},  # the half of it that needs torch
     "engines.export": {
         "engines.accuracy",
         "engines.backends",

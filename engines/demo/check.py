@@ -31,7 +31,7 @@ MIN_BACKGROUNDS = 0.97
 
 
 @dataclass(frozen=True)
-class Drawn:
+class CheckedImage:
     """One image, what it should show, and what the checker sees in it."""
 
     prompt: str
@@ -54,12 +54,12 @@ class Score:
         return self.things >= MIN_THINGS * self.pictures and self.backgrounds >= MIN_BACKGROUNDS * self.pictures
 
 
-def judge(prompt: str, wanted: Seen, picture: Image.Image) -> Drawn:
+def judge(prompt: str, wanted: Seen, picture: Image.Image) -> CheckedImage:
     """Run the checker on one image."""
-    return Drawn(prompt, wanted, picture, check(picture))
+    return CheckedImage(prompt, wanted, picture, check(picture))
 
 
-def score(drawn: Sequence[Drawn]) -> Score:
+def score(drawn: Sequence[CheckedImage]) -> Score:
     """Count the right things and backgrounds."""
     return Score(
         pictures=len(drawn),
@@ -68,7 +68,7 @@ def score(drawn: Sequence[Drawn]) -> Score:
     )
 
 
-def report(drawn: Sequence[Drawn]) -> Score:
+def report(drawn: Sequence[CheckedImage]) -> Score:
     """Log the two rates, and the prompt of every image that is wrong."""
     result = score(drawn)
     for what, right, needed in (
@@ -118,7 +118,7 @@ def request_picture(url: str, prompt: str, seed: int) -> Image.Image:
         return Image.open(io.BytesIO(answer.read())).convert("RGB")
 
 
-def draw_all(url: str, prompts: int, seed: int) -> list[Drawn]:
+def draw_all(url: str, prompts: int, seed: int) -> list[CheckedImage]:
     """Request and check an image for each prompt, four at a time; image i uses seed + i."""
     wanted = draw_prompts(prompts, seed)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
@@ -135,7 +135,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
-def conclude(drawn: Sequence[Drawn], out: Path | None) -> int:
+def conclude(drawn: Sequence[CheckedImage], out: Path | None) -> int:
     """Write the grid of images to `out`, log the report, and return the exit status."""
     if out is not None:
         grid(one.picture for one in drawn).save(out)

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.progress import track
 
-from engines.demo.check import GUIDANCE, STEPS, Drawn, conclude, judge, parser
+from engines.demo.check import GUIDANCE, STEPS, CheckedImage, conclude, judge, parser
 from engines.demo.pictures import draw_prompts
 
 BATCH = 20  # images
@@ -33,7 +33,7 @@ def paint(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> I
         yield from pipeline(batch, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
 
 
-def draw_all(checkpoint: Path, prompts: int, seed: int) -> list[Drawn]:
+def draw_all(checkpoint: Path, prompts: int, seed: int) -> list[CheckedImage]:
     """Generate and check an image for each prompt."""
     wanted = draw_prompts(prompts, seed)
     pictures = paint(load_pipeline(checkpoint), [prompt for prompt, _ in wanted], seed)

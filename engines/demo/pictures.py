@@ -35,7 +35,7 @@ class Concepts:
     colors: dict[str, tuple[int, int, int]]
 
 
-class Placement(NamedTuple):
+class GlyphPlacement(NamedTuple):
     """Size of a glyph and its offset from the center, in px."""
 
     size: int = 48
@@ -71,7 +71,7 @@ def _atlas() -> Image.Image:
         return image.convert("RGBA")
 
 
-def layer(thing: str, place: Placement) -> Image.Image:
+def layer(thing: str, place: GlyphPlacement) -> Image.Image:
     """Return the glyph on a transparent RGBA image [64, 64]."""
     layer = Image.new("RGBA", (SIZE, SIZE))
     corner = (SIZE - place.size) // 2
@@ -80,19 +80,19 @@ def layer(thing: str, place: Placement) -> Image.Image:
     return layer
 
 
-CENTER = Placement()
+CENTER = GlyphPlacement()
 
 
-def compose(thing: str, color: str, place: Placement = CENTER) -> Image.Image:
+def compose(thing: str, color: str, place: GlyphPlacement = CENTER) -> Image.Image:
     """Return an RGB image [64, 64] of a thing on a flat background."""
     ground = Image.new("RGBA", (SIZE, SIZE), (*concepts().colors[color], 255))
     return Image.alpha_composite(ground, layer(thing, place)).convert("RGB")
 
 
-def placements() -> list[Placement]:
+def placements() -> list[GlyphPlacement]:
     """Return every placement of a glyph in the training images."""
     shifts = range(-SHIFT, SHIFT + 1)
-    return [Placement(size, right, down) for size in GLYPH_SIZES for right in shifts for down in shifts]
+    return [GlyphPlacement(size, right, down) for size in GLYPH_SIZES for right in shifts for down in shifts]
 
 
 # Captions
@@ -174,7 +174,7 @@ def draw_prompts(count: int, seed: int) -> list[tuple[str, Seen]]:
 NOTHING = "nothing"
 MIN_EXPLAINED = 0.3  # of the squared distance from the plain background
 CHECK_PLACES = tuple(
-    Placement(size, right, down)
+    GlyphPlacement(size, right, down)
     for size in (GLYPH_SIZES[0], 47, GLYPH_SIZES[-1])
     for right in (-SHIFT, 0, SHIFT)
     for down in (-SHIFT, 0, SHIFT)
@@ -214,7 +214,7 @@ def _nearest_thing(pixels: Pixels, color: str) -> str:
 
 @cache
 def _references() -> tuple[Floats, Floats]:
-    """Return every thing at every checked placement: premultiplied RGB [N, 32, 32, 3] and alpha [N, 32, 32, 1] in 0..1."""
+    """Return every thing at every checked placement: premultiplied RGB [N, 32, 32, 3], alpha [N, 32, 32, 1]."""
     layers = np.stack([np.asarray(layer(thing, place)) for thing in concepts().things for place in CHECK_PLACES])
     alpha = _unit(layers[..., 3:])
     paint = _unit(layers[..., :3]) * alpha

@@ -191,9 +191,9 @@ def refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         embeddings = [Embedding.parse(name) for name, _ in files]
         for embedding, (_, shapes) in zip(embeddings, files, strict=True):
             written(embedding.path, {key: torch.zeros(shape) for key, shape in shapes.items()})
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as raised:
             find_checkpoint(str(folder), embeddings=embeddings)
-        return str(told.value)
+        return str(raised.value)
 
     return refused
 
@@ -225,7 +225,7 @@ def refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_embeddings_that_do_not_fit_are_refused(
     refused: Callable[..., str], name: str, shapes: Mapping[str, tuple[int, ...]], complaint: str
 ) -> None:
-    assert re.search(complaint, told := refused((name, shapes))), told
+    assert re.search(complaint, message := refused((name, shapes))), message
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def test_embeddings_that_do_not_fit_are_refused(
 def test_tokens_that_prompts_cannot_tell_apart_are_refused(
     refused: Callable[..., str], first: tuple[str, Any], second: tuple[str, Any]
 ) -> None:
-    told = refused(("a.safetensors", dict([first])), ("b.safetensors", dict([second])))
-    assert "a.safetensors and b.safetensors have tokens that prompts cannot tell apart" in told
+    message = refused(("a.safetensors", dict([first])), ("b.safetensors", dict([second])))
+    assert "a.safetensors and b.safetensors have tokens that prompts cannot tell apart" in message
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"])

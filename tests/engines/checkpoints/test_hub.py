@@ -27,7 +27,7 @@ from tests.support.tiny import make_decoder
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the hub as a snapshot download asks for: revisions, their files, and the files' contents."""
+    """A fake hub that serves snapshot downloads: revisions, their files, and the files' contents."""
 
     daemon_threads = True
 
@@ -43,7 +43,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def commit(self, model: str, revision: str) -> str | None:
-        """Stands for the revision's commit, and for itself."""
+        """Return the commit of a revision, or of a commit itself."""
         commits = {name: hashlib.sha1(f"{model}@{name}".encode()).hexdigest() for name in self.models[model]}  # noqa: S324 - a commit's name
         return revision if revision in commits.values() else commits.get(revision)
 
@@ -124,29 +124,29 @@ def hub() -> Iterator[Hub]:
         thread.join()
 
 
-# The client reads its endpoint and cache when it is imported, so each test has a process of its own, without torch.
+# The client reads its endpoint and cache directory on import, so each test runs a process of its own, without torch.
 FIND = """
 import json, sys
 from contextlib import contextmanager
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 
-class Telling:
-    def __init__(self): self.told = {"stages": [], "bytes": [], "notes": []}
+class Recorder:
+    def __init__(self): self.seen = {"stages": [], "bytes": [], "notes": []}
     @contextmanager
-    def stage(self, name): self.told["stages"].append(name); yield self
-    def update(self, done, total): self.told["bytes"].append([done, total])
-    def note(self, text): self.told["notes"].append(text)
+    def stage(self, name): self.seen["stages"].append(name); yield self
+    def update(self, done, total): self.seen["bytes"].append([done, total])
+    def note(self, text): self.seen["notes"].append(text)
 
 outcomes = []
 for arguments in json.loads(sys.argv[1]):
-    progress = Telling()
+    progress = Recorder()
     try:
         checkpoint = find_checkpoint(arguments.pop("model"), progress=progress, **arguments)
-        told = {"name": checkpoint.name, "folder": str(checkpoint.config.folder), "sha256": checkpoint.source.sha256}
+        outcome = {"name": checkpoint.name, "folder": str(checkpoint.config.folder), "sha256": checkpoint.source.sha256}
     except CheckpointError as error:
-        told = {"error": str(error)}
-    outcomes.append(told | progress.told)
+        outcome = {"error": str(error)}
+    outcomes.append(outcome | progress.seen)
 assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 print(json.dumps(outcomes))
 """
@@ -154,7 +154,7 @@ print(json.dumps(outcomes))
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Run `find` with each set of arguments, in one process that knows the hub at a URL."""
+    """Run `find_checkpoint` with each set of arguments, in one process that knows the hub at a URL."""
 
     def ask(url: str, *calls: dict[str, Any], token: str = "") -> list[dict[str, Any]]:
         environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
@@ -174,12 +174,12 @@ Ask = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def published(copied: Path) -> Path:
-    """A checkpoint with what hub repositories hold beside what we need."""
+    """A checkpoint with the other files that hub repositories hold."""
     for extra in ("README.md", "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors"):
         (copied / extra).parent.mkdir(exist_ok=True)
         (copied / extra).write_bytes(b"not needed")
     shutil.copy(copied / "vae/config.json", copied / "safety_checker/config.json")
-    (copied / "unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle beside safetensors")
+    (copied / "unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle next to safetensors")
     return copied
 
 
@@ -213,8 +213,8 @@ def test_unsupported_models_are_refused_before_their_weights_are_downloaded(
 ) -> None:
     edit(published / "model_index.json", _class_name="StableDiffusionXLPipeline")
     hub.models["us/xl"] = {"main": published}
-    (told,) = ask(hub.url, {"model": "us/xl"})
-    assert "us/xl is a StableDiffusionXLPipeline" in told["error"]
+    (outcome,) = ask(hub.url, {"model": "us/xl"})
+    assert "us/xl is a StableDiffusionXLPipeline" in outcome["error"]
     assert hub.fetched
     assert not [file for file in hub.fetched if file.endswith(".safetensors")]
 
@@ -253,13 +253,13 @@ def test_a_decoder_comes_from_the_hub(hub: Hub, ask: Ask, copied: Path, tmp_path
     decoder = make_decoder(tmp_path / "decoder")
     (decoder / "taesd_decoder.safetensors").write_bytes(b"not needed")
     hub.models["us/taesd"] = {"main": decoder}
-    (told,) = ask(hub.url, {"model": str(copied), "decoder": "us/taesd"})
-    assert told["sha256"] == find_checkpoint(str(copied), decoder=str(decoder)).source.sha256
+    (outcome,) = ask(hub.url, {"model": str(copied), "decoder": "us/taesd"})
+    assert outcome["sha256"] == find_checkpoint(str(copied), decoder=str(decoder)).source.sha256
     assert hub.fetched == ["config.json", "diffusion_pytorch_model.safetensors"]
     edit(decoder / "config.json", _class_name="AutoencoderKL")
     hub.models["us/vae"] = {"main": decoder}
-    (told,) = ask(hub.url, {"model": str(copied), "decoder": "us/vae"})
-    assert "us/vae is of class AutoencoderKL" in told["error"]
+    (outcome,) = ask(hub.url, {"model": str(copied), "decoder": "us/vae"})
+    assert "us/vae is of class AutoencoderKL" in outcome["error"]
     assert hub.fetched[2:] == ["config.json"]
 
 
@@ -275,7 +275,7 @@ def test_an_unreachable_hub_is_explained(ask: Ask, families: Families, tmp_path:
 
 @contextmanager
 def closed_port() -> Iterator[str]:
-    """A URL that nobody answers, kept from others."""
+    """A URL of a port that is reserved and refuses connections."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -103,9 +103,9 @@ def test_configs_that_describe_another_file_are_refused(
     families: Families, tmp_path: Path, family: str, config: str, complaint: str
 ) -> None:
     path = write_single_file(families(family), tmp_path / "one.safetensors")
-    with pytest.raises(CheckpointError, match=complaint) as told:
+    with pytest.raises(CheckpointError, match=complaint) as raised:
         load(find_checkpoint(str(path), config=str(families(config))))
-    assert "ass --config with a checkpoint of the same kind" in str(told.value)
+    assert "ass --config with a checkpoint of the same kind" in str(raised.value)
 
 
 def test_an_sd2_file_needs_config(families: Families, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The shipped demo, as a newcomer meets it: pictures show what was asked for. All 200 prompts: engines.demo.check."""
+"""The demo model that is shipped: its images show what the prompts ask for. All 200 prompts: engines.demo.check."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def demo() -> Iterator[Serving]:
 
 
 def picture(demo: Serving, prompt: str, seed: int) -> bytes:
-    """A picture with everything but prompt and seed left to the model's defaults."""
+    """Generate an image with the defaults for everything but prompt and seed."""
     answer = demo.client.post("/generate", json={"prompt": prompt, "seed": seed}, headers={"Accept": "image/png"})
     assert answer.status_code == 200, answer.text
     return answer.content
 
 
-def test_pictures_show_what_was_asked_for(demo: Serving) -> None:
+def test_images_show_what_the_prompt_asks_for(demo: Serving) -> None:
     wanted = draw_prompts(12, seed=1)
     pictures = (picture(demo, prompt, seed) for seed, (prompt, _) in enumerate(wanted))
     seen = [check(PIL.Image.open(io.BytesIO(file))) for file in pictures]
@@ -45,15 +45,15 @@ def test_pictures_show_what_was_asked_for(demo: Serving) -> None:
     assert colors >= 11
 
 
-def test_a_preview_resembles_the_picture(demo: Serving) -> None:
-    """In its colours and in which way up it is, at a quarter of the size."""
-    wish = {"prompt": "a red heart on a yellow background", "seed": 7, "preview_every": 19}
-    with demo.client.stream("POST", "/generate", json=wish, headers={"Accept": "text/event-stream"}) as answer:
-        told = [json.loads(line[5:]) for line in answer.iter_lines() if line.startswith("data:")]
-    (preview,) = (event["preview"] for event in told if event.get("preview"))
+def test_previews_resemble_the_image(demo: Serving) -> None:
+    """In its colors and its orientation, at a quarter of the size."""
+    body = {"prompt": "a red heart on a yellow background", "seed": 7, "preview_every": 19}
+    with demo.client.stream("POST", "/generate", json=body, headers={"Accept": "text/event-stream"}) as answer:
+        events = [json.loads(line[5:]) for line in answer.iter_lines() if line.startswith("data:")]
+    (preview,) = (event["preview"] for event in events if event.get("preview"))
     shown, drawn = (
         np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(text.rpartition(",")[2]))), np.float64)
-        for text in (preview, told[-1]["images"][0]["image"])
+        for text in (preview, events[-1]["images"][0]["image"])
     )
     pooled = drawn.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
     assert np.corrcoef(shown.ravel(), pooled.ravel())[0, 1] > 0.8
@@ -61,13 +61,13 @@ def test_a_preview_resembles_the_picture(demo: Serving) -> None:
         assert np.corrcoef(other.ravel(), pooled.ravel())[0, 1] < np.corrcoef(shown.ravel(), pooled.ravel())[0, 1]
 
 
-def test_the_readmes_heart_is_red_on_yellow_and_the_same_bytes_again(demo: Serving) -> None:
+def test_the_same_seed_gives_the_same_bytes(demo: Serving) -> None:
     first, second = (picture(demo, "a red heart on a yellow background", 7) for _ in range(2))
     assert check(PIL.Image.open(io.BytesIO(first))) == ("red heart", "yellow")
     assert first == second
 
 
-def test_unknown_words_still_give_a_picture(demo: Serving) -> None:
+def test_unknown_words_give_an_image(demo: Serving) -> None:
     for prompt in ("", "ein rotes Herz auf gelbem Grund", "🍎 东京", "red " * 500):
         assert picture(demo, prompt, 1).startswith(b"\x89PNG")
 

@@ -10,7 +10,7 @@ from engines.demo.check import judge, report, score
 from engines.demo.pictures import (
     NOTHING,
     SIZE,
-    Placement,
+    GlyphPlacement,
     Seen,
     caption,
     check,
@@ -49,7 +49,7 @@ def test_the_checker_takes_pictures_of_any_size(size: int) -> None:
 
 
 def test_the_checker_bears_a_blurred_and_noisy_picture() -> None:
-    picture = compose("panda", "green", Placement(46, 1, -1)).resize((24, 24)).resize((SIZE, SIZE))
+    picture = compose("panda", "green", GlyphPlacement(46, 1, -1)).resize((24, 24)).resize((SIZE, SIZE))
     noise = np.random.default_rng(0).normal(0, 12, (SIZE, SIZE, 3))
     noisy = (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
     assert check(Image.fromarray(noisy)) == ("panda", "green")
