@@ -1,4 +1,4 @@
-"""The demo model's pictures, captions and checker; `engines/demo/check.py`'s counting."""
+"""The demo model's training images, captions and checker, and the scores of `engines/demo/check.py`."""
 
 import random
 
@@ -25,7 +25,7 @@ THINGS = concepts().things
 COLORS = list(concepts().colors)
 
 
-def test_there_are_a_hundred_things_and_ten_colours() -> None:
+def test_there_are_102_things_and_10_colors() -> None:
     assert len(set(THINGS)) == len(THINGS) == 102
     assert len(COLORS) == 10
     assert {"red heart", "red apple"} < set(THINGS)
@@ -44,24 +44,24 @@ def test_the_checker_names_every_background(color: str) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 512])
-def test_the_checker_takes_pictures_of_any_size(size: int) -> None:
+def test_the_checker_takes_images_of_any_size(size: int) -> None:
     assert check(compose("rocket", "blue").resize((size, size))) == ("rocket", "blue")
 
 
-def test_the_checker_bears_a_blurred_and_noisy_picture() -> None:
+def test_the_checker_accepts_a_blurred_and_noisy_image() -> None:
     picture = compose("panda", "green", GlyphPlacement(46, 1, -1)).resize((24, 24)).resize((SIZE, SIZE))
     noise = np.random.default_rng(0).normal(0, 12, (SIZE, SIZE, 3))
     noisy = (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
     assert check(Image.fromarray(noisy)) == ("panda", "green")
 
 
-def test_the_checker_tells_a_wrong_picture() -> None:
+def test_the_checker_rejects_a_wrong_image() -> None:
     seen = check(compose("cat", "pink"))
     assert seen.thing != "dog"
     assert seen.color != "red"
 
 
-def test_the_checker_sees_nothing_in_a_blank_picture_and_in_noise() -> None:
+def test_blank_images_and_noise_show_nothing() -> None:
     assert check(Image.new("RGB", (SIZE, SIZE), concepts().colors["red"])) == (NOTHING, "red")
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     assert check(Image.fromarray(noise)).thing == NOTHING
@@ -73,7 +73,7 @@ def test_captions_use_the_right_article() -> None:
     assert caption("unicorn", "gray") == "a unicorn on a gray background"
 
 
-def test_captions_vary_but_keep_to_their_thing() -> None:
+def test_captions_vary_and_always_name_their_thing() -> None:
     rng = random.Random(0)
     drawn = {random_caption("red apple", "blue", rng) for _ in range(200)}
     assert len(drawn) > 20
