@@ -1,33 +1,18 @@
-"""Files: hashes, and writes that readers never see half of."""
+"""Files: hashes, and writes of which readers see all or nothing."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, rename: readers see the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        publish(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def publish(beside: Path, path: Path) -> None:
-    """Give a finished file its name, once its contents are on disk."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def sha256_of_code(paths: Iterable[Path]) -> str:
@@ -37,3 +22,61 @@ def sha256_of_code(paths: Iterable[Path]) -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(path.parent).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def write_atomically(path: Path, content: bytes | memoryview, *, private: bool = False) -> None:
+    """Write `content` so that readers see the old file or the new one. Raises OSError.
+
+    No other user may read or write a `private` file; others have the permissions that the process gives new files.
+    """
+    with replacing(path) as temporary, open(temporary, "xb", opener=_private if private else None) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, in the folder of `path`, which it replaces at the end of the context.
+
+    If the context ends by an exception, the old file stays, and what was written is removed.
+    """
+    temporary = temporary_for(path)
+    temporary.unlink(missing_ok=True)  # of a process of the same id that was killed
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_all(*paths: Path) -> Iterator[Path]:
+    """A folder to write files to, which replace those of the same names in `paths` at the end of the context.
+
+    They are replaced in the order given, so files come before those that refer to them. If the context ends by an
+    exception, the old files stay.
+    """
+    folder = temporary_for(paths[-1])
+    rmtree(folder, ignore_errors=True)  # as above
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in paths:
+            publish(folder / path.name, path)
+    finally:
+        rmtree(folder)
+
+
+def temporary_for(path: Path) -> Path:
+    """The hidden path on the same disk that this process writes before the file gets its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name once its contents are on disk. Raises OSError."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

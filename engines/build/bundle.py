@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.build.keys import export_key
 from engines.build.profiles import shapes
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import GraphName
 from engines.errors import EngineError
-from engines.files import sha256_of_code
 from engines.manifest import Build, BundleError, ComputeDtype, Defaults, Geometry, Manifest, Size, Storage
 from engines.progress import Progress
 
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
 
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 _MEMORY_PER_WEIGHT = 12  # bytes at the peak
-_ENGINES = Path(__file__).parents[1]
-# The code that decides what is exported.
-_EXPORTING_CODE = (_ENGINES / "contract.py", _ENGINES / "export", _ENGINES / "checkpoints")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,14 +237,7 @@ def _traced(  # noqa: PLR0913 - all that a new manifest is made of
 
 
 def _export_key(checkpoint: Checkpoint, weights: Storage) -> str:
-    """One hash over the checkpoint, what was added to it, how weights are stored, and the code that traces."""
-    facts = {
-        "source": checkpoint.source.model_dump(),
-        "weights": weights,
-        "code": sha256_of_code(_EXPORTING_CODE),
-        "versions": {package: _version(package) for package in _EXPORTERS},
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return export_key(checkpoint.source, weights, {package: _version(package) for package in _EXPORTERS})
 
 
 def _version(package: str) -> str:

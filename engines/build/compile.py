@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from engines.backends.available import gpu_here, installed
 from engines.backends.registry import ON_CPU, SPECS, TENSORRT
+from engines.build.keys import engine_key
 from engines.build.profiles import Shapes, shapes
 from engines.build.trajectory import CALIBRATED, record
 from engines.build.trt.parent import build_engine
 from engines.contract import GRAPHS, STEPS, Array, GraphName
 from engines.errors import EngineError
-from engines.files import sha256_of_code, write_atomically
+from engines.files import write_atomically
 from engines.manifest import Build, Compiled, ComputeDtype, File, FusionReport, Gpu, Manifest, Onnx, Precision
 from engines.progress import Progress
-
-_BUILD = Path(__file__).parent
-_ENGINES = _BUILD.parent
 
 
 def check_precision(backend: str, precision: Precision | None) -> None:
@@ -117,7 +112,15 @@ class _Compiler:
 
     def engine(self, name: GraphName, precision: Precision, *, force: bool) -> Compiled:
         onnx = self._onnx(name, precision)
-        key = self.keys[name] = self._key(name, precision, onnx)
+        key = self.keys[name] = engine_key(
+            self._manifest,
+            name,
+            onnx,
+            backend=self._backend,
+            version=self.version,
+            gpu=self.gpu,
+            precision=precision,
+        )
         if self._backend in TENSORRT or precision == "int8":
             record = self._bundle / "engines" / self._backend / f"{name}.json"
             kept = None if force else _recall(record, key, self._bundle)
@@ -140,25 +143,6 @@ class _Compiler:
                 f"{self._bundle} holds {name} in {have}, not in {typed}: export it once more with "
                 f"build_engines.py export --precision {typed}."
             ) from None
-
-    def _key(self, name: GraphName, precision: Precision, onnx: Onnx) -> str:
-        facts: dict[str, Any] = {
-            "onnx": [file.sha256 for file in onnx.files],
-            "backend": self._backend,
-            "version": self.version,
-            "gpu": self.gpu.model_dump() if self.gpu else None,
-            "precision": precision,
-            "profiles": [sorted(shape.dims.items()) for shape in self._shapes(name)],
-        }
-        if code := self._code(precision):
-            facts["code"] = sha256_of_code(code)
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def _code(self, precision: Precision) -> tuple[Path, ...]:
-        """The code that decides the engine, beside what the key has already."""
-        if precision == "int8":
-            return _BUILD / "quantize.py", _BUILD / "trajectory.py", _ENGINES / "contract.py"
-        return (_BUILD / "trt",) if self._backend in TENSORRT else ()
 
     def _shapes(self, name: GraphName) -> tuple[Shapes, ...]:
         return shapes(self._manifest, name) if self._backend in TENSORRT else ()

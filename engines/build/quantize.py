@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,7 +20,7 @@ from engines.backends.openvino import TAKES_BF16, openvino
 from engines.backends.registry import install_command
 from engines.contract import Array
 from engines.errors import EngineError
-from engines.files import publish
+from engines.files import replacing_all
 
 _LAYERS = ("Convolution", "MatMul")
 _NORMS = ("MVN", "GroupNormalization")
@@ -177,16 +176,11 @@ def _frame(model: Model) -> set[str]:
 
 
 def _write(model: Model, path: Path, *, exact: Collection[str] = ()) -> tuple[Path, ...]:
-    """Write beside, flush to disk, rename: the weights first, so that a graph never lacks them.
-
-    Nodes named `exact` compute in FP32 wherever they run.
-    """
+    """Write the graph and its weights. Nodes named `exact` compute in FP32 wherever they run."""
     weights, graph = path.with_suffix(".bin"), path.with_suffix(".xml")
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
-        openvino.save_model(model, Path(beside) / graph.name, compress_to_fp16=False)
-        _mark(Path(beside) / graph.name, exact)
-        for file in (weights, graph):
-            publish(Path(beside) / file.name, file)
+    with replacing_all(weights, graph) as folder:
+        openvino.save_model(model, folder / graph.name, compress_to_fp16=False)
+        _mark(folder / graph.name, exact)
     return graph, weights
 
 

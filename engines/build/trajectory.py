@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from engines.backends.device import Device, Engine
 from engines.backends.registry import open_device
-from engines.contract import LANES, OUTPUTS, STEPS, Array, Arrays, GraphName, build_inputs, inputs_of, sizes_of
+from engines.contract import GRAPHS, LANES, OUTPUTS, STEPS, Array, Arrays, GraphName, build_inputs, inputs_of, sizes_of
 from engines.manifest import Manifest, Size
 from engines.progress import Progress
 from engines.schedulers import Step, find, table
@@ -148,6 +149,18 @@ def record(manifest: Manifest, bundle: Path, progress: Progress) -> dict[GraphNa
             found["denoise_shallow"] += recording.shallow[::_SHALLOW_STRIDE]
             found["decode"].append(decode_inputs(recording.state))
     return found
+
+
+def calibration_config(manifest: Manifest) -> dict[str, Any]:
+    """What `record` depends on, as JSON: the FP32 graphs, and the trajectories that it follows."""
+    return {
+        "graphs": [file.sha256 for name in GRAPHS for file in manifest.graphs[name].onnx["fp32"].files],
+        "tokenizer": [manifest.tokenizer.file.sha256, manifest.tokenizer.pad],
+        "prompts": _prompts(manifest),
+        "size": manifest.resolutions[0].model_dump(),
+        "scheduler": manifest.defaults.scheduler,
+        "noise_schedule": manifest.noise_schedule.model_dump(),
+    }
 
 
 def decode_inputs(state: Array) -> dict[str, Array]:

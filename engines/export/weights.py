@@ -6,18 +6,14 @@ they are stored in another one; every compiler folds such casts.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from engines.contract import Array
-from engines.files import publish
+from engines.files import replacing, replacing_all
 from engines.manifest import Storage
 
 _LARGE = 1024  # values of a tensor that is worth halving, or sharing
@@ -29,24 +25,18 @@ def save_reference(model: ir.Model, path: Path, *, storage: Storage) -> tuple[Pa
     if storage == "fp16":
         _halve(model.graph)
     weights = path.with_suffix(".weights")
-    with _beside(path) as folder:
+    with replacing_all(weights, path) as folder:  # a graph never refers to weights of another build
         ir.save(model, folder / path.name, external_data=weights.name)
         onnx.checker.check_model(folder / path.name)
-        publish(folder / weights.name, weights)  # before the graph, which never lies beside weights of another build
-        publish(folder / path.name, path)
     return path, weights
 
 
 def save_typed(model: ir.Model, path: Path, *, reference: Path) -> tuple[Path, ...]:
     """Write a graph of another precision to `path`, over the weights of the FP32 graph at `reference`."""
     _share(model.graph, ir.load(reference).graph)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # where the weights' relative path holds
-    try:
-        ir.save(model, beside)
-        onnx.checker.check_model(beside)
-        publish(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as temporary:  # in the same folder, where the weights' relative path holds
+        ir.save(model, temporary)
+        onnx.checker.check_model(temporary)
     return path, reference.with_suffix(".weights")
 
 
@@ -126,14 +116,3 @@ def _replace(graph: ir.Graph, weight: ir.Value, stored: ir.TensorProtocol) -> No
     del graph.initializers[name]
     graph.initializers.add(value)
     graph.insert_before(graph[0], cast)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A folder on the same disk as `path`, for files that are on their way there."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        rmtree(folder)

@@ -1,4 +1,4 @@
-"""The manifest vouches for its files, and is written whole or not at all."""
+"""The manifest verifies its files and its graphs' inputs, and is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from engines.files import write_atomically
 from engines.manifest import MANIFEST, BundleError, File, Manifest
 from tests import ROOT
 
@@ -26,7 +25,7 @@ def test_what_was_saved_is_what_is_loaded(copied: Path, manifest: Manifest) -> N
     assert Manifest.load(copied) == manifest
 
 
-def test_every_file_is_vouched_for(copied: Path, manifest: Manifest) -> None:
+def test_every_file_is_verified(copied: Path, manifest: Manifest) -> None:
     for file in manifest.files:
         path = copied / file.path
         content = path.read_bytes()
@@ -43,20 +42,32 @@ def test_every_file_is_vouched_for(copied: Path, manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda facts: facts["graphs"].pop("decode"), "graph decode is missing"),
-        (lambda facts: facts["graphs"]["decode"]["outputs"].pop(), "whether pictures are sound.* Build it again"),
-        (lambda facts: facts["graphs"]["decode"]["onnx"].pop("fp32"), "graph in fp32"),
-        (lambda facts: facts["builds"]["onnxruntime"]["engines"].pop("decode"), "engine of decode is missing"),
-        (lambda facts: facts.update(rows=[4, 2]), "do not ascend"),
-        (lambda facts: facts["preview"][0].pop(), "not for 4 channels and a constant"),
-        (lambda facts: facts["preview"].pop(), "preview: .* at least 3 items"),
-        (lambda facts: facts["noise_schedule"].update(trained_betas=[0.1, 0.2]), "2 trained_betas for 1000"),
+        (lambda fields: fields["graphs"].pop("decode"), "graph decode is missing"),
+        (lambda fields: fields.update(format=1), "has format 1, and this version reads format 2. Build it again"),
+        (
+            lambda fields: fields["graphs"]["decode"]["outputs"].pop(),
+            "outputs of the graph decode are images, and this version has images, is_finite. Build it again",
+        ),
+        (
+            lambda fields: fields["graphs"]["denoise"]["inputs"][0].update(shape=["S", 4, 4, "h", "w"]),
+            r"inputs of the graph denoise: state is float32 .*4, 4, .*, not float32 \['S', 5, 'c', 'h', 'w'\]",
+        ),
+        (
+            lambda fields: fields["graphs"]["denoise_shallow"]["inputs"][4].update(dtype="int32"),
+            "slot is int32 .*, not int64",
+        ),
+        (lambda fields: fields["graphs"]["decode"]["onnx"].pop("fp32"), "graph in fp32"),
+        (lambda fields: fields["builds"]["onnxruntime"]["engines"].pop("decode"), "engine of decode is missing"),
+        (lambda fields: fields.update(rows=[4, 2]), "do not ascend"),
+        (lambda fields: fields["preview"][0].pop(), "not for 4 channels and a constant"),
+        (lambda fields: fields["preview"].pop(), "preview: .* at least 3 items"),
+        (lambda fields: fields["noise_schedule"].update(trained_betas=[0.1, 0.2]), "2 trained_betas for 1000"),
     ],
 )
-def test_facts_that_cannot_be_are_refused(copied: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
-    facts = json.loads((copied / MANIFEST).read_text())
-    change(facts)
-    (copied / MANIFEST).write_text(json.dumps(facts))
+def test_invalid_fields_are_refused(copied: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
+    fields = json.loads((copied / MANIFEST).read_text())
+    change(fields)
+    (copied / MANIFEST).write_text(json.dumps(fields))
     with pytest.raises(BundleError, match=words):
         Manifest.load(copied)
 
@@ -70,17 +81,3 @@ def test_the_published_schema_is_the_manifests() -> None:
 def test_no_path_leaves_the_folder(path: str) -> None:
     with pytest.raises(ValueError, match="leaves the bundle's folder"):
         File(path=path, size=0, sha256="0" * 64)
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def interrupted(_descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,72 @@
+"""Keys of what a build keeps: hashes over all that decides a graph or an engine. The same key needs no new work.
+
+Code is hashed by package. What only reaches an artefact through values that a key holds already, such as the shapes of
+profiles, is not hashed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engines.backends.registry import TENSORRT
+from engines.build.profiles import shapes
+from engines.build.trajectory import calibration_config
+from engines.contract import GraphName
+from engines.files import sha256_of_code
+from engines.manifest import Gpu, Manifest, Onnx, Precision, Source, Storage
+
+ENGINES = Path(__file__).parents[1]  # the package whose code is hashed
+EXPORT_CODE = ("contract.py", "checkpoints", "export")
+TENSORRT_CODE = ("build/trt",)
+INT8_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/quantize.py", "backends/openvino.py")
+
+
+def export_key(source: Source, weights: Storage, versions: Mapping[str, str]) -> str:
+    """The key of graphs exported from `source` by packages of `versions`."""
+    return _hash(
+        {
+            "source": source.model_dump(),
+            "weights": weights,
+            "code": _code(EXPORT_CODE),
+            "versions": dict(versions),
+        }
+    )
+
+
+def engine_key(  # noqa: PLR0913 - what decides the engine, by keyword
+    manifest: Manifest,
+    graph: GraphName,
+    onnx: Onnx,
+    *,
+    backend: str,
+    version: str,
+    gpu: Gpu | None,
+    precision: Precision,
+) -> str:
+    """The key of the engine that `version` of `backend` makes of `onnx`, which is `graph` in one precision."""
+    profiles = shapes(manifest, graph) if backend in TENSORRT else ()
+    config: dict[str, Any] = {
+        "onnx": [file.sha256 for file in onnx.files],
+        "backend": backend,
+        "version": version,
+        "gpu": gpu.model_dump() if gpu else None,
+        "precision": precision,
+        "profiles": [sorted(shape.dims.items()) for shape in profiles],
+    }
+    if backend in TENSORRT:
+        config["code"] = _code(TENSORRT_CODE)
+    elif precision == "int8":
+        config |= {"code": _code(INT8_CODE), "calibration": calibration_config(manifest)}
+    return _hash(config)
+
+
+def _code(names: tuple[str, ...]) -> str:
+    return sha256_of_code(ENGINES / name for name in names)
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
