@@ -11,7 +11,7 @@ import pytest
 from engines.build import keys
 from engines.build.keys import EXPORT_CODE, INT8_CODE, TENSORRT_CODE, engine_key, export_key
 from engines.contract import GraphName
-from engines.manifest import Manifest, Size
+from engines.manifest import Manifest, Precision, Size
 from tests import ROOT
 
 ENGINES = ROOT / "engines"
@@ -42,7 +42,7 @@ def export(manifest: Manifest) -> str:
 
 def engine(manifest: Manifest, backend: str, graph: GraphName = "denoise") -> str:
     onnx = manifest.graphs[graph].onnx["fp32"]
-    precision = "int8" if backend == "openvino" else "fp16"
+    precision: Precision = "int8" if backend == "openvino" else "fp16"
     return engine_key(manifest, graph, onnx, backend=backend, version="1", gpu=None, precision=precision)
 
 
