@@ -1,4 +1,4 @@
-"""`manifest.json`: everything the server knows about a built model, and the proof that its files are the ones built."""
+"""`manifest.json`: everything the server knows about a built model, with the hashes of its files."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]  # what an engine computes i
 
 
 class BundleError(EngineError):
-    """A bundle is missing, altered, or of a kind this version does not read."""
+    """A bundle is missing, altered, or of a format this version does not read."""
 
 
-class _Fact(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -55,7 +55,7 @@ def _inside_bundle(path: str) -> str:
     return path
 
 
-class File(_Fact):
+class File(_Frozen):
     """One file of the bundle. `path` is relative to the manifest, with forward slashes."""
 
     path: Annotated[str, AfterValidator(_inside_bundle)]
@@ -64,30 +64,30 @@ class File(_Fact):
 
     @classmethod
     def of(cls, path: Path, *, root: Path) -> Self:
-        """Measure the file at `path`, named relative to `root`."""
+        """The file at `path`, named relative to `root`."""
         return cls(path=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))
 
     def matches(self, path: Path) -> bool:
-        """Whether the file at `path` is there and is the one that was measured."""
+        """Whether the file at `path` exists and has this size and hash."""
         return path.is_file() and path.stat().st_size == self.size and sha256_of(path) == self.sha256
 
 
-class Size(_Fact):
-    """A picture's size in pixels."""
+class Size(_Frozen):
+    """An image size in pixels."""
 
     width: PositiveInt
     height: PositiveInt
 
     def __hash__(self) -> int:
-        """As pydantic's, in a third of the time: every step looks things up by its size."""
+        """The hash of pydantic, in a third of the time: every step looks things up by size."""
         return hash((self.width, self.height))
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
 
-class NoiseSchedule(_Fact):
-    """What a checkpoint's `scheduler_config.json` says to every scheduler; None leaves it to the scheduler's default.
+class NoiseSchedule(_Frozen):
+    """The fields of a checkpoint's `scheduler_config.json` that schedulers share; None is a scheduler's own default.
 
     The names and meanings are those of diffusers' scheduler configs.
     """
@@ -112,58 +112,58 @@ class NoiseSchedule(_Fact):
         return self
 
 
-class Latent(_Fact):
+class Latent(_Frozen):
     """The space the UNet works in: [channels, height / downscale, width / downscale]."""
 
     channels: PositiveInt
     downscale: PositiveInt = Field(description="pixels per latent, in each direction")
-    multiple: PositiveInt = Field(description="a picture's sides are multiples of this many pixels")
-    scaling_factor: float = Field(description="what brings the VAE's latents to unit variance; the graphs apply it")
+    multiple: PositiveInt = Field(description="image sides are multiples of this many pixels")
+    scaling_factor: float = Field(description="scales the VAE's latents to unit variance; the graphs apply it")
 
 
-class Context(_Fact):
-    """Embeddings of what the text encoder reads at once: [tokens, width]."""
+class Context(_Frozen):
+    """The embeddings of one chunk of a prompt: [tokens, width]."""
 
     tokens: PositiveInt
     width: PositiveInt
-    layers: PositiveInt = Field(description="of the text encoder; clip_skip leaves out some of the last")
+    layers: PositiveInt = Field(description="layers of the text encoder; clip_skip leaves out some of the last")
 
 
-class Tokenizer(_Fact):
+class Tokenizer(_Frozen):
     """The prompt tokenizer as one `tokenizer.json`, and the token that fills a prompt up to the context's length."""
 
     file: File
     pad: int
     embeddings: dict[str, PositiveInt] = Field(
         default={},
-        description="words learned by textual inversion, and how many vectors each stands for: the token itself, then "
-        "that with _1, _2 … behind it",
+        description="tokens learned by textual inversion, and the number of vectors of each: the token itself, then "
+        "token_1, token_2 …",
     )
 
 
-class Defaults(_Fact):
-    """What a request gets for what it leaves out: the values the checkpoint looks best with."""
+class Defaults(_Frozen):
+    """Values of request fields that are left out: those the checkpoint looks best with."""
 
     scheduler: str
     num_inference_steps: PositiveInt = 50
     guidance_scale: float = 7.5
 
 
-class Difference(_Fact):
-    """How far one computation lies from another, relative to the largest value of the latter; 0.01 is one per cent."""
+class Difference(_Frozen):
+    """The error of an output relative to the largest expected value; 0.01 is one per cent."""
 
     largest: float = Field(ge=0)
     mean: float = Field(ge=0)
 
 
-class Onnx(_Fact):
+class Onnx(_Frozen):
     """A graph in one precision. Its weights may lie in a file that several graphs share."""
 
-    files: tuple[File, ...] = Field(min_length=1, description="the graph first, then the files its weights lie in")
-    difference: Difference = Field(description="from torch in FP32, on random inputs")
+    files: tuple[File, ...] = Field(min_length=1, description="the graph first, then the files of its weights")
+    difference: Difference = Field(description="compared with torch in FP32, on random inputs")
 
 
-class Graph(_Fact):
+class Graph(_Frozen):
     """One of the model's graphs. Dimensions that vary are named, those fixed at export are numbers."""
 
     inputs: tuple[TensorSpec, ...]
@@ -177,18 +177,18 @@ class Graph(_Fact):
         return self
 
 
-class Profile(_Fact):
-    """Shapes that an engine was optimised for: one picture size, and up to `batch` rows, pictures or prompts."""
+class Profile(_Frozen):
+    """Shapes that an engine was optimised for: one image size, and up to `batch` rows, images or prompts."""
 
-    size: Size | None = Field(description="None where shapes do not depend on the picture's size")
+    size: Size | None = Field(description="None where shapes do not depend on the image size")
     batch: PositiveInt
     activations: int | None = Field(
-        default=None, ge=0, description="bytes of device memory; None where the compiler did not tell"
+        default=None, ge=0, description="bytes of device memory; None where the compiler did not report it"
     )
 
 
-class FusionReport(_Fact):
-    """What the compiler made of a graph, in the profile that came out worst."""
+class FusionReport(_Frozen):
+    """Which layers the compiler fused, in the worst profile."""
 
     total: int
     attentions: int = Field(description="of the graph")
@@ -198,40 +198,43 @@ class FusionReport(_Fact):
     precisions: dict[str, int] = Field(description="layers by the type they write: Half, Float, BFloat16 …")
 
 
-class Compiled(_Fact):
+class Compiled(_Frozen):
     """One graph as a backend loads it."""
 
-    files: tuple[File, ...] = Field(min_length=1, description="what the backend opens first, then what that refers to")
+    files: tuple[File, ...] = Field(
+        min_length=1, description="the file that the backend opens, then those it refers to"
+    )
     precision: Precision
-    profiles: tuple[Profile, ...] = Field(default=(), description="empty where every shape is taken")
+    profiles: tuple[Profile, ...] = Field(default=(), description="empty where any shape is accepted")
     layers: FusionReport | None = None
-    key: str = Field(description="a hash over all that decides the engine; the same key needs no new compilation")
+    key: str = Field(description="a hash over all that decides the engine: it is compiled again where the key differs")
     seconds: float = Field(ge=0, description="of compiling")
     memory: int = Field(ge=0, description="bytes of main memory at the peak of compiling; 0 where it was not measured")
     difference: Difference | None = Field(
-        default=None, description="from the FP32 graph in ONNX Runtime, over the model's own trajectory and noise"
+        default=None,
+        description="compared with the FP32 graph in ONNX Runtime, on the model's own trajectory and on noise",
     )
 
 
-class Gpu(_Fact):
-    """The device that engines were compiled on, for engines that run on no other."""
+class Gpu(_Frozen):
+    """The GPU that engines were compiled on, where they run on no other model."""
 
     name: str
     compute_capability: str = Field(pattern=r"^\d+\.\d+$")
 
 
-class Verification(_Fact):
-    """The picture that a backend makes beside the one of the FP32 graphs in ONNX Runtime."""
+class Verification(_Frozen):
+    """The image of a backend compared with that of the FP32 graphs in ONNX Runtime."""
 
-    psnr: float = Field(description="dB; 999 where the pictures are identical")
+    psnr: float = Field(description="dB; 999 where the images are identical")
     size: Size
     steps: PositiveInt
 
 
-class Build(_Fact):
+class Build(_Frozen):
     """The engines of one backend."""
 
-    version: str = Field(description="of the package that compiled them, and with which they run")
+    version: str = Field(description="version of the package that compiled the engines, and which runs them")
     gpu: Gpu | None = None
     engines: dict[GraphName, Compiled]
     verification: Verification | None = Field(default=None, description="None: not yet verified")
@@ -244,26 +247,26 @@ class Build(_Fact):
 
     @property
     def precision(self) -> Precision:
-        """What the denoising is computed in."""
+        """The precision of the denoise graph."""
         return self.engines["denoise"].precision
 
 
-class Source(_Fact):
-    """Where the weights came from: a hub id or a file's name, the hash over its files, and what was added to it."""
+class Source(_Frozen):
+    """Where the weights come from: a hub id or file name, the hash of its files, and what was added to them."""
 
     name: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     loras: tuple[str, ...] = Field(default=(), description="file name and scale of each LoRA")
-    embeddings: tuple[str, ...] = Field(default=(), description="file name and token of each learned word")
-    decoder: str | None = Field(default=None, description="what was distilled to decode in place of the VAE, if any")
+    embeddings: tuple[str, ...] = Field(default=(), description="file name and token of each textual inversion")
+    decoder: str | None = Field(default=None, description="the distilled decoder that replaces the VAE's, if any")
 
 
-class Geometry(_Fact):
-    """How large a model's inputs are: all that decides shapes, pools and profiles."""
+class Geometry(_Frozen):
+    """The sizes of a model's inputs, which decide shapes, pools and profiles."""
 
     resolutions: tuple[Size, ...] = Field(min_length=1, description="the first is the default")
     rows: tuple[PositiveInt, ...] = Field(min_length=1, description="row buckets, ascending")
-    decode_batch: PositiveInt = Field(default=1, description="pictures that one call may decode")
+    decode_batch: PositiveInt = Field(default=1, description="images that one call may decode")
     latent: Latent
     context: Context
 
@@ -279,22 +282,22 @@ class Geometry(_Fact):
 
     @property
     def slots(self) -> int:
-        """Places in each size's state pool: an image per row, and a scratch slot for rows that only pad."""
+        """Slots in each size's state pool: an image per row, and a spare slot for padding."""
         return self.max_rows + 1
 
     @property
     def feature_places(self) -> int:
-        """Places in each size's pool of features: one per row, and a scratch place for rows that only pad."""
+        """Places in each size's feature pool: one per row, and a spare place for padding."""
         return self.max_rows + 1
 
     @property
     def context_rows(self) -> int:
-        """Places in the pool of prompt embeddings: each row may be told the most chunks, and sizes take turns."""
+        """Rows of the context pool: the most chunks for every row of every size, and some that outlive their requests."""
         return self.max_rows * MAX_CHUNKS * len(self.resolutions) + _CACHED_CHUNKS
 
 
 class Manifest(Geometry):
-    """A built model. Read one with `Manifest.load`, which refuses what it cannot vouch for."""
+    """A built model. `Manifest.load` reads one and verifies its files."""
 
     format: Literal[2] = FORMAT
     name: str = Field(min_length=1, max_length=200)
@@ -304,7 +307,7 @@ class Manifest(Geometry):
     preview: tuple[tuple[float, ...], ...] = Field(
         min_length=3,
         max_length=3,
-        description="how a latent looks, roughly: red, green and blue in 0..1, each as a weight for every channel as "
+        description="approximate colours of a latent: red, green and blue in 0..1, each a weight per latent channel as "
         "the UNet sees it, then a constant",
     )
     tokenizer: Tokenizer
@@ -312,9 +315,13 @@ class Manifest(Geometry):
     defaults: Defaults
     examples: tuple[str, ...] = Field(default=(), description="prompts that show what the model can do")
     graphs: dict[GraphName, Graph]
-    builds: dict[str, Build] = Field(default={}, description="by backend; the first is the one it was built for")
+    builds: dict[str, Build] = Field(
+        default={}, description="by backend; the first is the one the bundle was built for"
+    )
     versions: dict[str, str] = Field(description="the packages that exported the graphs")
-    export_key: str = Field(description="a hash over all that decides the graphs; the same key needs no new export")
+    export_key: str = Field(
+        description="a hash over all that decides the graphs: they are exported again where the key differs"
+    )
 
     @field_validator("format", mode="before")
     @classmethod
@@ -349,7 +356,7 @@ class Manifest(Geometry):
 
     @property
     def parameters(self) -> dict[GraphName, int]:
-        """How many weights each graph has, nearly: by the size of the files they lie in."""
+        """The approximate number of weights of each graph, by the size of its files."""
         wide = 2 if self.weights == "fp16" else 4
         return {
             name: sum(file.size for file in graph.onnx["fp32"].files) // wide for name, graph in self.graphs.items()
@@ -391,7 +398,7 @@ class Manifest(Geometry):
 
     @classmethod
     def read(cls, bundle: Path) -> Self:
-        """Read the manifest alone, and vouch for no file. Raises BundleError."""
+        """Read the manifest without verifying the files. Raises BundleError."""
         try:
             text = (bundle / MANIFEST).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -421,7 +428,7 @@ class Manifest(Geometry):
                 )
 
     def save(self, bundle: Path) -> None:
-        """Write the manifest last and whole: a bundle without one is an unfinished build."""
+        """Write the manifest, atomically and last: a bundle without one is an unfinished build."""
         write_atomically(bundle / MANIFEST, self.model_dump_json(indent=2).encode() + b"\n")
 
 

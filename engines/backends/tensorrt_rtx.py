@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from engines.backends.cuda import CudaStream
 from engines.backends.tensorrt import Contexts, TensorRtDevice, open_package
+from engines.files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -100,13 +100,7 @@ def read_own(path: Path) -> bytes:
 
 def write_own(path: Path, content: bytes) -> None:
     """Write a file that `read_own` reads, at once or not at all. Raises OSError."""
-    beside, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # writable by nobody else
-    try:
-        with os.fdopen(beside, "wb") as file:
-            file.write(content)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_atomically(path, content, private=True)
 
 
 def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every backend is opened alike

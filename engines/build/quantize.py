@@ -33,8 +33,8 @@ Model = Any  # an openvino.Model, which ships no types
 def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
     """Write an .xml and a .bin by the name of `onnx` to folder `out`: that FP32 graph with its weights in INT8.
 
-    `recording` holds every input of the graph, by name, each time it is called for pictures in the making: the
-    activations seen there set the ranges of eight bits. Dimensions that vary still do.
+    `recording` holds the graph's inputs by name for each call along some trajectories: the activations there set the
+    ranges of eight bits. Dimensions that vary stay so.
 
     Raises:
         EngineError: NNCF is not installed, the graph cannot be read, or the recording is empty or not of this graph.
@@ -75,7 +75,7 @@ def _read(onnx: Path) -> Model:
 
 def _check(recording: Sequence[Mapping[str, Array]], model: Model) -> None:
     if not recording:
-        raise EngineError("There is nothing to calibrate INT8 on: record the inputs of at least one picture.")
+        raise EngineError("There is nothing to calibrate INT8 on: record the inputs of at least one image.")
     names = {port.any_name for port in model.inputs}
     for inputs in recording:
         if names != inputs.keys():
@@ -102,15 +102,15 @@ def _is_shortcut(convolution: Any) -> bool:
 
 
 def _robust_linears(model: Model) -> list[str]:
-    """Names of the linear layers that may compute in eight bits: those of transformer blocks that see the picture.
+    """Names of the linear layers that may compute in eight bits: those of transformer blocks that see the image.
 
     Not the ones that see the prompt or the timestep, which have few rows, and nothing to win.
     """
     linears = (node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul")
-    return [node.get_friendly_name() for node in linears if _sees_picture(_weights_of(node))]
+    return [node.get_friendly_name() for node in linears if _sees_image(_weights_of(node))]
 
 
-def _sees_picture(weights: str) -> bool:
+def _sees_image(weights: str) -> bool:
     return _TRANSFORMER in weights and not any(layer in weights for layer in _OF_PROMPT)
 
 
@@ -143,7 +143,7 @@ def _calibrated(nncf: Any, model: Model, robust: list[str], recording: Sequence[
             overflow_fix=nncf.OverflowFix.ENABLE,
             # Ranges change along a trajectory, and each step must fit: the largest seen, not the mean.
             activations_range_estimator_params=nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX,
-            disable_bias_correction=True,  # measured: pictures come no closer with it
+            disable_bias_correction=True,  # measured: images come no closer with it
         ),
     )
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from engines.files import replacing
 
 EMA_DECAY = 0.999
 LOG_EVERY = 10  # steps
@@ -91,9 +92,8 @@ def new_learner(net: Net, rate: Callable[[int], float], peak: float, path: Path)
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """Write to a temporary file, then rename it: an interruption leaves the old file."""
-    half = path.with_suffix(".half")
-    torch.save(state, half)
-    os.replace(half, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Export: the graphs as torch modules, and their way to checked ONNX. Needs torch."""
+"""Export: the graphs as torch modules, traced to checked ONNX. Needs torch."""

@@ -34,9 +34,9 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     known: dict[GraphName, Graph],
     progress: Progress,
 ) -> dict[GraphName, Graph]:
-    """Write every graph in FP32, and those of `typed` in that precision, to folder `out`, but for what `known` has.
+    """Write every graph in FP32, and those of `typed` in that precision, to folder `out`, except those in `known`.
 
-    What computes in FP16 is first seen to stay within its range at `size`.
+    Graphs that compute in FP16 are checked first to stay within its range at `size`.
 
     Raises:
         ExportError: a graph differs from torch, or leaves FP16's range.
@@ -50,7 +50,7 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
 
 
 def export_tokenizer(config: CheckpointConfig, words: Sequence[LearnedToken], out: Path) -> Tokenizer:
-    """Whatever form the checkpoint keeps it in, the bundle holds one `tokenizer.json`, which knows `words` too."""
+    """Write the checkpoint's tokenizer, with the learned tokens `words`, to one `tokenizer.json` in folder `out`."""
     tokenizer = load_tokenizer(config, words)
     path = out / "tokenizer.json"
     write_atomically(path, tokenizer.backend_tokenizer.to_str().encode())
@@ -62,7 +62,7 @@ def export_tokenizer(config: CheckpointConfig, words: Sequence[LearnedToken], ou
 
 
 class _Export:
-    """One graph on its way to ONNX."""
+    """The export of one graph, in several precisions."""
 
     def __init__(self, name: GraphName, traced: Traced, out: Path, progress: Progress) -> None:
         self._name = name
@@ -73,7 +73,7 @@ class _Export:
         self._expected = traced.compute(self._inputs)
 
     def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
-        """Raise ExportError if what is to be computed in FP16 leaves its range at `size`."""
+        """Raise ExportError if the graph is wanted in FP16 and leaves its range at `size`."""
         if "fp16" not in typed or (known and "fp16" in known.onnx):
             return
         latent = self._traced.latent
@@ -102,7 +102,7 @@ class _Export:
     def _reference(self, storage: Storage) -> Onnx:
         path = self._path("fp32")
         path.parent.mkdir(parents=True, exist_ok=True)
-        (self._out / MANIFEST).unlink(missing_ok=True)  # it vouched for the graph that goes
+        (self._out / MANIFEST).unlink(missing_ok=True)  # it lists the hash of the graph that is replaced
         with self._progress.stage(f"exporting {self._name}"):
             files = save_reference(to_onnx(self._traced), path, storage=storage)
         return self._checked(files, storage)

@@ -21,7 +21,7 @@ _SAME = 2**-7  # two roundings of one weight differ by less than this, relative 
 
 
 def save_reference(model: ir.Model, path: Path, *, storage: Storage) -> tuple[Path, ...]:
-    """Write an FP32 graph to `path` and its weights beside it. Returns both paths."""
+    """Write an FP32 graph to `path` and its weights to the same folder. Returns both paths."""
     if storage == "fp16":
         _halve(model.graph)
     weights = path.with_suffix(".weights")

@@ -32,8 +32,8 @@ _REFUSED = {
     "DPM++ 2S a": f"{_NO_CLASS} take dpmpp_2s or euler_ancestral.",
     "Restart": f"{_NO_CLASS} take heun.",
     "IPNDMScheduler": "its noise levels are its own, whatever the checkpoint was trained with: take lms.",
-    "DDIMInverseScheduler": "it leads from pictures to noise.",
-    "DPMSolverMultistepInverseScheduler": "it leads from pictures to noise.",
+    "DDIMInverseScheduler": "it leads from images to noise.",
+    "DPMSolverMultistepInverseScheduler": "it leads from images to noise.",
     "EDMEulerScheduler": _OTHER_MODELS,
     "EDMDPMSolverMultistepScheduler": _OTHER_MODELS,
     "CMStochasticIterativeScheduler": _OTHER_MODELS,
@@ -74,7 +74,7 @@ def find(
 def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip: int = 0) -> Table:
     """Work out the table of `scheduler` for `num_steps` steps, of which the first `skip` are left out.
 
-    Methods with a history begin it at the first step that is made, as diffusers' pipelines do from a picture.
+    Methods with a history begin it at the first step that is made, as diffusers' pipelines do from an image.
 
     Raises ValueError for a step count outside 1..num_train_timesteps, nothing left to do, a scheduler that `find` would
     not give, and what a method cannot do: predictions it is not defined for, more steps than have room.
@@ -111,7 +111,7 @@ _REASONS = {_key(name): reason for name, reason in _REFUSED.items()}
 
 def _unknown(name: str, base: str, ending: Sigmas | None) -> str:
     if base in _REASONS:
-        return f"{name} is not to be had: {_REASONS[base]}"
+        return f"{name} is unavailable: {_REASONS[base]}"
     near = difflib.get_close_matches(base, [*_ACCEPTED, *NAMES], n=1)
     guess = Scheduler(_ACCEPTED.get(near[0], near[0]), ending or "default").name if near else None
     hint = f"did you mean {guess}? There are" if guess in NAMES else "choose one of"

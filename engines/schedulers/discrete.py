@@ -93,7 +93,7 @@ def lcm(setting: Setting) -> Table:
 def tcd(setting: Setting) -> Table:
     """Strategic stochastic sampling, Zheng et al. (2024): leap to s, beyond the next t, and noise it up to there.
 
-    eta is their gamma, 0.3 unless told. The last leap is to timestep 0, and takes no noise.
+    eta is their gamma, 0.3 by default. The last leap is to timestep 0, and takes no noise.
     """
     left = alpha_bar(setting.schedule, zero_snr=setting.zero_snr)
     gamma = 0.3 if setting.scheduler.eta is None else setting.scheduler.eta

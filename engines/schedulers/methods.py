@@ -259,7 +259,7 @@ _LIST = (
             "tcd",
             "TCD",
             ("TCDScheduler",),
-            "2 to 8 steps of a trajectory consistency model; eta, 0.3 unless told, is how much noise is fresh.",
+            "2 to 8 steps of a trajectory consistency model; eta, 0.3 by default, is how much noise is fresh.",
             stochastic=True,
             options=("eta",),
         ),

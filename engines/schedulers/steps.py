@@ -51,10 +51,10 @@ class Step:
     No step reads a memory lane that none before it has written, so lanes may start as anything finite.
     """
 
-    timestep: float  # what the UNet is told
+    timestep: float  # the UNet's input
     scale: float  # c_in: the UNet sees scale * x
     matrix: NDArray[np.float64]
-    level: tuple[float, float]  # signal, noise: what diffusers mixes a picture and noise by, to be like this x
+    level: tuple[float, float]  # signal, noise: weights with which diffusers adds noise to an image for this step
     draws: bool  # takes fresh noise, if only to multiply it by 0
 
 
@@ -107,7 +107,7 @@ class Setting:
             case "epsilon":
                 if not alpha.all():
                     raise ValueError(
-                        "This checkpoint's noise schedule leaves nothing of the picture at its last timestep, where a "
+                        "This checkpoint's noise schedule leaves nothing of the image at its last timestep, where a "
                         "model that predicts the noise says nothing of it: ask for timestep_spacing leading, or euler."
                     )
                 return (x - sigma * model) / alpha, model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.build.trt.errors import NotWritten, format_bytes
+from engines.files import publish
 
 
 def check_writable(out: Path, beside: Path) -> None:
@@ -27,9 +27,7 @@ def write_engine(plan: Any, out: Path, beside: Path) -> None:
     try:
         with beside.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(out)
+        publish(beside, out)
     except OSError as error:
         raise NotWritten(_why_not_written(error, out, content.nbytes)) from error
 

@@ -22,6 +22,7 @@ from engines.backends.registry import TENSORRT
 from engines.build.trt.disk import remove
 from engines.build.trt.errors import KINDS, REDUCE, BuildError, OutOfMemory, Unavailable, format_bytes
 from engines.build.trt.layers import LayerCounts
+from engines.files import temporary_for
 from engines.progress import Progress, Stage
 
 _GRACE = 3.0  # seconds in which a cancelled build may end by itself
@@ -51,7 +52,7 @@ def build_engine(module: str, onnx: Path, out: Path, profiles: Sequence[Ranges],
     """
     if module not in TENSORRT:
         raise Unavailable(f"There is no TensorRT called {module!r}: choose one of {', '.join(TENSORRT)}.")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside = temporary_for(out)
     paths = {"onnx": str(onnx), "out": str(out), "beside": str(beside)}
     job = {"module": module, **paths, "profiles": [dict(profile) for profile in profiles]}
     try:

@@ -137,7 +137,7 @@ def test_what_a_method_does_not_have_is_refused(name: str, asked: dict[str, Any]
         ("dpmpp_2m_karas", r"did you mean dpmpp_2m_karras\?"),
         ("DPM++ 2M SD Karras", r"did you mean dpmpp_2m_sde_karras\?"),
         ("", "unknown scheduler ''"),
-        ("DPM++ SDE Karras", "DPM.. SDE Karras is not to be had: its noise comes from a Brownian tree"),
+        ("DPM++ SDE Karras", "DPM.. SDE Karras is unavailable: its noise comes from a Brownian tree"),
         ("DPMSolverSDEScheduler", "Brownian tree, which torch's seeds do not replay: take dpmpp_2m_sde"),
         ("DPM adaptive", "it chooses its steps by what it sees"),
         ("DPM++ 2S a Karras", "diffusers has no class of it to compare with: take dpmpp_2s"),
