@@ -292,7 +292,7 @@ class Geometry(_Frozen):
 
     @property
     def context_rows(self) -> int:
-        """Rows of the context pool: the most chunks for every row of every size, and some that outlive their requests."""
+        """Rows of the context pool: the most chunks for each row of each size, and some that outlive their requests."""
         return self.max_rows * MAX_CHUNKS * len(self.resolutions) + _CACHED_CHUNKS
 
 

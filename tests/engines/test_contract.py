@@ -28,11 +28,22 @@ from engines.contract import (
 from engines.export.modules import Denoise, ShallowDenoise
 from engines.export.trace import Traced, dynamic_shapes
 from engines.manifest import Manifest, Profile
+from tests import ROOT
 from tests.support.contracts import with_inputs
 
 SIZES = dict.fromkeys("SCLBRPNnhwHWcfTDVE", 3)
 ROW_SCALE = Port("row_scale", "float32", ("R", 2), role="plan", fill=1)
 POOLED = Port("pooled", "float32", ("C", "D"), role="pool")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    return ROOT / "engines" / "demo"
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return Manifest.read(bundle)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

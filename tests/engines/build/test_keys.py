@@ -24,6 +24,11 @@ def modules(places: Iterable[str]) -> list[str]:
     return [file.relative_to(ENGINES).as_posix() for files in found for file in files]
 
 
+@pytest.fixture(scope="module")
+def manifest() -> Manifest:
+    return Manifest.read(ENGINES / "demo")
+
+
 @pytest.fixture(autouse=True)
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package, which keys are made of."""
@@ -92,7 +97,7 @@ def test_an_export_is_of_one_source_storage_and_version(manifest: Manifest) -> N
     made = [
         export(manifest),
         export_key(other, manifest.weights, manifest.versions),
-        export_key(manifest.source, "fp16", manifest.versions),
+        export_key(manifest.source, "fp32", manifest.versions),
         export_key(manifest.source, manifest.weights, versions),
     ]
     assert len(set(made)) == len(made)

@@ -15,6 +15,7 @@ from engines.manifest import Manifest
 from server.requests.request import DEPTHS, Depth
 from server.runtime.latent_pool import LatentPool, PlanMemory, Streams
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan
+from tests import ROOT
 from tests.support.contracts import with_inputs
 
 LATENT = (4, 8, 8)
@@ -66,6 +67,11 @@ def test_a_plan_gives_only_inputs_of_the_graph() -> None:
     unknown.arrays["row_feature"] = np.zeros(3, np.int64)
     with pytest.raises(KeyError, match="row_feature"):
         memory.write(unknown, device.stream("steps"))
+
+
+@pytest.fixture(scope="module")
+def manifest() -> Manifest:
+    return Manifest.read(ROOT / "engines" / "demo")
 
 
 class Recorder:
