@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import build_engines
+from engines.build import api
+from engines.build.console import display_on, terminal
 from engines.errors import EngineError
 from engines.manifest import MANIFEST, BundleError, Manifest
 
@@ -77,18 +78,21 @@ def checkpoint_of(subject: Subject) -> Path:
 
 
 def build(subject: Subject, backend: str, rows: Sequence[int]) -> Manifest:
-    """Bring the subject's bundle to hold `backend` for these row buckets, by the command people use.
+    """Build the subject's bundle for `backend` and these row buckets, unless it is there.
 
     Raises:
-        EngineError: it cannot be built; the command has said why.
+        EngineError: it cannot be built.
     """
-    if subject.given:
-        return Manifest.read(subject.bundle)
-    if not is_built(subject, backend, rows):
-        buckets = ",".join(map(str, rows))
-        source = ["--model", str(checkpoint_of(subject)), "--name", subject.name, "--out", str(subject.bundle)]
-        if build_engines.main([*source, "--backend", backend, "--rows", buckets, "--no-verify"]):
-            raise EngineError(f"{subject.name} could not be built for {backend}: see above.")
+    if not subject.given and not is_built(subject, backend, rows):
+        with display_on(terminal()) as display:
+            api.build(
+                api.CheckpointSource(str(checkpoint_of(subject))),
+                subject.bundle,
+                backends=[backend],
+                options=api.ExportOptions(name=subject.name, rows=tuple(rows)),
+                verify=False,
+                reporter=api.Reporter(progress=display),
+            )
     return Manifest.read(subject.bundle)
 
 

@@ -1,4 +1,4 @@
-"""What a build tells of its progress, and to whom: stages that begin, advance and end."""
+"""Progress of a build: nested stages, each with a completed fraction, and notes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """A piece of work under way."""
+    """A stage that has begun and not ended."""
 
     def update(self, done: float, total: float) -> None:
-        """`done` of `total` is finished, in whatever unit the stage counts: bytes, steps."""
+        """Report that `done` of `total` is finished, in any unit: bytes, steps."""
 
 
 class Progress(Protocol):
-    """Who hears of it."""
+    """Receives the progress of a build."""
 
     def stage(self, name: str) -> AbstractContextManager[Stage]:
-        """A stage that lasts as long as the context. Stages may lie inside one another."""
+        """Begin a stage, which ends with the context. Stages may be nested."""
 
     def note(self, text: str) -> None:
-        """A remark that stays: a warning, or why something was chosen."""
+        """Report a warning, or the reason for a choice. Notes stay visible when their stage has ended."""
 
 
-class Silent:
-    """Tells nobody."""
+class NullProgress:
+    """Discards all progress."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:  # noqa: ARG002 - the protocol's name

@@ -1,39 +1,52 @@
-"""Brings a folder to what was asked of it: exports what is missing, keeps what is right, writes the manifest last."""
+"""Exports to bundles: graphs that are missing or out of date are exported, and the manifest is written last."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.backends.registry import install_command
 from engines.build.keys import export_key
 from engines.build.profiles import shapes
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import GraphName
 from engines.errors import EngineError
-from engines.manifest import Build, BundleError, ComputeDtype, Defaults, Geometry, Manifest, Size, Storage
+from engines.manifest import Build, BundleError, ComputeDtype, Defaults, Geometry, Graph, Manifest, Size, Storage
 from engines.progress import Progress
 
 if TYPE_CHECKING:
     from engines.checkpoints.loading.modules import Modules
 
+Preview = tuple[tuple[float, ...], ...]  # an affine map from latents to RGB, as in the manifest
+DEFAULT_ROWS = (2, 4, 8, 16)  # row buckets
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 _MEMORY_PER_WEIGHT = 12  # bytes at the peak
 
 
-@dataclass(frozen=True, slots=True)
-class BundleSpec:
-    """What a bundle shall be. None and the empty leave it to the checkpoint, or to what the bundle already says."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """The bundle that an export makes. None and empty values are replaced by the checkpoint's own.
 
-    weights: Storage
-    typed: tuple[tuple[GraphName, ComputeDtype], ...]  # graphs, beside FP32
-    rows: tuple[int, ...]
-    decode_batch: int
+    Attributes:
+        weights: how weights are stored, once for all precisions. None: as in the existing bundle; in a new one fp16 if
+            all its backends run on GPUs, otherwise fp32.
+        rows: row buckets, ascending. The largest bounds a step; a guided image takes two rows.
+        decode_batch: images that one call of the decoder may take.
+        name: the model's name in the API.
+        resolutions: the image sizes to serve; the first is the default of requests.
+        steps: the default number of denoising steps of requests: 50, or 4 for latent consistency models.
+        guidance: the default guidance scale of requests: 7.5, or 8.5 for latent consistency models.
+        examples: prompts that show what the model can draw.
+    """
+
+    weights: Storage | None = None
+    rows: tuple[int, ...] = DEFAULT_ROWS
+    decode_batch: int = 1
     name: str | None = None
     resolutions: tuple[Size, ...] = ()
     steps: int | None = None
@@ -41,199 +54,220 @@ class BundleSpec:
     examples: tuple[str, ...] = ()
 
 
-def export(
-    checkpoint: Checkpoint, out: Path, wanted: BundleSpec, *, force: bool = False, progress: Progress
-) -> Manifest:
-    """Bring the graphs in folder `out` to those of `checkpoint`, and write the manifest. Needs torch where they differ.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleSpec:
+    """The export options of a bundle, and what its backends require of the graphs."""
+
+    options: ExportOptions
+    weights: Storage
+    dtypes: frozenset[tuple[GraphName, ComputeDtype]] = frozenset()  # of graphs that are exported in addition to FP32
+
+
+def export(checkpoint: Checkpoint, out: Path, spec: BundleSpec, *, force: bool = False, progress: Progress) -> Manifest:
+    """Export the graphs of `checkpoint` to folder `out` and write its manifest; needs torch unless they are there.
 
     Raises:
         EngineError: a size does not fit the model, the weights cannot be read, or a graph differs from torch.
     """
-    key = _export_key(checkpoint, wanted.weights)
-    earlier = None if force else _earlier(out, key)
-    if earlier and not _missing(earlier, wanted.typed):
+    key = _export_key(checkpoint, spec.weights)
+    earlier = None if force else _earlier_export(out, key)
+    if earlier and _has_graphs(earlier, spec):
         progress.note("the graphs: unchanged")
-        manifest = _described(earlier, wanted)
     else:
-        manifest = _exported(checkpoint, out, wanted, key=key, earlier=earlier, progress=progress)
+        earlier = _Exporter(checkpoint, out, spec, key=key, earlier=earlier, progress=progress).run()
+    manifest = _with_options(earlier, spec.options)
     manifest.save(out)
     return manifest
 
 
-def geometry_of(checkpoint: Checkpoint, wanted: BundleSpec) -> Geometry:
-    """The sizes that an export will have. Raises EngineError where one does not fit the model."""
+def geometry_of(checkpoint: Checkpoint, options: ExportOptions) -> Geometry:
+    """The input sizes of the bundle that an export makes. Raises EngineError where one does not fit the model."""
     config = checkpoint.config
-    for size in wanted.resolutions:
-        check_size(size, config.latent.multiple)
+    for size in options.resolutions:
+        _check_size(size, config.latent.multiple)
     return Geometry(
-        resolutions=wanted.resolutions or (config.size,),
-        rows=wanted.rows,
-        decode_batch=wanted.decode_batch,
+        resolutions=options.resolutions or (config.size,),
+        rows=options.rows,
+        decode_batch=options.decode_batch,
         latent=config.latent,
         context=config.context,
     )
 
 
-def stored(out: Path) -> Storage | None:
-    """How the bundle in folder `out` stores its weights; None where there is none."""
+def stored_weights(bundle: Path) -> Storage | None:
+    """How an existing bundle stores its weights; None where there is no bundle."""
     with suppress(BundleError):
-        return Manifest.read(out).weights
+        return Manifest.read(bundle).weights
     return None
 
 
-def reshaped(manifest: Manifest, **facts: Any) -> Manifest:
-    """`manifest` with other facts, and without the builds that were compiled for other shapes.
+def updated(manifest: Manifest, **fields: Any) -> Manifest:
+    """A copy of `manifest` with other values of `fields`, without builds whose profiles no longer cover its shapes.
 
     Raises:
         EngineError: a size does not fit the model.
     """
-    changed = Manifest.model_validate({**dict(manifest), **facts})
+    changed = Manifest.model_validate({**dict(manifest), **fields})
     for size in changed.resolutions:
-        check_size(size, changed.latent.multiple)
-    kept = {backend: build for backend, build in changed.builds.items() if _covers(build, changed)}
-    return Manifest.model_validate({**dict(changed), "builds": kept})
+        _check_size(size, changed.latent.multiple)
+    builds = {backend: build for backend, build in changed.builds.items() if _covers(build, changed)}
+    return Manifest.model_validate({**dict(changed), "builds": builds})
 
 
-def check_size(size: Size, multiple: int) -> None:
-    """Raise EngineError unless the UNet can halve `size` as often as it must."""
-    if size.width % multiple or size.height % multiple:
-        raise EngineError(f"{size} does not fit this model: width and height must be multiples of {multiple}.")
-
-
-def _covers(build: Build, manifest: Manifest) -> bool:
-    """Whether engines with profiles have those that the manifest asks for."""
-    for name, engine in build.engines.items():
-        if engine.profiles:
-            asked = [(shape.profile.size, shape.profile.batch) for shape in shapes(manifest, name)]
-            if [(profile.size, profile.batch) for profile in engine.profiles] != asked:
-                return False
-    return True
-
-
-def with_whole_builds(bundle: Path) -> Manifest:
-    """The manifest of a bundle whose graphs are as they were built, without backends of which an engine is not.
+def load_intact(bundle: Path) -> Manifest:
+    """The manifest of a bundle, without builds of which an engine file is missing or altered.
 
     Raises:
         BundleError: a graph is missing or altered; it has to be exported again.
     """
     manifest = Manifest.read(bundle)
     manifest.model_copy(update={"builds": {}}).verify(bundle)
-    whole = {backend: build for backend, build in manifest.builds.items() if _whole(build, bundle)}
-    return manifest.model_copy(update={"builds": whole})
+    intact = {backend: build for backend, build in manifest.builds.items() if _is_intact(build, bundle)}
+    return manifest.model_copy(update={"builds": intact})
 
 
-def _whole(build: Build, bundle: Path) -> bool:
+def _check_size(size: Size, multiple: int) -> None:
+    if size.width % multiple or size.height % multiple:
+        raise EngineError(f"{size} does not fit this model: width and height must be multiples of {multiple}.")
+
+
+def _covers(build: Build, manifest: Manifest) -> bool:
+    """Whether the profiles of all engines that have some are those that the manifest requires."""
+    for name, engine in build.engines.items():
+        if engine.profiles:
+            required = [(shape.profile.size, shape.profile.batch) for shape in shapes(manifest, name)]
+            if [(profile.size, profile.batch) for profile in engine.profiles] != required:
+                return False
+    return True
+
+
+def _is_intact(build: Build, bundle: Path) -> bool:
     return all(file.matches(bundle / file.path) for engine in build.engines.values() for file in engine.files)
 
 
-def _earlier(out: Path, key: str) -> Manifest | None:
+def _earlier_export(out: Path, key: str) -> Manifest | None:
     with suppress(BundleError):
-        manifest = with_whole_builds(out)
+        manifest = load_intact(out)
         if manifest.export_key == key:
             return manifest
     return None
 
 
-def _missing(manifest: Manifest, typed: Sequence[tuple[GraphName, ComputeDtype]]) -> bool:
-    return any(precision not in manifest.graphs[name].onnx for name, precision in typed)
+def _has_graphs(manifest: Manifest, spec: BundleSpec) -> bool:
+    return all(dtype in manifest.graphs[name].onnx for name, dtype in spec.dtypes)
 
 
-def _described(manifest: Manifest, wanted: BundleSpec) -> Manifest:
-    return reshaped(
+def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
+    return updated(
         manifest,
-        name=wanted.name or manifest.source.name,
-        resolutions=wanted.resolutions or (manifest.trained_size,),
-        rows=wanted.rows,
-        decode_batch=wanted.decode_batch,
-        defaults=_defaults(manifest.defaults.scheduler, wanted),
-        examples=wanted.examples,
+        name=options.name or manifest.source.name,
+        resolutions=options.resolutions or (manifest.trained_size,),
+        rows=options.rows,
+        decode_batch=options.decode_batch,
+        defaults=_request_defaults(manifest.defaults.scheduler, options),
+        examples=options.examples,
     )
 
 
-def _defaults(scheduler: str, wanted: BundleSpec) -> Defaults:
-    """What was asked for, or what diffusers' own pipelines take."""
+def _request_defaults(scheduler: str, options: ExportOptions) -> Defaults:
+    """The defaults of requests: those of the options, or of diffusers' own pipelines."""
     steps, guidance = (4, 8.5) if scheduler == "lcm" else (50, 7.5)
     return Defaults(
         scheduler=scheduler,
-        num_inference_steps=wanted.steps or steps,
-        guidance_scale=guidance if wanted.guidance is None else wanted.guidance,
+        num_inference_steps=options.steps or steps,
+        guidance_scale=guidance if options.guidance is None else options.guidance,
     )
 
 
-def _exported(
-    checkpoint: Checkpoint, out: Path, wanted: BundleSpec, *, key: str, earlier: Manifest | None, progress: Progress
-) -> Manifest:
-    geometry_of(checkpoint, wanted)  # refuses a size that does not fit before anything is loaded
-    _warn_of_memory(checkpoint, progress)
-    with progress.stage("loading torch"):
-        from engines.checkpoints.loading.convert import as_folder  # noqa: PLC0415 - seconds of imports, for those who need them
-        from engines.checkpoints.loading.modules import load_modules  # noqa: PLC0415 - as above
+class _Exporter:
+    """Exports one checkpoint, for the graphs that an earlier export of it lacks."""
 
-    with as_folder(checkpoint, progress) as config:
-        with progress.stage("reading the weights"):
-            modules = load_modules(config, checkpoint)
-        return _traced(config, modules, checkpoint, out, wanted=wanted, key=key, earlier=earlier, progress=progress)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        out: Path,
+        spec: BundleSpec,
+        *,
+        key: str,
+        earlier: Manifest | None,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._out = out
+        self._spec = spec
+        self._key = key
+        self._earlier = earlier
+        self._progress = progress
 
+    def run(self) -> Manifest:
+        geometry_of(self._checkpoint, self._spec.options)  # refuses a size that does not fit before anything is loaded
+        self._warn_of_memory()
+        with self._progress.stage("loading torch"):
+            from engines.checkpoints.loading.convert import as_folder  # noqa: PLC0415 - takes seconds, and needs torch
+            from engines.checkpoints.loading.modules import load_modules  # noqa: PLC0415 - as above
 
-def _warn_of_memory(checkpoint: Checkpoint, progress: Progress) -> None:
-    """Tell before minutes of work that the system may end it: it would do so without a word."""
-    needed = _MEMORY_PER_WEIGHT * sum(count_parameters(checkpoint).values())
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > present:
-        progress.note(
-            f"warning: exporting takes about {needed / 1e9:.0f} GB of memory, and here are {present / 1e9:.0f}: the "
-            "system may end it. Export on a larger machine: the bundle can be copied, and compiled here."
+        with as_folder(self._checkpoint, self._progress) as config:
+            with self._progress.stage("reading the weights"):
+                modules = load_modules(config, self._checkpoint)
+            self._out.mkdir(parents=True, exist_ok=True)
+            return self._manifest(config, self._graphs(config, modules), self._preview(config, modules))
+
+    def _warn_of_memory(self) -> None:
+        """Warn before minutes of work that the system may end the process, which it does without a message."""
+        needed = _MEMORY_PER_WEIGHT * sum(count_parameters(self._checkpoint).values())
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > present:
+            self._progress.note(
+                f"warning: exporting takes about {needed / 1e9:.0f} GB of memory, and this machine has "
+                f"{present / 1e9:.0f} GB: the system may end it. Export on a larger machine: the bundle can be copied, "
+                "and compiled here."
+            )
+
+    def _graphs(self, config: CheckpointConfig, modules: Modules) -> dict[GraphName, Graph]:
+        from engines.export.run import export_graphs  # noqa: PLC0415 - as above
+
+        return export_graphs(
+            config,
+            modules,
+            self._out,
+            storage=self._spec.weights,
+            typed=sorted(self._spec.dtypes),
+            size=self._size(config),
+            known=dict(self._earlier.graphs) if self._earlier else {},
+            progress=self._progress,
         )
 
+    def _preview(self, config: CheckpointConfig, modules: Modules) -> Preview:
+        from engines.export.preview import fit_rgb  # noqa: PLC0415 - as above
 
-def _traced(  # noqa: PLR0913 - all that a new manifest is made of
-    config: CheckpointConfig,
-    modules: Modules,
-    checkpoint: Checkpoint,
-    out: Path,
-    *,
-    wanted: BundleSpec,
-    key: str,
-    earlier: Manifest | None,
-    progress: Progress,
-) -> Manifest:
-    from engines.export.preview import fit_rgb  # noqa: PLC0415 - as above
-    from engines.export.run import export_graphs, export_tokenizer  # noqa: PLC0415 - as above
+        with self._progress.stage("fitting previews"):
+            return fit_rgb(modules.vae, config.latent)
 
-    out.mkdir(parents=True, exist_ok=True)
-    known: dict[GraphName, Any] = earlier.graphs if earlier else {}
-    size = (*wanted.resolutions, config.size)[0]
-    graphs = export_graphs(
-        config,
-        modules,
-        out,
-        storage=wanted.weights,
-        typed=wanted.typed,
-        size=size,
-        known=known,
-        progress=progress,
-    )
-    with progress.stage("fitting previews"):
-        preview = fit_rgb(modules.vae, config.latent)
-    manifest = Manifest(
-        name=checkpoint.name,
-        source=checkpoint.source,
-        weights=wanted.weights,
-        trained_size=config.size,
-        preview=preview,
-        resolutions=(size,),
-        rows=wanted.rows,
-        latent=config.latent,
-        context=config.context,
-        tokenizer=export_tokenizer(config, checkpoint.learned_tokens, out),
-        noise_schedule=config.noise_schedule,
-        defaults=Defaults(scheduler=config.scheduler),
-        graphs=graphs,
-        builds=earlier.builds if earlier else {},
-        versions={package: version(package) for package in _EXPORTERS},
-        export_key=key,
-    )
-    return _described(manifest, wanted)
+    def _size(self, config: CheckpointConfig) -> Size:
+        return (*self._spec.options.resolutions, config.size)[0]
+
+    def _manifest(self, config: CheckpointConfig, graphs: dict[GraphName, Graph], preview: Preview) -> Manifest:
+        """The manifest before the options, but for the shapes."""
+        from engines.export.run import export_tokenizer  # noqa: PLC0415 - as above
+
+        return Manifest(
+            name=self._checkpoint.name,
+            source=self._checkpoint.source,
+            weights=self._spec.weights,
+            trained_size=config.size,
+            preview=preview,
+            resolutions=(self._size(config),),
+            rows=self._spec.options.rows,
+            latent=config.latent,
+            context=config.context,
+            tokenizer=export_tokenizer(config, self._checkpoint.learned_tokens, self._out),
+            noise_schedule=config.noise_schedule,
+            defaults=Defaults(scheduler=config.scheduler),
+            graphs=graphs,
+            builds=self._earlier.builds if self._earlier else {},
+            versions={package: version(package) for package in _EXPORTERS},
+            export_key=self._key,
+        )
 
 
 def _export_key(checkpoint: Checkpoint, weights: Storage) -> str:
@@ -245,6 +279,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         raise EngineError(
-            f"Exporting a checkpoint needs the package {package}: pip install 'latentd[build]'. "
+            f"Exporting a checkpoint needs the package {package}: {install_command('build')}. "
             "A bundle that was exported elsewhere needs none: build_engines.py compile BUNDLE."
         ) from None

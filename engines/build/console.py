@@ -1,12 +1,14 @@
-"""What a build shows: bars where people watch, plain lines where a log does, JSON where a program does, and tables."""
+"""The display of a build: progress as bars on a terminal, lines in a log or JSON for a program, and tables."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -15,18 +17,21 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgre
 from rich.table import Table
 from rich.text import Text
 
+from engines.accuracy import IDENTICAL
+from engines.build.api import BackendPlan
 from engines.build.profiles import shapes
 from engines.contract import GRAPHS, INPAINT_LANES, LANES, STEPS, GraphName
 from engines.manifest import Build, Compiled, FusionReport, Geometry, Manifest, Precision
 from engines.progress import Stage
 
-# Bytes per latent of a row, or per pixel: what TensorRT for RTX says of SD 1.x in FP16.
+_ROOT = Path(__file__).parents[2]
+# Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
 _ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810}
 _BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
 
 
-class BuildProgress:
-    """`engines.progress.Progress` on a terminal: a spinner or a bar per stage. A context manager."""
+class BarDisplay:
+    """Progress on a terminal: a spinner or a bar per stage. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
@@ -59,8 +64,12 @@ class BuildProgress:
             raise
         finally:
             self._depth -= 1
+        self._finish(task)
+
+    def _finish(self, task: TaskID) -> None:
+        """Complete the bar of an outermost stage, which stays visible; remove that of a nested one."""
         if self._depth:
-            self._bars.remove_task(task)  # inner stages make room once they are done
+            self._bars.remove_task(task)
         else:
             total = self._bars.tasks[self._bars.task_ids.index(task)].total or 1
             self._bars.update(task, total=total, completed=total)
@@ -78,8 +87,8 @@ class _Bar:
         self._bars.update(self._task, completed=done, total=total)
 
 
-class BuildLog:
-    """`engines.progress.Progress` as plain lines: one when a stage begins, one when it ends."""
+class LogDisplay:
+    """Progress as plain lines: one when an outermost stage begins, one when it ends. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -91,7 +100,7 @@ class BuildLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to put away."""
+        """Do nothing: a log holds no resources."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -107,23 +116,23 @@ class BuildLog:
             self.note(f"{name}: {time.monotonic() - began:.1f} s")
 
     def update(self, done: float, total: float) -> None:
-        """A log has no bars."""
+        """Do nothing: a log has no bars."""
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-class BuildFeed:
-    """`engines.progress.Progress` for another program: JSON lines, which tell how far the outermost stage is.
+class JsonDisplay:
+    """Progress for another program: JSON lines with the percentage of the outermost stage. A context manager.
 
-    `{"stage": "compiling denoise for tensorrt", "percent": 40}`, with null until the stage says how long it is, and
+    `{"stage": "compiling denoise for tensorrt", "percent": 40}`, with null until the stage reports its length, and
     `{"note": "denoise of tensorrt: unchanged"}`.
     """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._open: list[_Share] = []
-        self._percent: int | None = None  # of the outermost stage, as it was told
+        self._stages: list[_NestedStage] = []  # from the outermost to the innermost
+        self._percent: int | None = None  # of the outermost stage, as last written
 
     def __enter__(self) -> Self:
         return self
@@ -131,121 +140,141 @@ class BuildFeed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to put away."""
+        """Do nothing: the file is the caller's."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        self._open.append(_Share(name, self._advance))
-        if len(self._open) == 1:
-            self._tell_percent(None)
+        self._stages.append(_NestedStage(name, self._on_update))
+        if len(self._stages) == 1:
+            self._write_percent(None)
         try:
-            yield self._open[-1]
+            yield self._stages[-1]
         finally:
-            ended = self._open.pop()
-            if self._open and ended.total:
-                self._open[-1].passed += (1 - self._open[-1].passed) / 2
+            ended = self._stages.pop()
+            if self._stages and ended.total:
+                self._stages[-1].end_nested()
 
     def note(self, text: str) -> None:
-        self._tell({"note": text})
+        self._write({"note": text})
 
-    def _advance(self) -> None:
-        percent = int(100 * _fraction(self._open))
-        if self._percent is None or percent > self._percent:  # which stages that begin anew would have fall
-            self._tell_percent(percent)
+    def _on_update(self) -> None:
+        percent = int(100 * _fraction(self._stages))
+        if self._percent is None or percent > self._percent:  # a nested stage may begin again, which would lower it
+            self._write_percent(percent)
 
-    def _tell_percent(self, percent: int | None) -> None:
+    def _write_percent(self, percent: int | None) -> None:
         self._percent = percent
-        self._tell({"stage": self._open[0].name, "percent": percent})
+        self._write({"stage": self._stages[0].name, "percent": percent})
 
-    def _tell(self, said: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(said) + "\n")
+    def _write(self, message: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(message) + "\n")
         self._file.flush()
 
 
 @dataclass(slots=True)
-class _Share:
-    """A stage of which `done` of `total` is finished, and `passed` of the step after that.
+class _NestedStage:
+    """A stage of which `done` of `total` units are finished, and the fraction `within` of the unit in progress.
 
-    Nobody says how many stages lie within a step, so each is taken for half of what is left of it.
+    The number of stages that are nested in a unit is unknown, so each counts for half of what is left of the unit.
     """
 
     name: str
-    changed: Callable[[], None]
+    on_update: Callable[[], None]
     done: float = 0
-    total: float = 0  # 0 until it is known
-    passed: float = 0
+    total: float = 0  # 0: not yet known
+    within: float = 0
 
     def update(self, done: float, total: float) -> None:
         if done != self.done:
-            self.passed = 0
+            self.within = 0
         self.done, self.total = done, total
-        self.changed()
+        self.on_update()
+
+    def end_nested(self) -> None:
+        self.within = self.within_at(1)
+
+    def within_at(self, nested: float) -> float:
+        """The finished fraction of the unit in progress, when the fraction `nested` of a nested stage is finished."""
+        return self.within + (1 - self.within) / 2 * nested
 
 
-def _fraction(stages: Sequence[_Share]) -> float:
-    """How much of the outermost of `stages` is done, each of them within the one before."""
-    within = 0.0
+def _fraction(stages: Sequence[_NestedStage]) -> float:
+    """The finished fraction of the outermost of `stages`, each of them nested in the one before."""
+    nested = 0.0
     for stage in reversed(stages):
         if stage.total:
-            step = stage.passed + (1 - stage.passed) / 2 * within
-            within = min((stage.done + step) / stage.total, 1.0)
-    return within
+            nested = min((stage.done + stage.within_at(nested)) / stage.total, 1.0)
+    return nested
+
+
+Display = BarDisplay | LogDisplay | JsonDisplay
 
 
 def terminal() -> Console:
-    """Standard error; wide enough for the tables where it is no terminal."""
+    """A console on standard error, wide enough for the tables if it is not a terminal."""
     console = Console(stderr=True)
     return console if console.is_terminal else Console(stderr=True, width=140)
 
 
-def progress_on(console: Console) -> BuildProgress | BuildLog:
-    return BuildProgress(console) if console.is_terminal else BuildLog(console)
+def display_on(console: Console) -> BarDisplay | LogDisplay:
+    """Bars if the console is a terminal, lines if it is a log."""
+    return BarDisplay(console) if console.is_terminal else LogDisplay(console)
 
 
-def plan_table(
-    backend: str, geometry: Geometry, precisions: Mapping[GraphName, Precision], parameters: Mapping[GraphName, int]
-) -> RenderableType:
-    """What will be built, with the memory it will take. `parameters` counts the weights, as far as they are known."""
-    table = _table(f"To build for {backend}", "graph", "precision", "profiles", "weights MB", "activations MB, about")
-    for name, precision in precisions.items():
-        weights = _BYTES[precision] * parameters.get(name, 0)
-        table.add_row(
-            name, precision, _asked_profiles(geometry, name), _mb(weights or None), _mb(_activations(geometry, name))
-        )
-    table.caption = f"state pools: {_mb(_state_bytes(geometry))} MB; activations as in FP16, twice that in FP32"
+def serve_command(bundle: Path) -> str:
+    """The command that serves a bundle, from a source checkout or from the installed package."""
+    script = _ROOT / "scripts" / "serve"
+    if not script.is_file():
+        return shlex.join(["latentd", "--bundle", str(bundle)])
+    here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return shlex.join([str(here), "--bundle", str(bundle)])
+
+
+def plan_table(plan: BackendPlan) -> RenderableType:
+    """What will be compiled for a backend, and the memory it will take."""
+    table = _table(
+        f"To build for {plan.backend}", "graph", "precision", "profiles", "weights MB", "activations MB, about"
+    )
+    for name, precision in plan.precisions.items():
+        weights = _BYTES[precision] * plan.parameters.get(name, 0)
+        activations = _activations(plan.geometry, name)
+        table.add_row(name, precision, _planned_profiles(plan.geometry, name), _mb(weights or None), _mb(activations))
+    table.caption = f"state pools: {_mb(_state_bytes(plan.geometry))} MB; activations as in FP16, twice that in FP32"
     return table
 
 
 def summary_table(manifest: Manifest, backend: str) -> RenderableType:
-    """What was compiled: sizes, build times, memory, and how far it strays from FP32."""
+    """The engines of a backend: sizes, build times, memory, and differences from FP32."""
     build = manifest.builds[backend]
     table = _table(
         f"{manifest.name} for {backend} {build.version}",
         *("graph", "precision", "MB", "profiles", "activations MB", "built in", "peak MB", "largest error"),
     )
     for name in GRAPHS:
-        engine = build.engines[name]
-        table.add_row(
-            name,
-            engine.precision,
-            _mb(sum(file.size for file in engine.files)),
-            _profiles(engine),
-            _sizes(engine),
-            f"{engine.seconds:.1f} s" if engine.seconds else "-",
-            _mb(engine.memory) if engine.memory else "-",
-            f"{engine.difference.largest:.1e}" if engine.difference else "-",
-        )
+        table.add_row(name, *_engine_cells(build.engines[name]))
     table.caption = verdict(build)
     return table
 
 
+def _engine_cells(engine: Compiled) -> tuple[str, ...]:
+    return (
+        engine.precision,
+        _mb(sum(file.size for file in engine.files)),
+        _profiles(engine),
+        _profile_activations(engine),
+        f"{engine.seconds:.1f} s" if engine.seconds else "-",
+        _mb(engine.memory) if engine.memory else "-",
+        f"{engine.difference.largest:.1e}" if engine.difference else "-",
+    )
+
+
 def inspect_tables(manifest: Manifest) -> RenderableType:
-    """The whole manifest as people read it."""
-    facts = _table(manifest.name, "", "")
-    facts.show_header = False
-    for key, value in _facts(manifest):
-        facts.add_row(key, value)
-    parts: list[RenderableType] = [facts, _graph_table(manifest)]
+    """The contents of a manifest: its properties, its graphs, and the engines of each backend."""
+    properties = _table(manifest.name, "", "")
+    properties.show_header = False
+    for key, value in (*_source_properties(manifest), *_model_properties(manifest)):
+        properties.add_row(key, value)
+    parts: list[RenderableType] = [properties, _graph_table(manifest)]
     for backend, build in manifest.builds.items():
         parts.append(summary_table(manifest, backend))
         if any(engine.layers for engine in build.engines.values()):
@@ -254,37 +283,37 @@ def inspect_tables(manifest: Manifest) -> RenderableType:
 
 
 def verdict(build: Build) -> str:
-    """What verification found, in words."""
+    """The result of the verification, in one sentence."""
     if not build.verification:
         return "not yet verified: run build_engines.py verify on a machine that runs it"
     found = build.verification
-    pictures = "the same picture" if found.psnr >= 999 else f"{found.psnr:.1f} dB"
-    return f"verified beside FP32 in ONNX Runtime: {pictures} at {found.size}, {found.steps} steps"
+    similarity = "the same image" if found.psnr >= IDENTICAL else f"{found.psnr:.1f} dB"
+    return f"verified against FP32 in ONNX Runtime: {similarity} at {found.size}, {found.steps} steps"
 
 
-def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    yield "source", f"{manifest.source.name} (sha256 {manifest.source.sha256[:12]})"
-    for lora in manifest.source.loras:
-        yield "LoRA", lora
-    for embedding in manifest.source.embeddings:
-        yield "embedding", embedding
-    if manifest.source.decoder:
-        yield "decoder", manifest.source.decoder
+def _source_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    source = manifest.source
+    yield "source", f"{source.name} (sha256 {source.sha256[:12]})"
+    yield from (("LoRA", lora) for lora in source.loras)
+    yield from (("embedding", embedding) for embedding in source.embeddings)
+    if source.decoder:
+        yield "decoder", source.decoder
+
+
+def _model_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    context, defaults = manifest.context, manifest.defaults
+    requests = f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}"
     yield "resolutions", ", ".join(map(str, manifest.resolutions))
     yield "row buckets", ", ".join(map(str, manifest.rows))
     yield "prediction", manifest.noise_schedule.prediction_type
-    yield "context", f"{manifest.context.tokens} tokens of {manifest.context.width}, {manifest.context.layers} layers"
-    defaults = manifest.defaults
-    yield (
-        "defaults",
-        f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}",
-    )
+    yield "context", f"{context.tokens} tokens of {context.width}, {context.layers} layers"
+    yield "defaults", requests
     yield "weights", f"stored in {manifest.weights}"
     yield "exported by", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
 
 
 def _graph_table(manifest: Manifest) -> Table:
-    table = _table("ONNX graphs", "graph", "computes in", "file", "MB with weights", "largest error beside torch")
+    table = _table("ONNX graphs", "graph", "computes in", "file", "MB with weights", "largest error against torch")
     for name, graph in manifest.graphs.items():
         for precision, onnx in graph.onnx.items():
             size = sum(file.size for file in onnx.files)
@@ -296,7 +325,7 @@ def _layer_table(backend: str, build: Build) -> Table:
     table = _table(f"Layers of {backend}", "graph", "layers", "attentions fused", "GroupNorms fused", "layers by type")
     for name, engine in build.engines.items():
         if layers := engine.layers:
-            table.add_row(name, str(layers.total), *_fused(layers), _precisions(layers))
+            table.add_row(name, str(layers.total), *_fused(layers), _layer_types(layers))
     return table
 
 
@@ -307,7 +336,7 @@ def _fused(layers: FusionReport) -> tuple[str, str]:
     )
 
 
-def _precisions(layers: FusionReport) -> str:
+def _layer_types(layers: FusionReport) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(layers.precisions.items(), key=lambda item: -item[1]))
 
 
@@ -317,18 +346,18 @@ def _profiles(engine: Compiled) -> str:
     return ", ".join(f"{profile.size or 'prompt'}×{profile.batch}" for profile in engine.profiles)
 
 
-def _sizes(engine: Compiled) -> str:
-    """Activation memory by profile, where a GPU has told it."""
+def _profile_activations(engine: Compiled) -> str:
+    """Activation memory by profile, where a GPU has measured it."""
     known = [_mb(profile.activations) for profile in engine.profiles if profile.activations is not None]
     return ", ".join(known) or "-"
 
 
-def _asked_profiles(geometry: Geometry, name: GraphName) -> str:
+def _planned_profiles(geometry: Geometry, name: GraphName) -> str:
     return ", ".join(f"{one.profile.size or 'prompt'}×{one.profile.batch}" for one in shapes(geometry, name))
 
 
 def _activations(geometry: Geometry, name: GraphName) -> float:
-    """Of the largest profile; what others need lies within it."""
+    """Bytes of activations of the largest profile, which contain those of the others."""
     if name == "encode_prompt":
         return geometry.context.tokens * geometry.context.width * 32
     profiles = [shape.profile for shape in shapes(geometry, name)]
@@ -338,7 +367,7 @@ def _activations(geometry: Geometry, name: GraphName) -> float:
 
 
 def _state_bytes(geometry: Geometry) -> int:
-    """Two pools per size and what is kept for inpainting, f32."""
+    """Bytes of two state pools and of the inpainting latents per size, f32."""
     latent = geometry.latent
     pixels = sum(size.width * size.height for size in geometry.resolutions) // latent.downscale**2
     return 4 * geometry.slots * (2 * LANES + INPAINT_LANES) * latent.channels * pixels

@@ -22,11 +22,11 @@ from engines.checkpoints.lora import Lora, check_lora
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout
 from engines.checkpoints.supported import check_supported
-from engines.progress import Progress, Silent
+from engines.progress import NullProgress, Progress
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SD1_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # its configs describe every single file of SD 1.x
-_SILENT = Silent()
+_SILENT = NullProgress()
 
 
 def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyword

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-import build_engines
 from benchmarks import models
 from benchmarks.gpu import bench as gpu_bench
 from benchmarks.gpu import torch_bench
@@ -38,6 +36,7 @@ from benchmarks.spans import (
     steps_in,
     waiting_share,
 )
+from engines.build import api
 from engines.demo import BUNDLE as DEMO
 from engines.errors import EngineError
 from engines.manifest import Manifest, NoiseSchedule, Size
@@ -381,29 +380,30 @@ def test_sd15_is_as_large_as_the_real_one() -> None:
     assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964
 
 
-def test_a_bundle_is_built_by_the_command_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Namespace] = []
+def test_a_bundle_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[api.CheckpointSource, dict[str, Any]]] = []
 
-    def fake_build(words: list[str]) -> int:
-        asked.append(build_engines.COMMANDS["build"][0]("build").parse_args(words))
-        asked[-1].out.mkdir()
-        shutil.copy(DEMO / "manifest.json", asked[-1].out)
-        return 0
+    def fake_build(source: api.CheckpointSource, out: Path, **options: Any) -> None:
+        calls.append((source, options))
+        out.mkdir()
+        shutil.copy(DEMO / "manifest.json", out)
 
-    monkeypatch.setattr(build_engines, "main", fake_build)
+    monkeypatch.setattr(api, "build", fake_build)
     rows, mine = Manifest.read(DEMO).rows, Subject("mine", tmp_path, tmp_path / "bundle")
     assert not models.is_built(mine, "onnxruntime", rows)
     assert models.build(mine, "onnxruntime", rows).rows == rows
     assert models.is_built(mine, "onnxruntime", rows) == ("onnxruntime" in Manifest.read(DEMO).builds)
     assert not models.is_built(mine, "onnxruntime", (2, 4))
-    (given,) = asked
-    assert (given.name, given.rows, given.backend, given.verify) == ("mine", rows, ["onnxruntime"], False)
+    ((source, options),) = calls
+    assert source == api.CheckpointSource(str(tmp_path))
+    assert (options["backends"], options["verify"]) == (["onnxruntime"], False)
+    assert options["options"] == api.ExportOptions(name="mine", rows=rows)
 
 
-def test_a_bundle_that_cannot_be_built_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_engines, "main", lambda _words: 1)
-    with pytest.raises(EngineError, match="could not be built for openvino"):
+def test_a_bundle_that_cannot_be_built_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=tmp_path.name):
         models.build(Subject("mine", tmp_path, tmp_path / "bundle"), "openvino", (2,))
+    assert not (tmp_path / "bundle").exists()
 
 
 # --- for real

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.loading.convert import as_folder
 from engines.checkpoints.loading.modules import Modules, load_modules
-from engines.progress import Silent
+from engines.progress import NullProgress
 
 PARTS = ("text_encoder", "unet", "vae")
 Families = Callable[[str], Path]
 
 
-class NoteRecorder(Silent):
+class NoteRecorder(NullProgress):
     """Records the notes."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def pickle_weights(folder: Path) -> None:
 
 
 def load(checkpoint: Checkpoint) -> Modules:
-    with as_folder(checkpoint, Silent()) as config:
+    with as_folder(checkpoint, NullProgress()) as config:
         return load_modules(config, checkpoint)
 
 

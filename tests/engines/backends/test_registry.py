@@ -12,7 +12,7 @@ from engines.backends import registry
 from engines.backends.available import choose, unavailable_reason
 from engines.backends.host import HostDevice
 from engines.backends.registry import BACKENDS, ON_CPU, ON_GPU, SPECS, BackendSpec, open_device
-from engines.build.compile import precisions
+from engines.build.compile import engine_precisions
 from engines.errors import EngineError
 
 
@@ -36,9 +36,9 @@ def test_an_entry_makes_a_backend(fake: str, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(registry.open_device(fake, threads=3), HostDevice)
     assert unavailable_reason(fake) is None
     assert choose([fake]).backend == fake
-    assert set(precisions(fake, None, prefers_bf16=False).values()) == {"fp32"}
+    assert set(engine_precisions(fake, None, prefers_bf16=False).values()) == {"fp32"}
     with pytest.raises(EngineError, match="fake computes in fp32 or bf16, not in fp16"):
-        precisions(fake, "fp16", prefers_bf16=False)
+        engine_precisions(fake, "fp16", prefers_bf16=False)
 
 
 def test_a_backend_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

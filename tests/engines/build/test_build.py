@@ -12,6 +12,8 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_engines
+from engines.build import api
+from engines.cli import parse
 from engines.manifest import Manifest, Size
 from server.requests.tokenizer import Tokenizer
 from tests.support.loaded import Loaded
@@ -117,10 +119,69 @@ def test_a_size_the_unet_cannot_halve_is_refused(
 @pytest.mark.parametrize(
     "wrong", [["--resolution", "big"], ["--resolution", "0x64"], ["--rows", "2,x"], ["--rows", "0"]]
 )
-def test_malformed_flags_are_explained(wrong: list[str], tmp_path: Path) -> None:
+def test_malformed_flags_are_explained(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         build_engines.main(["--model", str(tmp_path), "--out", str(tmp_path), *wrong])
     assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {wrong[0]}: {wrong[1]!r} is not a")
+
+
+def test_flags_become_the_options_of_the_api() -> None:
+    words = ["--model", "m", "--out", "o", "--name", "n", "--revision", "r", "--config", "c", "--allow-pickle"]
+    words += ["--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--embedding", "e.safetensors:<e>"]
+    words += ["--decoder", "d", "--steps", "3", "--guidance", "1.5", "--weights", "fp16", "--rows", "4,2"]
+    words += ["--resolution", "512x512", "768x768", "--resolution", "64x32", "--decode-batch", "2"]
+    words += ["--example", 'a cat, "oil"', "--example", "a dog", "--backend", "auto", "--backend", "openvino"]
+    words += ["--precision", "int8", "--force", "--no-verify"]
+    arguments = parse(build_engines.Build, words)
+    assert arguments.source() == api.CheckpointSource(
+        "m",
+        revision="r",
+        config="c",
+        loras=(api.Lora(Path("a.safetensors"), 0.5), api.Lora(Path("b.safetensors"))),
+        embeddings=(api.Embedding(Path("e.safetensors"), "<e>"),),
+        decoder="d",
+        allow_pickle=True,
+    )
+    assert arguments.options() == api.ExportOptions(
+        weights="fp16",
+        rows=(2, 4),
+        decode_batch=2,
+        name="n",
+        resolutions=tuple(Size(width=width, height=height) for width, height in ((512, 512), (768, 768), (64, 32))),
+        steps=3,
+        guidance=1.5,
+        examples=('a cat, "oil"', "a dog"),
+    )
+    assert (arguments.out, arguments.backends()) == (Path("o"), ("auto", "openvino"))
+    assert (arguments.precision, arguments.force, arguments.verify) == ("int8", True, False)
+
+
+def test_flags_that_are_not_given_leave_the_defaults_of_the_api() -> None:
+    arguments = parse(build_engines.Build, ["--model", "m", "--out", "o"])
+    assert arguments.source() == api.CheckpointSource("m")
+    assert arguments.options() == api.ExportOptions()
+    assert (arguments.backends(), arguments.precision) == (("auto",), None)
+    assert (arguments.force, arguments.verify) == (False, True)
+
+
+def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_engines.main(["compil", "bundle"])
+    assert ended.value.code == 2
+    assert "did you mean compile?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["MODEL", "OUT", "NAME", "STEPS", "LATENTD_MODEL"])
+def test_environment_variables_configure_no_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    monkeypatch.setenv(variable, "7")
+    assert parse(build_engines.Build, ["--model", "m", "--out", "o"]).options() == api.ExportOptions()
+    with pytest.raises(SystemExit):
+        build_engines.main([])
+    assert "required: --model, --out" in capsys.readouterr().err
 
 
 def test_damaged_weights_are_an_error_that_names_the_checkpoint(

@@ -1,4 +1,4 @@
-"""Bars where people watch, plain lines where a log does."""
+"""The display of progress: bars on a terminal, plain lines in a log, JSON for a program."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from engines.build.console import BuildFeed, BuildLog, BuildProgress, progress_on
+from engines.build import console
+from engines.build.console import BarDisplay, JsonDisplay, LogDisplay, display_on, serve_command
+from tests import ROOT
 
 
-def told(console: Console) -> str:
+def written_to(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -26,28 +28,28 @@ def lines(file: io.StringIO) -> list[Any]:
 
 def test_a_log_has_a_line_when_a_stage_begins_and_one_when_it_ends() -> None:
     console = Console(file=io.StringIO())
-    with progress_on(console) as progress:
-        assert isinstance(progress, BuildLog)
+    with display_on(console) as progress:
+        assert isinstance(progress, LogDisplay)
         with progress.stage("compiling") as stage:
             stage.update(1, 2)
             with progress.stage("a phase within"):
                 pass
         progress.note("a [remark] with brackets")
-    lines = told(console).splitlines()
-    assert lines[0] == "compiling ..."
-    assert lines[1].startswith("compiling: ")
-    assert lines[2:] == ["a [remark] with brackets"]
+    written = written_to(console).splitlines()
+    assert written[0] == "compiling ..."
+    assert written[1].startswith("compiling: ")
+    assert written[2:] == ["a [remark] with brackets"]
 
 
 def test_a_terminal_has_bars_and_keeps_the_outer_stages() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with progress_on(console) as progress:
-        assert isinstance(progress, BuildProgress)
+    with display_on(console) as progress:
+        assert isinstance(progress, BarDisplay)
         with progress.stage("compiling") as stage:
             stage.update(1, 2)
             with progress.stage("a phase within") as inner:
                 inner.update(3, 4)
-    final = told(console).split("compiling")[-1]  # the last time it was drawn
+    final = written_to(console).split("compiling")[-1]  # the last time it was drawn
     assert "100%" in final
     assert "within" not in final
 
@@ -56,19 +58,19 @@ def test_a_failed_stage_does_not_claim_to_be_done() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
 
     def fail() -> None:
-        with progress_on(console) as progress, progress.stage("compiling") as stage:
+        with display_on(console) as progress, progress.stage("compiling") as stage:
             stage.update(1, 2)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert "100%" not in told(console)
+    assert "100%" not in written_to(console)
 
 
-def test_a_program_hears_how_far_the_outermost_stage_is() -> None:
-    """Stages that lie within a step are each taken for half of what is left of it, since nobody says how many come."""
+def test_json_lines_hold_the_percentage_of_the_outermost_stage() -> None:
+    """Each stage that is nested in a step counts for half of what is left of it, since their number is unknown."""
     file = io.StringIO()
-    with BuildFeed(file) as progress, progress.stage("compiling"):
+    with JsonDisplay(file) as progress, progress.stage("compiling"):
         with progress.stage("reading"):
             pass
         with progress.stage("building") as building:
@@ -81,21 +83,21 @@ def test_a_program_hears_how_far_the_outermost_stage_is() -> None:
             progress.note("a warning")
             building.update(1, 2)
             building.update(2, 2)
-    told = [said["percent"] for said in lines(file) if "stage" in said]
-    assert {said["stage"] for said in lines(file) if "stage" in said} == {"compiling"}
+    percentages = [line["percent"] for line in lines(file) if "stage" in line]
+    assert {line["stage"] for line in lines(file) if "stage" in line} == {"compiling"}
     assert {"note": "a warning"} in lines(file)
-    assert told == [None, 0, 12, 25, 31, 37, 50, 100]
+    assert percentages == [None, 0, 12, 25, 31, 37, 50, 100]
 
 
 def test_every_outer_stage_begins_anew() -> None:
     file = io.StringIO()
-    progress = BuildFeed(file)
+    progress = JsonDisplay(file)
     with progress.stage("verifying") as stage:
         for step in (1, 2, 4):
             stage.update(step, 4)
     with progress.stage("next"):
         pass
-    assert [(said["stage"], said["percent"]) for said in lines(file)] == [
+    assert [(line["stage"], line["percent"]) for line in lines(file)] == [
         ("verifying", None),
         ("verifying", 25),
         ("verifying", 50),
@@ -104,15 +106,24 @@ def test_every_outer_stage_begins_anew() -> None:
     ]
 
 
-def test_a_build_for_a_program_ends_with_its_input(bundle: Path) -> None:
-    """Whether it was closed or whoever held it is gone."""
+def test_a_build_for_a_program_is_cancelled_when_its_standard_input_closes(bundle: Path) -> None:
+    """Whether the other program closed it or has ended."""
     code = (
         "import build_engines, sys, time\n"
-        "build_engines._compile = lambda *_: time.sleep(600)\n"
-        "build_engines.COMMANDS['compile'] = (build_engines._compile_parser, build_engines._compile)\n"
+        "build_engines.Compile.run = lambda *_: time.sleep(600)\n"
         "sys.exit(build_engines.main(['compile', sys.argv[1], '--progress', 'json']))\n"
     )
     command = [sys.executable, "-c", code, str(bundle)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our own command
     assert done.returncode == 130
     assert "cancelled" in done.stderr
+
+
+def test_the_command_that_serves_is_one_that_works_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert serve_command(Path("my own")) == "scripts/serve --bundle 'my own'"
+    assert (ROOT / "scripts" / "serve").exists()
+    monkeypatch.chdir(tmp_path)
+    assert serve_command(Path("b")) == f"{ROOT}/scripts/serve --bundle b"
+    monkeypatch.setattr(console, "_ROOT", tmp_path)  # as in an installed package
+    assert serve_command(Path("b")) == "latentd --bundle b"

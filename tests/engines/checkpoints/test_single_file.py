@@ -13,7 +13,7 @@ from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.convert import as_folder
 from engines.checkpoints.loading.modules import Modules, load_modules
-from engines.progress import Silent
+from engines.progress import NullProgress
 from tests.support.checkpoints import Families, Harmful, NoteRecorder, assert_same, load
 from tests.support.ldm import single_file, write_single_file
 
@@ -57,7 +57,7 @@ def test_a_single_file_loads_as_the_folder_it_was_made_from(families: Families, 
     path = write_single_file(folder, tmp_path / f"{family}-one.safetensors")
     checkpoint = find_checkpoint(str(path), config=str(folder))
     assert (checkpoint.name, checkpoint.source.name) == (path.stem, path.stem)
-    with as_folder(checkpoint, Silent()) as config:
+    with as_folder(checkpoint, NullProgress()) as config:
         assert config.folder != folder
         assert config.noise_schedule == checkpoint.config.noise_schedule == CheckpointConfig(folder, "").noise_schedule
         assert {file.name for file in (config.folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}

@@ -35,7 +35,7 @@ from engines.build.trt.parent import (
     build_engine,
 )
 from engines.errors import EngineError
-from engines.progress import Silent
+from engines.progress import NullProgress
 from tests import ROOT
 
 RTX = "tensorrt_rtx"
@@ -256,7 +256,7 @@ def test_tensorrts_phases_are_heard_to_their_end(built: Built) -> None:
 
 def test_attention_in_fp32_is_told_not_to_be_fused(tmp_path: Path) -> None:
     path = draw(tmp_path / "fp32.onnx", dtype=np.float32)
-    layers = build_engine(RTX, path, tmp_path / "fp32.engine", [rows(2)], progress=Silent()).layers
+    layers = build_engine(RTX, path, tmp_path / "fp32.engine", [rows(2)], progress=NullProgress()).layers
     assert layers is not None
     assert (layers["attentions"], layers["fused_attentions"]) == (1, 0)
     assert "Half" not in layers["precisions"]
@@ -265,7 +265,7 @@ def test_attention_in_fp32_is_told_not_to_be_fused(tmp_path: Path) -> None:
 def test_the_profile_that_came_out_worst_is_told(tmp_path: Path) -> None:
     path = draw(tmp_path / "any_size.onnx", side="side")
     profiles = [rows(2), rows(2, SIDE, 2 * SIDE)]
-    layers = build_engine(RTX, path, tmp_path / "any_size.engine", profiles, progress=Silent()).layers
+    layers = build_engine(RTX, path, tmp_path / "any_size.engine", profiles, progress=NullProgress()).layers
     assert layers is not None
     assert (layers["group_norms"], layers["fused_group_norms"]) == (2, 0)
 
@@ -277,7 +277,7 @@ def test_a_build_does_not_care_where_it_is_started(
     for shadow in ("engines/__init__.py", "json.py"):
         (tmp_path / shadow).write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
-    build_engine(RTX, graph, Path("here.engine"), [rows(1)], progress=Silent())
+    build_engine(RTX, graph, Path("here.engine"), [rows(1)], progress=NullProgress())
     assert (tmp_path / "here.engine").stat().st_size > 1_000_000
 
 
@@ -325,7 +325,7 @@ def test_a_build_that_does_not_look_up_is_killed(
     pretend(monkeypatch, tmp_path, RTX, PRETENDED + "    def create_network(self, flags): time.sleep(60)\n")
     monkeypatch.setattr(parent, "_GRACE", 0.2)
 
-    class Interrupting(Silent):
+    class Interrupting(NullProgress):
         def note(self, text: str) -> None:
             assert text == "ready"
             raise KeyboardInterrupt
@@ -357,7 +357,7 @@ def test_a_build_that_does_not_look_up_ends_itself_when_nobody_listens(
 CALLER = """
 import subprocess, sys, time
 from pathlib import Path
-from engines.progress import Silent
+from engines.progress import NullProgress
 from engines.build.trt.parent import build_engine
 
 class Telling(subprocess.Popen):
@@ -365,7 +365,7 @@ class Telling(subprocess.Popen):
         super().__init__(*args, **options)
         print(self.pid, flush=True)
 
-class Progress(Silent):
+class Progress(NullProgress):
     def stage(self, name):
         if name == "Computing profile costs":
             print("building", flush=True)
@@ -411,7 +411,7 @@ def test_nothing_outlives_a_caller_that_is_interrupted_or_killed(
 def refused(kind: type[BuildError], graph: Path, out: Path, module: str = RTX, profile: Ranges | None = None) -> str:
     """What a build that must fail says; it leaves nothing behind."""
     with pytest.raises(EngineError) as failure:
-        build_engine(module, graph, out, [profile or rows(1)], progress=Silent())
+        build_engine(module, graph, out, [profile or rows(1)], progress=NullProgress())
     assert type(failure.value) is kind
     if out.parent.is_dir():
         assert not [path for path in out.parent.iterdir() if out.name in path.name]
@@ -452,7 +452,7 @@ def test_shapes_that_cannot_be_are_told_in_tensorrts_words(
 ) -> None:
     least, best, largest = shapes
     with pytest.raises(BuildError, match=told) as failure:
-        build_engine(RTX, graph, tmp_path / "it.engine", [{"x": (least, best, largest)}], progress=Silent())
+        build_engine(RTX, graph, tmp_path / "it.engine", [{"x": (least, best, largest)}], progress=NullProgress())
     assert "cudaError" not in str(failure.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -521,7 +521,7 @@ def test_what_happens_to_the_child_is_told(
 ) -> None:
     pretend(monkeypatch, tmp_path, RTX, f"{PRETENDED}        {fate}\n")
     with pytest.raises(kind, match=told):
-        build_engine(RTX, graph, tmp_path / "it.engine", [rows(1)], progress=Silent())
+        build_engine(RTX, graph, tmp_path / "it.engine", [rows(1)], progress=NullProgress())
     assert not list(tmp_path.glob("*.engine*"))
 
 

@@ -1,0 +1,375 @@
+"""The build as a Python API: a Stable Diffusion checkpoint becomes a bundle of ONNX graphs and compiled engines.
+
+    from pathlib import Path
+
+    from engines.build import api
+
+    manifest = api.build(
+        api.CheckpointSource("OFA-Sys/small-stable-diffusion-v0"),
+        Path("bundles/small-sd"),
+        backends=["onnxruntime"],
+        options=api.ExportOptions(rows=(2, 4)),
+    )
+    print(manifest.builds["onnxruntime"].verification)
+
+`build` is `export` followed by `compile`. The two may run on different machines: exporting needs torch and no GPU,
+compiling needs no torch, and for TensorRT it needs the GPU. `build_engines.py` is the command line of these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+
+from engines.backends.available import check_fits, choose, unavailable_reason
+from engines.backends.registry import BACKENDS, ON_CPU
+from engines.build import verify as verification
+from engines.build.bundle import (
+    DEFAULT_ROWS,
+    BundleSpec,
+    ExportOptions,
+    geometry_of,
+    load_intact,
+    stored_weights,
+    updated,
+)
+from engines.build.bundle import export as export_bundle
+from engines.build.compile import compile_backend, engine_precisions, prefers_bf16, required_dtypes
+from engines.checkpoints.checkpoint import Checkpoint, count_parameters
+from engines.checkpoints.embedding import Embedding
+from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.lora import Lora
+from engines.contract import GraphName
+from engines.errors import EngineError
+from engines.manifest import Geometry, Manifest, Precision, Size
+from engines.progress import NullProgress, Progress
+
+__all__ = [
+    "AUTO",
+    "DEFAULT_ROWS",
+    "BackendPlan",
+    "CheckpointSource",
+    "Embedding",
+    "ExportOptions",
+    "Lora",
+    "Reporter",
+    "ShapeOptions",
+    "Size",
+    "build",
+    "compile",
+    "export",
+    "inspect",
+    "verify",
+]
+
+AUTO = "auto"  # in place of a backend's name: the best that runs here
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSource:
+    """A checkpoint to build from, and what is added to it before the export.
+
+    Attributes:
+        model: a diffusers folder, a .safetensors file, or a hub id.
+        revision: the hub revision to download: a branch, tag or commit.
+        config: for a single file, the diffusers folder or hub id whose configs describe it.
+        loras: LoRAs that are fused into the weights, in this order.
+        embeddings: textual inversions, whose tokens are added to the vocabulary.
+        decoder: folder or hub id of an `AutoencoderTiny` that decodes in place of the VAE.
+        allow_pickle: whether pickled weights may be read, which can run code.
+    """
+
+    model: str
+    _: KW_ONLY
+    revision: str | None = None
+    config: str | None = None
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+    decoder: str | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeOptions:
+    """Input shapes that a compilation changes in the bundle. None and empty values leave those of the bundle."""
+
+    resolutions: tuple[Size, ...] = ()
+    rows: tuple[int, ...] = ()
+    decode_batch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendPlan:
+    """What will be compiled for one backend."""
+
+    backend: str
+    geometry: Geometry
+    precisions: Mapping[GraphName, Precision]
+    parameters: Mapping[GraphName, int]  # weights of each graph, where they are known
+
+
+def _ignore(*_: object) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reporter:
+    """Where a build reports. By default nowhere.
+
+    Attributes:
+        progress: receives stages and notes.
+        on_plan: called for each backend before it is compiled; before the export, where there is one.
+        on_built: called with the manifest and the backend once engines are compiled and verified.
+    """
+
+    progress: Progress = field(default_factory=NullProgress)
+    on_plan: Callable[[BackendPlan], None] = _ignore
+    on_built: Callable[[Manifest, str], None] = _ignore
+
+
+_SILENT = Reporter()
+
+
+def build(  # noqa: PLR0913 - the options of a build, by keyword
+    source: CheckpointSource,
+    out: Path,
+    *,
+    backends: Sequence[str] = (AUTO,),
+    precision: Precision | None = None,
+    options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
+    verify: bool = True,
+    force: bool = False,
+    reporter: Reporter = _SILENT,
+) -> Manifest:
+    """Export a checkpoint to the bundle in folder `out`, and compile its engines.
+
+    What an earlier build left is reused where nothing that decides it has changed. The manifest is saved after the
+    export and after each backend, so a build that is interrupted keeps what it has finished.
+
+    Args:
+        source: the checkpoint.
+        out: the bundle's folder; created if it does not exist.
+        backends: the backends to compile for, each a name or `AUTO`.
+        precision: what the engines compute in. None: FP16 on GPUs (BF16 for models that leave its range), FP32 on CPUs.
+        options: shapes, request defaults and storage of the bundle.
+        verify: whether to compare the engines with the FP32 graphs, where the backend runs on this machine.
+        force: whether to export and compile again what is there already.
+        reporter: receives progress and results.
+
+    Returns:
+        The saved manifest.
+
+    Raises:
+        EngineError: the checkpoint is not one that can be built, a size does not fit it, a backend is unavailable or
+            does not compute in `precision`, or engines differ from the graphs by more than their precision explains.
+    """
+    names = _resolved(backends, reporter.progress)
+    checkpoint = _find(source, reporter.progress)
+    spec = _spec(checkpoint, out, names, precision, options)
+    for backend in names:
+        precisions = engine_precisions(backend, precision, prefers_bf16=checkpoint.config.prefers_bf16)
+        geometry = geometry_of(checkpoint, options)
+        reporter.on_plan(BackendPlan(backend, geometry, precisions, count_parameters(checkpoint)))
+    manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
+    compiler = _BundleCompiler(out, precision=precision, verify=verify, force=force, reporter=reporter)
+    return compiler.run(manifest, names)
+
+
+def export(  # noqa: PLR0913 - the options of an export, by keyword
+    source: CheckpointSource,
+    out: Path,
+    *,
+    backends: Sequence[str] = ("tensorrt",),
+    precision: Precision | None = None,
+    options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
+    force: bool = False,
+    reporter: Reporter = _SILENT,
+) -> Manifest:
+    """Export a checkpoint to ONNX graphs in folder `out`, for engines that are compiled later or elsewhere.
+
+    Args:
+        source: the checkpoint.
+        out: the bundle's folder; created if it does not exist.
+        backends: the names of the backends that the graphs are for.
+        precision: what the engines will compute in; None as in `build`.
+        options: shapes, request defaults and storage of the bundle.
+        force: whether to export again what is there already.
+        reporter: receives progress.
+
+    Returns:
+        The saved manifest.
+
+    Raises:
+        EngineError: torch is not installed, the checkpoint is not one that can be built, a size does not fit it, or a
+            backend does not compute in `precision`.
+    """
+    checkpoint = _find(source, reporter.progress)
+    spec = _spec(checkpoint, out, [_known(backend) for backend in backends], precision, options)
+    return export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
+
+
+def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
+    bundle: Path,
+    *,
+    backends: Sequence[str] = (AUTO,),
+    precision: Precision | None = None,
+    shapes: ShapeOptions = ShapeOptions(),
+    verify: bool = True,
+    force: bool = False,
+    reporter: Reporter = _SILENT,
+) -> Manifest:
+    """Compile engines from the graphs of an exported bundle; needs no torch.
+
+    Engines of other backends are dropped from the manifest where `shapes` require other profiles than they have.
+
+    Args:
+        bundle: the bundle's folder.
+        backends: the backends to compile for, each a name or `AUTO`.
+        precision: what the engines compute in; None as in `build`.
+        shapes: resolutions, row buckets and decode batch, where they shall differ from the bundle's.
+        verify: whether to compare the engines with the FP32 graphs, where the backend runs on this machine.
+        force: whether to compile again what is there already.
+        reporter: receives progress and results.
+
+    Returns:
+        The saved manifest.
+
+    Raises:
+        BundleError: there is no bundle, or its graphs are missing or altered.
+        EngineError: as in `build`.
+    """
+    names = _resolved(backends, reporter.progress)
+    manifest = _with_shapes(load_intact(bundle), shapes)
+    for backend in names:
+        precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16(manifest))
+        reporter.on_plan(BackendPlan(backend, manifest, precisions, manifest.parameters))
+    compiler = _BundleCompiler(bundle, precision=precision, verify=verify, force=force, reporter=reporter)
+    return compiler.run(manifest, names)
+
+
+def verify(bundle: Path, *, backends: Sequence[str] = (), reporter: Reporter = _SILENT) -> Manifest:
+    """Compare the engines of a bundle with its FP32 graphs, and save the differences in the manifest.
+
+    A backend whose engines differ by more than their precision explains is dropped from the manifest.
+
+    Args:
+        bundle: the bundle's folder.
+        backends: names of backends; empty: all of the bundle that run on this machine.
+        reporter: receives progress and results.
+
+    Returns:
+        The saved manifest.
+
+    Raises:
+        BundleError: there is no bundle, or a file of it is missing or altered.
+        EngineError: a backend in `backends` has no engines or does not run on this machine, or its engines differ.
+    """
+    manifest = inspect(bundle)
+    for backend in backends or manifest.builds:
+        if backend not in manifest.builds:
+            raise EngineError(f"{bundle} holds no engines for {backend}: compile them first.")
+        if backends and (reason := unavailable_reason(backend)):
+            raise EngineError(f"{backend} cannot be verified here: {reason}.")
+        manifest = _verified(manifest, bundle, backend, reporter.progress)
+        reporter.on_built(manifest, backend)
+    return manifest
+
+
+def inspect(bundle: Path) -> Manifest:
+    """The manifest of the bundle in a folder, with all of its files verified. Raises BundleError."""
+    return Manifest.load(bundle)
+
+
+class _BundleCompiler:
+    """Compiles, verifies and saves the engines of a bundle, one backend after the other."""
+
+    def __init__(
+        self, bundle: Path, *, precision: Precision | None, verify: bool, force: bool, reporter: Reporter
+    ) -> None:
+        self._bundle = bundle
+        self._precision = precision
+        self._verify = verify
+        self._force = force
+        self._reporter = reporter
+
+    def run(self, manifest: Manifest, backends: Sequence[str]) -> Manifest:
+        for backend in backends:
+            manifest = self._compiled(manifest, backend)
+            self._reporter.on_built(manifest, backend)
+        return manifest
+
+    def _compiled(self, manifest: Manifest, backend: str) -> Manifest:
+        progress = self._reporter.progress
+        build = compile_backend(
+            manifest, self._bundle, backend, precision=self._precision, force=self._force, progress=progress
+        )
+        manifest = updated(manifest, builds={**manifest.builds, backend: build})
+        manifest.save(self._bundle)
+        if self._verify and not build.verification:
+            return _verified(manifest, self._bundle, backend, progress)
+        return manifest
+
+
+def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress) -> Manifest:
+    """The manifest with the results of verifying one backend, saved; as it was where the backend cannot run here."""
+    if reason := unavailable_reason(backend):
+        progress.note(f"{backend}: not yet verified, since it cannot run here ({reason})")
+        return manifest
+    check_fits(manifest, backend, bundle)
+    try:
+        build = verification.verify(manifest, bundle, backend, progress=progress)
+    except verification.VerificationError:
+        others = {name: build for name, build in manifest.builds.items() if name != backend}
+        updated(manifest, builds=others).save(bundle)  # engines that are known to be wrong shall not be served
+        raise
+    manifest = updated(manifest, builds={**manifest.builds, backend: build})
+    manifest.save(bundle)
+    return manifest
+
+
+def _find(source: CheckpointSource, progress: Progress) -> Checkpoint:
+    return find_checkpoint(
+        source.model,
+        revision=source.revision,
+        config=source.config,
+        allow_pickle=source.allow_pickle,
+        loras=source.loras,
+        embeddings=source.embeddings,
+        decoder=source.decoder,
+        progress=progress,
+    )
+
+
+def _spec(
+    checkpoint: Checkpoint, out: Path, backends: Sequence[str], precision: Precision | None, options: ExportOptions
+) -> BundleSpec:
+    """The options with what the backends require. Raises EngineError where one does not compute in `precision`."""
+    bf16 = checkpoint.config.prefers_bf16
+    dtypes = [required_dtypes(backend, precision, prefers_bf16=bf16) for backend in backends]
+    gpus_alone = not set(backends) & set(ON_CPU) and precision != "fp32"
+    weights = options.weights or stored_weights(out) or ("fp16" if gpus_alone else "fp32")
+    return BundleSpec(options=options, weights=weights, dtypes=frozenset().union(*dtypes))
+
+
+def _resolved(backends: Sequence[str], progress: Progress) -> list[str]:
+    """The names of the backends, in order and each once, with `AUTO` replaced by the best that runs here."""
+    names: list[str] = []
+    for backend in backends:
+        if backend == AUTO:
+            choice = choose()
+            progress.note(f"backend {choice.backend} ({choice.reason})")
+            names.append(choice.backend)
+        else:
+            names.append(_known(backend))
+    return list(dict.fromkeys(names))
+
+
+def _known(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise EngineError(f"There is no backend {backend!r}: choose {AUTO} or one of {', '.join(BACKENDS)}.")
+    return backend
+
+
+def _with_shapes(manifest: Manifest, shapes: ShapeOptions) -> Manifest:
+    changes = {"resolutions": shapes.resolutions, "rows": shapes.rows, "decode_batch": shapes.decode_batch}
+    return updated(manifest, **{name: value for name, value in changes.items() if value})
