@@ -241,7 +241,7 @@ class _CompileFlags(_PrecisionFlags):
 # Commands
 
 
-class Build(_Command, _CompileFlags, _ExportFlags):
+class BuildCommand(_Command, _CompileFlags, _ExportFlags):
     __doc__ = __doc__  # the module's, which lists the commands
 
     def run(self, display: Display, console: Console) -> None:
@@ -258,7 +258,7 @@ class Build(_Command, _CompileFlags, _ExportFlags):
         _print_serve_command(console, self.out)
 
 
-class Export(_Command, _PrecisionFlags, _ExportFlags):
+class ExportCommand(_Command, _PrecisionFlags, _ExportFlags):
     """Export a checkpoint to ONNX graphs; needs torch and no GPU."""
 
     backend: Annotated[Repeatable[Backend], _ONE_OF_BACKENDS] = Field(
@@ -277,7 +277,7 @@ class Export(_Command, _PrecisionFlags, _ExportFlags):
         )
 
 
-class Compile(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
+class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
     """Compile engines from the ONNX graphs of a bundle; needs no torch, and for TensorRT the GPU itself."""
 
     rows: RowBuckets = Field((), description=f"{_ROWS_HELP} (default: the bundle's)")
@@ -309,7 +309,7 @@ class Compile(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
         _print_serve_command(console, self.bundle)
 
 
-class Verify(_Command, _BundleFlags):
+class VerifyCommand(_Command, _BundleFlags):
     """Compare the engines of a bundle with its FP32 graphs, where they run."""
 
     backend: Annotated[Repeatable[Backend], _ONE_OF_BACKENDS] = Field(
@@ -320,7 +320,7 @@ class Verify(_Command, _BundleFlags):
         api.verify(self.bundle, backends=self.backend, reporter=_reporter(display, console))
 
 
-class Inspect(_Command, _BundleFlags):
+class InspectCommand(_Command, _BundleFlags):
     """Show the properties, graphs and engines of a bundle."""
 
     def run(self, display: Display, console: Console) -> None:  # noqa: ARG002 - as every command
@@ -328,11 +328,11 @@ class Inspect(_Command, _BundleFlags):
 
 
 COMMANDS: dict[str, type[_Command]] = {
-    "build": Build,
-    "export": Export,
-    "compile": Compile,
-    "verify": Verify,
-    "inspect": Inspect,
+    "build": BuildCommand,
+    "export": ExportCommand,
+    "compile": CompileCommand,
+    "verify": VerifyCommand,
+    "inspect": InspectCommand,
 }
 
 

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.progress",
     },
     "engines.build": {"engines"},
-    "engines.demo": {"engines", "build_engines"},
+    "engines.demo": {"engines"},
     "build_engines": {"engines"},
     "server.requests": {"engines.contract", "engines.errors", "engines.manifest", "engines.schedulers"},
     "server.runtime": {
@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server.__main__": {"engines", "server"},
     "loadtest": {"engines.backends", "engines.cli", "engines.errors", "engines.files", "engines.manifest"},
-    "benchmarks": {"build_engines", "engines", "loadtest", "server"},
+    "benchmarks": {"engines", "loadtest", "server"},
 }
 ONLY_TO_BUILD = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors"}
 HTTP_AND_DEVICES = {"fastapi", "starlette", "uvicorn", "onnxruntime", "openvino", "cuda", "tensorrt", "tensorrt_rtx"}

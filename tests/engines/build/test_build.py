@@ -134,7 +134,7 @@ def test_flags_become_the_options_of_the_api() -> None:
     words += ["--resolution", "512x512", "768x768", "--resolution", "64x32", "--decode-batch", "2"]
     words += ["--example", 'a cat, "oil"', "--example", "a dog", "--backend", "auto", "--backend", "openvino"]
     words += ["--precision", "int8", "--force", "--no-verify"]
-    arguments = parse(build_engines.Build, words)
+    arguments = parse(build_engines.BuildCommand, words)
     assert arguments.source() == api.CheckpointSource(
         "m",
         revision="r",
@@ -159,7 +159,7 @@ def test_flags_become_the_options_of_the_api() -> None:
 
 
 def test_flags_that_are_not_given_leave_the_defaults_of_the_api() -> None:
-    arguments = parse(build_engines.Build, ["--model", "m", "--out", "o"])
+    arguments = parse(build_engines.BuildCommand, ["--model", "m", "--out", "o"])
     assert arguments.source() == api.CheckpointSource("m")
     assert arguments.options() == api.ExportOptions()
     assert (arguments.backends(), arguments.precision) == (("auto",), None)
@@ -178,7 +178,7 @@ def test_environment_variables_configure_no_build(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
 ) -> None:
     monkeypatch.setenv(variable, "7")
-    assert parse(build_engines.Build, ["--model", "m", "--out", "o"]).options() == api.ExportOptions()
+    assert parse(build_engines.BuildCommand, ["--model", "m", "--out", "o"]).options() == api.ExportOptions()
     with pytest.raises(SystemExit):
         build_engines.main([])
     assert "required: --model, --out" in capsys.readouterr().err

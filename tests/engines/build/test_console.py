@@ -110,7 +110,7 @@ def test_a_build_for_a_program_is_cancelled_when_its_standard_input_closes(bundl
     """Whether the other program closed it or has ended."""
     code = (
         "import build_engines, sys, time\n"
-        "build_engines.Compile.run = lambda *_: time.sleep(600)\n"
+        "build_engines.CompileCommand.run = lambda *_: time.sleep(600)\n"
         "sys.exit(build_engines.main(['compile', sys.argv[1], '--progress', 'json']))\n"
     )
     command = [sys.executable, "-c", code, str(bundle)]
