@@ -731,10 +731,10 @@ def test_neither_links_nor_pipes_are_read(
 def test_a_folder_that_cannot_be_written_is_said(
     rtx_bench: Bench, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(**_: object) -> None:
+    def refuse(_path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(cache.parent))
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("engines.files.temporary_for", refuse)
     assert compiled(rtx_bench) == 1
     assert "compiled for tiny.engine is compiled again at the next start: [Errno 13]" in caplog.text
     assert not cache.exists()
