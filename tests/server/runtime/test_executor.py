@@ -184,9 +184,9 @@ def test_a_request_that_fails_at_any_stage_releases_everything(cpu: Machine, gra
         assert asked.outcome_name() == "StepFailed"
         assert len(asked.endings) == 1
         assert running.ask(num_inference_steps=1).outcome_name() == "Completed"
-        assert not running.pipeline._prompts._users
-        assert not running.executor._owned
-        assert free_places(running) == before
+    assert not running.pipeline._prompts._users
+    assert not running.executor._owned
+    assert free_places(running) == before
 
 
 def test_a_request_cancelled_before_it_is_placed_releases_everything(gpu: FakeMachine) -> None:
@@ -196,14 +196,14 @@ def test_a_request_cancelled_before_it_is_placed_releases_everything(gpu: FakeMa
         request = running.request(asked, prompt="something new")
         launched = running.device.launches.copy()
         with gpu.gate(running.pipeline._streams.encode):
-            long = running.ask(num_inference_steps=1)  # keeps the encode stream of others busy, too
             running.batcher.submit(request)
-            gpu.wait(lambda: running.device.launches["encode_prompt"] - launched["encode_prompt"] >= 2)
+            gpu.wait(lambda: running.device.launches["encode_prompt"] > launched["encode_prompt"])
             request.cancel()
-        assert {asked.outcome_name(), long.outcome_name()} <= {"Cancelled", "Completed"}
-        assert not running.executor._owned
-        assert not running.pipeline._prompts._users
-        assert free_places(running) == before
+        assert asked.outcome_name() == "Cancelled"
+        assert not asked.events[:-1], "it was placed before it was cancelled"
+    assert not running.pipeline._prompts._users
+    assert not running.executor._owned
+    assert free_places(running) == before
 
 
 def test_who_is_cancelled_frees_the_place_of_others(machine: Machine) -> None:
