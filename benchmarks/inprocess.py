@@ -115,10 +115,9 @@ class Served:
         return self._next(ended).at - began
 
     def saturate(self, rows: int, steps: Iterator[int], *, seconds: float) -> Saturated:
-        """Keep steps of at most `rows` full for `seconds`: as many wait as run, and whoever is done asks again.
+        """Keep steps of at most `rows` full for `seconds`, and until four images are done: as many requests wait as run.
 
-        The first wave is at every stage of its way already, as the crowd of a busy server is. It takes as long as four
-        pictures at least, however long they take.
+        The first requests have different step counts, as those of a busy server are at different steps.
         """
         images = max(rows // self.rows_per_image, 1)
         ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
@@ -134,7 +133,7 @@ class Served:
         return Saturated(tuple(moments))
 
     def replay(self, arrivals: Sequence[Arrival], *, rows: int, by_request: bool) -> tuple[float, ...]:
-        """Let callers come when they are due, whoever else waits: seconds from then to each one's picture."""
+        """Submit requests when they are due (open loop): the seconds from then to each image."""
         ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self.batcher.max_rows, self.policy.by_request = rows, by_request
         start = time.perf_counter()
@@ -157,7 +156,7 @@ class Served:
         )
 
     def _submit(self, steps: int, number: int, ended: queue.SimpleQueue[Ended]) -> Request:
-        def hear(request: Request, event: Event) -> None:
+        def on_event(request: Request, event: Event) -> None:
             if isinstance(event, Completed | Failed):
                 self._open.discard(request)
                 ended.put(Ended(number, time.perf_counter(), self._whole(event)))
@@ -170,7 +169,7 @@ class Served:
             scheduler="lcm" if self.manifest.embeds_guidance else "ddim",
             seed=unique,
         )
-        request = self._runtime.intake.request(body, hear)
+        request = self._runtime.intake.request(body, on_event)
         self._open.add(request)
         self.batcher.submit(request)
         return request
@@ -187,7 +186,7 @@ class Served:
         return False
 
     def _next(self, ended: queue.SimpleQueue[Ended]) -> Ended:
-        """Wait for somebody's end. Raises EngineError where the executor fails instead."""
+        """Wait for the next request to end. Raises EngineError if the executor fails."""
         while True:
             try:
                 end = ended.get(timeout=_POLL)
@@ -212,7 +211,7 @@ class Served:
         time.sleep(0.05)  # for the last words of its loop
 
     def _check(self) -> None:
-        if isinstance(self._failure, NotReady):  # what those who waited are told; the reason follows
+        if isinstance(self._failure, NotReady):  # the outcome of requests that waited; the reason follows
             self._failed.wait(timeout=_POLL)
         if self._failure:
             raise EngineError(f"The executor failed: {self._failure}") from self._failure

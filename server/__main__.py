@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("latentd")
 _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
-_LAST_WORDS = 2  # seconds for the cancelled to hear of it
+_CANCEL_SECONDS = 2  # in which cancelled requests are answered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,22 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = CliApp.run(Settings, list(sys.argv[1:] if argv is None else argv))
     except ValidationError as error:
         for item in error.errors():
-            _complain(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}")
+            _print_error(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}")
         return 2
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         manifest = Manifest.load(settings.bundle)
-        backends = _contenders(settings, manifest)
+        backends = _candidate_backends(settings, manifest)
         if not settings.compile:
             for backend in backends:
                 check_fits(manifest, backend, settings.bundle)
     except EngineError as error:
-        _complain(str(error))
+        _print_error(str(error))
         return _FAILED_START
     return _serve(settings, manifest, backends)
 
 
-def _contenders(settings: Settings, manifest: Manifest) -> Sequence[str]:
+def _candidate_backends(settings: Settings, manifest: Manifest) -> Sequence[str]:
     """The backend to serve with; or several, all on the CPU, of which the fastest is to be found by measuring.
 
     Those are asked for by name, or left where no build of the bundle runs here.
@@ -75,7 +75,7 @@ def _contenders(settings: Settings, manifest: Manifest) -> Sequence[str]:
 
 
 class _Server(uvicorn.Server):
-    """Cancels what the drain leaves undone, so that whoever waits hears of it; uvicorn would hang up on them."""
+    """Cancels requests that outlast the drain, so that their callers get an answer; uvicorn would disconnect them."""
 
     def __init__(self, config: uvicorn.Config, *, drain_seconds: int, cancel: Callable[[], None]) -> None:
         super().__init__(config)
@@ -94,16 +94,16 @@ def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> i
         nonlocal exit_code
         exit_code = 0
         if not server.should_exit:  # else it is ready too late, and its socket is closed
-            _say(_welcome(manifest, _url(listener)))
+            _print(_ready_message(manifest, _url(listener)))
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
         if isinstance(error, CompilingStopped | MeasuringStopped):
-            exit_code = 0  # as it was told to
-            _say(str(error))
+            exit_code = 0  # stopped on request
+            _print(str(error))
             return
         if isinstance(error, EngineError):
-            _complain(str(error))
+            _print_error(str(error))
         else:
             _log.critical("the executor ended", exc_info=error)
         exit_code = exit_code or _FAULT
@@ -126,12 +126,12 @@ def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> i
         log_config=None,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=settings.drain_seconds + _LAST_WORDS,
+        timeout_graceful_shutdown=settings.drain_seconds + _CANCEL_SECONDS,
     )
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
-        _complain(f"{error.strerror}: choose another --host or --port.")
+        _print_error(f"{error.strerror}: choose another --host or --port.")
         return _FAILED_START
     server = _Server(config, drain_seconds=settings.drain_seconds, cancel=service.runtime.batcher.cancel)
     service.runtime.executor.start()
@@ -165,7 +165,7 @@ def _url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _welcome(manifest: Manifest, url: str) -> str:
+def _ready_message(manifest: Manifest, url: str) -> str:
     prompt = json.dumps({"prompt": next(iter(manifest.examples), "a red heart on a yellow background"), "seed": 7})
     return f"""
 {manifest.name} is ready: open {url}
@@ -177,12 +177,12 @@ The API is described at {url}/docs. Stop with Ctrl-C.
 """
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def _complain(text: str) -> None:
-    _say(f"error: {text}")
+def _print_error(text: str) -> None:
+    _print(f"error: {text}")
 
 
 if __name__ == "__main__":

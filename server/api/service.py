@@ -41,7 +41,7 @@ class Files:
     seconds: float
 
 
-class _Model(NamedTuple):
+class _Loaded(NamedTuple):
     manifest: Manifest
     backend: str
 
@@ -50,10 +50,10 @@ class ServedModel:
     """The model that is served: as requested, and once its engines are loaded, as loaded. For any thread."""
 
     def __init__(self, manifest: Manifest, backend: str) -> None:
-        self._current = _Model(manifest, backend)
+        self._current = _Loaded(manifest, backend)
 
     def update(self, manifest: Manifest, backend: str) -> None:
-        self._current = _Model(manifest, backend)  # one assignment: readers see the pair before it, or this one
+        self._current = _Loaded(manifest, backend)  # one assignment: readers see the pair before it, or this one
 
     @property
     def manifest(self) -> Manifest:

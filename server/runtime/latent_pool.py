@@ -234,7 +234,7 @@ class LatentPool:
         return tuple(self._encode_with(image, generator.randn(self.latent_shape)) for generator in noise)
 
     def warm_up(self) -> None:
-        """Encode and decode nobody's pictures, and wait for them. Raises EngineError."""
+        """Encode and decode blank images, and wait for them. Raises EngineError."""
         blank = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         self._encode_with(blank, np.zeros(self.latent_shape, np.float32)).result()
         for count in range(1, len(self._decode) + 1):

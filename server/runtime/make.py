@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -109,16 +109,17 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    metrics.watch(
-        {
-            "latentd_requests_waiting": ("Requests that wait for their first step.", lambda: batcher.waiting),
-            "latentd_requests_running": ("Requests that take steps.", lambda: batcher.running),
-            "latentd_requests_decoding": ("Requests whose images are being decoded.", lambda: executor.decoding),
-            "latentd_ready": ("1 when requests are accepted.", lambda: float(executor.ready)),
-        },
-        step_times,
-    )
+    metrics.watch(_gauges(batcher, executor), step_times)
     return Runtime(_intake(manifest, bundle, cache), batcher, executor, metrics, step_times)
+
+
+def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Callable[[], float]]]:
+    return {
+        "latentd_requests_waiting": ("Requests that wait for their first step.", lambda: batcher.waiting),
+        "latentd_requests_running": ("Requests that take steps.", lambda: batcher.running),
+        "latentd_requests_decoding": ("Requests whose images are being decoded.", lambda: executor.decoding),
+        "latentd_ready": ("1 when requests are accepted.", lambda: float(executor.ready)),
+    }
 
 
 def _intake(manifest: Manifest, bundle: Path, cache: Cache) -> Intake:

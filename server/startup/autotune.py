@@ -1,7 +1,7 @@
-"""Which of several backends is the fastest here: each is measured at the first start, and the answer is remembered.
+"""Chooses the fastest of several backends: each is measured at the first start, and the result is cached.
 
-Each runs in a process of its own. So the server loads one of them alone, what the others allocated is given back, and
-a crash of one is only an argument against it.
+Each runs in a process of its own, so the server loads only the chosen one, the memory of the others is freed, and a
+crash of one only rules it out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from server.runtime.step_times import Kind, StepTimeModel
 from server.runtime.trace import Trace
 
 _log = logging.getLogger(__name__)
-_GLANCE = 0.1  # seconds between looks at whether to stop
+_POLL = 0.1  # seconds between checks of whether to stop
 _RUNS, _ENOUGH = 5, 0.5  # a backend's process measures so often, unless so many seconds have gone by
 
 OnStatus = Callable[[str], None]
@@ -47,51 +47,50 @@ def choose_fastest(
     on_status: OnStatus,
     stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """The one of `backends` that makes a picture of the verified bundle in folder `bundle` in the least time.
+    """The one of `backends` that generates an image with the verified bundle in folder `bundle` in the least time.
 
-    Where nothing is remembered of this bundle on this machine they are measured one after the other, twice, which
-    `tell` hears of.
+    Without a cached result for this bundle on this machine, each is measured twice, which `on_status` reports.
 
     Raises:
         EngineError: none of them runs.
-        MeasuringStopped: `stopped`, which is asked ten times a second, said yes.
+        MeasuringStopped: `stopped`, which is polled ten times a second, returned True.
     """
     if len(backends) == 1:
         return backends[0]
-    note = _note(_key(manifest, backends, threads))
-    seconds = _recalled(note, backends) if note else None
-    source = f"remembered in {note}"
+    file = _cache_file(_key(manifest, backends, threads))
+    seconds = _read_cache(file, backends) if file else None
+    source = f"remembered in {file}"
     if seconds is None:
-        rounds = _measured(bundle, backends, threads=threads, on_status=on_status, stopped=stopped)
+        rounds = _measure_rounds(bundle, backends, threads=threads, on_status=on_status, stopped=stopped)
         ran = [backend for backend in backends if backend in rounds[-1]]
         seconds = {backend: min(one[backend] for one in rounds) for backend in ran}
         if len(seconds) < len(backends):
             source = "not remembered"
-        elif len({_quickest(one) for one in rounds}) > 1:
+        elif len({_fastest_of(one) for one in rounds}) > 1:
             source = "not remembered (two rounds disagree: they are close, or this machine is busy)"
         else:
-            source = _remembered(note, seconds)
-    chosen = _quickest(seconds)
+            source = _write_cache(file, seconds)
+    chosen = _fastest_of(seconds)
     figures = ", ".join(f"{backend} {taken:.3g} s" for backend, taken in seconds.items())
     _log.info("backend %s: a picture takes %s, measured on this machine and %s", chosen, figures, source)
     return chosen
 
 
-def _quickest(seconds: Mapping[str, float]) -> str:
+def _fastest_of(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=lambda backend: seconds[backend])
 
 
-def _measured(
+def _measure_rounds(
     bundle: Path, backends: Sequence[str], *, threads: int, on_status: OnStatus, stopped: Callable[[], bool]
 ) -> list[dict[str, float]]:
-    """Two rounds, the second in the other order: who was in the way of one in the first may have gone by then."""
-    first = _round(bundle, backends, threads=threads, on_status=on_status, stopped=stopped)
+    """Two rounds, the second in reverse order: a disturbance of the first may have ended by then."""
+    first = _measure_round(bundle, backends, threads=threads, on_status=on_status, stopped=stopped)
     if len(first) == 1:
         return [first]
-    return [first, _round(bundle, [*first][::-1], threads=threads, on_status=on_status, stopped=stopped)]
+    return [first, _measure_round(bundle, [*first][::-1], threads=threads, on_status=on_status, stopped=stopped)]
 
 
-def _round(
+def _measure_round(
     bundle: Path, backends: Sequence[str], *, threads: int, on_status: OnStatus, stopped: Callable[[], bool]
 ) -> dict[str, float]:
     """The seconds of each that runs. Raises EngineError where none does."""
@@ -100,7 +99,7 @@ def _round(
     for backend in backends:
         on_status(f"measuring {backend}, once for this machine")
         try:
-            seconds[backend] = _asked(bundle, backend, threads=threads, stopped=stopped)
+            seconds[backend] = _measure_in_process(bundle, backend, threads=threads, stopped=stopped)
         except MeasuringStopped:
             raise
         except EngineError as error:
@@ -111,28 +110,28 @@ def _round(
     return seconds
 
 
-def _asked(bundle: Path, backend: str, *, threads: int, stopped: Callable[[], bool]) -> float:
-    """What another process measures. Raises EngineError where that fails."""
+def _measure_in_process(bundle: Path, backend: str, *, threads: int, stopped: Callable[[], bool]) -> float:
+    """Measure in another process. Raises EngineError if that fails."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # imports what we do
     command = [sys.executable, "-P", "-m", __name__, str(bundle), backend, str(threads)]
     with subprocess.Popen(  # noqa: S603 - our own command
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
     ) as child:
         try:
-            told, complaint = _ended(child, stopped)
+            output, errors = _output_of(child, stopped)
         finally:
             child.kill()
     if child.returncode:
-        last_words = complaint.strip().splitlines() or [f"its process ended with {child.returncode}"]
-        raise EngineError(last_words[-1])
-    return float(told.splitlines()[-1])
+        lines = errors.strip().splitlines() or [f"its process ended with {child.returncode}"]
+        raise EngineError(lines[-1])
+    return float(output.splitlines()[-1])
 
 
-def _ended(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> tuple[str, str]:
-    """All that the child says until it ends."""
+def _output_of(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> tuple[str, str]:
+    """The output of the child, once it has ended."""
     while True:
         try:
-            return child.communicate(timeout=_GLANCE)
+            return child.communicate(timeout=_POLL)
         except subprocess.TimeoutExpired:
             if stopped():
                 raise MeasuringStopped("The server was stopped while it measured its backends.") from None
@@ -186,7 +185,7 @@ def _key(manifest: Manifest, backends: Sequence[str], threads: int) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _note(key: str) -> Path | None:
+def _cache_file(key: str) -> Path | None:
     """The file for what was measured under `key`; None for a user without a home."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -195,26 +194,26 @@ def _note(key: str) -> Path | None:
     return caches / "latentd" / f"fastest-{key[:24]}.json"
 
 
-def _recalled(note: Path, backends: Sequence[str]) -> dict[str, float] | None:
+def _read_cache(file: Path, backends: Sequence[str]) -> dict[str, float] | None:
     """Seconds by backend; None unless the file is there and is as we write it."""
     try:
-        told = json.loads(note.read_bytes())
-        seconds = {backend: float(told[backend]) for backend in backends}
+        output = json.loads(file.read_bytes())
+        seconds = {backend: float(output[backend]) for backend in backends}
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return seconds if all(math.isfinite(taken) and taken > 0 for taken in seconds.values()) else None
 
 
-def _remembered(note: Path | None, seconds: Mapping[str, float]) -> str:
+def _write_cache(file: Path | None, seconds: Mapping[str, float]) -> str:
     """Write it down, for later starts; returns what came of it, in words."""
-    if note is None:
+    if file is None:
         return "not remembered (this user has no home, and XDG_CACHE_HOME is not set)"
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps(seconds).encode())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(seconds).encode())
     except OSError as error:
-        return f"not remembered ({error.strerror}: {note.parent}; XDG_CACHE_HOME says where)"
-    return f"remembered in {note}"
+        return f"not remembered ({error.strerror}: {file.parent}; XDG_CACHE_HOME says where)"
+    return f"remembered in {file}"
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Engines that a bundle lacks, compiled at the start by the command that people use: `build_engines.py compile`.
 
-It runs in a process of its own. So the server imports nothing of the build, what a compiler allocates is given back
-when it ends, and a crash of it is an error that can be told.
+It runs in a process of its own. So the server imports nothing of the build, the compiler's memory is freed
+when it ends, and a crash of it is reported as an error.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from engines.manifest import Manifest
 
 _log = logging.getLogger(__name__)
 _LOCK = ".compiling"  # in the bundle's folder; the file stays, since removing it would let two hold the lock
-_GLANCE = 0.5  # seconds between looks at whether to stop, and at whether the lock is free
-_GRACE = 5.0  # seconds in which a cancelled build may put away what it has half written; Docker grants 10 in all
-_LAST_WORDS = 5  # lines of a build that ended without saying why
+_POLL = 0.5  # seconds between checks of whether to stop, and whether the lock is free
+_GRACE = 5.0  # seconds in which a cancelled build may remove temporary files; Docker grants 10 in all
+_TAIL = 5  # lines of output in the error of a build that ended without one
 
 OnStatus = Callable[[str], None]
 
@@ -46,17 +46,16 @@ def compile_missing(
 ) -> Manifest:
     """Compile the engines of `backend` where the bundle in folder `bundle` has none that run here; minutes on a GPU.
 
-    `tell` hears, from the calling thread, in a few words how far it is: "compiling denoise for tensorrt, 2 of 4
-    engines, 40 %". The build ends when this process does, and when `stopped`, which is asked twice a second, says yes;
-    engines that were finished by then are kept. Of several servers that start over one bundle, one compiles, and the
-    others wait for it.
+    `on_status` is called in this thread with the progress: "compiling denoise for tensorrt, 2 of 4 engines, 40 %". The
+    build ends when this process does, and when `stopped`, which is polled twice a second, returns True; finished
+    engines are kept. Of several servers that start over one bundle, one compiles, and the others wait for it.
 
     Returns:
         The manifest with the engines in it, every file verified; `manifest` itself where nothing was missing.
 
     Raises:
-        EngineError: the engines cannot be compiled here, or the bundle cannot be written; says what the build said.
-        CompilingStopped: `stopped` said yes.
+        EngineError: the engines cannot be compiled here, or the bundle cannot be written; says what the build event.
+        CompilingStopped: `stopped` event yes.
     """
     if _has_engines(manifest, bundle, backend):
         return manifest
@@ -104,14 +103,14 @@ def _wait_for(file: IO[bytes], on_status: OnStatus, stopped: Callable[[], bool])
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            on_status("waiting for another server, which compiles this bundle")
-            _heed(stopped)
-            time.sleep(_GLANCE)
+            on_status("waiting for another server that compiles this bundle")
+            _raise_if_stopped(stopped)
+            time.sleep(_POLL)
         else:
             return
 
 
-def _heed(stopped: Callable[[], bool]) -> None:
+def _raise_if_stopped(stopped: Callable[[], bool]) -> None:
     if stopped():
         raise CompilingStopped("The server was stopped while its engines were compiled: the next start goes on.")
 
@@ -129,27 +128,27 @@ def _build(
 ) -> None:
     if not find_spec("rich"):
         raise EngineError(f"Compiling at the start needs the package rich: {install_command('compile')}")
-    last_words: deque[str] = deque(maxlen=_LAST_WORDS)
+    tail: deque[str] = deque(maxlen=_TAIL)
     with _running(command, lock) as child:
         for line in _lines(child, stopped):
-            said = _parsed(line)
-            if "stage" in said:
-                on_status(_described(said, backend))
-            elif "note" in said:
-                _log.info("%s", said["note"])
+            event = _parsed(line)
+            if "stage" in event:
+                on_status(_status_of(event, backend))
+            elif "note" in event:
+                _log.info("%s", event["note"])
             else:
                 _log.debug("%s", line)
-                last_words.append(line)
+                tail.append(line)
         status = child.wait()
     if status:
-        raise EngineError(f"The {backend} engines were not compiled. {_reason(status, list(last_words))}")
+        raise EngineError(f"The {backend} engines were not compiled. {_reason(status, list(tail))}")
 
 
 @contextmanager
 def _running(command: list[str], lock: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
     """The build. It ends with the context, or when our end of its standard input is closed because we are gone.
 
-    It holds `lock` with us, so that whoever comes after us finds it held as long as the build writes.
+    It inherits `lock`, so that the lock stays held as long as the build writes.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # imports what we do
     child = subprocess.Popen(  # noqa: S603 - our own command
@@ -184,20 +183,20 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 def _lines(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> Iterator[str]:
     """What the child says, line by line, until it ends. Raises CompilingStopped between two of them."""
-    said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    event: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def listen() -> None:
         assert child.stdout  # noqa: S101 - piped in _running
         with child.stdout as lines:
             for line in lines:
-                said.put(line)
-        said.put(None)
+                event.put(line)
+        event.put(None)
 
     threading.Thread(target=listen, name="compiling", daemon=True).start()
     while True:
-        _heed(stopped)
+        _raise_if_stopped(stopped)
         try:
-            line = said.get(timeout=_GLANCE)
+            line = event.get(timeout=_POLL)
         except queue.Empty:
             continue
         if line is None:
@@ -209,24 +208,24 @@ def _lines(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> Iterato
 def _parsed(line: str) -> dict[str, Any]:
     """What `--progress json` says; nothing where the line is a table's, an error's, or a library's."""
     with suppress(ValueError):
-        said = json.loads(line)
-        if isinstance(said, dict):
-            return said
+        event = json.loads(line)
+        if isinstance(event, dict):
+            return event
     return {}
 
 
-def _described(said: dict[str, Any], backend: str) -> str:
-    parts = [said["stage"]]
+def _status_of(event: dict[str, Any], backend: str) -> str:
+    parts = [event["stage"]]
     for position, graph in enumerate(GRAPHS, start=1):
-        if said["stage"] == f"compiling {graph} for {backend}":
+        if event["stage"] == f"compiling {graph} for {backend}":
             parts.append(f"{position} of {len(GRAPHS)} engines")
-    if said["percent"] is not None:
-        parts.append(f"{said['percent']} %")
+    if event["percent"] is not None:
+        parts.append(f"{event['percent']} %")
     return ", ".join(parts)
 
 
-def _reason(status: int, last_words: list[str]) -> str:
+def _reason(status: int, tail: list[str]) -> str:
     if status < 0:
         return f"The build was killed by signal {-status}, as happens where memory runs out: see the system's log."
-    told = [line.removeprefix("error: ") for line in last_words if line.startswith("error: ")]
-    return told[-1] if told else f"The build ended with status {status}: {' | '.join(last_words) or 'without a word'}"
+    errors = [line.removeprefix("error: ") for line in tail if line.startswith("error: ")]
+    return errors[-1] if errors else f"The build ended with status {status}: {' | '.join(tail) or 'without a word'}"

@@ -931,7 +931,7 @@ def test_the_real_runtime_loads_no_other_bytes(tmp_path: Path) -> None:
 @NO_GPU
 @pytest.mark.parametrize(("opener", "backend"), [(tensorrt, "tensorrt"), (rtx, "tensorrt_rtx")])
 def test_without_a_gpu_the_backend_says_what_to_take(opener: Any, backend: str) -> None:
-    with pytest.raises(EngineError, match=f"Backend {backend} needs an NVIDIA GPU.*take the backend onnxruntime"):
+    with pytest.raises(EngineError, match=f"Backend {backend} needs an NVIDIA GPU.*use the backend onnxruntime"):
         opener.open_device(threads=0)
 
 

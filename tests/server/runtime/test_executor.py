@@ -134,7 +134,7 @@ def test_a_fault_while_places_are_freed_leaves_nobody_waiting(
     def fail(_owned: Owned) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Placement, "release", fail)
+    monkeypatch.setattr(Owned, "release", fail)
     with cpu.running() as running:
         asked = [Asked() for _ in range(5)]
         requests = [running.request(one, num_inference_steps=50, num_images=2) for one in asked]
@@ -142,6 +142,7 @@ def test_a_fault_while_places_are_freed_leaves_nobody_waiting(
             for request in requests:
                 running.batcher.submit(request)
         if cancelled:
+            asked[0].wait(lambda: asked[0].steps)  # one that holds nothing has nothing to free
             requests[0].cancel()
         assert {one.outcome_name() for one in asked} == {"NotReady"}
         assert all(len(one.endings) == 1 for one in asked)

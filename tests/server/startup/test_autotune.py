@@ -40,7 +40,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(backend)
         return float(len(backend))
 
-    monkeypatch.setattr(autotune, "_asked", asked)
+    monkeypatch.setattr(autotune, "_measure_in_process", asked)
     return seen
 
 
@@ -56,7 +56,7 @@ def found(manifest: Manifest, *backends: str, threads: int = 1) -> str:
 
 def test_a_server_measures_once_and_remembers(bundle: Path, manifest: Manifest, caches: Path) -> None:
     """What the first start writes down is what later ones go by. Where this machine is busy, it writes down nothing."""
-    note = autotune._note(autotune._key(manifest, CONTENDERS, 1))
+    note = autotune._cache_file(autotune._key(manifest, CONTENDERS, 1))
     assert note
     with Serving(bundle, "--backend", "auto") as serving:
         (model,) = serving.client.get("/models").json()
@@ -87,7 +87,7 @@ def test_who_is_stopped_while_measuring_leaves_no_process(bundle: Path, manifest
 def test_what_crashes_is_passed_over_and_asked_again_next_time(
     manifest: Manifest, bundle: Path, caches: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = autotune._asked
+    asked = autotune._measure_in_process
 
     def crashing(bundle: Path, backend: str, *, threads: int, stopped: Callable[[], bool]) -> float:
         with monkeypatch.context() as patched:
@@ -95,7 +95,7 @@ def test_what_crashes_is_passed_over_and_asked_again_next_time(
                 patched.setattr(sys, "executable", "/bin/false")
             return asked(bundle, backend, threads=threads, stopped=stopped)
 
-    monkeypatch.setattr(autotune, "_asked", crashing)
+    monkeypatch.setattr(autotune, "_measure_in_process", crashing)
     assert autotune.choose_fastest(manifest, bundle, CONTENDERS, threads=1, on_status=ignore) == "onnxruntime"
     assert "openvino is passed over: its process ended with 1" in caplog.text
     assert not caches.exists()
@@ -195,7 +195,7 @@ def take(monkeypatch: pytest.MonkeyPatch, **seconds: list[float]) -> list[str]:
         seen.append(backend)
         return seconds[backend].pop(0)
 
-    monkeypatch.setattr(autotune, "_asked", asked)
+    monkeypatch.setattr(autotune, "_measure_in_process", asked)
     return seen
 
 
@@ -213,7 +213,7 @@ def contenders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(available, "probe", lambda: gpu)
         (build,) = manifest.builds.values()
         built = manifest.model_copy(update={"builds": dict.fromkeys(builds, build)})
-        return list(entrance._contenders(Settings(backend=backend, compile=compiles), built))
+        return list(entrance._candidate_backends(Settings(backend=backend, compile=compiles), built))
 
     return contenders
 
