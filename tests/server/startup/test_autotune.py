@@ -242,7 +242,7 @@ def test_measured_is_where_the_bundle_decides_nothing_or_that_is_asked(
     assert not caplog.text
     assert contenders(manifest, compiles=True) == BOTH
     assert contenders(manifest, "tensorrt") == BOTH
-    assert "backend tensorrt is not to be had (tensorrt: no driver; openvino: runs here)" in caplog.text
+    assert "backend tensorrt is unavailable (tensorrt: no driver; openvino: available)" in caplog.text
 
 
 def test_a_gpu_is_not_measured(contenders: Contenders, manifest: Manifest) -> None:
