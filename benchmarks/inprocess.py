@@ -115,7 +115,7 @@ class Served:
         return self._next(ended).at - began
 
     def saturate(self, rows: int, steps: Iterator[int], *, seconds: float) -> Saturated:
-        """Keep steps of at most `rows` full for `seconds`, and until four images are done: as many requests wait as run.
+        """Keep steps of at most `rows` full for `seconds`, and until four images are done. As many wait as run.
 
         The first requests have different step counts, as those of a busy server are at different steps.
         """

@@ -168,7 +168,7 @@ def test_the_bundle_is_served_on_a_cpu_where_there_is_no_gpu(built: Path) -> Non
     with Serving(built) as serving:
         assert serving.client.get("/models").json()[0]["backend"] in ON_CPU
         assert pictures(serving.generate(prompt="two old boats", num_inference_steps=2, seed=1))[0].shape == (64, 64, 3)
-    assert any("tensorrt_rtx is not to be had" in line for line in serving.stderr)
+    assert any("tensorrt_rtx is unavailable" in line for line in serving.stderr)
 
 
 @without_gpu
