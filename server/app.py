@@ -1,4 +1,4 @@
-"""The HTTP application over a service: the faces, the page, and what they answer where something is wrong."""
+"""The HTTP application: the APIs, the web page, and the error handlers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PAGE = Path(playground.__file__).parent / "index.html"
 
 
 def make_app(service: Service) -> FastAPI:
-    """The HTTP application over `service`. Its lifespan ends when accepted requests have finished."""
+    """Create the HTTP application. Its lifespan ends when all accepted requests have finished."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -38,14 +38,14 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="latentd",
         version=version("latentd"),
-        summary="Pictures from text, batched at the denoising step.",
+        summary="Stable Diffusion server that batches requests at the denoising step.",
         lifespan=lifespan,
     )
     app.include_router(generate.routes(service))
     app.include_router(ops.routes(service))
     app.exception_handler(ServerError)(partial(_server_error, service))
     app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(Exception)(_bug)
+    app.exception_handler(Exception)(_unhandled)
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
@@ -60,14 +60,16 @@ async def _server_error(service: Service, _http: HttpRequest, error: ServerError
 
 
 async def _http_error(_http: HttpRequest, error: HTTPException) -> JSONResponse:
-    """No such page, or not that method."""
+    """Answer an unknown path or a method that is not allowed."""
     status = HTTPStatus(error.status_code)
     document = Problem(title=status.phrase, status=status, detail=f"{status.description}: see /docs.")
     response = problem_response(document)
-    response.headers.update(error.headers or {})  # Allow, which a 405 must have
+    response.headers.update(error.headers or {})  # Allow, which is required with 405
     return response
 
 
-async def _bug(_http: HttpRequest, error: Exception) -> JSONResponse:
-    _log.error("unexpected", exc_info=error)
-    return problem_response(Problem(title="Internal error", status=500, detail="A fault of the server; it is logged."))
+async def _unhandled(_http: HttpRequest, error: Exception) -> JSONResponse:
+    _log.error("unhandled exception", exc_info=error)
+    return problem_response(
+        Problem(title="Internal error", status=500, detail="Unexpected server error; see the server log.")
+    )

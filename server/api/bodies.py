@@ -1,4 +1,4 @@
-"""Reading bodies and writing problems: the strict edge that every face shares."""
+"""Read request bodies and write problem details; shared by every API."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from server.requests.errors import (
 )
 from server.requests.schemas import Problem
 
-MAX_BODY = 34 * 1024 * 1024  # bytes: two pictures of 12 MiB in base64, and the rest
-MAX_COMMAS = 64 * 1024  # in a JSON body: one for each value but a few, and none in base64
-FILES = ("image", "mask")  # the fields that a form may send as files
+MAX_BODY = 34 * 1024 * 1024  # bytes: two files of 12 MiB in base64, and the other fields
+MAX_COMMAS = 64 * 1024  # bounds the number of values in a JSON body; base64 has no commas
+FILES = ("image", "mask")  # fields that a form may send as files
 _A_FILE = {"type": "string", "format": "binary"}
-_ECHO = 200  # characters of a caller's own words in an answer
+_ECHO = 200  # characters of caller-supplied text in a response
 _MOST_ERRORS = 10
 
-Body = TypeVar("Body", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-async def read_body(http: HttpRequest, model: type[Body]) -> Body:
-    """Read the body into `model`: strict JSON, or a form with the same fields, whose pictures may be files.
+async def read_body(http: HttpRequest, model: type[ModelT]) -> ModelT:
+    """Read the body into `model`: strict JSON, or a form with the same fields, where images may be files.
 
     Raises:
-        UnsupportedMediaType, ForeignOrigin, BodyTooLarge, MalformedBody, InvalidRequest: what is wrong, field by field.
-        Cancelled: the caller went away before the body was whole.
+        UnsupportedMediaType, ForeignOrigin, BodyTooLarge, MalformedBody: the body cannot be read.
+        InvalidRequest: fields are invalid; validation errors are reported per field.
+        Cancelled: the caller disconnected before the body was complete.
     """
     content_type = http.headers.get("content-type", "")
     match content_type.partition(";")[0].strip().lower():
@@ -51,7 +52,7 @@ async def read_body(http: HttpRequest, model: type[Body]) -> Body:
             validate = partial(model.model_validate_strings, _texts(await _receive(http), content_type, model))
         case _:
             raise UnsupportedMediaType(
-                "Send JSON, with the header Content-Type: application/json, or a form, as multipart/form-data."
+                "Send JSON with Content-Type: application/json, or a form as multipart/form-data."
             )
     try:
         return validate()
@@ -60,7 +61,7 @@ async def read_body(http: HttpRequest, model: type[Body]) -> Body:
 
 
 def describe_body(model: type[BaseModel]) -> dict[str, Any]:
-    """What `read_body` takes, for OpenAPI."""
+    """The OpenAPI description of the bodies that `read_body` accepts."""
     as_json = model.model_json_schema()
     known = as_json["properties"]
     files = {name: {**_A_FILE, "description": known[name]["description"]} for name in FILES if name in known}
@@ -77,7 +78,7 @@ async def _receive(http: HttpRequest) -> bytearray:
             if len(body) > MAX_BODY:
                 raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes.")
     except ClientDisconnect:
-        raise Cancelled("The caller went away before the body was whole.") from None
+        raise Cancelled("The caller disconnected before the body was complete.") from None
     return body
 
 
@@ -89,7 +90,7 @@ async def _receive_json(http: HttpRequest) -> bytearray:
 
 
 def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[str, str]:
-    """The form in `body` as texts: files in base64, and no known field that was left empty."""
+    """The fields of a form as text: files in base64, without known fields that are empty."""
     fields = read_form(body, content_type)
     names = [field.name for field in fields]
     texts: dict[str, str] = {}
@@ -97,7 +98,7 @@ def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[s
         if names.count(field.name) > 1:
             raise _refuse(field.name, "Sent more than once: send it once.")
         if field.is_file and field.name not in FILES:
-            raise _refuse(field.name, f"Sent as a file, which only {' and '.join(FILES)} may be: send it as text.")
+            raise _refuse(field.name, f"Sent as a file; only {' and '.join(FILES)} may be files: send it as text.")
         if field.is_file:
             texts[field.name] = binascii.b2a_base64(field.content, newline=False).decode()
         elif field.content or field.name not in model.model_fields:
@@ -106,11 +107,13 @@ def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[s
 
 
 def _check_origin(http: HttpRequest) -> None:
-    """Any page may have its reader's browser post a form, unasked; before it posts JSON, the browser asks."""
+    """Reject cross-site forms: unlike JSON, browsers post them without a CORS preflight."""
     origin = http.headers.get("origin")
     foreign = origin is not None and origin.partition("://")[2] != http.headers.get("host")
     if foreign or http.headers.get("sec-fetch-site") == "cross-site":
-        raise ForeignOrigin("A form from a page of another origin: serve the page from here, or pass on its Host.")
+        raise ForeignOrigin(
+            "The form comes from a page of another origin: serve the page from here, or have the proxy keep Host."
+        )
 
 
 def _refuse(name: str, message: str) -> InvalidRequest:
@@ -134,7 +137,7 @@ def _shorten(text: str) -> str:
 
 
 def problem(error: ServerError) -> Problem:
-    """`error` as an RFC 9457 document."""
+    """`error` as problem details (RFC 9457)."""
     return Problem(
         title=_words(type(error).__name__),
         status=STATUS[type(error)],

@@ -1,4 +1,4 @@
-"""`POST /generate`: the native face. JSON, the bare file, or server-sent events, as `Accept` says."""
+"""`POST /generate`: JSON, an image file, or server-sent events, negotiated by `Accept`."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from server.requests.schemas import (
     GenerateResponse,
     Parameters,
     Problem,
-    Queued,
-    Running,
-    Step,
+    QueuedEvent,
+    StartedEvent,
+    StepEvent,
     Timings,
 )
 
 KEEPALIVE_SECONDS = 15.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-Answer = Literal["json", "events", "png", "jpeg", "webp"]
-_ANSWERS: dict[str, Answer] = {
+ResponseFormat = Literal["json", "events", "png", "jpeg", "webp"]
+_FORMATS: dict[str, ResponseFormat] = {
     "application/json": "json",
     "application/*": "json",
     "*/*": "json",
@@ -51,11 +51,8 @@ _ANSWERS: dict[str, Answer] = {
 }
 
 
-class _Direct(APIRoute):
-    """A route whose endpoint is given the HTTP request as it is, and answers with a response.
-
-    What FastAPI would find out for it from that request, it reads itself.
-    """
+class _RawRoute(APIRoute):
+    """A route that passes the HTTP request to its endpoint unparsed; the endpoint reads the body itself."""
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         handler: Callable[[HttpRequest], Coroutine[Any, Any, Response]] = self.endpoint
@@ -63,16 +60,16 @@ class _Direct(APIRoute):
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_Direct)
+    router = APIRouter(route_class=_RawRoute)
 
     @router.post(
         "/generate",
-        summary="Make pictures from a prompt",
+        summary="Generate images from a prompt",
         response_model=GenerateResponse,
         responses={
             200: {
-                "description": "The pictures: JSON, or by `Accept` one bare file, or progress as server-sent events "
-                "(`queued`, `started`, `step`, then `completed` or `error`).",
+                "description": "The images, in the format that `Accept` selects: JSON, one image file, or server-sent "
+                "events (`queued`, `started`, `step`, then `completed` or `error`).",
                 "content": {kind: {} for kind in ("image/png", "image/jpeg", "image/webp", "text/event-stream")},
             },
             **{status: {"model": Problem} for status in (400, 403, 406, 413, 415, 422, 429, 500, 503)},
@@ -80,31 +77,31 @@ def routes(service: Service) -> APIRouter:
         openapi_extra={"requestBody": describe_body(GenerateRequest)},
     )
     async def generate(http: HttpRequest) -> Response:
-        answer = _negotiate(http.headers.get("accept", "*/*"))
+        wanted = _negotiate(http.headers.get("accept", "*/*"))
         body = await read_body(http, GenerateRequest)
-        if answer in images.FORMATS and body.num_images > 1:
-            message = "One file holds one picture: ask for num_images 1, or for application/json."
+        if wanted in images.FORMATS and body.num_images > 1:
+            message = "An image file holds one image: set num_images to 1, or accept application/json."
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         image_format = body.image_format
-        accepted = await service.accept(body, request_id=_request_id(http), follows=answer == "events")
-        del body  # megabytes, if it brought pictures, that need not wait for the answer
-        if answer == "events":
+        accepted = await service.accept(body, request_id=_request_id(http), follows=wanted == "events")
+        del body  # free the uploaded files, which may be megabytes, before the wait
+        if wanted == "events":
             return _stream(service, accepted, image_format)
-        return await _answer(service, accepted, http, answer=answer, image_format=image_format)
+        return await _respond(service, accepted, http, wanted=wanted, image_format=image_format)
 
     return router
 
 
-def _negotiate(accept: str) -> Answer:
-    """The best answer that `Accept` names, by its q-values; RFC 9110, section 12.5.1."""
+def _negotiate(accept: str) -> ResponseFormat:
+    """The response format that `Accept` prefers, by its q-values; RFC 9110, section 12.5.1."""
     wanted: list[tuple[float, str]] = []
     for part in accept.split(","):
         kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
         quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
         wanted.append((float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0, kind))
     for weight, kind in sorted(wanted, key=lambda pair: -pair[0]):
-        if weight > 0 and kind in _ANSWERS:
-            return _ANSWERS[kind]
+        if weight > 0 and kind in _FORMATS:
+            return _FORMATS[kind]
     raise NotAcceptable("Accept one of application/json, image/png, image/jpeg, image/webp, text/event-stream.")
 
 
@@ -113,33 +110,33 @@ def _request_id(http: HttpRequest) -> str | None:
     return given if _REQUEST_ID.fullmatch(given) else None
 
 
-async def _answer(
-    service: Service, accepted: Accepted, http: HttpRequest, *, answer: Answer, image_format: ImageFormat
+async def _respond(
+    service: Service, accepted: Accepted, http: HttpRequest, *, wanted: ResponseFormat, image_format: ImageFormat
 ) -> Response:
-    """Wait for the pictures, and give up the rows at once when the caller is gone."""
+    """Wait for the images; cancel the request at once if the caller disconnects."""
     request = accepted.request
-    watching = asyncio.ensure_future(_cancel_when_gone(request, http))
+    watcher = asyncio.ensure_future(_cancel_on_disconnect(request, http))
     try:
         outcome = await accepted.event_queue.outcome()
     finally:
-        watching.cancel()
+        watcher.cancel()
         request.cancel()
     if isinstance(outcome, Failed):
         return problem_response(problem(outcome.error), retry_after=outcome.error.retry_after)
-    bare = answer in images.FORMATS
-    files = await service.encode_images(outcome, cast(ImageFormat, answer) if bare else image_format)
+    bare = wanted in images.FORMATS
+    files = await service.encode_images(outcome, cast(ImageFormat, wanted) if bare else image_format)
     timings = _timings(request, files)
     headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
     if bare:
         headers["X-Seed"] = str(request.params.seeds[0])
         if warnings := _warnings(request):
-            headers["X-Warnings"] = json.dumps(warnings)  # in ASCII, as headers are
-        return Response(files.contents[0], headers=headers, media_type=f"image/{answer}")
+            headers["X-Warnings"] = json.dumps(warnings)  # JSON keeps the header in ASCII
+        return Response(files.contents[0], headers=headers, media_type=f"image/{wanted}")
     document = _document(service, request, files, image_format=image_format)
     return Response(document.model_dump_json(), headers=headers, media_type="application/json")
 
 
-async def _cancel_when_gone(request: Request, http: HttpRequest) -> None:
+async def _cancel_on_disconnect(request: Request, http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
     request.cancel()
@@ -160,23 +157,23 @@ def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> 
 async def _sse(service: Service, accepted: Accepted, image_format: ImageFormat) -> AsyncIterator[bytes]:
     request = accepted.request
     try:
-        yield _event("queued", Queued(id=request.id, position=accepted.position))
+        yield _event("queued", QueuedEvent(id=request.id, position=accepted.position))
         async for event in accepted.event_queue.events(keepalive=KEEPALIVE_SECONDS):
             if event is None:
                 yield KEEPALIVE_COMMENT
             else:
                 yield await _describe(service, request, event, image_format)
     finally:
-        request.cancel()  # the caller closed the stream, or it is over and this changes nothing
+        request.cancel()  # the caller closed the stream; without effect on a request that has ended
 
 
 async def _describe(service: Service, request: Request, event: Event, image_format: ImageFormat) -> bytes:
     match event:
         case Started():
-            return _event("started", Running(id=request.id))
+            return _event("started", StartedEvent(id=request.id))
         case Stepped(step, steps, preview):
-            shown = None if preview is None else await run_in_threadpool(_data_url, preview)
-            return _event("step", Step(step=step, steps=steps, preview=shown))
+            url = None if preview is None else await run_in_threadpool(_data_url, preview)
+            return _event("step", StepEvent(step=step, steps=steps, preview=url))
         case Completed():
             files = await service.encode_images(event, image_format)
             return _event("completed", _document(service, request, files, image_format=image_format))

@@ -1,4 +1,4 @@
-"""What operators and load balancers ask: health, metrics, the model."""
+"""Health, metrics, and descriptions of the model and the schedulers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from engines.backends.available import precision_of
 from engines.schedulers import NAMES, describe
 from server.api.service import Service
-from server.requests.schemas import Model, Readiness, SchedulerDescription
+from server.requests.schemas import ModelInfo, Readiness, SchedulerDescription
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -15,11 +15,11 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v2/health/live", summary="200 while the process works; restart it when it does not")
+    @router.get("/v2/health/live", summary="Liveness: 200 while the process works, 503 when it should be restarted")
     def live() -> Response:
         return Response(status_code=200 if service.runtime.executor.alive else 503)
 
-    @router.get("/v2/health/ready", summary="200 while requests are answered; send traffic elsewhere when not")
+    @router.get("/v2/health/ready", summary="Readiness: 200 while requests are accepted, 503 otherwise")
     def ready(response: Response) -> Readiness:
         executor = service.runtime.executor
         response.status_code = 200 if executor.ready else 503
@@ -29,11 +29,11 @@ def routes(service: Service) -> APIRouter:
     def metrics() -> Response:
         return Response(service.runtime.metrics.render(), media_type=_METRICS_TYPE)
 
-    @router.get("/models", summary="The models served")
-    def models() -> list[Model]:
+    @router.get("/models", summary="List the served models")
+    def models() -> list[ModelInfo]:
         manifest = service.model.manifest
         return [
-            Model(
+            ModelInfo(
                 name=manifest.name,
                 backend=service.model.backend,
                 precision=precision_of(manifest, service.model.backend),
@@ -47,7 +47,7 @@ def routes(service: Service) -> APIRouter:
             )
         ]
 
-    @router.get("/schedulers", summary="The numerical methods, their names, and the options of each")
+    @router.get("/schedulers", summary="List the schedulers, their aliases and their options")
     def schedulers() -> list[SchedulerDescription]:
         prediction = service.model.manifest.noise_schedule.prediction_type
         return [

@@ -1,4 +1,4 @@
-"""Everything a caller can be told went wrong, and the HTTP status of each, in one table."""
+"""Errors that are reported to callers, and the HTTP status of each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldError:
-    """What is wrong with one field of a body."""
+    """A validation error of one field."""
 
     field: str
     message: str
 
 
 class ServerError(Exception):
-    """A request cannot be answered with a picture; the message says what to do next."""
+    """Base of the errors that end a request; the message says what to do next."""
 
     def __init__(self, detail: str, *, fields: tuple[FieldError, ...] = (), retry_after: int | None = None) -> None:
         super().__init__(detail)
@@ -24,31 +24,31 @@ class ServerError(Exception):
 
 
 class MalformedBody(ServerError):
-    """The body is not the JSON, or not the form, that it is declared as."""
+    """The body is not valid JSON, or not a valid form."""
 
 
 class ForeignOrigin(ServerError):
-    """The body is a form that a page of another origin sent."""
+    """A form was submitted from a page of another origin."""
 
 
 class BodyTooLarge(ServerError):
-    """The body exceeds the bound on its size."""
+    """The body exceeds the size limit."""
 
 
 class UnsupportedMediaType(ServerError):
-    """The body is declared neither as JSON nor as a form."""
+    """The Content-Type is neither JSON nor a form."""
 
 
 class NotAcceptable(ServerError):
-    """`Accept` names nothing the server makes."""
+    """`Accept` names no media type that the server produces."""
 
 
 class InvalidRequest(ServerError):
-    """The body can be read, and asks for what cannot be done."""
+    """The body is well-formed, but a value is invalid or unsupported."""
 
 
 class QueueFull(ServerError):
-    """More requests wait than the bound allows."""
+    """The queue has reached its limit."""
 
 
 class NotReady(ServerError):
@@ -56,15 +56,15 @@ class NotReady(ServerError):
 
 
 class StepFailed(ServerError):
-    """The engine failed in a step this request shared."""
+    """An engine failed in a step that included this request."""
 
 
 class BrokenPicture(ServerError):
-    """The model's numbers went beyond their range in this picture."""
+    """The image contains NaN or infinite values."""
 
 
 class Cancelled(ServerError):
-    """The caller went away, or the server stopped before the picture was done."""
+    """The caller disconnected, or the server stopped, before the request was complete."""
 
 
 STATUS: dict[type[ServerError], int] = {

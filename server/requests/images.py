@@ -1,4 +1,4 @@
-"""Pixels to files."""
+"""Encode pixels to image files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from server.requests.request import Image
 ImageFormat = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 
-# PNG filters a picture before it packs it, after which there is little to find but runs, which RLE packs. Photographs
-# take less than half the time of zlib's level 4, and as much room; flat pictures a little less of both.
+# After PNG's filters most of what compresses is runs, which RLE finds. Compared with zlib's level 4, photographs take
+# less than half the time at the same size, and flat images slightly less of both.
 _OPTIONS: dict[ImageFormat, dict[str, int]] = {
     "png": {"compress_level": 1, "compress_type": PIL.Image.RLE},
     "jpeg": {"quality": 92},
@@ -22,7 +22,7 @@ _OPTIONS: dict[ImageFormat, dict[str, int]] = {
 
 
 def encode(image: Image, image_format: ImageFormat) -> bytes:
-    """Encode [H, W, 3] RGB pixels. The same pixels give the same bytes."""
+    """Encode [H, W, 3] RGB pixels. The same pixels always give the same bytes."""
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(file, image_format, **_OPTIONS[image_format])
     return file.getvalue()

@@ -39,7 +39,9 @@ class Intake:
         """
         _refuse_contradictions(body)
         if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end) != (0, 1):
-            raise _refused("guidance_end", "This model is told its guidance at every step: leave out start and end.")
+            raise _refused(
+                "guidance_end", "This model embeds its guidance scale: leave out guidance_start and guidance_end."
+            )
         defaults = self._manifest.defaults
         seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
         steps = body.num_inference_steps or defaults.num_inference_steps
@@ -77,7 +79,7 @@ class Intake:
         try:
             return built[built.index(size)]  # the same object for all: what is looked up by it is found faster
         except ValueError:
-            message = f"This model was built for {', '.join(map(str, built))}, not for {size}: ask for one of those."
+            message = f"Unsupported size {size}: this model was built for {', '.join(map(str, built))}."
             fields = (FieldError("width", message), FieldError("height", message))
             raise InvalidRequest(message, fields=fields) from None
 
@@ -106,7 +108,8 @@ class Intake:
         taken = steps if init_image is None else min(int(steps * init_image.strength), steps)
         if taken < 1:
             raise _refused(
-                "strength", f"{steps} steps at this strength are none: ask for more steps, or more strength."
+                "strength",
+                f"{steps} steps at this strength give no denoising step: increase num_inference_steps or strength.",
             )
         try:
             return table(scheduler, steps, self._manifest.noise_schedule, skip=steps - taken)
@@ -124,16 +127,16 @@ def _refuse_contradictions(body: GenerateRequest) -> None:
     if body.guidance_rescale:
         raise _refused(
             "guidance_rescale",
-            "guidance_rescale divides by the spread of the model's output, which steps that requests share cannot do: "
-            "leave it out, and lower guidance_scale or end guidance early with guidance_end.",
+            "guidance_rescale is not supported: it is not linear in the model's output, which batched steps require. "
+            "Lower guidance_scale, or end guidance early with guidance_end.",
         )
     if body.guidance_start >= body.guidance_end:
         raise _refused("guidance_end", "guidance_end must be greater than guidance_start; 0 and 1 are the defaults.")
     if body.image is None and (body.mask is not None or body.strength is not None):
         field = "strength" if body.mask is None else "mask"
-        raise _refused(field, f"{field} says what becomes of a picture: send image too.")
+        raise _refused(field, f"{field} requires an initial image: send image too.")
     if body.exact and body.num_images > 1:
-        raise _refused("exact", "exact draws one picture at a time: ask for each seed on its own.")
+        raise _refused("exact", "exact supports one image per request: send one request per seed.")
 
 
 def _refused(field: str, message: str) -> InvalidRequest:

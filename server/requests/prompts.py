@@ -1,12 +1,12 @@
-"""AUTOMATIC1111's attention syntax: a prompt's text to weighted spans, in time linear in its length.
+"""Parser of AUTOMATIC1111's attention syntax: from prompt text to weighted spans, in linear time.
 
-`(text)` weighs 1.1 times as much, `[text]` 1.1 times less, `(text:1.3)` 1.3 times as much, and nesting multiplies. A
-backslash makes a bracket, or a backslash, an ordinary character. A bracket that is never closed reaches to the end, one
-that was never opened is text. `BREAK` ends a chunk.
+`(text)` multiplies the weight by 1.1, `[text]` divides it by 1.1, `(text:1.3)` multiplies it by 1.3, and nesting
+multiplies. A backslash escapes a bracket or a backslash. An unclosed bracket extends to the end of the prompt; a
+closing bracket without an opening one is text. `BREAK` ends a chunk.
 
-Three things differ from AUTOMATIC1111. Weights are held within ±10, where pictures have long fallen apart. `BREAK`
-works inside brackets too, where AUTOMATIC1111 reads it as a word. A weight that is no number, as in `(a:1.2.3)`, is
-text instead of an error.
+Differences from AUTOMATIC1111: weights are clamped to ±10, far beyond useful values; `BREAK` also works inside
+brackets, where AUTOMATIC1111 reads it as a word; a weight that is not a number, as in `(a:1.2.3)`, is text instead of
+an error.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
-HEAVIEST = 10.0  # the largest weight, of either sign
-_STRONGER = 1.1  # what a pair of round brackets multiplies by, and a pair of square ones divides by
-_HUGE = 1e150  # holds a product that deep nesting drives up; the product of two such is still finite
+MAX_WEIGHT = 10.0  # the largest absolute weight
+_STRONGER = 1.1  # factor of round brackets; square brackets divide by it
+_HUGE = 1e150  # bound on the product of nested weights; the product of two such values is finite
 _EXCERPT = 60  # characters
 
-# Possessive quantifiers (++, *+) never give back what they took, so no text is scanned more than a few times.
+# Possessive quantifiers (++, *+) do not backtrack, which keeps matching linear.
 _NUMBER = r"[+-]?(?:\d++\.?\d*+|\.\d++)"
 _MARKS = re.compile(rf"\\(?P<escaped>[()\[\]\\]?)|[()\[\]]|:\s*+(?P<weight>{_NUMBER})\s*+\)")
 _BREAK = re.compile(r"(?:(?<!\s)\s++)?\bBREAK\b\s*+")
@@ -35,16 +35,16 @@ _HYPERNET = re.compile(r"<hypernet:[^<>]*+>", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Text that weighs the same throughout. Neighbours differ in weight."""
+    """Text of one weight. Adjacent spans have different weights."""
 
     text: str
-    weight: float  # finite, within ±HEAVIEST
+    weight: float  # finite, within ±MAX_WEIGHT
 
 
 def parse(text: str) -> list[list[Span]]:
-    """The parts of `text` between its BREAKs, at least one, of which any may be empty.
+    """Split `text` at each BREAK into parts of weighted spans; at least one part, each possibly empty.
 
-    Text without syntax comes back as it is: one part of one span of weight 1.
+    Text without syntax gives one part with one span of weight 1.
     """
     parts: list[list[tuple[str, float]]] = [[]]
     for piece, weight in _weigh(text):
@@ -55,7 +55,7 @@ def parse(text: str) -> list[list[Span]]:
 
 
 def _weigh(text: str) -> Iterator[tuple[str, float]]:
-    """`text` in pieces, without its brackets and backslashes."""
+    """Yield the pieces of `text` and their weights, without brackets and backslashes."""
     marks = list(_MARKS.finditer(text))
     weights = _explicit_weights(marks)
     rounds, squares = [1.0], 0  # the weight inside each open round bracket; how many square ones are open
@@ -64,7 +64,7 @@ def _weigh(text: str) -> Iterator[tuple[str, float]]:
         if end < mark.start():
             yield text[end : mark.start()], weight
         end = mark.end()
-        if (escaped := mark["escaped"]) is not None:  # "" after a backslash that escapes nothing: it is swallowed
+        if (escaped := mark["escaped"]) is not None:  # "" after a backslash that escapes nothing: it is dropped
             yield escaped, weight
         elif mark[0] == "(":
             rounds.append(_within(_HUGE, rounds[-1] * weights.get(mark.start(), _STRONGER)))
@@ -76,12 +76,14 @@ def _weigh(text: str) -> Iterator[tuple[str, float]]:
             rounds.pop()
         else:
             yield mark[0], weight
-        weight = _within(HEAVIEST, rounds[-1] * _STRONGER**-squares)  # brackets of one kind need not nest in the other
+        weight = _within(
+            MAX_WEIGHT, rounds[-1] * _STRONGER**-squares
+        )  # round and square brackets need not nest properly
     yield text[end:], weight
 
 
 def _explicit_weights(marks: Iterable[re.Match[str]]) -> dict[int, float]:
-    """What each round bracket that ends in `:number)` multiplies by, under the position where it opens."""
+    """The weights of brackets that end in `:number)`, by the position of the opening bracket."""
     opened: list[int] = []
     weights = {}
     for mark in marks:
@@ -104,20 +106,21 @@ def _merge(pieces: Iterable[tuple[str, float]]) -> list[Span]:
 
 
 def unsupported(text: str) -> tuple[str, ...]:
-    """What AUTOMATIC1111 would act upon in `text`, and `parse` takes for words: a sentence for each kind, which says
-    what to do instead."""
+    """Warnings about AUTOMATIC1111 syntax in `text` that `parse` treats as text, each with an alternative."""
     sentences = _unsupported_schedules(text)
     if _AND.search(text):
-        sentences.append("AND is read as text, it does not combine prompts: describe everything in one prompt.")
+        sentences.append("AND is treated as text and does not combine prompts: describe everything in one prompt.")
     if lora := _LORA.search(text):
-        sentences.append(f'"{excerpt(lora[0])}" is read as text: LoRAs are fused by build_engines.py --lora.')
+        sentences.append(
+            f'"{excerpt(lora[0])}" is treated as text: add LoRAs to the bundle with build_engines.py --lora.'
+        )
     if hypernet := _HYPERNET.search(text):
-        sentences.append(f'"{excerpt(hypernet[0])}" is read as text: leave it out, there are no hypernetworks here.')
+        sentences.append(f'"{excerpt(hypernet[0])}" is treated as text: hypernetworks are not supported.')
     return tuple(sentences)
 
 
 def _unsupported_schedules(text: str) -> list[str]:
-    """Sentences about `[from:to:0.5]` and `[a|b]`, which name the first of each."""
+    """Warnings about prompt editing `[from:to:0.5]` and alternation `[a|b]`, each quoting the first occurrence."""
     editing = alternation = ""
     opened: list[tuple[str, int]] = []  # brackets and where they open; a square one becomes "|" when it holds a bar
     for mark in _SCHEDULES.finditer(text):
@@ -136,13 +139,13 @@ def _unsupported_schedules(text: str) -> list[str]:
                 alternation = excerpt(text[start : mark.end()])
     sentences = []
     if editing:
-        sentences.append(f'Prompt editing such as "{editing}" is read as text: write one prompt for all steps.')
+        sentences.append(f'Prompt editing such as "{editing}" is treated as text: use one prompt for all steps.')
     if alternation:
-        sentences.append(f'Alternation such as "{alternation}" is read as text: write one prompt for all steps.')
+        sentences.append(f'Alternation such as "{alternation}" is treated as text: use one prompt for all steps.')
     return sentences
 
 
 def excerpt(text: str) -> str:
-    """The beginning of `text` on one line, to quote it by."""
+    """The beginning of `text` on one line, for quotation in messages."""
     line = " ".join(text.split())
     return line if len(line) <= _EXCERPT else line[: _EXCERPT - 1].rstrip() + "…"

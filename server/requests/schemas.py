@@ -1,4 +1,4 @@
-"""The bodies that callers send and receive. Strict: no coercion, no unknown fields, every bound named."""
+"""Request and response bodies. Validation is strict: no coercion, no unknown fields, every value bounded."""
 
 from __future__ import annotations
 
@@ -16,125 +16,145 @@ from server.requests.tokenizer import Syntax
 from server.requests.uploads import MAX_FILE
 
 PROMPT_LENGTH = 4000  # characters
-MAX_SEED = 2**32 - 1  # torch's generator reads no more than these bits
+MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,30};base64,", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
 
 
 def _decode(text: object) -> bytes:
-    """The file in base64 text (RFC 4648, section 4; lines may be broken) or in a data: URL of it."""
-    if isinstance(text, bytes):  # which neither JSON nor a form can say
+    """Decode base64 text (RFC 4648, section 4; line breaks are allowed) or a data: URL of it."""
+    if isinstance(text, bytes):  # constructed in Python: neither JSON nor a form can hold bytes
         return text
     if not isinstance(text, str):
-        raise PydanticCustomError("picture", "Input should be a file, as base64 text")
+        raise PydanticCustomError("image", "Input should be a file, as base64 text")
     if prefix := _DATA_URL.match(text):
         text = text[prefix.end() :]
     if _URL.match(text):
-        raise PydanticCustomError("picture", "URLs are not fetched: send the file itself, base64 or multipart")
+        raise PydanticCustomError(
+            "image", "URLs are not fetched: send the file itself, in base64 or as multipart/form-data"
+        )
     try:
         content = binascii.a2b_base64(text.replace("\r", "").replace("\n", ""), strict_mode=True)
     except ValueError:
-        raise PydanticCustomError("picture", "Input should be base64, as of RFC 4648, section 4") from None
+        raise PydanticCustomError("image", "Input should be valid base64 (RFC 4648, section 4)") from None
     if not 0 < len(content) <= MAX_FILE:
-        raise PydanticCustomError("picture", f"The file should have at least a byte, and at most {MAX_FILE} bytes")
+        raise PydanticCustomError("image", f"The file should have between 1 and {MAX_FILE} bytes")
     return content
 
 
-Picture = Annotated[
+ImageFile = Annotated[
     bytes, BeforeValidator(_decode), WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1})
 ]
-Side = Annotated[int, Field(ge=8, le=8192, description="pixels; default: the model's first resolution")]
+Side = Annotated[int, Field(ge=8, le=8192, description="in pixels; default: the first resolution of the model")]
 
 
-class _Body(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class GenerateRequest(_Body):
-    """What to draw. Everything but the prompt has a default, the model's own where it has one."""
+class GenerateRequest(_StrictModel):
+    """Parameters of a generation. Only the prompt is required; the other defaults are those of the model."""
 
     prompt: str = Field(
-        max_length=PROMPT_LENGTH, description="what the picture shows", examples=["a red heart on a yellow background"]
+        max_length=PROMPT_LENGTH,
+        description="what the image should show",
+        examples=["a red heart on a yellow background"],
     )
-    negative_prompt: str = Field("", max_length=PROMPT_LENGTH, description="what it should not show")
+    negative_prompt: str = Field("", max_length=PROMPT_LENGTH, description="what the image should not show")
     prompt_syntax: Syntax = Field(
-        "a1111", description="a1111 reads (weights:1.2), [less of it] and BREAK; plain reads every character as written"
+        "a1111",
+        description="a1111: AUTOMATIC1111's attention syntax, (word:1.2), [word] and BREAK; "
+        "plain: every character is literal text",
     )
     clip_skip: int = Field(
-        0, ge=0, le=64, description="layers of the text encoder to leave out at its end; not for the negative prompt"
+        0,
+        ge=0,
+        le=64,
+        description="number of final text encoder layers to skip, as in diffusers; not applied to the negative prompt",
     )
     width: Side | None = None
     height: Side | None = None
     num_inference_steps: int | None = Field(
-        None, ge=1, le=200, description="denoising steps: more are slower and finer"
+        None,
+        ge=1,
+        le=200,
+        description="number of denoising steps; more steps take longer and add detail; default: the model's",
     )
     guidance_scale: float | None = Field(
         None,
         ge=0,
         le=50,
-        description="how closely the prompt is followed; at 1 or less "
-        "the negative prompt has no say and the picture costs half",
+        description="classifier-free guidance scale; values <= 1 disable guidance, ignore the negative prompt and "
+        "halve the cost; default: the model's",
     )
-    guidance_start: float = Field(0.0, ge=0, lt=1, description="of the way: where guidance begins")
+    guidance_start: float = Field(0.0, ge=0, lt=1, description="fraction of the steps after which guidance begins")
     guidance_end: float = Field(
-        1.0, gt=0, le=1, description="where it ends; outside, the negative prompt has no say and a step costs half"
+        1.0, gt=0, le=1, description="fraction of the steps after which guidance ends; unguided steps cost half"
     )
-    guidance_rescale: float = Field(0.0, ge=0, le=1, description="not done: only 0 is taken")
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="the same seed gives the same picture; default: a random one"
-    )
-    num_images: int = Field(1, ge=1, le=64, description="pictures, of seeds seed, seed+1, …")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="not supported: only 0 is accepted")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the initial noise; default: random")
+    num_images: int = Field(1, ge=1, le=64, description="number of images; image i uses seed + i, counted from 0")
     scheduler: str | None = Field(
         None,
         max_length=64,
-        description="the numerical method: our name, diffusers' class, or the name in AUTOMATIC1111's web UI; "
-        "GET /schedulers lists them all",
+        description="the sampling method: a name of GET /schedulers, a diffusers class name, or a sampler name of "
+        "AUTOMATIC1111's web UI; default: the model's",
         examples=["dpmpp_2m_karras", "EulerAncestralDiscreteScheduler", "DPM++ 2M Karras"],
     )
-    sigmas: Sigmas | None = Field(None, description="how noise levels are spaced; also a suffix of scheduler")
-    timestep_spacing: Spacing | None = Field(None, description="how timesteps are spaced; default: the checkpoint's")
-    final_sigmas_type: FinalSigma | None = Field(None, description="where steps end; default: the checkpoint's")
-    eta: float | None = Field(None, ge=0, le=1, description="how much fresh noise ddim and tcd take")
-    image_format: ImageFormat = Field("png", description="format of the pictures in a JSON answer")
+    sigmas: Sigmas | None = Field(
+        None, description="noise schedule (spacing of the sigmas); may also be given as a suffix of scheduler"
+    )
+    timestep_spacing: Spacing | None = Field(
+        None, description="spacing of the timesteps, as in diffusers; default: the checkpoint's"
+    )
+    final_sigmas_type: FinalSigma | None = Field(
+        None, description="final sigma of the noise schedule, as in diffusers; default: the checkpoint's"
+    )
+    eta: float | None = Field(
+        None, ge=0, le=1, description="amount of noise added at each step, 0 to 1; only for ddim and tcd"
+    )
+    image_format: ImageFormat = Field("png", description="format of the images in a JSON response")
     preview_every: int = Field(
-        0, ge=0, le=200, description="with text/event-stream: show a preview every so many steps; 0: none"
+        0, ge=0, le=200, description="with text/event-stream: send a preview every this many steps; 0 disables previews"
     )
-    image: Picture | None = Field(
+    image: ImageFile | None = Field(
         None,
         repr=False,
-        description="a PNG, JPEG or WebP file to start from, stretched to width and height; transparency becomes white",
+        description="initial image for image-to-image: a PNG, JPEG or WebP file, resized to width x height; "
+        "transparent pixels become white",
     )
-    mask: Picture | None = Field(
+    mask: ImageFile | None = Field(
         None,
         repr=False,
-        description="such a file as large as the image: what is bright in it is drawn anew, and what is dark stays; "
-        "transparency has no say",
+        description="inpainting mask: a PNG, JPEG or WebP file; white areas are regenerated, black areas are kept, "
+        "transparency is ignored; requires image",
     )
     strength: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="with image: how much of the way is gone again, 1 keeping next to nothing; "
-        "default: 0.8, and 1 with a mask",
+        description="how much to change the initial image, from 0 (hardly) to 1 (almost entirely); requires image; "
+        "default: 0.8, or 1 with a mask",
     )
     exact: bool = Field(
-        False, description="share steps with nobody: the same engine then gives the same picture bit for bit"
+        False,
+        description="run without batching, so that the same request on the same engine gives the same bytes, whatever "
+        "else is served",
     )
-
     cache: Cache | None = Field(
         None,
-        description="fast: two steps of three take what the UNet's deep layers made of the step before them, which is "
-        "quicker and changes the picture a little; default: the server's, which is off unless set",
+        description="fast: two of three steps reuse deep UNet features of the step before (DeepCache), which is faster "
+        "and changes the image slightly; default: the server's --cache setting",
     )
 
 
 class GeneratedImage(BaseModel):
-    """One picture."""
+    """A generated image."""
 
     seed: int
     format: ImageFormat
-    image: str = Field(description="the file, base64")
+    image: str = Field(description="the encoded file, in base64")
 
 
 class Timings(BaseModel):
@@ -144,12 +164,12 @@ class Timings(BaseModel):
     encode: float
     denoise: float
     decode: float
-    image: float = Field(description="making files of pixels")
+    image: float = Field(description="encoding the image files")
     total: float
 
 
 class Parameters(BaseModel):
-    """The request with every default filled in: sent again, with its image and mask, it gives the same pictures."""
+    """The request with every default filled in; sent again with the same image and mask, it gives the same images."""
 
     prompt: str
     negative_prompt: str
@@ -167,7 +187,7 @@ class Parameters(BaseModel):
     timestep_spacing: Spacing | None
     final_sigmas_type: FinalSigma | None
     eta: float | None
-    strength: float | None = Field(description="None where no image was sent; pictures are not repeated here")
+    strength: float | None = Field(description="null without an initial image; image and mask are not echoed")
     exact: bool
     cache: Cache
 
@@ -195,77 +215,79 @@ class Parameters(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """The pictures, and how they were made."""
+    """The images, the parameters that were used, and the time each stage took."""
 
     id: str
     model: str
     images: list[GeneratedImage]
     parameters: Parameters
     timings: Timings
-    warnings: list[str] = Field(description="what was done differently from what was asked, in words")
+    warnings: list[str] = Field(description="how the result deviates from the request, as sentences")
 
 
-class Queued(BaseModel):
-    """Event `queued`: accepted."""
-
-    id: str
-    position: int = Field(description="how many waited before it")
-
-
-class Running(BaseModel):
-    """Event `started`: out of the queue."""
+class QueuedEvent(BaseModel):
+    """Event `queued`: the request was accepted."""
 
     id: str
+    position: int = Field(description="number of requests ahead in the queue")
 
 
-class Step(BaseModel):
-    """Event `step`: one more UNet call is done."""
+class StartedEvent(BaseModel):
+    """Event `started`: the request has left the queue."""
+
+    id: str
+
+
+class StepEvent(BaseModel):
+    """Event `step`: a denoising step is complete."""
 
     step: int
     steps: int
-    preview: str | None = Field(description="a JPEG as a data: URL, of the picture as the model sees it now")
+    preview: str | None = Field(description="the current estimate of the image, a JPEG in a data: URL")
 
 
-class Model(BaseModel):
-    """What the served model can do."""
+class ModelInfo(BaseModel):
+    """The served model: its capabilities and defaults."""
 
     name: str
     backend: str
     precision: str
     resolutions: list[str] = Field(description="WIDTHxHEIGHT; the first is the default")
-    schedulers: list[str] = Field(description="GET /schedulers tells more of them")
-    scheduler: str = Field(description="the default")
-    num_inference_steps: int = Field(description="the default")
-    guidance_scale: float = Field(description="the default")
-    max_rows: int = Field(description="UNet rows of one request: a guided image takes two, an unguided one takes one")
+    schedulers: list[str] = Field(description="names; GET /schedulers describes them")
+    scheduler: str = Field(description="default scheduler")
+    num_inference_steps: int = Field(description="default number of steps")
+    guidance_scale: float = Field(description="default guidance scale")
+    max_rows: int = Field(
+        description="maximum UNet rows per request; a guided image takes two rows, an unguided image one"
+    )
     examples: list[str]
 
 
 class SchedulerDescription(BaseModel):
-    """A numerical method, and what may be said of it in a request."""
+    """A sampling method and its options."""
 
     name: str
     title: str
     summary: str
-    aliases: list[str] = Field(description="other names that are taken for it; case does not matter")
-    calls_per_step: int = Field(description="UNet calls")
-    stochastic: bool = Field(description="takes fresh noise on the way, without being asked to")
+    aliases: list[str] = Field(description="other accepted names, case-insensitive")
+    calls_per_step: int = Field(description="UNet calls per step")
+    stochastic: bool = Field(description="adds noise at each step by default")
     sigmas: list[Sigmas]
-    options: list[str] = Field(description="further fields of a request that it heeds")
+    options: list[str] = Field(description="further request fields that apply to it")
 
 
 class Readiness(BaseModel):
-    """Whether requests are answered, and what the server is at."""
+    """Whether the server accepts requests, and its current state."""
 
     ready: bool
     detail: str = Field(description="'loading the engines', 'warming up 512x512', 'ready' …")
 
 
 class Problem(BaseModel):
-    """What went wrong; RFC 9457."""
+    """Problem details (RFC 9457)."""
 
     type: str = "about:blank"
     title: str
     status: int
     detail: str
-    errors: list[dict[str, str]] = Field(default=[], description="field and message of each field at fault")
+    errors: list[dict[str, str]] = Field(default=[], description="field and message of each validation error")

@@ -1,4 +1,4 @@
-"""Prompts to chunks of weighted token ids: CLIP's byte-level BPE through `tokenizers`, from the bundle's own file."""
+"""Tokenizes prompts into chunks of weighted token ids, with the bundle's CLIP tokenizer."""
 
 from __future__ import annotations
 
@@ -17,98 +17,103 @@ from server.requests.prompts import Span, excerpt, parse, unsupported
 
 Syntax = Literal["a1111", "plain"]
 
-# Prompts share a step when the shorter can be repeated, whole, up to the longest.
+# Prompts of different lengths share a step if the shorter can be repeated a whole number of times.
 CHUNK_COUNTS = tuple(count for count in range(1, MAX_CHUNKS + 1) if MAX_CHUNKS % count == 0)
 
 _COMMA = ",</w>"
-_COMMA_REACH = 20  # AUTOMATIC1111's: how near its end a full chunk may be cut after a comma instead; tokens
-_BREAK = " BREAK "  # what quoted text shows between parts
-_REMEMBERED = 256  # prompts, of up to 20 kB each: the negative one is nearly everyone's
+_COMMA_REACH = 20  # tokens: a full chunk is cut after a comma at most this far from its end, as in AUTOMATIC1111
+_BREAK = " BREAK "  # separates parts in quoted text
+_CACHE_SIZE = 256  # cached prompts, of up to 20 kB each; most requests share their negative prompt
 _NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What the text encoder reads at once: [tokens] ids and weights; begin, end and padding weigh 1."""
+    """The input of one text encoder call: [tokens] ids and weights; begin, end and padding have weight 1."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
 
     def __hash__(self) -> int:
-        """Of the ids alone, in less than half the time: few chunks differ by their weights alone."""
+        """Hash the ids only, in less than half the time: few chunks differ in weights alone."""
         return hash(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text as the model reads it."""
+    """A tokenized prompt."""
 
     text: str
-    chunks: tuple[Chunk, ...]  # as many as one of CHUNK_COUNTS
-    warnings: tuple[str, ...] = ()  # sentences: what was left out, and what was read as text and perhaps not meant so
-    syntax: Syntax = "a1111"  # how it was read
+    chunks: tuple[Chunk, ...]  # one of CHUNK_COUNTS in number
+    warnings: tuple[str, ...] = ()  # sentences: truncation, and unsupported syntax that was treated as text
+    syntax: Syntax = "a1111"  # the syntax it was parsed with
 
 
 class _Piece(NamedTuple):
-    """What is never split: a token, or all vectors of an embedding."""
+    """An indivisible unit: a token, or all vectors of an embedding."""
 
     ids: tuple[int, ...]
     weight: float
-    at: int  # where it begins in the text
+    at: int  # offset in the text
 
 
 class Tokenizer:
-    """Reads prompts of up to MAX_CHUNKS chunks. One that fits one chunk has the ids that diffusers gives it."""
+    """Tokenizes prompts of up to MAX_CHUNKS chunks. A prompt of one chunk has the same ids as in diffusers."""
 
     def __init__(self, file: Path, *, tokens: int, pad: int, embeddings: Mapping[str, int] = _NONE) -> None:
-        """Chunks have `tokens` ids, with begin and end. `embeddings` says how many vectors each textual inversion has:
-        those after the first of "<cat>" are the tokens "<cat>_1", "<cat>_2", …
+        """Load the tokenizer.
+
+        Args:
+            file: tokenizer.json of the bundle.
+            tokens: ids per chunk, including begin and end.
+            pad: id of the padding token.
+            embeddings: number of vectors of each textual inversion; those after the first of "<cat>" are the tokens
+                "<cat>_1", "<cat>_2", …
 
         Raises:
-            EngineError: an embedding is not in the tokenizer, or too long for a chunk.
+            EngineError: an embedding is missing from the tokenizer, or longer than a chunk.
         """
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._begin, self._end = self._tokenizer.encode("").ids
         self._pad = pad
-        self._room = tokens - 2
+        self._capacity = tokens - 2
         self._comma = (self._tokenizer.token_to_id(_COMMA),)
-        self._comma_reach = min(_COMMA_REACH, self._room // 3)  # a small chunk goes no emptier than that
+        self._comma_reach = min(_COMMA_REACH, self._capacity // 3)  # at most a third of a small chunk
         self._vectors = {ids[0]: ids for ids in (self._vectors_of(*item) for item in embeddings.items())}
-
-        self._read_before = lru_cache(_REMEMBERED)(self._read)
+        self._cached = lru_cache(_CACHE_SIZE)(self._tokenize_prompt)
 
     def __call__(self, text: str, *, syntax: Syntax = "a1111") -> Prompt:
-        """Read `text`: its AUTOMATIC1111 syntax, or, if "plain", every character as it is written."""
-        return self._read_before(text, syntax)
+        """Tokenize `text`, parsed as AUTOMATIC1111 syntax, or with syntax "plain" as literal text."""
+        return self._cached(text, syntax)
 
-    def _read(self, text: str, syntax: Syntax) -> Prompt:
+    def _tokenize_prompt(self, text: str, syntax: Syntax) -> Prompt:
         parts = parse(text) if syntax == "a1111" else [[Span(text, 1.0)]]
         warnings = unsupported(text) if syntax == "a1111" else ()
         contents = [content for pieces in self._tokenize(parts) for content in self._split(pieces)]
         if len(contents) > 1 and not contents[-1]:
-            contents.pop()  # a BREAK at the very end begins no chunk; any other may leave one empty
-        if left_out := [piece for content in contents[MAX_CHUNKS:] for piece in content]:
-            warnings = (*warnings, self._without(left_out, parts))
+            contents.pop()  # a trailing BREAK starts no chunk; other BREAKs may leave one empty
+        if dropped := [piece for content in contents[MAX_CHUNKS:] for piece in content]:
+            warnings = (*warnings, self._truncation_warning(dropped, parts))
         kept = contents[:MAX_CHUNKS]
         count = next(count for count in CHUNK_COUNTS if count >= len(kept))
         kept += [[] for _ in range(count - len(kept))]
         return Prompt(text, tuple(self._chunk(content) for content in kept), warnings, syntax)
 
     def _vectors_of(self, token: str, vectors: int) -> tuple[int, ...]:
-        if vectors > self._room:
+        if vectors > self._capacity:
             raise EngineError(
-                f"The embedding {token} has {vectors} vectors, a chunk holds {self._room}: build without it."
+                f"The embedding {token} has {vectors} vectors, but a chunk holds {self._capacity}: rebuild without it."
             )
         names = [token, *(f"{token}_{vector}" for vector in range(1, vectors))]
         ids = tuple(index for name in names if (index := self._tokenizer.token_to_id(name)) is not None)
         if len(ids) < vectors:
-            raise EngineError(f"The tokenizer knows {len(ids)} of {vectors} vectors of {token}: build again.")
+            raise EngineError(f"The tokenizer has {len(ids)} of the {vectors} vectors of {token}: rebuild the bundle.")
         return ids
 
     def _tokenize(self, parts: Iterable[Iterable[Span]]) -> Iterator[list[_Piece]]:
-        """The pieces of each part. Spans are tokenized one by one, so no token lies across a change of weight."""
+        """The pieces of each part. Spans are tokenized separately, so that no token crosses a change of weight."""
         at = 0
         for spans in parts:
             pieces = []
@@ -121,12 +126,12 @@ class Tokenizer:
             at += len(_BREAK)
 
     def _split(self, pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-        """The contents of one or more chunks. Where a full one is cut after a comma, the rest moves on to the next."""
+        """Split pieces into chunks. When a full chunk is cut after a comma, the rest moves to the next chunk."""
         content: list[_Piece] = []
         size = 0
         for piece in pieces:
-            while size + len(piece.ids) > self._room:
-                full = size == self._room and piece.ids != self._comma
+            while size + len(piece.ids) > self._capacity:
+                full = size == self._capacity and piece.ids != self._comma
                 end = self._last_comma(content) if full else len(content)
                 yield content[:end]
                 content = content[end:]
@@ -136,7 +141,7 @@ class Tokenizer:
         yield content
 
     def _last_comma(self, content: Sequence[_Piece]) -> int:
-        """How many pieces there are up to the last comma, or in all if none is near the end."""
+        """The number of pieces up to the last comma, or all if no comma is near the end."""
         after = 0  # tokens
         for end in range(len(content), 0, -1):
             if after >= self._comma_reach:
@@ -149,21 +154,21 @@ class Tokenizer:
     def _chunk(self, content: Sequence[_Piece]) -> Chunk:
         ids = [token for piece in content for token in piece.ids]
         weights = [piece.weight for piece in content for _ in piece.ids]
-        padding = self._room - len(ids)
+        padding = self._capacity - len(ids)
         return Chunk(
             ids=(self._begin, *ids, self._end, *[self._pad] * padding),
             weights=(1.0, *weights, 1.0, *[1.0] * padding),
         )
 
-    def _without(self, left_out: Sequence[_Piece], parts: Iterable[Iterable[Span]]) -> str:
+    def _truncation_warning(self, dropped: Sequence[_Piece], parts: Iterable[Iterable[Span]]) -> str:
         text = _BREAK.join("".join(span.text for span in spans) for spans in parts)
-        beginning = excerpt(text[left_out[0].at :])
+        beginning = excerpt(text[dropped[0].at :])
         return (
-            f'The prompt was read up to "{beginning}": its last {_size(left_out)} tokens do not fit in '
-            f"{MAX_CHUNKS} chunks of {self._room}."
+            f'The prompt was truncated before "{beginning}": its last {_size(dropped)} tokens do not fit in '
+            f"{MAX_CHUNKS} chunks of {self._capacity} tokens."
         )
 
 
 def _size(content: Iterable[_Piece]) -> int:
-    """Tokens."""
+    """The number of tokens."""
     return sum(len(piece.ids) for piece in content)

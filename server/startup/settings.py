@@ -1,4 +1,4 @@
-"""Every setting of the server: a flag, a `LATENTD_…` variable, and what to expect when it is changed."""
+"""Settings of the server: each is a flag and a `LATENTD_…` environment variable."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from engines.backends.registry import BACKENDS
 from engines.demo import BUNDLE as DEMO
 from server.requests.request import Cache
 
-AUTO = "auto"  # as a backend
+AUTO = "auto"  # a value of `backend`
 
 
 class Settings(BaseSettings):
-    """Serve pictures over HTTP from a bundle made by build_engines.py."""
+    """Serve Stable Diffusion over HTTP, from a bundle built by build_engines.py."""
 
     model_config = SettingsConfigDict(
         env_prefix="LATENTD_",
@@ -28,49 +28,49 @@ class Settings(BaseSettings):
         extra="ignore",
     )
 
-    bundle: Path = Field(DEMO, description="folder of the model to serve; the demo model unless given")
+    bundle: Path = Field(DEMO, description="folder of the bundle to serve")
     host: str = Field(
         "127.0.0.1",
-        description="address to listen on; 0.0.0.0 lets other machines in, without a password",
+        description="address to listen on; 0.0.0.0 accepts connections from other machines. There is no authentication",
     )
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     backend: str | None = Field(
         None,
-        description=f"what runs the graphs: {' or '.join(BACKENDS)}; "
-        "unless given, the first of the bundle's that runs here. "
-        f"{AUTO} takes the bundle's GPU where there is one, and else what is the fastest on this CPU, "
-        "measured at the first start and remembered",
+        description=f"backend that runs the model: {', '.join(BACKENDS)}; "
+        "default: the first backend of the bundle that runs on this machine. "
+        f"{AUTO}: a GPU backend of the bundle if one runs here, otherwise the fastest CPU backend, "
+        "measured at the first start and cached",
     )
     compile: bool = Field(
         False,
-        description="compile the engines that the bundle lacks for this machine's GPU before loading it. "
-        "The first start takes minutes, which /v2/health/ready tells of; the bundle's folder has to be writable",
+        description="compile missing engines for this machine's GPU before loading. The first start then takes "
+        "minutes, with progress at /v2/health/ready; the bundle folder must be writable",
     )
     threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="CPU threads of the engines; 0 takes one per core, or as many as a container's quota allows. "
-        "Fewer leave room for other programs, and slow each step",
+        description="CPU threads of the engines; 0: one per core, or as many as the container's CPU quota allows. "
+        "Fewer threads leave CPU time to other programs and slow each step",
     )
     cache: Cache = Field(
         "off",
-        description="what requests get that do not say: fast reuses deep features of the UNet between steps, which is "
-        "quicker and changes pictures a little",
+        description="step cache of requests that do not set one. fast: reuse deep UNet features between steps, "
+        "which is faster and changes images slightly",
     )
     max_waiting: int = Field(
         64,
         ge=1,
         le=100_000,
-        description="requests that may wait; more are refused with 429. "
-        "A longer queue refuses fewer and lets each wait longer",
+        description="maximum queue length; further requests are rejected with 429. "
+        "A longer queue rejects fewer requests and increases latency under load",
     )
     decode_chunk: int = Field(
         1,
         ge=1,
         le=64,
-        description="pictures decoded in one call, as far as the bundle was built for it. "
-        "More are decoded faster, and hold up the steps of others longer",
+        description="maximum images per VAE decode call, limited by what the bundle was built for. "
+        "Larger values increase decode throughput and delay denoising steps for longer",
     )
     overlap_decode: bool = Field(
         True,
@@ -80,19 +80,19 @@ class Settings(BaseSettings):
     watchdog: float = Field(
         20,
         ge=0,
-        description="a step may take so many times what it usually does, and at least 10 seconds, "
-        "before the device counts as lost and the process ends with code 70; 0 waits forever",
+        description="a step that takes this many times longer than usual, and at least 10 seconds, counts as a device "
+        "hang: the process exits with code 70; 0 disables the check",
     )
     profile: bool = Field(
         False,
-        description="write what the first minute of work spends its time on to latentd-trace-PID.json "
-        "in the current folder, for https://ui.perfetto.dev",
+        description="write a trace of the first minute of work to latentd-trace-PID.json in the current folder, "
+        "for https://ui.perfetto.dev",
     )
     drain_seconds: int = Field(
         30,
         ge=0,
         le=3600,
-        description="on SIGTERM, how long accepted requests may go on before they are cancelled. "
-        "Keep it under your supervisor's kill timeout",
+        description="on SIGTERM, seconds until accepted requests that are still running are cancelled. "
+        "Keep it below the kill timeout of the supervisor",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")

@@ -103,7 +103,7 @@ def test_a_wrong_type_is_refused(serving: Serving, field: str, value: Any) -> No
         ({"scheduler": "x" * 65}, "at most 64 characters"),
     ],
 )
-def test_a_scheduler_that_is_not_to_be_had_is_answered_with_one_that_is(
+def test_an_unavailable_scheduler_is_answered_with_an_alternative(
     serving: Serving, fields: dict[str, Any], words: str
 ) -> None:
     check_refused(serving.generate(**{**QUICK, **fields}), 422, field="scheduler", words=(words,))
@@ -267,7 +267,7 @@ HEART = encode(np.full((40, 64, 3), (200, 30, 30), np.uint8), "png")
 PICTURES = {
     "no picture": (b"a red cat", "PNG, JPEG or WebP"),
     "a GIF": (b"GIF89a\1\0\1\0\0\0\0;", "PNG, JPEG or WebP"),
-    "cut short": (HEART[:60], "cut short"),
+    "truncated": (HEART[:60], "truncated"),
     "30000 pixels wide": (HEART[:16] + struct.pack(">I", 30_000) + HEART[20:], "damaged"),
     "twelve megabytes of nothing": (bytes(MAX_FILE), "PNG, JPEG or WebP"),
     "more than that": (bytes(MAX_FILE + 1), str(MAX_FILE)),
@@ -310,7 +310,7 @@ def test_what_is_no_form_is_malformed(serving: Serving, body: bytes) -> None:
     check_refused(answer, 400, words=("Invalid form",))
 
 
-def test_who_goes_away_within_a_body_is_no_fault(serving: Serving) -> None:
+def test_a_disconnect_within_a_body_is_not_an_error(serving: Serving) -> None:
     address = (serving.client.base_url.host, serving.client.base_url.port)
     with socket.create_connection(address) as connection:
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n")

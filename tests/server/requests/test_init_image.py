@@ -142,7 +142,7 @@ def test_the_answer_tells_the_strength(serving: Serving) -> None:
     [
         ({"strength": 0.5}, "strength", "send image too"),
         ({"mask": "image"}, "mask", "send image too"),
-        ({"image": "image", "strength": 0.04}, "strength", "are none: ask for more steps"),
+        ({"image": "image", "strength": 0.04}, "strength", "give no denoising step"),
         ({"image": "https://example.com/cat.png"}, "image", "URLs are not fetched"),
         ({"image": "text"}, "image", "PNG, JPEG or WebP"),
         ({"image": "image", "mask": "text"}, "mask", "PNG, JPEG or WebP"),

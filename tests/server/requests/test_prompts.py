@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import server.requests.prompts
-from server.requests.prompts import HEAVIEST, Span, excerpt, parse, unsupported
+from server.requests.prompts import MAX_WEIGHT, Span, excerpt, parse, unsupported
 
 UP, DOWN = 1.1, 1 / 1.1
 Part = list[tuple[str, float]]
@@ -74,9 +74,9 @@ WEIGHTS: dict[str, Part] = {
     "(cat:1.3, dog)": [("cat:1.3, dog", UP)],
     "[cat:1.3]": [("cat:1.3", DOWN)],
     # Weights beyond the bound, which holds for the product only.
-    "(cat:11)": [("cat", HEAVIEST)],
-    "(cat:-1000)": [("cat", -HEAVIEST)],
-    f"(cat:{'9' * 400})": [("cat", HEAVIEST)],
+    "(cat:11)": [("cat", MAX_WEIGHT)],
+    "(cat:-1000)": [("cat", -MAX_WEIGHT)],
+    f"(cat:{'9' * 400})": [("cat", MAX_WEIGHT)],
     f"((cat:0):{'9' * 400})": [("cat", 0)],
     "((cat:0.5):12)": [("cat", 6)],
     "((cat:12):0.5)": [("cat", 6)],
@@ -142,7 +142,7 @@ def test_breaks(text: str) -> None:
     assert parts(text) == BREAKS[text]
 
 
-@pytest.mark.parametrize(("opening", "weight"), [("(", HEAVIEST), ("[", 0.0), ("([", 1.0)])
+@pytest.mark.parametrize(("opening", "weight"), [("(", MAX_WEIGHT), ("[", 0.0), ("([", 1.0)])
 def test_brackets_nest_as_deep_as_there_is_room(opening: str, weight: float) -> None:
     (((_, found),),) = parts(opening * (4000 // len(opening)) + "cat")
     assert found == pytest.approx(weight, abs=1e-9)
@@ -180,7 +180,7 @@ def test_whatever_is_sent_has_a_reading(text: str) -> None:
     found = parse(text)
     spans = [span for part in found for span in part]
     assert found
-    assert all(span.text and math.isfinite(span.weight) and abs(span.weight) <= HEAVIEST for span in spans)
+    assert all(span.text and math.isfinite(span.weight) and abs(span.weight) <= MAX_WEIGHT for span in spans)
     assert all(a.weight != b.weight for part in found for a, b in pairwise(part))
     assert sum(len(span.text) for span in spans) <= len(text)
     assert all(isinstance(sentence, str) and len(sentence) < 200 for sentence in unsupported(text))
@@ -275,7 +275,7 @@ def test_long_text_comes_to_an_end(opening: str) -> None:
 def test_what_is_read_as_text_and_perhaps_not_meant_so_is_named(text: str, quoted: str) -> None:
     sentences = unsupported(text)
     assert any(quoted in sentence for sentence in sentences)
-    assert all("read as text" in sentence for sentence in sentences)
+    assert all("treated as text" in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_what_is_meant_as_text_is_not_warned_of(text: str) -> None:
 def test_each_kind_is_warned_of_once_with_what_to_do_instead() -> None:
     text = "[a:b:0.5] [c:1] AND [a|b] [c|d|e] AND <lora:a:1> <lora:b:1> <hypernet:c:1>"
     assert unsupported(text) == (
-        'Prompt editing such as "[a:b:0.5]" is read as text: write one prompt for all steps.',
-        'Alternation such as "[a|b]" is read as text: write one prompt for all steps.',
-        "AND is read as text, it does not combine prompts: describe everything in one prompt.",
-        '"<lora:a:1>" is read as text: LoRAs are fused by build_engines.py --lora.',
-        '"<hypernet:c:1>" is read as text: leave it out, there are no hypernetworks here.',
+        'Prompt editing such as "[a:b:0.5]" is treated as text: use one prompt for all steps.',
+        'Alternation such as "[a|b]" is treated as text: use one prompt for all steps.',
+        "AND is treated as text and does not combine prompts: describe everything in one prompt.",
+        '"<lora:a:1>" is treated as text: add LoRAs to the bundle with build_engines.py --lora.',
+        '"<hypernet:c:1>" is treated as text: hypernetworks are not supported.',
     )
 
 

@@ -237,9 +237,9 @@ def test_an_embedding_as_long_as_a_chunk_pushes_what_moved_on_into_a_chunk_of_it
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
-        ({"<long>": ROOM + 1}, "The embedding <long> has 15 vectors, a chunk holds 14: build without it."),
-        ({"<cat>": 4}, "The tokenizer knows 3 of 4 vectors of <cat>: build again."),
-        ({"<dog>": 1}, "The tokenizer knows 0 of 1 vectors of <dog>: build again."),
+        ({"<long>": ROOM + 1}, "The embedding <long> has 15 vectors, but a chunk holds 14: rebuild without it."),
+        ({"<cat>": 4}, "The tokenizer has 3 of the 4 vectors of <cat>: rebuild the bundle."),
+        ({"<dog>": 1}, "The tokenizer has 0 of the 1 vectors of <dog>: rebuild the bundle."),
     ],
 )
 def test_an_embedding_that_cannot_be_is_refused(reference: Reference, embeddings: dict[str, int], message: str) -> None:
@@ -261,14 +261,16 @@ def test_what_does_not_fit_is_left_out_and_named(tokenizer: Tokenizer) -> None:
     prompt = tokenizer(f"{text} (A  Réd:1.2)\nBIRD BREAK at <cat>")
     assert prompt.chunks == tokenizer(text).chunks
     assert prompt.warnings == (
-        'The prompt was read up to "A Réd BIRD BREAK at <cat>": its last 10 tokens do not fit in 6 chunks of 14.',
+        'The prompt was truncated before "A Réd BIRD BREAK at <cat>": '
+        "its last 10 tokens do not fit in 6 chunks of 14 tokens.",
     )
 
 
 def test_a_long_rest_is_named_by_its_beginning(tokenizer: Tokenizer) -> None:
     (warning,) = tokenizer(words(4000 // 4), syntax="plain").warnings
     assert warning == (
-        f'The prompt was read up to "{words(15).strip()}…": its last 916 tokens do not fit in 6 chunks of 14.'
+        f'The prompt was truncated before "{words(15).strip()}…": '
+        "its last 916 tokens do not fit in 6 chunks of 14 tokens."
     )
 
 

@@ -215,13 +215,13 @@ def _undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("header", "side"), [*HEADERS.values(), *NEARLY.values()], ids=[*HEADERS, *NEARLY])
 def test_too_many_pixels_are_refused_unseen(header: Any, side: int) -> None:
     pixels = (chunk(b"IDAT", b""),) if header is png else ()
-    assert "16384 pixels a side" in refusal(header(side, side, *pixels))
+    assert "16384 pixels per side" in refusal(header(side, side, *pixels))
 
 
 @pytest.mark.usefixtures("_undecoded")
 def test_a_ribbon_is_refused_unseen() -> None:
-    assert "16384 pixels a side" in refusal(png(16_385, 1, chunk(b"IDAT", b"")))
-    assert "16384 pixels a side" in refusal(png(1, 16_385, chunk(b"IDAT", b"")))
+    assert "16384 pixels per side" in refusal(png(16_385, 1, chunk(b"IDAT", b"")))
+    assert "16384 pixels per side" in refusal(png(1, 16_385, chunk(b"IDAT", b"")))
 
 
 @pytest.mark.usefixtures("_undecoded")
@@ -289,7 +289,7 @@ def test_another_kind_of_file_is_answered_with_those_that_are_read(content: byte
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_a_file_that_is_cut_short_is_refused(image_format: str, kept: float) -> None:
     content = saved(noise(), image_format)
-    assert "damaged or cut short" in refusal(content[: int(len(content) * kept)])
+    assert "damaged or truncated" in refusal(content[: int(len(content) * kept)])
 
 
 DAMAGED = {
@@ -312,7 +312,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_refused(content: bytes) -> None:
-    assert "damaged or cut short" in refusal(content)
+    assert "damaged or truncated" in refusal(content)
 
 
 def test_a_palette_that_is_missing_is_no_fault() -> None:
