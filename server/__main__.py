@@ -23,7 +23,7 @@ from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.startup.autotune import MeasuringStopped
 from server.startup.compiling import CompilingStopped
-from server.startup.settings import AUTO, Settings
+from server.startup.settings import AUTO, ServerSettings
 from server.startup.wiring import make_service
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _CANCEL_SECONDS = 2  # in which cancelled requests are answered
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        settings = CliApp.run(Settings, list(sys.argv[1:] if argv is None else argv))
+        settings = CliApp.run(ServerSettings, list(sys.argv[1:] if argv is None else argv))
     except ValidationError as error:
         for item in error.errors():
             _print_error(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _serve(settings, manifest, backends)
 
 
-def _candidate_backends(settings: Settings, manifest: Manifest) -> Sequence[str]:
+def _candidate_backends(settings: ServerSettings, manifest: Manifest) -> Sequence[str]:
     """The backend to serve with; or several, all on the CPU, of which the fastest is to be found by measuring.
 
     Those are asked for by name, or left where no build of the bundle runs here.
@@ -87,7 +87,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _serve(settings: Settings, manifest: Manifest, backends: Sequence[str]) -> int:
+def _serve(settings: ServerSettings, manifest: Manifest, backends: Sequence[str]) -> int:
     exit_code = _FAILED_START
 
     def on_ready() -> None:

@@ -19,7 +19,7 @@ import dockerfile
 import pytest
 
 from server.__main__ import _CANCEL_SECONDS
-from server.startup.settings import Settings
+from server.startup.settings import ServerSettings
 from tests import ROOT
 from tests.tools.docker_image import STOP_SECONDS, DockerfileStage, needed, stages, text_of
 
@@ -104,10 +104,10 @@ def test_a_target_drains_before_docker_kills(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_s_variables_are_settings(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = {name: text for name, text in variables(target).items() if name.startswith("LATENTD_")}
-    assert {name.removeprefix("LATENTD_").lower() for name in ours} <= Settings.model_fields.keys()
+    assert {name.removeprefix("LATENTD_").lower() for name in ours} <= ServerSettings.model_fields.keys()
     for name, text in ours.items():
         monkeypatch.setenv(name, text)
-    assert Settings().host == "0.0.0.0"  # noqa: S104 - in a container, where a port is open to whom it is published
+    assert ServerSettings().host == "0.0.0.0"  # noqa: S104 - in a container, where a port is open to whom it is published
 
 
 @pytest.mark.parametrize("target", TARGETS)

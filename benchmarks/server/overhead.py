@@ -43,7 +43,7 @@ from loadtest.statistics import Spread, percentile
 from server.requests import images
 from server.requests.intake import Intake
 from server.requests.schemas import GenerateRequest
-from server.requests.tokenizer import Tokenizer
+from server.requests.tokenizer import PromptTokenizer
 
 READY = re.compile(r"is ready: open (http://\S+)")
 _ANSWERS = {"PNG": "image/png", "JSON": "application/json"}
@@ -271,7 +271,7 @@ def _parts(bundle: Path, manifest: Manifest, options: Options) -> Parts:
     picture = waves(size.height, size.width)
     bodies = [GenerateRequest.model_validate(_fields(number, options.steps)) for number in range(_OFTEN)]
     written = [body.model_dump_json(exclude_defaults=True) for body in bodies]
-    tokenizer = Tokenizer(
+    tokenizer = PromptTokenizer(
         bundle / manifest.tokenizer.file.path, tokens=manifest.context.tokens, pad=manifest.tokenizer.pad
     )
     intake = Intake(manifest, tokenizer)

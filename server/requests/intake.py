@@ -14,7 +14,7 @@ from server.requests import uploads
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.request import Cache, Event, GenerationParams, InitImage, Request
 from server.requests.schemas import MAX_SEED, GenerateRequest
-from server.requests.tokenizer import Tokenizer
+from server.requests.tokenizer import PromptTokenizer
 
 Listener = Callable[[Request, Event], None]
 
@@ -24,7 +24,7 @@ _STRENGTH = 0.8  # of image to image, as in diffusers
 class Intake:
     """Knows the model's defaults and limits, and nothing of queues or devices."""
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, *, cache: Cache = "off") -> None:
+    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: Cache = "off") -> None:
         """`cache` is what requests get that do not say."""
         self._manifest = manifest
         self._tokenizer = tokenizer

@@ -34,14 +34,14 @@ _HYPERNET = re.compile(r"<hypernet:[^<>]*+>", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class WeightedSpan:
     """Text of one weight. Adjacent spans have different weights."""
 
     text: str
     weight: float  # finite, within ±MAX_WEIGHT
 
 
-def parse(text: str) -> list[list[Span]]:
+def parse(text: str) -> list[list[WeightedSpan]]:
     """Split `text` at each BREAK into parts of weighted spans; at least one part, each possibly empty.
 
     Text without syntax gives one part with one span of weight 1.
@@ -100,9 +100,11 @@ def _within(bound: float, value: float) -> float:
     return max(-bound, min(bound, value))
 
 
-def _merge(pieces: Iterable[tuple[str, float]]) -> list[Span]:
+def _merge(pieces: Iterable[tuple[str, float]]) -> list[WeightedSpan]:
     written = [piece for piece in pieces if piece[0]]
-    return [Span("".join(words for words, _ in run), weight) for weight, run in groupby(written, key=itemgetter(1))]
+    return [
+        WeightedSpan("".join(words for words, _ in run), weight) for weight, run in groupby(written, key=itemgetter(1))
+    ]
 
 
 def unsupported(text: str) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def _decode(text: object) -> bytes:
     except ValueError:
         raise PydanticCustomError("image", "Input should be valid base64 (RFC 4648, section 4)") from None
     if not 0 < len(content) <= MAX_FILE:
-        raise PydanticCustomError("image", f"The file should have between 1 and {MAX_FILE} bytes")
+        raise PydanticCustomError("image", f"The file should have at least 1 byte and at most {MAX_FILE} bytes")
     return content
 
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from engines.contract import MAX_CHUNKS
 from engines.errors import EngineError
-from server.requests.prompts import Span, excerpt, parse, unsupported
+from server.requests.prompts import WeightedSpan, excerpt, parse, unsupported
 
 Syntax = Literal["a1111", "plain"]
 
@@ -57,7 +57,7 @@ class _Piece(NamedTuple):
     at: int  # offset in the text
 
 
-class Tokenizer:
+class PromptTokenizer:
     """Tokenizes prompts of up to MAX_CHUNKS chunks. A prompt of one chunk has the same ids as in diffusers."""
 
     def __init__(self, file: Path, *, tokens: int, pad: int, embeddings: Mapping[str, int] = _NONE) -> None:
@@ -89,7 +89,7 @@ class Tokenizer:
         return self._cached(text, syntax)
 
     def _tokenize_prompt(self, text: str, syntax: Syntax) -> Prompt:
-        parts = parse(text) if syntax == "a1111" else [[Span(text, 1.0)]]
+        parts = parse(text) if syntax == "a1111" else [[WeightedSpan(text, 1.0)]]
         warnings = unsupported(text) if syntax == "a1111" else ()
         contents = [content for pieces in self._tokenize(parts) for content in self._split(pieces)]
         if len(contents) > 1 and not contents[-1]:
@@ -112,7 +112,7 @@ class Tokenizer:
             raise EngineError(f"The tokenizer has {len(ids)} of the {vectors} vectors of {token}: rebuild the bundle.")
         return ids
 
-    def _tokenize(self, parts: Iterable[Iterable[Span]]) -> Iterator[list[_Piece]]:
+    def _tokenize(self, parts: Iterable[Iterable[WeightedSpan]]) -> Iterator[list[_Piece]]:
         """The pieces of each part. Spans are tokenized separately, so that no token crosses a change of weight."""
         at = 0
         for spans in parts:
@@ -160,7 +160,7 @@ class Tokenizer:
             weights=(1.0, *weights, 1.0, *[1.0] * padding),
         )
 
-    def _truncation_warning(self, dropped: Sequence[_Piece], parts: Iterable[Iterable[Span]]) -> str:
+    def _truncation_warning(self, dropped: Sequence[_Piece], parts: Iterable[Iterable[WeightedSpan]]) -> str:
         text = _BREAK.join("".join(span.text for span in spans) for spans in parts)
         beginning = excerpt(text[dropped[0].at :])
         return (

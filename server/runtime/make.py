@@ -11,7 +11,7 @@ from engines.backends.device import Device
 from engines.manifest import Manifest
 from server.requests.intake import Intake
 from server.requests.request import Cache
-from server.requests.tokenizer import Tokenizer
+from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher, Line
 from server.runtime.executor import Executor
 from server.runtime.metrics import Metrics
@@ -123,7 +123,7 @@ def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Cal
 
 
 def _intake(manifest: Manifest, bundle: Path, cache: Cache) -> Intake:
-    tokenizer = Tokenizer(
+    tokenizer = PromptTokenizer(
         bundle / manifest.tokenizer.file.path,
         tokens=manifest.context.tokens,
         pad=manifest.tokenizer.pad,

@@ -15,7 +15,7 @@ from server.requests.request import Cache
 AUTO = "auto"  # a value of `backend`
 
 
-class Settings(BaseSettings):
+class ServerSettings(BaseSettings):
     """Serve Stable Diffusion over HTTP, from a bundle built by build_engines.py."""
 
     model_config = SettingsConfigDict(

@@ -13,7 +13,7 @@ from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
-from server.startup.settings import Settings
+from server.startup.settings import ServerSettings
 
 
 def make_service(
@@ -21,7 +21,7 @@ def make_service(
     bundle: Path,
     *,
     backends: Sequence[str],
-    settings: Settings,
+    settings: ServerSettings,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Service:

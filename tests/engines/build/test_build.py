@@ -15,7 +15,7 @@ import build_engines
 from engines.build import api
 from engines.cli import parse
 from engines.manifest import Manifest, Size
-from server.requests.tokenizer import Tokenizer
+from server.requests.tokenizer import PromptTokenizer
 from tests.support.loaded import Loaded
 from tests.support.tiny import TOKENS, WIDTH
 
@@ -51,7 +51,7 @@ def test_weights_keep_their_names(bundle: Path) -> None:
 
 
 def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manifest: Manifest) -> None:
-    tokenizer = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
+    tokenizer = PromptTokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
     prompt = tokenizer("a red cat BREAK on a blue hill BREAK rain")
     assert len(prompt.chunks) == 3
     rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_encode_prompt_is_the_text_encoder(checkpoint: Path, bundle: Path, manif
 def test_prompts_become_the_ids_that_transformers_makes(
     checkpoint: Path, bundle: Path, manifest: Manifest, text: str
 ) -> None:
-    tokenizer = Tokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
+    tokenizer = PromptTokenizer(bundle / "tokenizer.json", tokens=TOKENS, pad=manifest.tokenizer.pad)
     ours = tokenizer(text, syntax="plain")
     theirs = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
     padded = theirs(text, padding="max_length", max_length=TOKENS, truncation=True)

@@ -1,6 +1,6 @@
-"""Whatever is sent is answered by a picture or by a 4xx that names what is wrong, and the server goes on.
+"""Any input gives an image or a 4xx error that names the problem, and the server keeps running.
 
-A bundle that is not the one built is refused before anything of it is loaded.
+A damaged bundle is rejected before any of it is loaded.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def check_refused(
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG, ids=str)
-def test_a_wrong_type_is_refused(serving: Serving, field: str, value: Any) -> None:
+def test_a_wrong_type_is_rejected(serving: Serving, field: str, value: Any) -> None:
     check_refused(serving.generate(**{**QUICK, field: value}), 422, field=field, words=("should be",))
 
 
@@ -112,12 +112,12 @@ def test_an_unavailable_scheduler_is_answered_with_an_alternative(
 @pytest.mark.parametrize(
     "fields", [{"guidance_start": 1.0}, {"guidance_end": 0.0}, {"guidance_start": 0.7, "guidance_end": 0.2}]
 )
-def test_an_interval_that_holds_nothing_is_refused(serving: Serving, fields: dict[str, float]) -> None:
+def test_an_empty_guidance_interval_is_rejected(serving: Serving, fields: dict[str, float]) -> None:
     check_refused(serving.generate(**{**QUICK, **fields}), 422)
 
 
 @pytest.mark.parametrize("field", BOUNDS)
-def test_a_value_out_of_bounds_is_answered_with_the_bound(serving: Serving, field: str) -> None:
+def test_an_out_of_range_value_names_the_bound(serving: Serving, field: str) -> None:
     least, most = BOUNDS[field]
     beyond = 0.001 if field in FRACTIONS else 1
     check_refused(serving.generate(**{**QUICK, field: least - beyond}), 422, field=field, words=(f"equal to {least}",))
@@ -132,7 +132,7 @@ def test_a_bound_itself_is_allowed(field: str) -> None:
 
 
 @pytest.mark.parametrize("field", TEXTS)
-def test_a_text_is_bounded_and_not_sent_back(serving: Serving, field: str) -> None:
+def test_a_long_text_is_rejected_and_not_echoed(serving: Serving, field: str) -> None:
     assert serving.generate(**{**QUICK, field: "x" * PROMPT_LENGTH}).status_code == 200
     answer = serving.generate(**{**QUICK, field: "x" * (PROMPT_LENGTH + 1)})
     check_refused(answer, 422, field=field, words=(str(PROMPT_LENGTH),))
@@ -153,17 +153,17 @@ def test_an_unknown_field_is_named(serving: Serving) -> None:
     check_refused(serving.generate(**QUICK, steps=20), 422, field="steps", words=("not permitted",))
 
 
-def test_a_size_that_was_not_built_is_answered_with_those_that_were(serving: Serving) -> None:
+def test_an_unsupported_size_lists_the_supported_ones(serving: Serving) -> None:
     answer = serving.generate(**QUICK, width=64)
     check_refused(answer, 422, field="width", words=("32x32, 48x32", "64x32"))
     check_refused(answer, 422, field="height")
 
 
-def test_too_many_images_are_answered_with_what_the_engines_take(serving: Serving) -> None:
+def test_too_many_images_name_the_row_limit(serving: Serving) -> None:
     check_refused(serving.generate(**QUICK, num_images=5), 422, field="num_images", words=("10 UNet rows", "take 8"))
 
 
-def test_a_bare_file_holds_one_picture(serving: Serving) -> None:
+def test_an_image_file_holds_one_image(serving: Serving) -> None:
     answer = post(serving, json.dumps({**QUICK, "num_images": 2}).encode(), Accept="image/png")
     check_refused(answer, 422, field="num_images", words=("application/json",))
 
@@ -171,14 +171,14 @@ def test_a_bare_file_holds_one_picture(serving: Serving) -> None:
 @pytest.mark.parametrize(
     "name", ["x" * 60_000, "\n" * 9_000, "é" * 9_000, "a.b", "", "\0"], ids=lambda name: repr(name[:3])
 )
-def test_a_field_name_is_not_sent_back_at_length(serving: Serving, name: str) -> None:
+def test_a_long_field_name_is_not_echoed(serving: Serving, name: str) -> None:
     answer = serving.generate(**{**QUICK, name: 1})
     check_refused(answer, 422)
     assert all(len(error["field"]) <= 200 for error in answer.json()["errors"])
     assert len(answer.json()["detail"]) < 500
 
 
-def test_many_faults_make_a_short_answer(serving: Serving) -> None:
+def test_many_errors_give_a_short_response(serving: Serving) -> None:
     answer = serving.generate(**{f"field{index}": index for index in range(3000)})
     check_refused(answer, 422)
     assert len(answer.content) < 5000
@@ -204,16 +204,16 @@ NOT_JSON = {
 
 
 @pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
-def test_what_is_not_json_is_malformed(serving: Serving, body: bytes) -> None:
+def test_invalid_json_is_malformed(serving: Serving, body: bytes) -> None:
     check_refused(post(serving, body), 400, words=("Invalid JSON",))
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'[{"prompt": ""}]', b'"a red cat"', b"1", b"true", b"1e999"])
-def test_a_body_is_an_object(serving: Serving, body: bytes) -> None:
+def test_a_body_must_be_an_object(serving: Serving, body: bytes) -> None:
     check_refused(post(serving, body), 422, field="body", words=("object",))
 
 
-def test_of_a_name_that_comes_twice_the_last_counts(serving: Serving) -> None:
+def test_of_duplicate_keys_the_last_counts(serving: Serving) -> None:
     answer = post(serving, b'{"prompt": "a cat", "num_inference_steps": 1, "prompt": "a boat"}')
     assert answer.status_code == 200
     assert answer.json()["parameters"]["prompt"] == "a boat"
@@ -240,7 +240,7 @@ def test_any_text_is_a_prompt(serving: Serving, prompt: str) -> None:
     assert answer.json()["parameters"]["prompt"] == prompt
 
 
-def test_a_prompt_cannot_write_events(serving: Serving) -> None:
+def test_a_prompt_cannot_inject_events(serving: Serving) -> None:
     body = json.dumps({**QUICK, "prompt": "a cat\r\n\r\nevent: error\r\ndata: {}\r\n\r\n"}).encode()
     answer = post(serving, body, Accept="text/event-stream")
     assert "event: completed" in answer.text.splitlines()
@@ -256,7 +256,7 @@ def in_chunks(body: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("send", [lambda body: body, in_chunks], ids=["with Content-Length", "chunked"])
-def test_a_body_is_bounded(serving: Serving, send: Callable[[bytes], bytes | Iterator[bytes]]) -> None:
+def test_the_body_size_is_limited(serving: Serving, send: Callable[[bytes], bytes | Iterator[bytes]]) -> None:
     assert post(serving, send(padded(MAX_BODY))).status_code == 200
     for length in (MAX_BODY + 1, 2 * MAX_BODY):
         check_refused(post(serving, send(padded(length))), 413, words=(str(MAX_BODY),))
@@ -276,7 +276,7 @@ PICTURES = {
 
 @pytest.mark.parametrize(("file", "word"), PICTURES.values(), ids=PICTURES)
 @pytest.mark.parametrize("field", ["image", "mask"])
-def test_a_picture_that_cannot_be_read_is_refused(serving: Serving, field: str, file: bytes, word: str) -> None:
+def test_an_unreadable_image_is_rejected(serving: Serving, field: str, file: bytes, word: str) -> None:
     files = {"image": HEART, field: file}
     as_json = serving.generate(**QUICK, **{name: base64.b64encode(content).decode() for name, content in files.items()})
     check_refused(as_json, 422, field=field, words=(word,))
@@ -285,17 +285,17 @@ def test_a_picture_that_cannot_be_read_is_refused(serving: Serving, field: str, 
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/cat.png", "file:///etc/passwd", "data:,cat"])
-def test_a_picture_is_not_fetched(serving: Serving, url: str) -> None:
+def test_an_image_url_is_not_fetched(serving: Serving, url: str) -> None:
     check_refused(serving.generate(**QUICK, image=url), 422, field="image", words=("not fetched",))
 
 
-def test_a_picture_is_not_sent_back(serving: Serving) -> None:
+def test_an_image_is_not_echoed(serving: Serving) -> None:
     answer = serving.generate(**QUICK, image="QUJD" * 1000 + "!")
     check_refused(answer, 422, field="image", words=("base64",))
     assert "QUJD" not in answer.text
 
 
-def test_a_form_is_read_as_strictly_as_json(serving: Serving) -> None:
+def test_a_form_is_validated_as_strictly_as_json(serving: Serving) -> None:
     form = {"prompt": (None, "a red cat"), "num_inference_steps": (None, "one")}
     check_refused(serving.client.post("/generate", files=form), 422, field="num_inference_steps", words=("integer",))
     form["num_inference_steps"] = (None, "1")
@@ -305,7 +305,7 @@ def test_a_form_is_read_as_strictly_as_json(serving: Serving) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"--xyz", b"--abc\r\n", b"--xyz\r\n\r\n", b"\xff" * 5000])
-def test_what_is_no_form_is_malformed(serving: Serving, body: bytes) -> None:
+def test_an_invalid_form_is_malformed(serving: Serving, body: bytes) -> None:
     answer = post(serving, body, **{"Content-Type": "multipart/form-data; boundary=xyz"})
     check_refused(answer, 400, words=("Invalid form",))
 
@@ -323,7 +323,7 @@ def test_a_disconnect_within_a_body_is_not_an_error(serving: Serving) -> None:
 @pytest.mark.parametrize(
     "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", ";", "x" * 5000]
 )
-def test_a_body_is_declared_as_json(serving: Serving, kind: str) -> None:
+def test_other_content_types_are_rejected(serving: Serving, kind: str) -> None:
     answer = post(serving, json.dumps(QUICK).encode(), **{"Content-Type": kind})
     check_refused(answer, 415, words=("application/json",))
 
@@ -331,7 +331,7 @@ def test_a_body_is_declared_as_json(serving: Serving, kind: str) -> None:
 @pytest.mark.parametrize(
     "accept", ["text/html", "image/gif", "", ",;,;q=", "*/*;q=0", "image/png;q=two", "x" * 60_000, "/"]
 )
-def test_what_the_server_does_not_make_is_not_acceptable(serving: Serving, accept: str) -> None:
+def test_an_unsupported_accept_header_is_rejected(serving: Serving, accept: str) -> None:
     check_refused(
         post(serving, json.dumps(QUICK).encode(), Accept=accept), 406, words=("image/png", "text/event-stream")
     )
@@ -348,7 +348,7 @@ def test_what_the_server_does_not_make_is_not_acceptable(serving: Serving, accep
         ("image/png;q=99, image/webp;q=0.1", "image/webp"),
     ],
 )
-def test_the_best_acceptable_kind_is_sent(serving: Serving, accept: str, kind: str) -> None:
+def test_the_preferred_media_type_is_sent(serving: Serving, accept: str, kind: str) -> None:
     answer = post(serving, json.dumps(QUICK).encode(), Accept=accept)
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == kind
@@ -362,14 +362,14 @@ def test_an_unknown_path_is_not_found(serving: Serving, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allowed"), [("GET", "/generate", "POST"), ("POST", "/metrics", "GET, HEAD")]
 )
-def test_a_wrong_method_is_answered_with_the_right_one(serving: Serving, method: str, path: str, allowed: str) -> None:
+def test_a_wrong_method_lists_the_allowed_ones(serving: Serving, method: str, path: str, allowed: str) -> None:
     answer = serving.client.request(method, path)
     check_refused(answer, 405)
     assert sorted(answer.headers["Allow"].split(", ")) == allowed.split(", ")
 
 
 @pytest.mark.parametrize("given", [b"", b"a b", b"\xff\xfe", b"<script>", b"a,b", b"x" * 129])
-def test_a_request_id_of_another_alphabet_is_replaced(serving: Serving, given: bytes) -> None:
+def test_an_invalid_request_id_is_replaced(serving: Serving, given: bytes) -> None:
     answer = serving.client.post("/generate", json=QUICK, headers={b"X-Request-Id": given})
     assert answer.status_code == 200
     assert answer.headers["X-Request-Id"] == answer.json()["id"]
@@ -411,7 +411,7 @@ bounded = settings(
 
 @bounded
 @given(likely=plausible, unlikely=implausible, accept=accepts)
-def test_no_value_of_a_field_is_a_fault(serving: Serving, likely: Any, unlikely: Any, accept: str) -> None:
+def test_no_field_value_causes_a_server_error(serving: Serving, likely: Any, unlikely: Any, accept: str) -> None:
     body = json.dumps({**likely, **unlikely, "num_inference_steps": 1}).encode()
     answer = post(serving, body, Accept=accept)
     assert answer.status_code < 500
@@ -420,13 +420,13 @@ def test_no_value_of_a_field_is_a_fault(serving: Serving, likely: Any, unlikely:
 
 @bounded
 @given(body=any_value.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200))
-def test_no_body_is_a_fault(serving: Serving, body: bytes) -> None:
+def test_no_body_causes_a_server_error(serving: Serving, body: bytes) -> None:
     assert 400 <= post(serving, body).status_code < 500
 
 
 @bounded
 @given(accept=st.text("*/;,=q01.9 \tapplication/json", max_size=60), kind=st.text("/;=application/json", max_size=40))
-def test_no_header_is_a_fault(serving: Serving, accept: str, kind: str) -> None:
+def test_no_header_causes_a_server_error(serving: Serving, accept: str, kind: str) -> None:
     answer = post(serving, b"{}", **{"Accept": accept.strip(), "Content-Type": kind})
     assert 400 <= answer.status_code < 500
 
@@ -482,7 +482,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
-def test_a_bundle_that_is_not_the_one_built_is_refused(
+def test_a_damaged_bundle_is_rejected(
     bundle: Path, tmp_path: Path, spoil: Callable[[Path], object], words: tuple[str, ...]
 ) -> None:
     copy = tmp_path / "bundle"

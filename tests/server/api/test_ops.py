@@ -1,4 +1,4 @@
-"""What operators, load balancers and readers of the documentation ask."""
+"""Health, metrics, and descriptions of the model, the schedulers and the API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_metrics_are_prometheus_text_with_units_and_help(serving: Serving) -> No
     assert serving.client.head("/metrics").status_code == 200
 
 
-def test_the_model_says_what_it_can_do(serving: Serving) -> None:
+def test_the_model_describes_its_capabilities(serving: Serving) -> None:
     (model,) = serving.client.get("/models").json()
     assert model["name"] == "tiny-sd"
     assert model["resolutions"] == ["32x32", "48x32"]
@@ -43,7 +43,7 @@ def test_the_api_description_names_every_field(serving: Serving) -> None:
     assert "429" in operation["responses"]
 
 
-def test_the_page_needs_nobody_else_and_asks_for_nothing_unknown(serving: Serving) -> None:
+def test_the_page_loads_nothing_external_and_sends_known_fields(serving: Serving) -> None:
     answer = serving.client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     page = answer.text
@@ -63,7 +63,7 @@ def test_the_schedulers_are_described(serving: Serving) -> None:
     assert (described["heun"]["calls_per_step"], described["euler_ancestral"]["stochastic"]) == (2, True)
 
 
-def test_every_name_that_is_listed_is_taken(serving: Serving) -> None:
+def test_every_listed_scheduler_name_is_accepted(serving: Serving) -> None:
     for one in serving.client.get("/schedulers").json():
         for name in (one["name"], one["title"], *one["aliases"], f"{one['name']}_{one['sigmas'][-1]}"):
             answer = serving.generate(prompt="a red cat", scheduler=name, num_inference_steps=2)

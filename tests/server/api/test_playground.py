@@ -1,4 +1,4 @@
-"""The page at /: what it takes for granted of the server, and of itself. Run in a browser it is by hand."""
+"""Static checks of the web page; its behaviour in a browser is tested by hand."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def constant(name: str) -> int:
     return product
 
 
-def test_it_refuses_the_pictures_that_the_server_would_refuse() -> None:
+def test_it_rejects_the_images_that_the_server_would_reject() -> None:
     assert constant("MAX_FILE") == uploads.MAX_FILE
     assert constant("MAX_PIXELS") == uploads.MAX_PIXELS
 
 
-def test_every_element_it_asks_for_is_there_once() -> None:
+def test_every_element_that_it_uses_exists_once() -> None:
     ids = re.findall(r'\bid="([\w-]+)"', PAGE)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'\$\("([\w-]+)"\)', PAGE)) <= set(ids)
     assert set(re.findall(r'\b(?:for|aria-describedby)="([\w-]+)"', PAGE)) <= set(ids)
 
 
-def test_it_sends_only_fields_that_requests_have() -> None:
+def test_it_sends_only_known_fields() -> None:
     (body,) = re.findall(r"\nfunction body\(\) \{.*?return \{(.*?)\n  \};", PAGE, re.DOTALL)
     sent = set(re.findall(r"\b(\w+):", body)) | set(re.findall(r"(?<=, )(width|height)\b", body))
     assert {"prompt", "scheduler", "image", "mask", "strength"} <= sent <= GenerateRequest.model_fields.keys()
 
 
-def test_it_stays_one_small_file_under_a_strict_policy() -> None:
+def test_it_is_one_small_file_with_a_strict_content_security_policy() -> None:
     assert len(PAGE.encode()) < 36_000
     (policy,) = re.findall(r'"Content-Security-Policy" content="([^"]+)"', PAGE)
     assert " ".join(policy.split()) == (

@@ -1,4 +1,4 @@
-"""Pixels to files and back."""
+"""Encoding of images, and decoding them again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def gradient() -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-def test_a_file_shows_its_pixels(image_format: ImageFormat) -> None:
+def test_a_file_decodes_to_its_pixels(image_format: ImageFormat) -> None:
     picture = PIL.Image.open(io.BytesIO(encode(gradient(), image_format)))
     assert picture.format == image_format.upper()
     assert picture.size == (64, 40)
     assert np.abs(np.asarray(picture.convert("RGB"), np.int16) - gradient()).mean() < 3
 
 
-def test_png_loses_nothing() -> None:
+def test_png_is_lossless() -> None:
     assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(encode(gradient(), "png")))), gradient())
 
 
@@ -33,7 +33,7 @@ def test_the_same_pixels_give_the_same_bytes(image_format: ImageFormat) -> None:
     assert encode(gradient(), image_format) == encode(gradient(), image_format)
 
 
-def test_a_photograph_takes_no_more_room_than_at_the_usual_level() -> None:
+def test_a_photograph_is_no_larger_than_at_the_default_level() -> None:
     """Which is what the quicker way of packing must not cost."""
     dice = np.random.default_rng(0)
     grain = gradient() // 2 + dice.integers(0, 8, (40, 64, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Pictures that start from pictures: image to image and inpainting as diffusers does them, and what is refused."""
+"""Image-to-image and inpainting, compared with diffusers, and invalid requests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def text_of(image: PIL.Image.Image, kind: str = "PNG") -> str:
 
 @pytest.mark.parametrize("scheduler", METHODS)
 @pytest.mark.parametrize("strength", [0.35, 1.0])
-def test_image_to_image_is_diffusers(serving: Serving, image_to_image: Any, scheduler: str, strength: float) -> None:
+def test_image_to_image_matches_diffusers(
+    serving: Serving, image_to_image: Any, scheduler: str, strength: float
+) -> None:
     original = picture(48, 32)
     wish = {**WISH, "strength": strength, "guidance_scale": 5.0}
     size = {"width": 48, "height": 32}
@@ -75,7 +77,7 @@ def test_image_to_image_is_diffusers(serving: Serving, image_to_image: Any, sche
 
 @pytest.mark.parametrize("scheduler", METHODS)
 @pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_inpainting_is_diffusers(serving: Serving, inpainting: Any, scheduler: str, strength: float) -> None:
+def test_inpainting_matches_diffusers(serving: Serving, inpainting: Any, scheduler: str, strength: float) -> None:
     original, where = picture(48, 32), mask(48, 32)
     wish = {**WISH, "strength": strength, "guidance_scale": 5.0, "width": 48, "height": 32}
     sent = {"image": text_of(original), "mask": text_of(where)}
@@ -86,7 +88,7 @@ def test_inpainting_is_diffusers(serving: Serving, inpainting: Any, scheduler: s
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_an_original_of_another_size_is_resized_as_diffusers_does(serving: Serving, inpainting: Any, kind: str) -> None:
+def test_an_init_image_of_another_size_is_resized_as_in_diffusers(serving: Serving, inpainting: Any, kind: str) -> None:
     original, where = picture(131, 57), mask(77, 99)
     read = PIL.Image.open(io.BytesIO(file_of(original, kind)))
     wish = {**WISH, "width": 32, "height": 32, "guidance_scale": 1.0, "strength": 0.7, "scheduler": "ddim", "seed": 8}
@@ -95,7 +97,7 @@ def test_an_original_of_another_size_is_resized_as_diffusers_does(serving: Servi
     assert psnr(ours, theirs) >= 45
 
 
-def test_what_the_mask_leaves_out_stays(serving: Serving) -> None:
+def test_the_area_outside_the_mask_is_kept(serving: Serving) -> None:
     """With all of it left out, neither words nor steps have a say."""
     sent = {"image": text_of(picture(32, 32)), "mask": text_of(PIL.Image.new("L", (32, 32))), "seed": 3}
     one, other = (
@@ -105,7 +107,7 @@ def test_what_the_mask_leaves_out_stays(serving: Serving) -> None:
     assert psnr(one, other) >= 50
 
 
-def test_each_seed_can_be_drawn_again_alone(serving: Serving) -> None:
+def test_each_seed_can_be_generated_alone(serving: Serving) -> None:
     sent = {**WISH, "image": text_of(picture(32, 32)), "mask": text_of(mask(32, 32)), "scheduler": "euler_ancestral"}
     answer = serving.generate(**sent, seed=40, num_images=3, strength=0.8)
     several = pictures(answer)
@@ -114,7 +116,7 @@ def test_each_seed_can_be_drawn_again_alone(serving: Serving) -> None:
         assert psnr(together, pictures(serving.generate(**sent, seed=seed, strength=0.8))[0]) >= 50
 
 
-def test_a_form_draws_what_json_draws(serving: Serving) -> None:
+def test_a_form_gives_the_same_images_as_json(serving: Serving) -> None:
     original, where = picture(32, 32), mask(32, 32)
     fields = {"prompt": "a red cat", "num_inference_steps": 6, "seed": 2, "scheduler": "Euler a", "strength": 0.9}
     ours = serving.generate(**fields, image=text_of(original), mask=text_of(where))
@@ -124,13 +126,13 @@ def test_a_form_draws_what_json_draws(serving: Serving) -> None:
     assert ours.json()["parameters"] == theirs.json()["parameters"]
 
 
-def test_without_a_size_the_nearest_shape_is_taken(serving: Serving) -> None:
+def test_without_a_size_the_nearest_aspect_ratio_is_used(serving: Serving) -> None:
     for width, height, expected in [(90, 60, (32, 48)), (60, 60, (32, 32)), (30, 90, (32, 32))]:
         drawn = pictures(serving.generate(**WISH, image=text_of(picture(width, height)), strength=0.2))[0]
         assert drawn.shape[:2] == expected
 
 
-def test_the_answer_tells_the_strength(serving: Serving) -> None:
+def test_the_response_contains_the_strength(serving: Serving) -> None:
     image, where = text_of(picture(32, 32)), text_of(mask(32, 32))
     for sent, strength in [({}, None), ({"image": image}, 0.8), ({"image": image, "mask": where}, 1.0)]:
         answer = serving.generate(prompt="a", num_inference_steps=2, **sent)
@@ -148,7 +150,7 @@ def test_the_answer_tells_the_strength(serving: Serving) -> None:
         ({"image": "image", "mask": "text"}, "mask", "PNG, JPEG or WebP"),
     ],
 )
-def test_what_makes_no_sense_is_refused(serving: Serving, fields: dict[str, Any], field: str, words: str) -> None:
+def test_contradictory_fields_are_rejected(serving: Serving, fields: dict[str, Any], field: str, words: str) -> None:
     known = {"image": text_of(picture(32, 32)), "text": base64.b64encode(b"no picture at all").decode()}
     sent = {name: known.get(value, value) if isinstance(value, str) else value for name, value in fields.items()}
     answer = serving.generate(**WISH, **sent)

@@ -1,4 +1,4 @@
-"""What a prompt's words do to the picture: weights, length, skipped layers, and when guidance acts."""
+"""Effects of the prompt on the image: weights, length, skipped layers, and guidance intervals."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_weights(serving: Serving, reference: Any, prompt: str, spans: list[tupl
     assert psnr(ours, plain) < 45, "the weights change nothing: this proves nothing"
 
 
-def test_plain_syntax_reads_what_diffusers_reads(serving: Serving, reference: Any) -> None:
+def test_plain_syntax_matches_diffusers(serving: Serving, reference: Any) -> None:
     wish = {**WISH, "prompt": "a (red) [cat]", "scheduler": "euler", "guidance_scale": 6.0}
     ours = pictures(serving.generate(prompt_syntax="plain", **wish))[0]
     assert psnr(ours, draw(reference, **wish)) >= 45
     assert psnr(ours, pictures(serving.generate(**wish))[0]) < 45
 
 
-def test_a_long_prompt_is_read_to_its_end(serving: Serving, reference: Any) -> None:
+def test_a_long_prompt_is_encoded_to_its_end(serving: Serving, reference: Any) -> None:
     wish = {**WISH, "scheduler": "ddim"}
     first, _, second = LONG.partition(", ")
     told: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_break_ends_a_chunk(serving: Serving, reference: Any) -> None:
     assert psnr(ours, draw(reference, prompt_embeds=embed(reference, *chunks), **wish)) >= 45
 
 
-def test_what_no_chunk_has_room_for_is_told(serving: Serving) -> None:
+def test_truncation_is_reported(serving: Serving) -> None:
     answer = serving.generate(prompt="a red cat " * 100, negative_prompt="[rain|night]", **WISH)
     warnings = answer.json()["warnings"]
     assert any(text.startswith("prompt: ") and "do not fit" in text for text in warnings)
@@ -147,14 +147,14 @@ def test_guidance_may_begin_late(serving: Serving) -> None:
     assert serving.generate(guidance_start=0.5, guidance_end=0.5, **wish).status_code == 422
 
 
-def test_guidance_rescale_is_refused_by_name(serving: Serving) -> None:
+def test_guidance_rescale_is_rejected(serving: Serving) -> None:
     refused = serving.generate(prompt="a red cat", guidance_rescale=0.7)
     assert refused.status_code == 422
     assert "guidance_rescale is not supported" in refused.json()["detail"]
     assert serving.generate(prompt="a red cat", guidance_rescale=0.0, num_inference_steps=1).status_code == 200
 
 
-def test_embeddings_are_kept_for_the_next(serving: Serving) -> None:
+def test_embeddings_are_cached_for_later_requests(serving: Serving) -> None:
     def lookups(result: str) -> float:
         return serving.metrics()[f'latentd_prompt_lookups_total{{result="{result}"}}']
 

@@ -1,4 +1,4 @@
-"""Attention syntax: a table of what is read how, and properties of whatever may be sent."""
+"""Attention syntax: examples, and properties of any text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import server.requests.prompts
-from server.requests.prompts import MAX_WEIGHT, Span, excerpt, parse, unsupported
+from server.requests.prompts import MAX_WEIGHT, WeightedSpan, excerpt, parse, unsupported
 
 UP, DOWN = 1.1, 1 / 1.1
 Part = list[tuple[str, float]]
@@ -143,7 +143,7 @@ def test_breaks(text: str) -> None:
 
 
 @pytest.mark.parametrize(("opening", "weight"), [("(", MAX_WEIGHT), ("[", 0.0), ("([", 1.0)])
-def test_brackets_nest_as_deep_as_there_is_room(opening: str, weight: float) -> None:
+def test_brackets_may_nest_deeply(opening: str, weight: float) -> None:
     (((_, found),),) = parts(opening * (4000 // len(opening)) + "cat")
     assert found == pytest.approx(weight, abs=1e-9)
 
@@ -176,7 +176,7 @@ texts = st.one_of(st.text(), st.lists(st.sampled_from([*SCRAPS, "9" * 400]), max
 @example("(" * 4000 + ":9)" * 1000)
 @example("(a:9999)" * 500)
 @example(("(" * 100 + "a" + ":99999999)" * 100) * 3)
-def test_whatever_is_sent_has_a_reading(text: str) -> None:
+def test_every_text_can_be_parsed(text: str) -> None:
     found = parse(text)
     spans = [span for part in found for span in part]
     assert found
@@ -189,15 +189,15 @@ def test_whatever_is_sent_has_a_reading(text: str) -> None:
 @settings(deadline=None)
 @given(st.text(min_size=1).filter(lambda text: not re.search(r"[()\[\]\\]|BREAK", text)))
 def test_text_without_syntax_is_one_span(text: str) -> None:
-    assert parse(text) == [[Span(text, 1.0)]]
+    assert parse(text) == [[WeightedSpan(text, 1.0)]]
     assert not any("(" in sentence for sentence in unsupported(text))
 
 
 @settings(deadline=None)
 @given(texts.filter(lambda text: text and "BREAK" not in text))
-def test_escaped_text_is_read_as_it_was(text: str) -> None:
+def test_escaped_text_is_literal(text: str) -> None:
     escaped = re.sub(r"([()\[\]\\])", r"\\\1", text)
-    assert parse(escaped) == [[Span(text, 1.0)]]
+    assert parse(escaped) == [[WeightedSpan(text, 1.0)]]
     assert not any("Prompt editing" in sentence or "Alternation" in sentence for sentence in unsupported(escaped))
 
 
@@ -249,7 +249,7 @@ def lines_run(text: str) -> int:
 
 
 @pytest.mark.parametrize("opening", ["(", " " * 20, ":" + " " * 20, ":" + "1" * 20, "<lora:"])
-def test_long_text_comes_to_an_end(opening: str) -> None:
+def test_long_text_is_parsed_in_time(opening: str) -> None:
     """A pattern that backtracks would take minutes over it."""
     text = opening * (100_000 // len(opening))
     assert sum(len(span.text) for spans in parse(text) for span in spans) <= len(text)
@@ -272,7 +272,7 @@ def test_long_text_comes_to_an_end(opening: str) -> None:
         ("a cat AND\na dog :1.2", "AND"),
     ],
 )
-def test_what_is_read_as_text_and_perhaps_not_meant_so_is_named(text: str, quoted: str) -> None:
+def test_unsupported_syntax_is_warned_of(text: str, quoted: str) -> None:
     sentences = unsupported(text)
     assert any(quoted in sentence for sentence in sentences)
     assert all("treated as text" in sentence for sentence in sentences)
@@ -295,11 +295,11 @@ def test_what_is_read_as_text_and_perhaps_not_meant_so_is_named(text: str, quote
         "a < b > c",
     ],
 )
-def test_what_is_meant_as_text_is_not_warned_of(text: str) -> None:
+def test_ordinary_text_is_not_warned_of(text: str) -> None:
     assert unsupported(text) == ()
 
 
-def test_each_kind_is_warned_of_once_with_what_to_do_instead() -> None:
+def test_each_kind_is_warned_of_once_with_an_alternative() -> None:
     text = "[a:b:0.5] [c:1] AND [a|b] [c|d|e] AND <lora:a:1> <lora:b:1> <hypernet:c:1>"
     assert unsupported(text) == (
         'Prompt editing such as "[a:b:0.5]" is treated as text: use one prompt for all steps.',

@@ -1,4 +1,4 @@
-"""What a request says of its own steps."""
+"""The steps of a request."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_no_shallow_step_lacks_the_features_of_a_row() -> None:
                 asked.advance()
 
 
-def test_what_is_left_shrinks_with_every_step() -> None:
+def test_the_remaining_steps_decrease() -> None:
     asked = request(steps=7)
     assert asked.steps_left == Counter(full=3, shallow=4)
     for _ in range(4):

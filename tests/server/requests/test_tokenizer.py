@@ -1,4 +1,4 @@
-"""Prompts to chunks, against transformers' CLIPTokenizer and diffusers' reading of textual inversions."""
+"""Tokenization to chunks, compared with transformers' CLIPTokenizer and diffusers' textual inversions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from engines.contract import MAX_CHUNKS
 from engines.demo.tokenizer import write_tokenizer
 from engines.errors import EngineError
-from server.requests.tokenizer import CHUNK_COUNTS, Chunk, Prompt, Tokenizer
+from server.requests.tokenizer import CHUNK_COUNTS, Chunk, Prompt, PromptTokenizer
 from tests.support.tiny import CAPTIONS, TOKENS
 
 ROOM = TOKENS - 2
@@ -31,8 +31,8 @@ class Reference:
     transformers: Any
     file: Path
 
-    def open(self, tokens: int = TOKENS) -> Tokenizer:
-        return Tokenizer(self.file, tokens=tokens, pad=self.transformers.pad_token_id, embeddings=EMBEDDINGS)
+    def open(self, tokens: int = TOKENS) -> PromptTokenizer:
+        return PromptTokenizer(self.file, tokens=tokens, pad=self.transformers.pad_token_id, embeddings=EMBEDDINGS)
 
     def padded(self, text: str, tokens: int = TOKENS) -> tuple[int, ...]:
         return tuple(self.transformers(text, padding="max_length", truncation=True, max_length=tokens).input_ids)
@@ -64,7 +64,7 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(reference: Reference) -> Tokenizer:
+def tokenizer(reference: Reference) -> PromptTokenizer:
     return reference.open()
 
 
@@ -83,7 +83,7 @@ def words(count: int) -> str:
     return "cat " * count
 
 
-def test_there_are_as_many_chunks_as_divide_the_most() -> None:
+def test_chunk_counts_divide_the_maximum() -> None:
     assert CHUNK_COUNTS == (1, 2, 3, 6)
     assert CHUNK_COUNTS[-1] == MAX_CHUNKS
 
@@ -114,23 +114,23 @@ def test_a_saved_truncation_is_not_kept(reference: Reference, tmp_path: Path) ->
     backend.enable_truncation(4)
     backend.enable_padding(length=4)
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", tokens=TOKENS, pad=reference.transformers.pad_token_id)
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer.json", tokens=TOKENS, pad=reference.transformers.pad_token_id)
     assert tokenizer(words(ROOM)).chunks[0].ids == reference.padded(words(ROOM))
 
 
-def test_weights_lie_beside_their_tokens(reference: Reference, tokenizer: Tokenizer) -> None:
+def test_weights_align_with_their_tokens(reference: Reference, tokenizer: PromptTokenizer) -> None:
     (chunk,) = tokenizer("a (red:1.5) [blue hill], (boats (at:2):0.5)").chunks
     assert chunk.ids == reference.padded("a red blue hill, boats at")
     weights = [1, 1, 1.5, 1 / 1.1, 1 / 1.1, 1, 0.5, 1]
     assert chunk.weights == pytest.approx([*weights, *[1] * (TOKENS - len(weights))])
 
 
-def test_a_text_that_was_read_before_is_read_no_other_way(reference: Reference, tokenizer: Tokenizer) -> None:
+def test_cached_prompts_are_equal_to_new_ones(reference: Reference, tokenizer: PromptTokenizer) -> None:
     plain, weighted = (tokenizer("(red:1.5)", syntax=syntax) for syntax in ("plain", "a1111"))
     assert tokenizer("(red:1.5)", syntax="plain") == plain != weighted == reference.open()("(red:1.5)")
 
 
-def test_plain_text_is_read_as_it_is_written(reference: Reference, tokenizer: Tokenizer) -> None:
+def test_plain_syntax_is_literal(reference: Reference, tokenizer: PromptTokenizer) -> None:
     text = r"(red:1.5) BREAK [a|b]\("
     prompt = tokenizer(text, syntax="plain")
     assert prompt.text == text
@@ -157,7 +157,7 @@ def test_plain_text_is_read_as_it_is_written(reference: Reference, tokenizer: To
         ("BREAK " * 100, [""] * MAX_CHUNKS),
     ],
 )
-def test_a_break_ends_a_chunk(reference: Reference, tokenizer: Tokenizer, text: str, chunks: list[str]) -> None:
+def test_a_break_ends_a_chunk(reference: Reference, tokenizer: PromptTokenizer, text: str, chunks: list[str]) -> None:
     prompt = tokenizer(text)
     assert contents(reference, prompt) == chunks
     assert prompt.warnings == ()
@@ -186,12 +186,14 @@ def test_a_full_chunk_ends_after_a_comma_near_its_end(reference: Reference, afte
         (f", {words(14)}", [f", {words(13)}", "cat"]),
     ],
 )
-def test_commas_in_chunks_of_sixteen(reference: Reference, tokenizer: Tokenizer, text: str, chunks: list[str]) -> None:
+def test_commas_in_chunks_of_sixteen(
+    reference: Reference, tokenizer: PromptTokenizer, text: str, chunks: list[str]
+) -> None:
     """A comma is near when it is among the last third of the content: four tokens."""
     assert contents(reference, tokenizer(text)) == [" ".join(chunk.replace(",", " ,").split()) for chunk in chunks]
 
 
-def test_weights_move_on_with_their_tokens(reference: Reference, tokenizer: Tokenizer) -> None:
+def test_weights_move_to_the_next_chunk_with_their_tokens(reference: Reference, tokenizer: PromptTokenizer) -> None:
     first, second = tokenizer(f"{words(10)}, (a red blue hill:1.5) at").chunks
     assert first.weights == (1.0,) * TOKENS
     assert second.weights == (1.0, *[1.5] * 4, *[1.0] * (TOKENS - 5))
@@ -200,14 +202,14 @@ def test_weights_move_on_with_their_tokens(reference: Reference, tokenizer: Toke
 
 @pytest.mark.parametrize("text", ["a <cat> on <hill>", "<cat>", "a<cat>,<cat>red", "<cat>_1", "< cat >", "<long>"])
 def test_an_embedding_becomes_its_vectors_as_in_diffusers(
-    reference: Reference, tokenizer: Tokenizer, text: str
+    reference: Reference, tokenizer: PromptTokenizer, text: str
 ) -> None:
     converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, reference.transformers)
     expected = reference.padded(converted) if text != "<cat>_1" else reference.padded(text)
     assert tokenizer(text).chunks[0].ids == expected
 
 
-def test_an_embedding_weighs_the_same_throughout(reference: Reference, tokenizer: Tokenizer) -> None:
+def test_all_vectors_of_an_embedding_have_its_weight(reference: Reference, tokenizer: PromptTokenizer) -> None:
     (chunk,) = tokenizer("a (<cat> red:1.5) hill").chunks
     assert chunk.ids == reference.padded("a <cat> <cat>_1 <cat>_2 red hill")
     assert chunk.weights[:8] == (1.0, 1.0, *[1.5] * 4, 1.0, 1.0)
@@ -222,12 +224,14 @@ def test_an_embedding_weighs_the_same_throughout(reference: Reference, tokenizer
         (f"{words(10)}, a red blue<cat>", [f"{words(10)},", "a red blue <cat> <cat>_1 <cat>_2"]),
     ],
 )
-def test_an_embedding_is_never_split(reference: Reference, tokenizer: Tokenizer, text: str, chunks: list[str]) -> None:
+def test_an_embedding_is_never_split(
+    reference: Reference, tokenizer: PromptTokenizer, text: str, chunks: list[str]
+) -> None:
     assert contents(reference, tokenizer(text)) == [" ".join(chunk.replace(",", " ,").split()) for chunk in chunks]
 
 
-def test_an_embedding_as_long_as_a_chunk_pushes_what_moved_on_into_a_chunk_of_its_own(
-    reference: Reference, tokenizer: Tokenizer
+def test_an_embedding_as_long_as_a_chunk_gets_a_chunk_of_its_own(
+    reference: Reference, tokenizer: PromptTokenizer
 ) -> None:
     prompt = tokenizer(f"{words(10)}, a red blue<long>")
     assert contents(reference, prompt)[:2] == [f"{words(10)},", "a red blue"]
@@ -242,13 +246,13 @@ def test_an_embedding_as_long_as_a_chunk_pushes_what_moved_on_into_a_chunk_of_it
         ({"<dog>": 1}, "The tokenizer has 0 of the 1 vectors of <dog>: rebuild the bundle."),
     ],
 )
-def test_an_embedding_that_cannot_be_is_refused(reference: Reference, embeddings: dict[str, int], message: str) -> None:
+def test_an_invalid_embedding_is_rejected(reference: Reference, embeddings: dict[str, int], message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        Tokenizer(reference.file, tokens=TOKENS, pad=0, embeddings=embeddings)
+        PromptTokenizer(reference.file, tokens=TOKENS, pad=0, embeddings=embeddings)
 
 
 @pytest.mark.parametrize(("full", "chunks"), [(1, 1), (2, 2), (3, 3), (4, 6), (5, 6), (6, 6)])
-def test_four_or_five_chunks_are_filled_up_with_empty_ones(tokenizer: Tokenizer, full: int, chunks: int) -> None:
+def test_four_or_five_chunks_are_padded_to_six(tokenizer: PromptTokenizer, full: int, chunks: int) -> None:
     prompt = tokenizer(words(full * ROOM))
     (empty,) = tokenizer("").chunks
     assert len(prompt.chunks) == chunks
@@ -256,7 +260,7 @@ def test_four_or_five_chunks_are_filled_up_with_empty_ones(tokenizer: Tokenizer,
     assert prompt.warnings == ()
 
 
-def test_what_does_not_fit_is_left_out_and_named(tokenizer: Tokenizer) -> None:
+def test_a_long_prompt_is_truncated_with_a_warning(tokenizer: PromptTokenizer) -> None:
     text = words(MAX_CHUNKS * ROOM)
     prompt = tokenizer(f"{text} (A  Réd:1.2)\nBIRD BREAK at <cat>")
     assert prompt.chunks == tokenizer(text).chunks
@@ -266,7 +270,7 @@ def test_what_does_not_fit_is_left_out_and_named(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_a_long_rest_is_named_by_its_beginning(tokenizer: Tokenizer) -> None:
+def test_the_truncation_warning_quotes_the_beginning_of_a_long_rest(tokenizer: PromptTokenizer) -> None:
     (warning,) = tokenizer(words(4000 // 4), syntax="plain").warnings
     assert warning == (
         f'The prompt was truncated before "{words(15).strip()}…": '
@@ -274,7 +278,7 @@ def test_a_long_rest_is_named_by_its_beginning(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_what_is_read_as_text_is_named_first(tokenizer: Tokenizer) -> None:
+def test_unsupported_syntax_is_warned_of_before_truncation(tokenizer: PromptTokenizer) -> None:
     warnings = tokenizer("<lora:style:1> " + words(100)).warnings
     assert [warning.split()[0] for warning in warnings] == ['"<lora:style:1>"', "The"]
 
@@ -285,7 +289,7 @@ texts = st.one_of(st.text(), st.lists(st.sampled_from(scraps), max_size=150).map
 
 @settings(deadline=None)
 @given(text=texts, syntax=st.sampled_from(["a1111", "plain"]))
-def test_every_prompt_is_whole_chunks(reference: Reference, sd2: Reference, text: str, syntax: Any) -> None:
+def test_every_prompt_gives_whole_chunks(reference: Reference, sd2: Reference, text: str, syntax: Any) -> None:
     for kind in (reference, sd2):
         tokenizer, tokens = kind.open(), kind.transformers
         prompt = tokenizer(text, syntax=syntax)
@@ -306,7 +310,7 @@ def test_every_prompt_is_whole_chunks(reference: Reference, sd2: Reference, text
 @settings(deadline=None)
 @given(texts)
 def test_no_token_is_lost_or_added(reference: Reference, text: str) -> None:
-    tokenizer = Tokenizer(reference.file, tokens=TOKENS, pad=reference.transformers.pad_token_id)
+    tokenizer = PromptTokenizer(reference.file, tokens=TOKENS, pad=reference.transformers.pad_token_id)
     prompt = tokenizer(text, syntax="plain")
     said = [token for chunk in prompt.chunks for token in content(reference, chunk)]
     whole = reference.content(text)

@@ -1,4 +1,4 @@
-"""Pictures that callers send: as diffusers would see them, or refused before they can do harm."""
+"""Uploaded images are prepared as in diffusers, or rejected before they can do harm."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ OPAQUE = {
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("content", OPAQUE.values(), ids=OPAQUE)
-def test_a_picture_is_what_diffusers_would_see(content: bytes, size: Size) -> None:
+def test_an_image_is_prepared_as_in_diffusers(content: bytes, size: Size) -> None:
     theirs = PIL.Image.open(io.BytesIO(content)).convert("RGB")
     expected = image_processor.preprocess(theirs, height=size.height, width=size.width)
     pixels = fit(read(content, field="image"), size)
@@ -109,7 +109,7 @@ def test_a_picture_is_what_diffusers_would_see(content: bytes, size: Size) -> No
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("content", OPAQUE.values(), ids=OPAQUE)
-def test_a_mask_is_what_diffusers_would_see(content: bytes, size: Size) -> None:
+def test_a_mask_is_prepared_as_in_diffusers(content: bytes, size: Size) -> None:
     theirs = PIL.Image.open(io.BytesIO(content)).convert("RGB")
     full = mask_processor.preprocess(theirs, height=size.height, width=size.width)
     grid = (size.height // DOWNSCALE, size.width // DOWNSCALE)
@@ -121,7 +121,7 @@ def test_a_mask_is_what_diffusers_would_see(content: bytes, size: Size) -> None:
 
 
 @pytest.mark.parametrize("downscale", [2, 4, 8])
-def test_a_mask_s_first_pixel_decides(downscale: int) -> None:
+def test_the_first_pixel_of_a_mask_block_decides(downscale: int) -> None:
     size = Size(width=64, height=48)
     picture = noise(size.width, size.height)
     full = mask_processor.preprocess(picture, height=size.height, width=size.width)
@@ -129,7 +129,7 @@ def test_a_mask_s_first_pixel_decides(downscale: int) -> None:
     assert torch.equal(torch.from_numpy(fit_mask(picture, size, downscale=downscale)), expected[0, 0])
 
 
-def test_a_mask_turns_at_half_of_white() -> None:
+def test_the_mask_threshold_is_half_of_white() -> None:
     greys = PIL.Image.fromarray(np.repeat(np.array([[0, 127, 128, 255]], np.uint8), 8, axis=0).repeat(8, axis=1))
     mask = fit_mask(read(saved(greys), field="mask"), Size(width=32, height=8), downscale=8)
     assert mask.tolist() == [[0, 0, 1, 1]]
@@ -147,19 +147,19 @@ TRANSPARENT = {
 
 
 @pytest.mark.parametrize("content", TRANSPARENT.values(), ids=TRANSPARENT)
-def test_what_is_transparent_becomes_white(content: bytes) -> None:
+def test_transparent_pixels_become_white(content: bytes) -> None:
     picture = read(content, field="image")
     assert picture.mode == "RGBA"
     assert (fit(picture, Size(width=16, height=16)) == 255).all()
 
 
-def test_half_transparent_is_half_white() -> None:
+def test_half_transparent_pixels_become_half_white() -> None:
     content = saved(PIL.Image.new("RGBA", (8, 8), (200, 100, 0, 128)))
     pixels = fit(read(content, field="image"), Size(width=8, height=8)).astype(int)
     assert np.abs(pixels - [227, 177, 127]).max() <= 1
 
 
-def test_a_mask_s_transparency_has_no_say() -> None:
+def test_the_transparency_of_a_mask_is_ignored() -> None:
     content = saved(PIL.Image.new("RGBA", (8, 8), (255, 255, 255, 0)))
     assert fit_mask(read(content, field="mask"), Size(width=16, height=16), downscale=8).all()
 
@@ -175,7 +175,7 @@ def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-def test_a_picture_is_turned_upright(image_format: str, order: str, orientation: int) -> None:
+def test_exif_orientation_is_applied(image_format: str, order: str, orientation: int) -> None:
     exif = PIL.Image.Exif()
     exif.endian = order
     exif[0x010E] = "a description, which lies elsewhere"
@@ -186,7 +186,7 @@ def test_a_picture_is_turned_upright(image_format: str, order: str, orientation:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_is_none_changes_nothing(orientation: int) -> None:
+def test_an_invalid_orientation_is_ignored(orientation: int) -> None:
     exif = PIL.Image.Exif()
     exif[ORIENTATION] = orientation
     assert read(saved(noise(), exif=exif), field="image").size == noise().size
@@ -194,7 +194,7 @@ def test_an_orientation_that_is_none_changes_nothing(orientation: int) -> None:
 
 @given(exif=st.binary(max_size=80) | st.builds(bytes.__add__, st.sampled_from([b"II*\0", b"MM\0*"]), st.binary()))
 @settings(deadline=None, derandomize=True, database=None)
-def test_no_exif_is_a_fault(exif: bytes) -> None:
+def test_no_exif_block_causes_an_error(exif: bytes) -> None:
     assert sorted(read(saved(noise(), exif=exif), field="image").size) == sorted(noise().size)
 
 
@@ -213,38 +213,38 @@ def _undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_undecoded")
 @pytest.mark.parametrize(("header", "side"), [*HEADERS.values(), *NEARLY.values()], ids=[*HEADERS, *NEARLY])
-def test_too_many_pixels_are_refused_unseen(header: Any, side: int) -> None:
+def test_too_many_pixels_are_rejected_before_decoding(header: Any, side: int) -> None:
     pixels = (chunk(b"IDAT", b""),) if header is png else ()
     assert "16384 pixels per side" in refusal(header(side, side, *pixels))
 
 
 @pytest.mark.usefixtures("_undecoded")
-def test_a_ribbon_is_refused_unseen() -> None:
+def test_an_extreme_aspect_ratio_is_rejected_before_decoding() -> None:
     assert "16384 pixels per side" in refusal(png(16_385, 1, chunk(b"IDAT", b"")))
     assert "16384 pixels per side" in refusal(png(1, 16_385, chunk(b"IDAT", b"")))
 
 
 @pytest.mark.usefixtures("_undecoded")
 @pytest.mark.parametrize("image_format", ["png", "webp"])
-def test_an_animation_is_refused_unseen(image_format: str) -> None:
+def test_an_animation_is_rejected_before_decoding(image_format: str) -> None:
     content = saved(noise(), image_format, save_all=True, append_images=[noise().rotate(90)])
     assert "animation" in refusal(content)
 
 
 @pytest.mark.usefixtures("_undecoded")
-def test_a_large_file_is_refused_unseen() -> None:
+def test_a_large_file_is_rejected_before_decoding() -> None:
     assert str(MAX_FILE) in refusal(saved(noise()).ljust(MAX_FILE + 1, b"\0"))
 
 
 @pytest.mark.usefixtures("_undecoded")
-def test_a_jpeg_of_many_scans_is_refused_unseen() -> None:
+def test_a_jpeg_of_many_scans_is_rejected_before_decoding() -> None:
     """Each scan costs some tens of bytes, and as much time as the picture has pixels."""
     content = saved(PIL.Image.new("L", (4096, 4096), 128), "jpeg", progressive=True)
     scan = content[content.rfind(b"\xff\xda") : -2]
     assert "scans" in refusal(content[:-2] + scan * MAX_SCANS + content[-2:])
 
 
-def test_a_file_up_to_the_bounds_is_read() -> None:
+def test_a_file_at_the_limits_is_accepted() -> None:
     content = saved(noise()).ljust(MAX_FILE, b"\0")
     assert read(content, field="image").size == noise().size
     assert read(saved(PIL.Image.new("1", (16_384, 1024))), field="image").size == (16_384, 1024)
@@ -260,7 +260,7 @@ CRUMBS = {
 
 
 @pytest.mark.parametrize("content", CRUMBS.values(), ids=CRUMBS)
-def test_a_file_of_crumbs_ends_early(content: bytes) -> None:
+def test_a_file_of_tiny_blocks_is_rejected_early(content: bytes) -> None:
     assert "damaged" in refusal(content[:MAX_FILE])
 
 
@@ -281,13 +281,13 @@ OTHER_KINDS = {
 
 
 @pytest.mark.parametrize("content", OTHER_KINDS.values(), ids=OTHER_KINDS)
-def test_another_kind_of_file_is_answered_with_those_that_are_read(content: bytes) -> None:
+def test_an_unsupported_format_lists_the_supported_ones(content: bytes) -> None:
     assert "send PNG, JPEG or WebP" in refusal(content)
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_file_that_is_cut_short_is_refused(image_format: str, kept: float) -> None:
+def test_a_truncated_file_is_rejected(image_format: str, kept: float) -> None:
     content = saved(noise(), image_format)
     assert "damaged or truncated" in refusal(content[: int(len(content) * kept)])
 
@@ -311,11 +311,11 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_refused(content: bytes) -> None:
+def test_a_damaged_file_is_rejected(content: bytes) -> None:
     assert "damaged or truncated" in refusal(content)
 
 
-def test_a_palette_that_is_missing_is_no_fault() -> None:
+def test_a_missing_palette_causes_no_server_error() -> None:
     content = png(1, 1, chunk(b"IDAT", zlib.compress(b"\0\0")), colours=3)
     assert read(content, field="image").size == (1, 1)
 
@@ -345,7 +345,7 @@ def checked(content: bytes) -> bytes:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of EXIF that is not what it should be
 @settings(max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_no_file_is_a_fault(data: st.DataObject) -> None:
+def test_no_file_causes_a_server_error(data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from(SOUND)))
     for _ in range(data.draw(st.integers(1, 8))):
         at = data.draw(st.integers(0, min(len(content) - 1, 400)))

@@ -17,7 +17,7 @@ from engines.errors import EngineError
 from engines.manifest import Gpu, Manifest, Size
 from server.startup import autotune
 from server.startup.autotune import MeasuringStopped
-from server.startup.settings import Settings
+from server.startup.settings import ServerSettings
 from tests.support.serving import Serving
 
 CONTENDERS = ("openvino", "onnxruntime")
@@ -213,7 +213,7 @@ def contenders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(available, "probe", lambda: gpu)
         (build,) = manifest.builds.values()
         built = manifest.model_copy(update={"builds": dict.fromkeys(builds, build)})
-        return list(entrance._candidate_backends(Settings(backend=backend, compile=compiles), built))
+        return list(entrance._candidate_backends(ServerSettings(backend=backend, compile=compiles), built))
 
     return contenders
 
