@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.policies import SwitchablePolicy
-from benchmarks.spans import Span, Window, read_trace
+from benchmarks.spans import TraceSpan, Window, read_trace
 from engines.backends.available import check_fits
 from engines.backends.device import Device
 from engines.backends.registry import open_device
@@ -144,7 +144,7 @@ class Served:
         self.batcher.max_rows, self.policy.by_request = self.manifest.max_rows, False
         return tuple(done[number] - start - arrival.at for number, arrival in enumerate(arrivals))
 
-    def take_spans(self) -> tuple[Span, ...]:
+    def take_spans(self) -> tuple[TraceSpan, ...]:
         """What was traced since the start; from here on nothing is. Times are on perf_counter's clock."""
         if self._traced is None:
             return ()
@@ -152,7 +152,7 @@ class Served:
         self._trace.close()
         began = self._trace.began
         return tuple(
-            Span(span.track, span.name, span.begin + began, span.end + began) for span in read_trace(self._traced)
+            TraceSpan(span.track, span.name, span.begin + began, span.end + began) for span in read_trace(self._traced)
         )
 
     def _submit(self, steps: int, number: int, ended: queue.SimpleQueue[Ended]) -> Request:

@@ -1,4 +1,4 @@
-"""Models to measure: real architectures with random weights, which take as long as trained ones."""
+"""Models to measure: real architectures with random weights, which compute for as long as trained ones."""
 
 from __future__ import annotations
 
@@ -21,101 +21,104 @@ _CAPTION = "a photograph of a lighthouse on a rock in the sea"
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Floating-point operations at 512x512, of convolutions and linear layers; attention's own products come on top."""
+class Flops:
+    """Floating-point operations at 512x512 in convolutions and linear layers; attention products are not counted."""
 
-    row: float  # of the UNet, each step
-    decode: float  # of a picture
+    row: float  # one UNet row in one step
+    decode: float  # one image
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What sets a model of the SD 1.x family apart."""
+    """A model of the SD 1.x family: what differs from the others, and its cost."""
 
     layers_per_block: int
-    work: Work
+    flops: Flops
 
 
 ARCHITECTURES = {
-    "small": Architecture(1, Work(row=447e9, decode=2480e9)),  # OFA-Sys/small-stable-diffusion-v0
-    "sd15": Architecture(2, Work(row=677e9, decode=2480e9)),  # Stable Diffusion 1.5
+    "small": Architecture(1, Flops(row=447e9, decode=2480e9)),  # OFA-Sys/small-stable-diffusion-v0
+    "sd15": Architecture(2, Flops(row=677e9, decode=2480e9)),  # Stable Diffusion 1.5
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A model to be measured: what PyTorch loads, and the bundle made of it. None: it is not there to be measured."""
+class BenchmarkModel:
+    """A model to measure: the checkpoint that PyTorch loads, None if there is none, and the bundle built from it."""
 
     name: str
     checkpoint: Path | None
     bundle: Path
     architecture: Architecture | None = None
-    given: bool = False  # the bundle is somebody's own, and is taken as it is
+    given: bool = False  # the bundle was named by the user, and is never rebuilt
 
     @property
-    def work(self) -> Work | None:
-        return self.architecture.work if self.architecture else None
+    def flops(self) -> Flops | None:
+        return self.architecture.flops if self.architecture else None
 
 
-def subject(model: str, folder: Path) -> Subject:
-    """The model called `model`, or the diffusers folder at that path, with all that is made of it under `folder`."""
+def find_model(model: str, folder: Path) -> BenchmarkModel:
+    """The architecture called `model`, or the diffusers folder at that path; built files go under `folder`.
+
+    Raises EngineError if it is neither.
+    """
     if model in ARCHITECTURES:
         home = folder / model
-        return Subject(model, home / "checkpoint", home / "bundle", ARCHITECTURES[model])
+        return BenchmarkModel(model, home / "checkpoint", home / "bundle", ARCHITECTURES[model])
     if not Path(model).is_dir():
         raise EngineError(f"{model} is neither a folder nor one of {', '.join(ARCHITECTURES)}.")
     name = Path(model).resolve().name
-    return Subject(name, Path(model), folder / name / "bundle")
+    return BenchmarkModel(name, Path(model), folder / name / "bundle")
 
 
-def checkpoint_of(subject: Subject) -> Path:
-    """The folder that diffusers loads, made if it is not there. Raises EngineError where there is none to be had."""
-    if subject.checkpoint is None:
-        raise EngineError("a bundle is nothing that PyTorch runs: name its checkpoint with --model.")
-    if subject.architecture and not (subject.checkpoint / "model_index.json").exists():
-        write_checkpoint(subject.checkpoint, layers_per_block=subject.architecture.layers_per_block)
-    return subject.checkpoint
+def checkpoint_of(model: BenchmarkModel) -> Path:
+    """The folder that diffusers loads, written if missing. Raises EngineError for a bundle without a checkpoint."""
+    if model.checkpoint is None:
+        raise EngineError("PyTorch cannot run a bundle: give its checkpoint with --model.")
+    if model.architecture and not (model.checkpoint / "model_index.json").exists():
+        write_checkpoint(model.checkpoint, layers_per_block=model.architecture.layers_per_block)
+    return model.checkpoint
 
 
-def build(subject: Subject, backend: str, rows: Sequence[int]) -> Manifest:
-    """Build the subject's bundle for `backend` and these row buckets, unless it is there.
+def build(model: BenchmarkModel, backend: str, rows: Sequence[int]) -> Manifest:
+    """Build the model's bundle for `backend` and these row buckets, unless it is up to date.
 
     Raises:
         EngineError: it cannot be built.
     """
-    if not subject.given and not is_built(subject, backend, rows):
+    if not model.given and not is_built(model, backend, rows):
         with display_on(terminal()) as display:
             api.build(
-                api.CheckpointSource(str(checkpoint_of(subject))),
-                subject.bundle,
+                api.CheckpointSource(str(checkpoint_of(model))),
+                model.bundle,
                 backends=[backend],
-                options=api.ExportOptions(name=subject.name, rows=tuple(rows)),
+                options=api.ExportOptions(name=model.name, rows=tuple(rows)),
                 verify=False,
                 reporter=api.Reporter(progress=display),
             )
-    return Manifest.read(subject.bundle)
+    return Manifest.read(model.bundle)
 
 
-def is_built(subject: Subject, backend: str, rows: Sequence[int]) -> bool:
-    """Whether the bundle is as `build` would make it."""
+def is_built(model: BenchmarkModel, backend: str, rows: Sequence[int]) -> bool:
+    """Whether the bundle is up to date."""
     with suppress(BundleError):
-        manifest = Manifest.read(subject.bundle)
-        return subject.given or (backend in manifest.builds and manifest.rows == tuple(rows))
+        manifest = Manifest.read(model.bundle)
+        return model.given or (backend in manifest.builds and manifest.rows == tuple(rows))
     return False
 
 
-def adapted(bundle: Path, folder: Path, **facts: Any) -> Path:
-    """The bundle once more in the empty `folder`, by links, with other `facts` in its manifest."""
+def adapted(bundle: Path, folder: Path, **fields: Any) -> Path:
+    """A copy of the bundle in the empty `folder`, by symbolic links, with other `fields` in its manifest."""
     for path in bundle.iterdir():
         if path.name != MANIFEST:
             (folder / path.name).symlink_to(path.resolve())
-    Manifest.read(bundle).model_copy(update=facts).save(folder)
+    Manifest.read(bundle).model_copy(update=fields).save(folder)
     return folder
 
 
 def write_checkpoint(folder: Path, *, layers_per_block: int) -> None:
-    """Write a diffusers folder of the SD 1.x architecture at its full size; the weights are the dice of seed 0."""
-    import torch  # noqa: PLC0415 - seconds of imports, for those who need a model made
+    """Write a diffusers folder of the SD 1.x architecture at its full size; the weights are random, of seed 0."""
+    import torch  # noqa: PLC0415 - takes seconds to import, and only making a model needs it
     from diffusers import PNDMScheduler, StableDiffusionPipeline  # noqa: PLC0415 - as above
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: PLC0415 - as above
 
@@ -145,9 +148,9 @@ def write_checkpoint(folder: Path, *, layers_per_block: int) -> None:
 
 
 def name_as_published(text_encoder: Path) -> None:
-    """Give weights the names that published checkpoints have, and that every reader knows.
+    """Rename weights as in published checkpoints, which every version of transformers reads.
 
-    Newer versions of transformers leave their first part out; those read both.
+    Newer versions write names without the first part.
     """
     from safetensors.torch import load_file, save_file  # noqa: PLC0415 - as above
 

@@ -1,4 +1,4 @@
-"""What is measured, as it is kept: raw values, and the numbers that follow from them. Pure."""
+"""Measurements of the GPU benchmark: raw values, and the numbers that follow from them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Policy = Literal["by step", "by request"]
 POLICIES: tuple[Policy, ...] = ("by step", "by request")
 
 
-class Summary(ResultModel):
-    """Too many measurements to keep each, seconds."""
+class Quantiles(ResultModel):
+    """Quantiles of many measurements, seconds."""
 
     count: int
     p5: float
@@ -24,7 +24,7 @@ class Summary(ResultModel):
 
 
 class Peak(ResultModel):
-    """The largest rate of matrix products that was seen."""
+    """The highest rate of matrix products that was reached."""
 
     flops: float  # per second
     side: int  # of the square matrices
@@ -32,12 +32,12 @@ class Peak(ResultModel):
 
 
 class Latencies(ResultModel):
-    """One picture at a time, from asking for it to having its pixels."""
+    """One image at a time, from the request to its pixels."""
 
     precision: str
-    first: float  # seconds of the first picture, with all that is done but once; not in the others
+    first: float  # seconds of the first image, which includes one-time work; not part of by_steps
     by_steps: dict[int, Spread]
-    broken: int = 0  # pictures that were not finite, as random weights may have it; they take as long
+    broken: int = 0  # images that were not finite, which random weights may cause; they take as long
 
 
 class Built(ResultModel):
@@ -46,73 +46,73 @@ class Built(ResultModel):
     precision: str
     rows: tuple[int, ...]
     size: str
-    kept: bool  # it was there already
+    kept: bool  # it existed already
 
 
-class Full(ResultModel):
+class FullSteps(ResultModel):
     """The pipeline kept full at one number of rows."""
 
     rows: int
     images: int
     images_per_second: float
-    step: Summary | None  # on the device, of steps that were full
-    step_beside_decode: Summary | None  # those of them during which something was decoded
-    step_alone: Summary | None  # the others
+    step: Quantiles | None  # on the device, of steps that were full
+    step_beside_decode: Quantiles | None  # steps that overlapped a decode
+    step_alone: Quantiles | None  # the others
     idle_share: float | None  # of the device, between steps
     host_per_step: float | None  # seconds of the executor's work; None where the host is the device
-    waiting_share: float | None  # of the time: the host waited for the device
+    waiting_share: float | None  # of the time, in which the host waited for the device
 
 
 class Rows(ResultModel):
-    """What more rows in a step bring."""
+    """Throughput by rows in a step."""
 
-    steps: int  # of each picture
-    points: tuple[Full, ...]
+    steps: int  # of each image
+    points: tuple[FullSteps, ...]
     curve: dict[int, float]  # seconds of a step by rows, as the server keeps them
-    left_out: tuple[int, ...] = ()  # row counts for which no time was left
+    left_out: tuple[int, ...] = ()  # rows not measured for lack of time
     broken: int = 0
 
-    def at(self, rows: int) -> Full | None:
+    def at(self, rows: int) -> FullSteps | None:
         return next((point for point in self.points if point.rows == rows), None)
 
     def step_seconds(self, rows: int) -> float | None:
-        """Of a full step: on the device where that is known, or else as the server saw it."""
+        """Duration of a full step: on the device if traced, or else as the server measured it."""
         point = self.at(rows)
         return point.step.median if point and point.step else self.curve.get(rows)
 
 
-class Load(ResultModel):
-    """The same callers, served by both policies."""
+class ServedLoad(ResultModel):
+    """The same requests, served under both batching policies."""
 
     share: float  # of the saturated throughput
-    rate: float  # callers per second
-    seconds: float  # in which they come
+    rate: float  # requests per second
+    seconds: float  # in which they arrive
     steps: tuple[int, ...]  # of each
-    latencies: dict[Policy, tuple[float, ...]]  # of each, seconds from when it was due to come
+    latencies: dict[Policy, tuple[float, ...]]  # of each, seconds from its arrival
 
 
 class Serving(ResultModel):
-    """Continuous beside request-level batching, under callers who do not wait for each other."""
+    """Continuous compared with request-level batching, in an open loop."""
 
     rows: int
-    capacity: float  # pictures per second, saturated, of the same mix of steps
-    unloaded: dict[int, float]  # seconds of a picture by steps, alone
-    slo: float  # what a caller accepts, as a multiple of that
+    capacity: float  # images per second, saturated, of the same mix of steps
+    unloaded: dict[int, float]  # seconds of an image by steps, on the idle server
+    slo: float  # latency target, as a multiple of unloaded
     seed: int
-    loads: tuple[Load, ...]
+    loads: tuple[ServedLoad, ...]
     broken: int = 0
 
-    def percentile(self, load: Load, policy: Policy, q: float) -> float:
+    def percentile(self, load: ServedLoad, policy: Policy, q: float) -> float:
         return percentile(load.latencies[policy], q)
 
-    def goodput(self, load: Load, policy: Policy) -> float:
-        """Pictures per second that came within what their callers accept."""
+    def goodput(self, load: ServedLoad, policy: Policy) -> float:
+        """Images per second within the latency target."""
         accepted = [self.slo * alone(self.unloaded, steps) for steps in load.steps]
         return goodput(load.latencies[policy], accepted, seconds=load.seconds)
 
 
 class Decoding(ResultModel):
-    """Pictures per second when full, decoded while others step, and between their steps."""
+    """Images per second when full, with decodes overlapping steps (beside) and between steps."""
 
     rows: int
     beside: float
@@ -123,21 +123,21 @@ class Decoding(ResultModel):
 Figures = Peak | Latencies | Built | Rows | Serving | Decoding
 
 
-def summary(seconds: Sequence[float]) -> Summary | None:
-    """None where there is nothing to sum up."""
+def quantiles(seconds: Sequence[float]) -> Quantiles | None:
+    """None if there are no values."""
     if not seconds:
         return None
     p5, median, p95 = (percentile(seconds, q) for q in (5, 50, 95))
-    return Summary(count=len(seconds), p5=p5, median=median, p95=p95)
+    return Quantiles(count=len(seconds), p5=p5, median=median, p95=p95)
 
 
 def alone(unloaded: Mapping[int, float], steps: int) -> float:
-    """Seconds that a picture takes on its own: on the line through those that were measured."""
+    """Seconds of an image on the idle server, interpolated between measured step counts."""
     counts, seconds = zip(*sorted(unloaded.items()), strict=True)
     return float(np.interp(steps, counts, seconds))
 
 
 def rate(moments: Sequence[float]) -> float:
-    """Per second, from when the first was done to when the last was; 0 where that cannot be told."""
+    """Per second, from when the first was done to when the last was; 0 if there are too few."""
     span = moments[-1] - moments[0] if moments else 0.0
     return (len(moments) - 1) / span if span else 0.0

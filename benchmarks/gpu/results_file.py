@@ -1,4 +1,4 @@
-"""The raw JSON of a machine's measurements: one file for a device and a day, added to by every call."""
+"""The results file of the GPU benchmark: one for each device and day, to which every call adds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Stage = Literal["peak", "torch", "build", "rows", "single", "serve", "decode", "
 STAGES: tuple[Stage, ...] = ("peak", "torch", "build", "rows", "single", "serve", "decode", "compile")
 
 
-class Result(ResultModel):
-    """What a stage found of a model and an engine, or why it found nothing."""
+class StageResult(ResultModel):
+    """What a stage measured of a model and an engine, or why it measured nothing."""
 
     stage: Stage
-    model: str = Field(description="empty where it is not about one")
+    model: str = Field(description="empty if the stage has none")
     engine: str = Field(description="a backend, or empty")
-    run: int = Field(description="which of the runs")
-    seconds: float = Field(description="that the stage took")
+    run: int = Field(description="index of the run")
+    seconds: float = Field(description="duration of the stage")
     figures: Figures | None = None
     note: str = ""
 
@@ -34,36 +34,36 @@ class Result(ResultModel):
         return self.stage, self.model, self.engine
 
 
-class Record(BaseModel):
+class GpuResults(BaseModel):
     """The file's content."""
 
     format: Literal[1] = 1
     device: str
     runs: list[Run] = []
-    results: list[Result] = []
+    results: list[StageResult] = []
 
-    def find(self, stage: Stage, model: str = "", engine: str = "") -> Result | None:
+    def find(self, stage: Stage, model: str = "", engine: str = "") -> StageResult | None:
         return next((result for result in self.results if result.key == (stage, model, engine)), None)
 
 
-class Book:
-    """A record and its file, which holds every result as soon as it is there."""
+class ResultsFile:
+    """The results and their file, which is saved after every stage."""
 
-    def __init__(self, path: Path, record: Record) -> None:
+    def __init__(self, path: Path, record: GpuResults) -> None:
         self.path = path
         self.record = record
 
     @classmethod
     def open(cls, folder: Path, run: Run) -> Self:
-        """Begin a run in the file of its device and day. Raises ValueError for a file that is none of ours."""
+        """Begin a run in the file of its device and day. Raises ValueError for a file of another kind."""
         device = run.environment.device
         path = folder / f"{slug(device)}-{run.began[:10]}.json"
-        record = Record.model_validate_json(path.read_bytes()) if path.exists() else Record(device=device)
+        record = GpuResults.model_validate_json(path.read_bytes()) if path.exists() else GpuResults(device=device)
         record.runs.append(run)
         return cls(path, record)
 
-    def put(self, result: Result) -> None:
-        """Keep `result` in place of the one before it, unless it found nothing and that did."""
+    def put(self, result: StageResult) -> None:
+        """Replace an earlier result of the same stage, unless only the earlier one has figures."""
         before = self.record.find(*result.key)
         if before is None:
             self.record.results.append(result)
@@ -80,5 +80,5 @@ class Book:
 
 
 def slug(name: str) -> str:
-    """A part of a file's name."""
+    """`name` as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,6 +1,6 @@
-"""What PyTorch takes for the same pictures: diffusers' own pipeline, as it is and with a compiled UNet.
+"""Measures PyTorch on the same images: diffusers' pipeline, eager and with a compiled UNet.
 
-The one room here that needs torch to measure; it is imported when that is asked for.
+The only module here that imports torch to measure; it is imported only for those stages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PRECISION = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def measure_peak() -> Peak:
-    """The rate of large FP16 matrix products: the best of a few rounds. Raises EngineError where there is no GPU."""
+    """The rate of large FP16 matrix products: the best of a few rounds. Raises EngineError without a GPU."""
     _require_gpu()
     a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=torch.float16) for _ in range(2))
     out = torch.empty_like(a)
@@ -46,13 +46,13 @@ def _time_products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float
 
 
 def measure_eager(checkpoint: Path, steps: Sequence[int], runs: int) -> Latencies:
-    """diffusers as it comes, one guided picture at a time."""
+    """diffusers unchanged, one guided image at a time."""
     with _loaded(checkpoint) as pipeline:
         return _latencies(pipeline, steps, runs)
 
 
 def measure_compiled(checkpoint: Path, steps: Sequence[int], runs: int) -> Latencies:
-    """The same with the UNet under torch.compile, which takes minutes. Raises EngineError where there is no GPU."""
+    """The same with the UNet under torch.compile, which takes minutes. Raises EngineError without a GPU."""
     _require_gpu()
     with _loaded(checkpoint) as pipeline:
         pipeline.unet.to(memory_format=torch.channels_last)
@@ -66,15 +66,15 @@ def measure_compiled(checkpoint: Path, steps: Sequence[int], runs: int) -> Laten
 @contextmanager
 def _loaded(checkpoint: Path) -> Iterator[Any]:
     """The pipeline on the GPU in FP16, or on the CPU in FP32; its memory is free again afterwards."""
-    from engines.checkpoints.loading.libraries import quiet  # noqa: PLC0415 - brings diffusers, which a matrix product needs not
+    from engines.checkpoints.loading.libraries import quiet  # noqa: PLC0415 - imports diffusers, not needed by all
 
     with quiet():
-        from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: PLC0415 - remarks on what it can do without
+        from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: PLC0415 - logs remarks on optional packages
 
         pipeline = StableDiffusionPipeline.from_pretrained(
             checkpoint, torch_dtype=_DTYPE, local_files_only=True, safety_checker=None, requires_safety_checker=False
         ).to(_DEVICE)
-        # One UNet call per step, as ours.
+        # one UNet call per step, as ours
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.set_progress_bar_config(disable=True)
         yield pipeline
@@ -85,14 +85,14 @@ def _loaded(checkpoint: Path) -> Iterator[Any]:
 
 
 def _latencies(pipeline: Any, steps: Sequence[int], runs: int) -> Latencies:
-    first = _draw(pipeline, min(steps))
-    _draw(pipeline, min(steps))
-    by_steps = {count: Spread(values=tuple(_draw(pipeline, count) for _ in range(runs))) for count in steps}
+    first = _generate(pipeline, min(steps))
+    _generate(pipeline, min(steps))
+    by_steps = {count: Spread(values=tuple(_generate(pipeline, count) for _ in range(runs))) for count in steps}
     return Latencies(precision=_PRECISION[_DTYPE], first=first, by_steps=by_steps)
 
 
-def _draw(pipeline: Any, steps: int) -> float:
-    """Seconds from asking for a picture to having its pixels."""
+def _generate(pipeline: Any, steps: int) -> float:
+    """Seconds from the request to the image's pixels."""
     _synchronize()
     began = time.perf_counter()
     pipeline(
@@ -113,4 +113,4 @@ def _synchronize() -> None:
 
 def _require_gpu() -> None:
     if _DEVICE != "cuda":
-        raise EngineError("torch finds no GPU here.")
+        raise EngineError("torch finds no GPU.")

@@ -1,4 +1,4 @@
-"""The cheapest caller there is: HTTP/1.1 over kept connections, with no more of it than our server's answers need."""
+"""The cheapest HTTP/1.1 client that understands our server: kept connections, a status, a length and a body."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _BLANK = b"\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer, and when it was there on perf_counter's clock."""
+class WireReply:
+    """A response, the seconds it took, and when it was complete."""
 
     status: int
     body: bytes
     seconds: float
-    at: float
+    at: float  # on perf_counter's clock
 
 
 def post(url: str, fields: dict[str, Any], *, accept: str) -> bytes:
-    """A request as it goes over the wire."""
+    """A POST request with a JSON body, as it goes over the wire."""
     body = json.dumps(fields).encode()
     head = (
         f"POST {urlsplit(url).path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nAccept: {accept}\r\n"
@@ -37,41 +37,41 @@ def post(url: str, fields: dict[str, Any], *, accept: str) -> bytes:
 
 
 def get(url: str) -> bytes:
-    """A request as it goes over the wire."""
+    """A GET request as it goes over the wire."""
     return f"GET {urlsplit(url).path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n\r\n".encode()
 
 
-class User(asyncio.Protocol):
-    """Asks again as soon as it is answered, until `asked` is exhausted; `hear` is told of each answer."""
+class WireUser(asyncio.Protocol):
+    """A connection that sends the next of `requests` as soon as the last is answered, and calls `on_reply` for each."""
 
-    def __init__(self, asked: Iterator[bytes], hear: Callable[[Reply], None]) -> None:
-        self._asked, self._hear = asked, hear
+    def __init__(self, requests: Iterator[bytes], on_reply: Callable[[WireReply], None]) -> None:
+        self._requests, self._on_reply = requests, on_reply
         self._received = bytearray()
-        self._whole = 0  # bytes of the answer under way; 0 until its head is here
+        self._expected = 0  # bytes of the response that is being received; 0 until its head is here
         self._sent = 0.0
-        self._satisfied = False
+        self._exhausted = False
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods alone
-        self._ask()
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, but not the base class
+        self._send_next()
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if not self._whole:
+        if not self._expected:
             self._read_head()
-        if self._whole and len(self._received) >= self._whole:
-            self._answered()
+        if self._expected and len(self._received) >= self._expected:
+            self._finish_reply()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._satisfied:
+        if self._exhausted:
             self.done.set_result(None)
         else:
-            self.done.set_exception(exc or ConnectionResetError("The server hung up in the middle of a request."))
+            self.done.set_exception(exc or ConnectionResetError("The server closed a connection during a request."))
 
-    def _ask(self) -> None:
-        if (request := next(self._asked, None)) is None:
-            self._satisfied = True
+    def _send_next(self) -> None:
+        if (request := next(self._requests, None)) is None:
+            self._exhausted = True
             self._transport.close()
             return
         self._sent = time.perf_counter()
@@ -82,26 +82,26 @@ class User(asyncio.Protocol):
             return
         length = _LENGTH.search(self._received, 0, end)
         self._body = end + len(_BLANK)
-        self._whole = self._body + (int(length[1]) if length else 0)
+        self._expected = self._body + (int(length[1]) if length else 0)
 
-    def _answered(self) -> None:
+    def _finish_reply(self) -> None:
         now = time.perf_counter()
-        status, body = int(self._received[_STATUS]), bytes(self._received[self._body : self._whole])
-        del self._received[: self._whole]
-        self._whole = 0
-        self._hear(Reply(status, body, now - self._sent, now))
-        self._ask()
+        status, body = int(self._received[_STATUS]), bytes(self._received[self._body : self._expected])
+        del self._received[: self._expected]
+        self._expected = 0
+        self._on_reply(WireReply(status, body, now - self._sent, now))
+        self._send_next()
 
 
-async def ask(url: str, asked: Iterator[bytes], hear: Callable[[Reply], None], *, users: int) -> None:
-    """Let `users` share what is asked, each with a connection of its own. Raises OSError where one is lost."""
-    loop, where = asyncio.get_running_loop(), urlsplit(url)
-    host, port = where.hostname or "", where.port or 80
-    made = [await loop.create_connection(lambda: User(asked, hear), host, port) for _ in range(users)]
-    ends = [user.done for _, user in made]
+async def send_all(url: str, requests: Iterator[bytes], on_reply: Callable[[WireReply], None], *, users: int) -> None:
+    """Let `users` share the requests, each over its own connection. Raises OSError when a connection is lost."""
+    loop, address = asyncio.get_running_loop(), urlsplit(url)
+    host, port = address.hostname or "", address.port or 80
+    opened = [await loop.create_connection(lambda: WireUser(requests, on_reply), host, port) for _ in range(users)]
+    done = [user.done for _, user in opened]
     try:
-        await asyncio.gather(*ends)
+        await asyncio.gather(*done)
     finally:
-        for transport, _ in made:
+        for transport, _ in opened:
             transport.close()
-        await asyncio.gather(*ends, return_exceptions=True)
+        await asyncio.gather(*done, return_exceptions=True)

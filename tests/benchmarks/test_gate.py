@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.server import gate
-from benchmarks.server.gate import Contender
+from benchmarks.server.gate import GateServer
 from engines.demo import BUNDLE as DEMO
 from loadtest import __main__ as command
 from loadtest.generator import request_schedule
@@ -21,8 +21,8 @@ from loadtest.results import LoadTestSummary
 from tests import ROOT
 from tests.support.serving import Serving
 
-HERE = Contender(ROOT)
-SLOWED = Contender(ROOT, "tests.support.slowed_server", ("1.2",))
+HERE = GateServer(ROOT)
+SLOWED = GateServer(ROOT, "tests.support.slowed_server", ("1.2",))
 
 
 def seconds(seed: int, times: float = 1.0, count: int = 80) -> gate.Floats:
@@ -52,7 +52,7 @@ def test_what_all_rounds_agree_on_is_exact() -> None:
 
 @pytest.mark.parametrize("count", [8, 10, 12])
 def test_the_interval_misses_the_truth_as_seldom_as_it_says(count: int) -> None:
-    """Every way in which values around 0 can have their signs, as many as there are."""
+    """All combinations of signs of values around 0."""
     values = np.arange(1.0, count + 1) + 0.01 * np.arange(count) ** 2
     beyond, signs = gate.ends(count), np.array(list(itertools.product((-1, 1), repeat=count)))
     means = [np.sort(gate.walsh(values * one)) for one in signs]
@@ -63,30 +63,30 @@ def test_the_interval_misses_the_truth_as_seldom_as_it_says(count: int) -> None:
 
 
 def test_too_few_rounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="7 rounds are too few"):
+    with pytest.raises(ValueError, match="7 pairs are too few"):
         gate.ends(7)
 
 
-def test_every_crowd_has_somebody() -> None:
+def test_every_crowd_has_callers() -> None:
     for seed, alone in itertools.product(range(gate.CROWDS), (0.01, 3.0)):
         assert list(request_schedule(gate.crowd_load(alone), Mix(plain_entries(["a"], steps=1), seed)))
 
 
 def test_both_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     found = asyncio.run(gate.measure(HERE, HERE, pairs=8, crowds=8))
-    assert [one.figure for one in found] == ["idle latency", "latency under load"]
+    assert [one.measurement for one in found] == ["idle latency", "latency under load"]
     assert all(0 < one.low <= one.ratio <= one.high for one in found)
     assert all(one.before > 0 for one in found)
     assert capsys.readouterr().out == ""
 
 
-def test_a_tree_that_does_not_serve_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_that_does_not_serve_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "engines").symlink_to(ROOT / "engines")
     shutil.copytree(ROOT / "server", tmp_path / "server")
     (tmp_path / "server" / "app.py").write_text("raise RuntimeError('written in haste')\n")
     assert gate.main([str(tmp_path), str(ROOT)]) == 2
-    said = capsys.readouterr().out
-    assert "does not serve" in said
+    said = capsys.readouterr().err
+    assert f"in {tmp_path} ended with exit code" in said
     assert "written in haste" in said
 
 
@@ -94,19 +94,19 @@ def test_a_tree_that_does_not_serve_is_told(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.perf
-def test_a_fifth_is_seen_beside_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fifth_is_seen_against_an_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--users", "1", "--steps", "4", "--warm-up", "2", "--duration", "20"]
 
     def measure(serving: Serving, out: str, *more: str) -> int:
         return command.main(["--url", serving.url, *words, "--out", str(tmp_path / out), *more])
 
-    beside = ("--baseline", str(tmp_path / "before"))
+    baseline = ("--baseline", str(tmp_path / "before"))
     with Serving(DEMO) as serving:
         assert measure(serving, "before") == 0
-        assert measure(serving, "again", *beside) == 0
+        assert measure(serving, "again", *baseline) == 0
     capsys.readouterr()
     with Serving(DEMO, "1.2", module="tests.support.slowed_server") as serving:
-        assert measure(serving, "slowed", *beside) == 1
+        assert measure(serving, "slowed", *baseline) == 1
     shown = capsys.readouterr().out
     for figure in ("throughput", "p50"):
         assert re.search(rf"{figure} .* regressed", shown), shown
@@ -115,7 +115,7 @@ def test_a_fifth_is_seen_beside_an_earlier_run(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.perf
-def test_a_fifth_is_seen_in_turns() -> None:
+def test_a_fifth_is_seen_in_alternation() -> None:
     assert [one.regressed for one in asyncio.run(gate.measure(HERE, SLOWED))] == [True, True]
 
 

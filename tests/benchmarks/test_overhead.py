@@ -16,8 +16,8 @@ from rich.console import Console
 from benchmarks.inprocess import Served
 from benchmarks.server import overhead
 from benchmarks.server.null_engine import NullDevice, waves
-from benchmarks.server.overhead import NullServer, Overhead, table
-from benchmarks.server.wire import Reply, ask, get, post
+from benchmarks.server.overhead import Overhead, null_server, table
+from benchmarks.server.wire import WireReply, get, post, send_all
 from engines.demo import BUNDLE as DEMO
 from engines.manifest import Manifest
 
@@ -44,8 +44,8 @@ def test_a_server_that_refuses_ends_the_benchmark(tmp_path: Path, capsys: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_engines_that_do_nothing_leave_a_picture() -> None:
-    with NullServer(DEMO) as server:
+def test_engines_that_do_nothing_leave_an_image() -> None:
+    with null_server(DEMO) as server:
         (reply,) = _ask(server.url, accept="image/png")
     assert reply.status == 200
     assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(reply.body))), waves(64, 64))
@@ -74,34 +74,34 @@ def test_an_answer_may_come_in_pieces() -> None:
 
 
 def test_a_server_that_hangs_up_is_an_error() -> None:
-    with pytest.raises(ConnectionError, match="hung up"):
+    with pytest.raises(ConnectionError, match="closed a connection"):
         _Answering(b"")(1, 1)
 
 
-def _ask(url: str, *, accept: str) -> list[Reply]:
-    replies: list[Reply] = []
+def _ask(url: str, *, accept: str) -> list[WireReply]:
+    replies: list[WireReply] = []
     fields: dict[str, str | int] = {"prompt": "a red heart", "num_inference_steps": 2}
-    asyncio.run(ask(url, iter([post(f"{url}/generate", fields, accept=accept)]), replies.append, users=1))
+    asyncio.run(send_all(url, iter([post(f"{url}/generate", fields, accept=accept)]), replies.append, users=1))
     return replies
 
 
 class _Answering:
-    """A server that answers each request with the same pieces, and callers of it; with an empty piece it hangs up."""
+    """A server that answers each request with the same pieces, and its users; with an empty piece it closes."""
 
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = pieces
         self._answers: list[asyncio.Task[None]] = []
 
-    def __call__(self, requests: int, users: int) -> list[Reply]:
+    def __call__(self, requests: int, users: int) -> list[WireReply]:
         return asyncio.run(self._run(requests, users))
 
-    async def _run(self, requests: int, users: int) -> list[Reply]:
-        replies: list[Reply] = []
+    async def _run(self, requests: int, users: int) -> list[WireReply]:
+        replies: list[WireReply] = []
         server = await asyncio.start_server(self._answer, "127.0.0.1")
         async with server:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             try:
-                await ask(url, iter([get(f"{url}/any")] * requests), replies.append, users=users)
+                await send_all(url, iter([get(f"{url}/any")] * requests), replies.append, users=users)
             finally:
                 await asyncio.gather(*self._answers)
         return replies

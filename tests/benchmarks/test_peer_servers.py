@@ -13,18 +13,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks.peers import servers as command
-from benchmarks.peers.server_process import Running, free_port
-from benchmarks.peers.servers_results import SLO, Record, Result, Settings, Under, entries
-from loadtest.client import LoadTestError
+from benchmarks.peers.servers import __main__ as command
+from benchmarks.peers.servers.results import SLO, ScenarioResult, ServerResult, ServingResults, ServingSettings, entries
 from loadtest.generator import request_schedule
 from loadtest.results import LoadLevel, RequestRecord
 
 NAMES = ["fastapi", "litserve", "onnxruntime"]
-SETTINGS = Settings(rates=(0.5, 2.0), seconds=1.5, warm_up=0.5, steps=2, threads=1, seed=0)
+SETTINGS = ServingSettings(rates=(0.5, 2.0), seconds=1.5, warm_up=0.5, steps=2, threads=1, seed=0)
 
 
-def test_alike_is_alike_and_half_of_a_mix_keeps_to_the_defaults() -> None:
+def test_requests_are_alike_or_half_of_them_use_the_defaults() -> None:
     same, mixed = entries("same", 20), entries("mixed", 20)
     assert len({frozenset({**entry.fields, "prompt": ""}.items()) for entry in same}) == 1
     assert {entry.fields["num_inference_steps"] for entry in mixed} == {10, 20, 30}
@@ -32,57 +30,46 @@ def test_alike_is_alike_and_half_of_a_mix_keeps_to_the_defaults() -> None:
     assert all(entry.fields["num_inference_steps"] >= 1 for entry in entries("mixed", 1))
 
 
-def test_a_mix_asks_what_the_peers_know() -> None:
-    pipeline = pytest.importorskip("benchmarks.peers.server_pipeline", exc_type=ImportError)
+def test_the_peers_know_the_schedulers_of_the_mix() -> None:
+    pipeline = pytest.importorskip("benchmarks.peers.servers.diffusers_pipeline", exc_type=ImportError)
     for entry in (*entries("same", 20), *entries("mixed", 20)):
-        assert pipeline.Body(seed=0, **entry.fields).scheduler in pipeline.SCHEDULERS
-
-
-def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    code = "import sys; sys.exit('no such model')"
-    with (
-        pytest.raises(LoadTestError, match="ended with 1"),
-        Running([sys.executable, "-c", code], port=free_port(), log=log),
-    ):
-        pass
-    assert "no such model" in log.read_text()
+        assert pipeline.DiffusersRequest(seed=0, **entry.fields).scheduler in pipeline.SCHEDULERS
 
 
 def test_loads_without_a_yardstick_are_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--out", str(tmp_path), "--only", "onnxruntime"]) == 2
-    assert "its loads follow from fastapi, which was not measured" in " ".join(capsys.readouterr().out.split())
+    assert "its request rates follow from fastapi, which was not measured" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("changed", "words", "message"),
     [
         ({}, ["--rate", "1"], "was measured with other options"),
-        ({"format": 2}, [], "is none of ours"),
+        ({"format": 2}, [], "is no results file of this command"),
     ],
 )
 def test_a_run_goes_on_only_with_what_it_began_with(
     changed: dict[str, Any], words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = Record(settings=SETTINGS, scenarios={"same": entries("same", 2)}, peers={})
+    record = ServingResults(settings=SETTINGS, scenarios={"same": entries("same", 2)}, peers={})
     (tmp_path / "serving.json").write_text(json.dumps(record.model_dump(mode="json") | changed))
     assert command.main(["--out", str(tmp_path), "--resume", *words]) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_interpreter_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interpreter_that_does_not_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--out", str(tmp_path), "--peers-python", str(tmp_path / "python")]) == 2
-    assert "does not run: give the interpreter with --peers-python" in " ".join(capsys.readouterr().out.split())
+    assert "does not run: give the interpreter with --peers-python" in " ".join(capsys.readouterr().err.split())
 
 
-def test_other_pictures_are_a_failure() -> None:
-    record = Record(settings=SETTINGS, scenarios={}, peers={})
-    measured = {"run": 0, "loads": (Under(scenario="same", alone=(), points=()),)}
+def test_different_images_are_a_failure() -> None:
+    record = ServingResults(settings=SETTINGS, scenarios={}, peers={})
+    measured = {"run": 0, "loads": (ScenarioResult(scenario="same", alone=(), points=()),)}
     assert command.judge(record, Console(quiet=True)) == 2  # nothing was measured
-    record.put(Result(server="fastapi", **measured))
-    record.put(Result(server="onnxruntime", psnr=60.0, **measured))
+    record.put(ServerResult(server="fastapi", **measured))
+    record.put(ServerResult(server="onnxruntime", psnr=60.0, **measured))
     assert command.judge(record, Console(quiet=True)) == 0
-    record.put(Result(server="onnxruntime", psnr=20.0, **measured))
+    record.put(ServerResult(server="onnxruntime", psnr=20.0, **measured))
     assert command.judge(record, Console(quiet=True)) == 1
 
 
@@ -94,7 +81,7 @@ def test_a_run_with_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert command.main([*words, "--only", *NAMES]) == 0
     shown = capsys.readouterr().out
 
-    record = Record.model_validate_json((tmp_path / "serving.json").read_bytes())
+    record = ServingResults.model_validate_json((tmp_path / "serving.json").read_bytes())
     assert record.settings == SETTINGS
     assert "benchmarks.peers.servers" in record.runs[0].command
     assert {"torch", "diffusers", "fastapi"} <= record.peers.keys()
@@ -110,9 +97,7 @@ def test_a_run_with_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         one, other = yardstick.under(scenario), ours.under(scenario)
         assert one is not None
         assert other is not None
-        assert [point.load for point in one.points] == [
-            point.load for point in other.points
-        ]  # the same request schedule
+        assert [point.load for point in one.points] == [point.load for point in other.points]  # the same callers
 
     page = (tmp_path / "serving.md").read_text()
     assert page in shown
@@ -123,8 +108,8 @@ def test_a_run_with_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ET.parse(tmp_path / "serving.svg")  # noqa: S314 - our own
 
 
-def check_server(out: Path, record: Record, name: str) -> None:
-    """Everyone who was due has one ending, and the record counts them."""
+def check_server(out: Path, record: ServingResults, name: str) -> None:
+    """Each request that was due has one outcome, and the results count them."""
     result = record.find(name)
     assert result is not None
     assert result.note == ""

@@ -11,7 +11,7 @@ from benchmarks.server.startup import Startup
 from tests import ROOT
 
 
-def test_a_short_run_of_it_beside_another_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run_of_it_next_to_another_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "startup.json"
     other = tmp_path / "other"
     other.symlink_to(ROOT)
@@ -20,7 +20,7 @@ def test_a_short_run_of_it_beside_another_tree(tmp_path: Path, capsys: pytest.Ca
     assert [len(one.starts) for one in found.trees] == [2, 2]
     assert all(start.ready > 0 and start.cpu > 0 for one in found.trees for start in one.starts)
     assert "--threads 1" in found.run.command
-    assert "seconds to ready" in capsys.readouterr().out
+    assert "time to ready" in capsys.readouterr().out
 
 
 def test_a_server_that_does_not_start_ends_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from benchmarks.spans import Span, read_trace
+from benchmarks.spans import TraceSpan, read_trace
 from engines.demo import BUNDLE as DEMO
 from server.runtime.trace import Trace
 from tests.engines.backends.fake_cuda import FakeCuda
@@ -34,7 +34,7 @@ _COLOURS = {
 }
 
 
-def record(folder: Path) -> Sequence[Span]:
+def record(folder: Path) -> Sequence[TraceSpan]:
     """Record a trace of four requests with different numbers of steps, two of which arrive later."""
     write_bundle(DEMO, folder / "bundle", rows=(2, 4))
     trace = Trace(folder / "trace.json")
@@ -51,7 +51,7 @@ def record(folder: Path) -> Sequence[Span]:
     return read_trace(folder / "trace.json")
 
 
-def draw(spans: Sequence[Span]) -> str:
+def draw(spans: Sequence[TraceSpan]) -> str:
     """Draw the time around the first decode as SVG."""
     decode = next(span for span in spans if span.track == "decode")
     steps = [span for span in spans if span.track == "steps"]
@@ -87,7 +87,7 @@ def _axis(begin: float, end: float, height: int) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{height - 12}" text-anchor="middle" fill="#6b7280">{tick} ms</text>'
 
 
-def _rectangles(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
+def _rectangles(spans: Sequence[TraceSpan], begin: float, end: float) -> Iterator[str]:
     number = 0
     for span in spans:
         number += span.track == "steps"
@@ -106,7 +106,7 @@ def _rectangles(spans: Sequence[Span], begin: float, end: float) -> Iterator[str
             yield f'<text x="{right + 5:.1f}" y="{_y(span.track) + 19}" fill="#374151">{escape(span.name)}</text>'
 
 
-def _threads(spans: Sequence[Span], begin: float, end: float) -> Iterator[str]:
+def _threads(spans: Sequence[TraceSpan], begin: float, end: float) -> Iterator[str]:
     """Draw a line from each launch to its step."""
     launches = [span for span in spans if span.name == "launch"]
     steps = [span for span in spans if span.track == "steps"]

@@ -1,7 +1,8 @@
-"""A pipeline in a process of its own, one image at a time; `benchmarks.peers.pipelines` starts it and talks to it.
+"""A pipeline in a process of its own: generates one image at a time for `benchmarks.peers.pipelines`.
 
-What to load is JSON on the command line, what to draw a line of JSON on standard input, and each answer a line of JSON
-on standard output. It may run under an interpreter that has none of our packages, so it imports nothing of ours.
+The command line says what to load, as JSON. Each image is requested by a line of JSON on standard input, and answered
+by a line on standard output. It may run under an interpreter that has none of our packages, so it imports only the
+standard library and what it measures.
 """
 
 from __future__ import annotations
@@ -16,56 +17,55 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-# From `model`, `size`, `threads`, `guidance` and `exact` to what draws a PIL image from `prompt`, `seed` and `steps`.
-Spec = Mapping[str, Any]
-Draw = Callable[[str, int, int], Any]
+Spec = Mapping[str, Any]  # kind, model, width, height, threads, guidance, force_fp32
+Generate = Callable[[str, int, int], Any]  # prompt, seed, steps -> PIL image
 
 
 def main() -> int:
     answers = _claim_standard_output()
     try:
         spec = json.loads(sys.argv[1])
-        draw = LOADERS[spec["kind"]](spec)
-        _tell(answers, {"ready": True})
+        generate = LOADERS[spec["kind"]](spec)
+        _answer(answers, {"ready": True})
         for line in sys.stdin:
-            wish = json.loads(line)
+            task = json.loads(line)
             began = time.perf_counter()
-            picture = draw(wish["prompt"], wish["seed"], wish["steps"])
+            image = generate(task["prompt"], task["seed"], task["steps"])
             seconds = time.perf_counter() - began
-            picture.save(wish["out"])
-            _tell(answers, {"seconds": seconds})
-    except Exception as error:  # whatever a library raises, whoever started us wants to hear of it
-        _tell(answers, {"failed": f"{type(error).__name__}: {error}"})
+            image.save(task["out"])
+            _answer(answers, {"seconds": seconds})
+    except Exception as error:  # whatever a library raises, the parent process reports it
+        _answer(answers, {"failed": f"{type(error).__name__}: {error}"})
         raise
     return 0
 
 
 def _claim_standard_output() -> TextIO:
-    """For answers alone; what libraries print goes where errors go."""
+    """Reserve standard output for answers; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
-def _tell(answers: TextIO, what: Mapping[str, Any]) -> None:
-    answers.write(json.dumps(what) + "\n")
+def _answer(answers: TextIO, fields: Mapping[str, Any]) -> None:
+    answers.write(json.dumps(fields) + "\n")
     answers.flush()
 
 
-def _eager(spec: Spec) -> Draw:
-    """diffusers' pipeline as it comes."""
+def _eager(spec: Spec) -> Generate:
+    """diffusers' pipeline, unchanged."""
     return _as_diffusers(_torch_pipeline(spec), spec)
 
 
-def _compiled(spec: Spec) -> Draw:
-    """The same with UNet and decoder under torch.compile, which compiles at the first picture: so that is drawn."""
+def _compiled(spec: Spec) -> Generate:
+    """The same with UNet and decoder under torch.compile, which compiles at the first image: so one is generated."""
     torch, pipeline = import_module("torch"), _torch_pipeline(spec)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.unet = torch.compile(pipeline.unet, fullgraph=True)
     pipeline.vae.decode = torch.compile(pipeline.vae.decode, fullgraph=True)
-    draw = _as_diffusers(pipeline, spec)
-    draw("", 0, 1)
-    return draw
+    generate = _as_diffusers(pipeline, spec)
+    generate("", 0, 1)
+    return generate
 
 
 def _torch_pipeline(spec: Spec) -> Any:
@@ -82,8 +82,8 @@ def _torch_pipeline(spec: Spec) -> Any:
     return pipeline
 
 
-def _optimum(spec: Spec) -> Draw:
-    """optimum-intel's pipeline, for one picture of one size, as its documentation advises for CPUs."""
+def _optimum(spec: Spec) -> Generate:
+    """optimum-intel's pipeline, for one image of one size, as its documentation advises for CPUs."""
     intel = import_module("optimum.intel")
     import_module("torch").set_num_threads(spec["threads"])
     config = {"INFERENCE_NUM_THREADS": str(spec["threads"])}
@@ -99,12 +99,12 @@ def _euler(pipeline: Any) -> Any:
     return euler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")
 
 
-def _as_diffusers(pipeline: Any, spec: Spec) -> Draw:
+def _as_diffusers(pipeline: Any, spec: Spec) -> Generate:
     torch = import_module("torch")
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(prompt: str, seed: int, steps: int) -> Any:
-        drawn = pipeline(
+    def generate(prompt: str, seed: int, steps: int) -> Any:
+        result = pipeline(
             prompt,
             width=spec["width"],
             height=spec["height"],
@@ -112,13 +112,13 @@ def _as_diffusers(pipeline: Any, spec: Spec) -> Draw:
             guidance_scale=spec["guidance"],
             generator=torch.Generator("cpu").manual_seed(seed),
         )
-        return drawn.images[0]
+        return result.images[0]
 
-    return draw
+    return generate
 
 
-def _genai(spec: Spec) -> Draw:
-    """openvino-genai's pipeline, in C++, over what optimum-intel exported; its generator draws torch's noise."""
+def _genai(spec: Spec) -> Generate:
+    """openvino-genai's pipeline, in C++, over optimum-intel's export; its generator gives torch's noise."""
     genai, pillow = import_module("openvino_genai"), import_module("PIL.Image")
     pipeline = genai.Text2ImagePipeline(spec["model"])
     with tempfile.TemporaryDirectory() as folder:
@@ -127,11 +127,11 @@ def _genai(spec: Spec) -> Draw:
         path.write_text(json.dumps({**own, "timestep_spacing": "linspace"}), encoding="utf-8")
         pipeline.set_scheduler(genai.Scheduler.from_config(path, genai.Scheduler.Type.EULER_DISCRETE))
     pipeline.reshape(1, spec["height"], spec["width"], spec["guidance"])
-    precision = {"INFERENCE_PRECISION_HINT": "f32"} if spec["exact"] else {}
+    precision = {"INFERENCE_PRECISION_HINT": "f32"} if spec["force_fp32"] else {}
     pipeline.compile("CPU", INFERENCE_NUM_THREADS=spec["threads"], **precision)
 
-    def draw(prompt: str, seed: int, steps: int) -> Any:
-        drawn = pipeline.generate(
+    def generate(prompt: str, seed: int, steps: int) -> Any:
+        result = pipeline.generate(
             prompt,
             negative_prompt="",
             width=spec["width"],
@@ -140,18 +140,18 @@ def _genai(spec: Spec) -> Draw:
             guidance_scale=spec["guidance"],
             generator=genai.TorchGenerator(seed),
         )
-        return pillow.fromarray(drawn.data[0])
+        return pillow.fromarray(result.data[0])
 
-    return draw
+    return generate
 
 
-def _stable_diffusion_cpp(spec: Spec) -> Draw:
-    """stable-diffusion.cpp, which reads a diffusers folder as it is."""
+def _stable_diffusion_cpp(spec: Spec) -> Generate:
+    """stable-diffusion.cpp, which reads a diffusers folder directly."""
     model = import_module("stable_diffusion_cpp").StableDiffusion(
         model_path=spec["model"], n_threads=spec["threads"], rng_type="cpu", sampler_rng_type="cpu"
     )
 
-    def draw(prompt: str, seed: int, steps: int) -> Any:
+    def generate(prompt: str, seed: int, steps: int) -> Any:
         return model.generate_image(
             prompt=prompt,
             width=spec["width"],
@@ -163,10 +163,10 @@ def _stable_diffusion_cpp(spec: Spec) -> Draw:
             seed=seed,
         )[0]
 
-    return draw
+    return generate
 
 
-LOADERS: Mapping[str, Callable[[Spec], Draw]] = {
+LOADERS: Mapping[str, Callable[[Spec], Generate]] = {
     "eager": _eager,
     "compiled": _compiled,
     "optimum": _optimum,

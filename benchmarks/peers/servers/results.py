@@ -1,4 +1,4 @@
-"""What is asked of servers that are compared, and what came of it. Pure; these are also the file's contents."""
+"""Requests and results of a comparison of servers, serving.json."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from loadtest.results import LoadMetrics
 
 Scenario = Literal["same", "mixed"]
 SCENARIOS: tuple[Scenario, ...] = ("same", "mixed")
-SLO = 4.0  # times what the yardstick takes for a request when idle
-YARDSTICK = "fastapi"  # the server by which rates and the SLO are set, for all
+SLO = 4.0  # times the latency of the idle yardstick
+YARDSTICK = "fastapi"  # the server from whose latency the rates and the SLO follow, for all servers
 
 _PROMPTS = (
     "a red heart on a yellow background",
@@ -23,7 +23,7 @@ _PROMPTS = (
     "an owl on an orange background",
     "a cactus on a pink background",
 )
-# Steps as a share of the base, scheduler, guidance, and weight: half of the callers keep to the defaults.
+# Steps as a share of the base, scheduler, guidance, and weight: half of the callers use the defaults.
 _DEFAULTS = (1.0, "dpmpp_2m", 4.0, 5.0)
 _MIXED = (
     _DEFAULTS,
@@ -35,37 +35,40 @@ _MIXED = (
 )
 
 
-class Under(ResultModel):
-    """A server in a scenario."""
+class ScenarioResult(ResultModel):
+    """A server's results in a scenario."""
 
     scenario: Scenario
     alone: tuple[float, ...] = Field(description="seconds of each entry on this server when idle")
     points: tuple[LoadMetrics, ...] = Field(description="by rate, the lowest first")
 
 
-class Result(ResultModel):
-    """A server, or why it was not measured."""
+class ServerResult(ResultModel):
+    """A server's results, or why it was not measured."""
 
     server: str
     run: int = Field(description="which of the runs")
     ready_after: float | None = Field(default=None, description="seconds from starting its process to ready")
     memory: int | None = Field(
-        default=None, description="bytes at most, of all its processes; of a page they share, each counts its part"
+        default=None, description="peak of all its processes in bytes (PSS: shared pages count once)"
     )
     psnr: float | None = Field(
-        default=None, description="dB, the least of a picture of each entry beside the yardstick's; 999: bit for bit"
+        default=None,
+        description="lowest PSNR in dB of an image of each entry, compared with the yardstick's; 999: identical",
     )
-    loads: tuple[Under, ...] = ()
+    loads: tuple[ScenarioResult, ...] = ()
     note: str = ""
 
-    def under(self, scenario: Scenario) -> Under | None:
+    def under(self, scenario: Scenario) -> ScenarioResult | None:
         return next((one for one in self.loads if one.scenario == scenario), None)
 
 
-class Settings(ResultModel):
+class ServingSettings(ResultModel):
     """What is the same for all servers."""
 
-    rates: tuple[float, ...] = Field(description="of what the yardstick draws one after the other")
+    rates: tuple[float, ...] = Field(
+        description="request rates, as shares of what the yardstick serves one after the other"
+    )
     seconds: float = Field(description="of each rate that count")
     warm_up: float
     steps: int
@@ -73,34 +76,34 @@ class Settings(ResultModel):
     seed: int
 
 
-class Record(BaseModel):
+class ServingResults(BaseModel):
     """serving.json."""
 
     format: Literal[1] = 1
-    settings: Settings
+    settings: ServingSettings
     scenarios: dict[Scenario, tuple[MixEntry, ...]]
     peers: dict[str, str] = Field(description="packages of the peers' interpreter")
     runs: list[Run] = []
-    results: list[Result] = []
+    results: list[ServerResult] = []
 
-    def find(self, server: str) -> Result | None:
+    def find(self, server: str) -> ServerResult | None:
         return next((one for one in self.results if one.server == server), None)
 
-    def put(self, result: Result) -> None:
+    def put(self, result: ServerResult) -> None:
         self.results = [*(one for one in self.results if one.server != result.server), result]
 
     def mix(self, scenario: Scenario) -> Mix:
         return Mix(self.scenarios[scenario], self.settings.seed)
 
     def idle(self, scenario: Scenario) -> float | None:
-        """Seconds that the yardstick takes for a request when nobody else is served; None until it is measured."""
+        """Seconds of a request on the idle yardstick; None until it is measured."""
         found = self.find(YARDSTICK)
         under = found.under(scenario) if found else None
         return self.mix(scenario).mean(under.alone) if under else None
 
 
 def entries(scenario: Scenario, steps: int) -> tuple[MixEntry, ...]:
-    """What callers ask for: all the same but for prompts and seeds, or several kinds of requests."""
+    """The requests of a scenario: alike except for prompts and seeds, or of several kinds."""
     kinds = _MIXED if scenario == "mixed" else (_DEFAULTS,) * len(_PROMPTS)
     return tuple(_entry(kind, prompt, steps) for kind, prompt in zip(kinds, _PROMPTS, strict=True))
 

@@ -1,6 +1,6 @@
-"""diffusers behind the servers we compare with: the same bodies and answers as ours, one pipeline call for a group.
+"""diffusers behind the servers we compare with: the same requests and responses as ours.
 
-Only the peers' interpreter imports it; nothing else of this project is needed there.
+Only the peers' interpreter imports it, which needs nothing else of this project.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffusers.utils import logging
 from PIL.Image import Image
 from pydantic import BaseModel
 
-# Our names for what the benchmark asks, and diffusers' classes with the settings that make them those.
+# Our names of the benchmark's schedulers, and diffusers' classes and options for each.
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
     "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
@@ -37,8 +37,8 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-class Body(BaseModel):
-    """What to draw; the defaults are those of the demo bundle."""
+class DiffusersRequest(BaseModel):
+    """An image to generate; the defaults are those of the demo bundle."""
 
     prompt: str
     num_inference_steps: int = 20
@@ -48,12 +48,12 @@ class Body(BaseModel):
 
     @property
     def kind(self) -> tuple[int, float, str]:
-        """What one pipeline call can have only one of."""
+        """The parameters that all images of one pipeline call share."""
         return self.num_inference_steps, self.guidance_scale, self.scheduler
 
 
-class Pipeline:
-    """diffusers' StableDiffusionPipeline in FP32. Not thread-safe: its scheduler has a state."""
+class DiffusersPipeline:
+    """diffusers' StableDiffusionPipeline in FP32. Not thread-safe: its scheduler has state."""
 
     def __init__(self, checkpoint: Path, *, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -62,32 +62,32 @@ class Pipeline:
         self._pipeline.set_progress_bar_config(disable=True)
         self._published = self._pipeline.scheduler.config
 
-    def draw(self, group: Sequence[Body]) -> list[Image]:
-        """A picture for each of `group`, who are of one kind, by one call."""
+    def generate(self, group: Sequence[DiffusersRequest]) -> list[Image]:
+        """Images for a group of requests of one kind, by one call."""
         steps, guidance, scheduler = group[0].kind
-        made, settings = SCHEDULERS[scheduler]
-        self._pipeline.scheduler = made.from_config(self._published, **settings)
-        drawn: list[Image] = self._pipeline(
+        scheduler_class, settings = SCHEDULERS[scheduler]
+        self._pipeline.scheduler = scheduler_class.from_config(self._published, **settings)
+        images: list[Image] = self._pipeline(
             [body.prompt for body in group],
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(body.seed) for body in group],
         ).images
-        return drawn
+        return images
 
 
-def answer(picture: Image, *, body: Body, queue: float, call: float) -> dict[str, Any]:
-    """The part of our server's answer that a caller reads. The pipeline's one call counts as denoising."""
+def answer(image: Image, *, body: DiffusersRequest, queue: float, call: float) -> dict[str, Any]:
+    """The fields of our server's response that the load test reads. The pipeline's call counts as denoising."""
     began = time.perf_counter()
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
     stages = {"queue": queue, "encode": 0.0, "denoise": call, "decode": 0.0, "image": time.perf_counter() - began}
     return {"images": [{"seed": body.seed, "format": "png", "image": text}], "timings": stages}
 
 
 def options(description: str | None) -> argparse.Namespace:
-    """What both servers are started with."""
+    """Command line of both servers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, required=True, help="diffusers folder to serve")
     parser.add_argument("--port", type=int, required=True)

@@ -1,0 +1,1 @@
+"""Images of the same model by other pipelines on a CPU, one at a time."""

@@ -1,0 +1,1 @@
+"""Servers under load: ours, and those that people build on diffusers."""

@@ -1,0 +1,34 @@
+"""The results files in docs/benchmarks can be read."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import BaseModel
+
+from benchmarks.peers.pipelines.results import PipelineResults
+from benchmarks.peers.servers.results import ServingResults
+from benchmarks.server.memory import MemoryReport
+from benchmarks.server.overhead import Overhead
+from benchmarks.server.startup import Startup
+from benchmarks.server.step_cache import StepCacheResults
+from tests import ROOT
+
+FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
+MODELS: dict[str, type[BaseModel]] = {
+    "memory-fp32": MemoryReport,
+    "memory-int8": MemoryReport,
+    "overhead": Overhead,
+    "peers": PipelineResults,
+    "serving": ServingResults,
+    "startup": Startup,
+    "step-cache-demo": StepCacheResults,
+}
+
+
+def test_every_model_has_a_file() -> None:
+    assert [path.stem for path in FILES] == sorted(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_file_is_read(name: str) -> None:
+    MODELS[name].model_validate_json((ROOT / "docs" / "benchmarks" / f"{name}.json").read_bytes())
