@@ -56,7 +56,7 @@ class FullSteps(ResultModel):
     images: int
     images_per_second: float
     step: Quantiles | None  # on the device, of steps that were full
-    step_beside_decode: Quantiles | None  # steps that overlapped a decode
+    step_overlapping_decode: Quantiles | None  # steps that overlapped a decode
     step_alone: Quantiles | None  # the others
     idle_share: float | None  # of the device, between steps
     host_per_step: float | None  # seconds of the executor's work; None where the host is the device
@@ -112,10 +112,10 @@ class Serving(ResultModel):
 
 
 class Decoding(ResultModel):
-    """Images per second when full, with decodes overlapping steps (beside) and between steps."""
+    """Images per second when full, with decodes overlapping steps, and between steps."""
 
     rows: int
-    beside: float
+    overlapping: float
     between: float
     broken: int = 0
 

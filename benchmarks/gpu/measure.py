@@ -57,8 +57,8 @@ def measure_rows(session: Served, options: GpuBenchCommand, budget: Budget, *, o
     """The pipeline kept full in a closed loop, at each number of rows."""
     broken, steps = session.broken, min(options.steps)
     filled: dict[int, Saturated] = {}
-    asked = [rows for rows in options.rows if rows <= session.manifest.max_rows]
-    for rows in asked:
+    wanted = [rows for rows in options.rows if rows <= session.manifest.max_rows]
+    for rows in wanted:
         if not filled or budget.fits(options.seconds * 1.5):
             filled[rows] = session.saturate(rows, repeat(steps), seconds=options.seconds)
     spans = session.take_spans()
@@ -66,7 +66,7 @@ def measure_rows(session: Served, options: GpuBenchCommand, budget: Budget, *, o
         steps=steps,
         points=tuple(_full(rows, saturated, spans, on_host=on_host) for rows, saturated in filled.items()),
         curve=dict(session.step_times.curves()[session.manifest.resolutions[0], "full"]),
-        left_out=tuple(rows for rows in asked if rows not in filled),
+        left_out=tuple(rows for rows in wanted if rows not in filled),
         broken=session.broken - broken,
     )
 
@@ -74,14 +74,14 @@ def measure_rows(session: Served, options: GpuBenchCommand, budget: Budget, *, o
 def _full(rows: int, saturated: Saturated, spans: Sequence[TraceSpan], *, on_host: bool) -> FullSteps:
     """What the trace says of the time in which steps had `rows`. No host times where the host is the device."""
     seen = inside(spans, saturated.window)
-    alone, beside = by_overlap([span for span in seen if span.track != STEPS or rows_of(span) == rows])
+    alone, overlapping = by_overlap([span for span in seen if span.track != STEPS or rows_of(span) == rows])
     return FullSteps(
         rows=rows,
         images=len(saturated.moments),
         images_per_second=rate(saturated.moments),
-        step=quantiles([*alone, *beside]),
+        step=quantiles([*alone, *overlapping]),
         step_alone=quantiles(alone),
-        step_beside_decode=quantiles(beside),
+        step_overlapping_decode=quantiles(overlapping),
         idle_share=idle_share(steps_in(seen)),
         host_per_step=None if on_host else host_per_step(seen),
         waiting_share=None if on_host else waiting_share(seen, saturated.window),
@@ -107,16 +107,16 @@ def measure_serving(session: Served, options: GpuBenchCommand) -> Serving:
 
 
 def measure_decoding(model: BenchmarkModel, backend: str, options: GpuBenchCommand) -> Decoding:
-    """FullSteps at the most rows, with decodes beside the steps and between them."""
+    """The pipeline full at the most rows, with decodes overlapping steps and between steps."""
     found: dict[bool, float] = {}
     rows = broken = 0
-    for beside in (True, False):
-        with Served(model.bundle, backend, threads=options.threads, overlap_decode=beside) as session:
+    for overlapping in (True, False):
+        with Served(model.bundle, backend, threads=options.threads, overlap_decode=overlapping) as session:
             rows = min(max(options.rows), session.manifest.max_rows)
             full = session.saturate(rows, repeat(min(options.steps)), seconds=options.seconds)
-            found[beside] = rate(full.moments)
+            found[overlapping] = rate(full.moments)
             broken += session.broken
-    return Decoding(rows=rows, beside=found[True], between=found[False], broken=broken)
+    return Decoding(rows=rows, overlapping=found[True], between=found[False], broken=broken)
 
 
 def _mixed(options: GpuBenchCommand) -> Iterator[int]:

@@ -47,7 +47,7 @@ class GpuBenchCommand(CommandLine):
     out: Path = Field(description="folder for results and for models that are made")
     model: RepeatableList[str] = Field(
         (),
-        description=f"{' or '.join(models.ARCHITECTURES)}, with random weights, or a diffusers folder (small)",
+        description=f"{' or '.join(models.ARCHITECTURES)}, with random weights, or a diffusers folder; default: small",
     )
     bundle: Path | None = Field(None, description="bundle to use as it is; --model is then what PyTorch loads")
     backend: RepeatableList[Annotated[str, Field(pattern=f"^(auto|{'|'.join(BACKENDS)})$")]] = Field(

@@ -156,11 +156,11 @@ def _idle_line(found: Rows, model: str, engine: str) -> ReportRow:
 
 def _host_line(found: Rows, model: str, engine: str) -> ReportRow:
     figure, target = "host time per step, of device time", "less than the step"
-    told = {point.rows: point for point in found.points if point.host_per_step is not None}
-    if not told:
+    timed = {point.rows: point for point in found.points if point.host_per_step is not None}
+    if not timed:
         return ReportRow(model, engine, figure, "not measured: the host is the device", target)
     texts, met = [], True
-    for rows, point in told.items():
+    for rows, point in timed.items():
         host, device = point.host_per_step or 0.0, found.step_seconds(rows) or 0.0
         met &= host < device
         texts.append(f"{_time(host)} of {_time(device)} at {rows}, {point.waiting_share or 0:.0%} waiting")
@@ -169,9 +169,10 @@ def _host_line(found: Rows, model: str, engine: str) -> ReportRow:
 
 def _overlap_lines(found: Rows, model: str, engine: str) -> Iterator[ReportRow]:
     pairs = [
-        f"{_time(point.step_alone.median)} alone, {_time(point.step_beside_decode.median)} overlapped at {point.rows}"
+        f"{_time(point.step_alone.median)} alone, "
+        f"{_time(point.step_overlapping_decode.median)} overlapped at {point.rows}"
         for point in found.points
-        if point.step_alone and point.step_beside_decode
+        if point.step_alone and point.step_overlapping_decode
     ]
     text = "; ".join(pairs) or "not measured: no step overlapped a decode, or none ran alone"
     yield ReportRow(model, engine, "step time with an overlapping decode", text)
@@ -181,7 +182,7 @@ def _decode_lines(record: GpuResults, model: str, engine: str) -> Iterator[Repor
     found = _found(record, Decoding, "decode", model, engine)
     text = _why(record, "decode", model, engine)
     if found:
-        text = f"{found.beside:.2f} images/s overlapping, {found.between:.2f} between, {found.rows} rows"
+        text = f"{found.overlapping:.2f} images/s overlapping, {found.between:.2f} between, {found.rows} rows"
     yield ReportRow(model, engine, "decodes overlapping or between steps", text)
 
 
@@ -195,13 +196,13 @@ def _serve_lines(record: GpuResults, model: str, engine: str) -> Iterator[Report
     shares = " to ".join(map(str, sorted(found.unloaded)))
     yield ReportRow(model, engine, f"full, {shares} steps mixed", f"{found.capacity:.2f} images/s, {found.rows} rows")
     for load in found.loads:
-        asked = abs(load.share - _LOAD) < 1e-9
+        is_target = abs(load.share - _LOAD) < 1e-9
         figure = f"{load.share:.0%} load, {len(load.steps)} requests"
         more, less = _gains(found, load)
         enough = len(load.steps) >= _ENOUGH
-        met = (more >= _GOODPUT or less >= _P99) if asked and enough else None
+        met = (more >= _GOODPUT or less >= _P99) if is_target and enough else None
         measured = "\n".join([*(_policy(found, load, index) for index in range(len(POLICIES))), _gain(more, less)])
-        yield ReportRow(model, engine, figure, measured, target if asked else "", met)
+        yield ReportRow(model, engine, figure, measured, target if is_target else "", met)
 
 
 def _policy(found: Serving, load: ServedLoad, index: int) -> str:

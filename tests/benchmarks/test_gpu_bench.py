@@ -285,7 +285,7 @@ def test_figures_stand_beside_what_we_aim_at(tmp_path: Path) -> None:
 def full(rows: int, **changes: Any) -> FullSteps:
     step = Quantiles(count=9, p5=0.009, median=0.01, p95=0.011)
     known = {"rows": rows, "images": 9, "images_per_second": 8.0, "step": step, "step_alone": step}
-    times = {"step_beside_decode": step, "idle_share": 0.01, "host_per_step": 0.001, "waiting_share": 0.8}
+    times = {"step_overlapping_decode": step, "idle_share": 0.01, "host_per_step": 0.001, "waiting_share": 0.8}
     return FullSteps(**{**known, **times, **changes})
 
 
@@ -461,11 +461,11 @@ def dumped(record: GpuResults, stage: str) -> dict[str, Any]:
     return result.figures.model_dump()
 
 
-def test_decoding_is_measured_beside_and_between(tmp_path: Path) -> None:
+def test_decoding_is_measured_overlapping_and_between(tmp_path: Path) -> None:
     demo = BenchmarkModel("demo", None, DEMO, given=True)
     measured = measure_decoding(demo, "onnxruntime", options(tmp_path))
     assert measured.rows == 4
-    assert min(measured.beside, measured.between) > 0
+    assert min(measured.overlapping, measured.between) > 0
 
 
 def test_pytorch_is_timed_over_a_checkpoint(checkpoint: Path) -> None:

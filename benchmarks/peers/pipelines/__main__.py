@@ -77,7 +77,9 @@ class PipelinesCommand(CommandLine):
     repeats: PositiveInt = Field(2, description="images of each measurement")
     rounds: PositiveInt = Field(1, description="measurements of each system; each round has all systems")
     threads: PositiveInt = Field(len(os.sched_getaffinity(0)), description="CPU threads of each system")
-    prompt: RepeatableList[str] = Field(_PROMPTS, description="prompts, repeatable; images take them in turns")
+    prompt: RepeatableList[str] = Field(
+        _PROMPTS, description="prompts, repeatable; image k has prompt k, starting over after the last"
+    )
     resume: bool = Field(False, description="keep earlier results in OUT, and measure what is missing")
     prepare: bool = Field(False, description="make missing models, and measure nothing")
 

@@ -47,7 +47,7 @@ class PipelineRunner:
     """A pipeline in a worker process under an interpreter of its own."""
 
     def __init__(self, python: str, spec: Mapping[str, Any], log: Path, *, variables: Mapping[str, str]) -> None:
-        """LoadLevel the pipeline that `spec` describes. Raises EngineError if it cannot be loaded."""
+        """Load the pipeline that `spec` describes. Raises EngineError if it cannot be loaded."""
         command = [python, "-m", _WORKER, json.dumps(spec)]
         self._process = ChildProcess(command, log=log, variables=variables, interactive=True, sample_memory=True)
         try:
