@@ -28,7 +28,7 @@ WAITS = "import os\nprint(os.getpid(), file=open('pid', 'w'), flush=True)\nwhile
 # A server as far as this goes: compiles the bundle it is given, and prints what it is told.
 SERVER = (
     "import sys; from pathlib import Path; from engines.manifest import Manifest\n"
-    "from server.compiling import compile_missing\n"
+    "from server.startup.compiling import compile_missing\n"
     "bundle = Path(sys.argv[1])\n"
     f"compile_missing(Manifest.load(bundle), bundle, {RTX!r}, on_status=lambda text: print(text, flush=True))\n"
 )
@@ -211,7 +211,7 @@ def test_engines_for_another_gpu_are_compiled_anew(
 
     elsewhere = manifest_of_copy.model_copy(update={"builds": {RTX: manifest_of_copy.builds["onnxruntime"]}})
     elsewhere.save(copied)
-    monkeypatch.setattr(compiling, "obstacle", lambda _: None)
+    monkeypatch.setattr(compiling, "unavailable_reason", lambda _: None)
     monkeypatch.setattr(compiling, "check_fits", refuse)
     script_build("print('{\"note\": \"as asked\"}'); open('ran', 'w')", tmp_path, monkeypatch)
     compile_missing(elsewhere, copied, RTX, on_status=lambda _: None)
