@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines.manifest import FORMAT
 from server.api.bodies import MAX_BODY, MAX_COMMAS
 from server.requests.images import encode
 from server.requests.schemas import MAX_SEED, PROMPT_LENGTH, GenerateRequest
@@ -474,7 +475,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "the manifest is not JSON": (lambda b: (b / "manifest.json").write_text('{"format": 1'), ("manifest.json", "JSON")),
     "the manifest is not text": (lambda b: (b / "manifest.json").write_bytes(b"\xff\xfe"), ("manifest.json",)),
     "an unknown field": (lambda b: rewrite(b, lambda m: m.update(license="none")), ("manifest.json", "license")),
-    "another format": (lambda b: rewrite(b, lambda m: m.update(format=2)), ("manifest.json", "format")),
+    "another format": (lambda b: rewrite(b, lambda m: m.update(format=FORMAT + 1)), ("manifest.json", "format")),
     "a graph is not named": (lambda b: rewrite(b, lambda m: m["graphs"].pop("denoise")), ("denoise",)),
     "a path climbs out": (lambda b: rewrite(b, lambda m: leave(m, "../denoise.onnx")), ("'../denoise.onnx' leaves",)),
     "a path is absolute": (lambda b: rewrite(b, lambda m: leave(m, "/etc/passwd")), ("'/etc/passwd' leaves",)),
