@@ -20,13 +20,21 @@ from rich.table import Table
 
 from engines.cli import parse
 from engines.files import write_atomically
+from loadtest.analysis.results import (
+    OUTCOMES,
+    LoadLevel,
+    LoadMetrics,
+    LoadTestSummary,
+    MeasuredLoad,
+    Outcome,
+    RequestRecord,
+)
 from loadtest.charts import seconds
 from loadtest.client import LoadTestError
 from loadtest.command_line import LoadTestOptions
 from loadtest.mix import MixError
 from loadtest.provenance import begin_run
 from loadtest.report.page import render_report
-from loadtest.results import OUTCOMES, LoadLevel, LoadMetrics, LoadTestSummary, MeasuredLoad, Outcome, RequestRecord
 from loadtest.runner import load_baseline, measure, summarize_run
 
 _WIDTH = 160  # characters of tables that do not go to a terminal

@@ -8,9 +8,9 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from engines.cli import CommandLine, Metavar, Repeatable
+from loadtest.analysis.results import LoadLevel
 from loadtest.options import BOTH_GIVEN
 from loadtest.response_formats import FormatName
-from loadtest.results import LoadLevel
 
 
 def _distinct(values: tuple[float, ...]) -> tuple[float, ...]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loadtest.analysis.results import LoadLevel, MeasuredLoad, MetricsSample, RequestRecord, rows_between, summarize
 from loadtest.arrivals import poisson
 from loadtest.client import LoadTestError, MetricsScrape, ServerClient
 from loadtest.mix import Mix, abridged
 from loadtest.response_formats import RequestResult
-from loadtest.results import LoadLevel, MeasuredLoad, MetricsSample, RequestRecord, rows_between, summarize
 
 OnRequest = Callable[[RequestRecord], None]
 OnProgress = Callable[[float], None]  # seconds into the load

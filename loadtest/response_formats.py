@@ -11,7 +11,7 @@ from typing import Any, Literal
 import httpx
 from httpx_sse import EventSource
 
-from loadtest.results import STAGES, Outcome, outcome_of
+from loadtest.analysis.results import STAGES, Outcome, outcome_of
 
 _MAX_DETAIL = 500  # characters that are kept of an error
 _MAX_PAUSE = 5.0  # seconds that a user waits after a refusal

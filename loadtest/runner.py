@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from loadtest.analysis.compare import compare, matches, too_short
+from loadtest.analysis.results import LoadLevel, LoadMetrics, LoadTestSummary, MeasuredLoad, RequestRecord
+from loadtest.analysis.sweep import is_overloaded, knee, next_rate
 from loadtest.charts import seconds
 from loadtest.client import LoadTestError, ServerClient
 from loadtest.command_line import LoadTestOptions
-from loadtest.compare import compare, matches, too_short
 from loadtest.generator import LoadGenerator, measure_idle_latencies
 from loadtest.mix import Mix, choose_entries
 from loadtest.provenance import Environment, Run, now
 from loadtest.response_formats import RESPONSE_FORMATS
-from loadtest.results import LoadLevel, LoadMetrics, LoadTestSummary, MeasuredLoad, RequestRecord
-from loadtest.sweep import is_overloaded, knee, next_rate
 
 _TARGET = 4.0  # default latency target, times the idle latency
 _FIRST_RATE = 0.25  # where a sweep begins, of what an idle server completes one by one

@@ -14,11 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import CliApp
 
 from engines.backends.available import check_fits, choose, unavailable_reason
 from engines.backends.registry import BACKENDS, ON_CPU
+from engines.cli import parse
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.startup.autotune import MeasuringStopped
@@ -37,12 +36,7 @@ _CANCEL_SECONDS = 2  # in which cancelled requests are answered
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        settings = CliApp.run(ServerSettings, list(sys.argv[1:] if argv is None else argv))
-    except ValidationError as error:
-        for item in error.errors():
-            _print_error(f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}")
-        return 2
+    settings = parse(ServerSettings, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         manifest = Manifest.load(settings.bundle)

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from loadtest.analysis.statistics import Spread, goodput, percentile
 from loadtest.provenance import ResultModel
-from loadtest.statistics import Spread, goodput, percentile
 
 Policy = Literal["by step", "by request"]
 POLICIES: tuple[Policy, ...] = ("by step", "by request")

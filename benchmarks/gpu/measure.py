@@ -34,8 +34,8 @@ from benchmarks.spans import (
     waiting_share,
 )
 from engines.backends.available import precision_of
+from loadtest.analysis.statistics import Spread
 from loadtest.arrivals import Arrival, poisson
-from loadtest.statistics import Spread
 
 
 def measure_single(session: Served, options: GpuBenchCommand, backend: str) -> Latencies:

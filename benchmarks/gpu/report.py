@@ -13,7 +13,7 @@ from benchmarks.gpu.figures import POLICIES, Built, Decoding, FullSteps, Latenci
 from benchmarks.gpu.results_file import GpuResults, Stage
 from benchmarks.models import ARCHITECTURES
 from engines.backends.registry import ON_CPU
-from loadtest.statistics import Spread
+from loadtest.analysis.statistics import Spread
 
 _SPEED_UP = 4.0  # times PyTorch eager
 _IDLE = 0.03  # of the device's time

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu.figures import Latencies, Peak
 from engines.errors import EngineError
-from loadtest.statistics import Spread
+from loadtest.analysis.statistics import Spread
 
 _SIDE = 8192
 _PRODUCTS, _ROUNDS = 50, 5

@@ -22,11 +22,11 @@ from rich.table import Table
 from benchmarks.cli import complain
 from benchmarks.process import ServerProcess, ServerStartError, server_command
 from engines.cli import CommandLine, parse
+from loadtest.analysis.compare import MARGIN
+from loadtest.analysis.results import LoadLevel, Outcome
 from loadtest.client import LoadTestError, ServerClient
-from loadtest.compare import MARGIN
 from loadtest.generator import LoadGenerator, measure_idle_latencies
 from loadtest.mix import Mix, plain_entries
-from loadtest.results import LoadLevel, Outcome
 
 _LEVEL = 0.99  # confidence of the intervals
 _PAIRS = 80  # pairs of requests on idle servers

@@ -28,8 +28,8 @@ from engines.cli import CommandLine, RepeatableList, parse
 from engines.demo import BUNDLE as _DEMO
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
+from loadtest.analysis.statistics import Spread, percentile
 from loadtest.provenance import ResultModel, Run, begin_run, now
-from loadtest.statistics import Spread, percentile
 from server.requests import images
 from server.requests.intake import Intake
 from server.requests.schemas import GenerateRequest

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, PositiveInt
+from pydantic import Field, PositiveInt
 from pydantic_settings import SettingsConfigDict
 from rich.console import Console
 from rich.progress import track
@@ -19,8 +19,8 @@ from benchmarks.cli import complain
 from benchmarks.process import ROOT, ServerProcess, ServerStartError, server_command
 from engines.cli import CommandLine, parse
 from engines.files import write_atomically
+from loadtest.analysis.statistics import Spread
 from loadtest.provenance import ResultModel, Run, begin_run, now
-from loadtest.statistics import Spread
 
 
 class Start(ResultModel):
@@ -67,7 +67,6 @@ class StartupCommand(CommandLine):
     out: Path = Field(description="JSON file to write the results to")
     compare: Path | None = Field(
         None,
-        validation_alias=AliasChoices("compare", "beside"),
         description="another checkout, whose server is started in alternation with this one's",
     )
     runs: PositiveInt = Field(10, description="starts of each server, after one that is not counted")

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from loadtest.analysis.results import (
+    OUTCOMES,
+    REST,
+    STAGES,
+    LoadMetrics,
+    LoadTestSummary,
+    MeasuredLoad,
+    MetricsSample,
+    Outcome,
+    RequestRecord,
+)
 from loadtest.charts import (
     Chart,
     ChartAxis,
@@ -15,17 +26,6 @@ from loadtest.charts import (
     linear_axis,
     log_axis,
     seconds,
-)
-from loadtest.results import (
-    OUTCOMES,
-    REST,
-    STAGES,
-    LoadMetrics,
-    LoadTestSummary,
-    MeasuredLoad,
-    MetricsSample,
-    Outcome,
-    RequestRecord,
 )
 
 _MAX_BINS = 48  # of time

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.analysis.results import ComparedMetric, LoadMetrics, LoadTestSummary, MeasuredLoad
 from loadtest.charts import Chart, inline_svg, number, seconds
 from loadtest.report.figures import (
     cpu_chart,
@@ -19,7 +20,6 @@ from loadtest.report.figures import (
     stages_chart,
     step_rows_chart,
 )
-from loadtest.results import ComparedMetric, LoadMetrics, LoadTestSummary, MeasuredLoad
 
 _MAX_FIELD = 120  # characters of a request's field
 _LATENCY_CAPTION = (

@@ -36,7 +36,7 @@ class _Mark:
 
 
 @dataclass(slots=True)
-class _Recording:
+class _TraceRecording:
     """Everything recorded so far. Times are seconds since it began."""
 
     path: Path
@@ -93,7 +93,7 @@ class Trace:
         """Record `seconds` of work from `start` on, and write them to `path`; without a path, record nothing."""
         self._path = path
         self._seconds = seconds
-        self._recording: _Recording | None = None
+        self._recording: _TraceRecording | None = None
         self.began = 0.0  # on perf_counter's clock: the origin of what is written
 
     def start(self, stream: Stream) -> None:
@@ -102,7 +102,7 @@ class Trace:
             base = stream.record(timed=True)
             base.wait()
             self.began = time.perf_counter()
-            self._recording = _Recording(self._path, base, self.began, self._seconds)
+            self._recording = _TraceRecording(self._path, base, self.began, self._seconds)
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """A span of the executor's thread: the time of the body."""

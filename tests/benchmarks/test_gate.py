@@ -15,9 +15,9 @@ from benchmarks.server import gate
 from benchmarks.server.gate import GateServer
 from engines.demo import BUNDLE as DEMO
 from loadtest import __main__ as command
+from loadtest.analysis.results import LoadTestSummary
 from loadtest.generator import request_schedule
 from loadtest.mix import Mix, plain_entries
-from loadtest.results import LoadTestSummary
 from tests import ROOT
 from tests.support.serving import Serving
 

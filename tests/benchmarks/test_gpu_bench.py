@@ -57,9 +57,9 @@ from engines.errors import EngineError
 from engines.manifest import Manifest, NoiseSchedule, Size
 from engines.schedulers import Scheduler
 from engines.schedulers import table as scheduler_table
+from loadtest.analysis.statistics import Spread, goodput, percentile
 from loadtest.arrivals import poisson
 from loadtest.provenance import Environment, Run
-from loadtest.statistics import Spread, goodput, percentile
 from server.requests.request import GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.batcher import Batcher

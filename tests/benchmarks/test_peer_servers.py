@@ -15,8 +15,8 @@ from rich.console import Console
 
 from benchmarks.peers.servers import __main__ as command
 from benchmarks.peers.servers.results import SLO, ScenarioResult, ServerResult, ServingResults, ServingSettings, entries
+from loadtest.analysis.results import LoadLevel, RequestRecord
 from loadtest.generator import request_schedule
-from loadtest.results import LoadLevel, RequestRecord
 
 NAMES = ["fastapi", "litserve", "onnxruntime"]
 SETTINGS = ServingSettings(rates=(0.5, 2.0), seconds=1.5, warm_up=0.5, steps=2, threads=1, seed=0)

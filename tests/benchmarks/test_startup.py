@@ -15,7 +15,7 @@ def test_a_short_run_of_it_next_to_another_tree(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "startup.json"
     other = tmp_path / "other"
     other.symlink_to(ROOT)
-    assert startup.main(["--out", str(out), "--runs", "2", "--beside", str(other), "--", "--threads", "1"]) == 0
+    assert startup.main(["--out", str(out), "--runs", "2", "--compare", str(other), "--", "--threads", "1"]) == 0
     found = Startup.model_validate_json(out.read_bytes())
     assert [len(one.starts) for one in found.trees] == [2, 2]
     assert all(start.ready > 0 and start.cpu > 0 for one in found.trees for start in one.starts)

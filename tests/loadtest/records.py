@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loadtest.results import OUTCOMES, LoadLevel, LoadMetrics, Outcome, RequestRecord
+from loadtest.analysis.results import OUTCOMES, LoadLevel, LoadMetrics, Outcome, RequestRecord
 
 UNREACHABLE = "http://127.0.0.1:9"  # the discard port, which refuses connections
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loadtest.compare import compare, too_short
-from loadtest.results import LoadLevel, MeasuredLoad, summarize
+from loadtest.analysis.compare import compare, too_short
+from loadtest.analysis.results import LoadLevel, MeasuredLoad, summarize
 from tests.loadtest.records import request_record
 
 

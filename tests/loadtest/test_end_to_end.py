@@ -12,9 +12,9 @@ import pytest
 
 from engines.demo import BUNDLE as DEMO
 from loadtest import __main__ as command
+from loadtest.analysis.results import STAGES, LoadLevel, LoadTestSummary, RequestRecord
 from loadtest.generator import request_schedule
 from loadtest.mix import Mix, MixEntry
-from loadtest.results import STAGES, LoadLevel, LoadTestSummary, RequestRecord
 from tests.support.serving import Serving
 
 

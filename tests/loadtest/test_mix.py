@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from loadtest.analysis.results import LoadLevel
 from loadtest.generator import request_schedule
 from loadtest.mix import Mix, MixEntry, MixError, abridged, plain_entries, read_entries
-from loadtest.results import LoadLevel
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from loadtest import __main__ as command
+from loadtest.analysis.results import ComparedMetric, LoadLevel, LoadTestSummary, MeasuredLoad, MetricsSample, summarize
 from loadtest.mix import MixEntry, plain_entries
 from loadtest.provenance import begin_run
 from loadtest.report.page import render_report
-from loadtest.results import ComparedMetric, LoadLevel, LoadTestSummary, MeasuredLoad, MetricsSample, summarize
 from tests.loadtest.records import UNREACHABLE, request_record
 
 HOSTILE = "<script>alert('boo')</script> & <b>"

@@ -7,6 +7,7 @@ import json
 import httpx
 import pytest
 
+from loadtest.analysis.results import STAGES, Outcome, outcome_of
 from loadtest.response_formats import (
     RESPONSE_FORMATS,
     BodyPart,
@@ -15,7 +16,6 @@ from loadtest.response_formats import (
     RequestResult,
     server_sent_events,
 )
-from loadtest.results import STAGES, Outcome, outcome_of
 
 WHOLE = {"images": [{}], "timings": dict.fromkeys((*STAGES, "total"), 0.5)}
 TIMING = ", ".join(f"{stage};dur=500.0" for stage in (*STAGES, "total"))

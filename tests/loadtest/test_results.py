@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from loadtest.analysis.results import LoadLevel, percentiles, rows_between, summarize
 from loadtest.client import read_metrics
-from loadtest.results import LoadLevel, percentiles, rows_between, summarize
 from tests.loadtest.records import request_record
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.results import LoadMetrics
-from loadtest.sweep import is_overloaded, is_sustained, knee, next_rate
+from loadtest.analysis.results import LoadMetrics
+from loadtest.analysis.sweep import is_overloaded, is_sustained, knee, next_rate
 from tests.loadtest.records import load_metrics
 
 

@@ -41,10 +41,10 @@ from engines.accuracy import psnr
 from engines.backends.available import unavailable_reason
 from engines.cli import CommandLine, RepeatableList, parse
 from engines.files import write_atomically
+from loadtest.analysis.results import LoadLevel, RequestRecord
 from loadtest.client import LoadTestError, ServerClient
 from loadtest.generator import LoadGenerator, measure_idle_latencies
 from loadtest.provenance import begin_run, now
-from loadtest.results import LoadLevel, RequestRecord
 
 _PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "litserve")
 _ALIKE = 35.0  # dB: images that differ more are not of the same request

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.peers.servers.results import SCENARIOS, SLO, Scenario, ServerResult, ServingResults
 from engines.accuracy import IDENTICAL
+from loadtest.analysis.results import LoadMetrics
 from loadtest.charts import Chart, ChartAxis, ReferenceLine, Series, log_axis, seconds, standalone_svg
-from loadtest.results import LoadMetrics
 
 _TOLD: dict[Scenario, str] = {
     "same": "requests alike except for prompts and seeds",

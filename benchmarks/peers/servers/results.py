@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from loadtest.analysis.results import LoadMetrics
 from loadtest.mix import Mix, MixEntry
 from loadtest.provenance import ResultModel, Run
-from loadtest.results import LoadMetrics
 
 Scenario = Literal["same", "mixed"]
 SCENARIOS: tuple[Scenario, ...] = ("same", "mixed")

@@ -48,7 +48,7 @@ _NO_DRIVER = "cudaError 35"  # follows every error of TensorRT-RTX where there i
 def main() -> int:
     """Do the job on stdin. The build has a thread of its own, so that signals are heard while it lasts."""
     job = json.load(sys.stdin)
-    parent = _Reporter(os.dup(1))
+    parent = _ParentConnection(os.dup(1))
     os.dup2(2, 1)  # libraries print to stdout what is not ours
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, parent.stop)
@@ -63,8 +63,8 @@ def main() -> int:
     return 0 if parent.answered else 1
 
 
-class _Reporter:
-    """Who is told of the build, and may cancel it: by a signal, or by being gone."""
+class _ParentConnection:
+    """The parent process: receives events of the build, and cancels it by a signal or by closing the pipe."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
@@ -103,7 +103,7 @@ class _Reporter:
         self.tell(finish=name)
 
 
-def _work(job: dict[str, Any], parent: _Reporter) -> None:
+def _work(job: dict[str, Any], parent: _ParentConnection) -> None:
     try:
         parent.answer(report=_build(job, parent))
     except BuildError as error:
@@ -115,7 +115,7 @@ def _work(job: dict[str, Any], parent: _Reporter) -> None:
         remove(Path(job["beside"]))
 
 
-def _build(job: dict[str, Any], parent: _Reporter) -> dict[str, Any]:
+def _build(job: dict[str, Any], parent: _ParentConnection) -> dict[str, Any]:
     """Do the whole job. Returns the fields of EngineReport."""
     started = time.monotonic()
     out, beside = Path(job["out"]), Path(job["beside"])
@@ -160,7 +160,7 @@ def _gpus() -> tuple[int, str]:
 class _TensorRtBuilder:
     """One build with the TensorRT module `trt`."""
 
-    def __init__(self, trt: Any, parent: _Reporter) -> None:
+    def __init__(self, trt: Any, parent: _ParentConnection) -> None:
         self._trt = trt
         self._parent = parent
         self._log = _BuildLog(parent)
@@ -282,7 +282,7 @@ def _refusal(parser_error: Any) -> str:
 class _BuildLog:
     """What of TensorRT's log is worth remembering: the last errors, the engine's layers, and the memory they take."""
 
-    parent: _Reporter
+    parent: _ParentConnection
     layers: list[EngineLayer] = field(default_factory=list)
     activations: list[int] = field(default_factory=list)  # bytes, by profile
     _errors: deque[str] = field(default_factory=lambda: deque(maxlen=20))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loadtest.results import LoadMetrics
+from loadtest.analysis.results import LoadMetrics
 
 _MIN_GOODPUT = 0.9  # of the offered load
 _MAX_SLOWDOWN = 10.0  # times the idle latency, at the 99th percentile

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from loadtest.analysis.statistics import goodput, percentile
 from loadtest.mix import MixEntry
 from loadtest.provenance import ResultModel, Run
-from loadtest.statistics import goodput, percentile
 
 Outcome = Literal["completed", "refused", "not ready", "failed", "client timeout"]
 OUTCOMES: tuple[Outcome, ...] = ("completed", "refused", "not ready", "failed", "client timeout")

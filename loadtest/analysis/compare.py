@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.results import ComparedMetric, MeasuredLoad
+from loadtest.analysis.results import ComparedMetric, MeasuredLoad
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]  # of blocks
