@@ -168,10 +168,10 @@ def test_no_package_is_pinned_twice() -> None:
 
 
 def test_requirements_of_extras_that_name_extras() -> None:
-    told = requirements("rtx", "compile")
-    assert {"onnxruntime", "tensorrt-rtx", "rich", "fastapi"} <= names(told)
-    assert "latentd" not in names(told)
-    assert len(told) == len(set(told))
+    output = requirements("rtx", "compile")
+    assert {"onnxruntime", "tensorrt-rtx", "rich", "fastapi"} <= names(output)
+    assert "latentd" not in names(output)
+    assert len(output) == len(set(output))
 
 
 class Answering(http.server.BaseHTTPRequestHandler):

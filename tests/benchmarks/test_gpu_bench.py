@@ -167,8 +167,8 @@ def test_a_trace_is_read_as_the_server_writes_it(tmp_path: Path) -> None:
 
 def request(name: str, *, steps: int) -> Request:
     nothing, scheduler = Prompt("", ()), Scheduler("euler")
-    wish = GenerationParams(nothing, nothing, Size(width=64, height=64), scheduler, steps, 7.5, (0,))
-    return Request(wish, scheduler_table(scheduler, steps, NoiseSchedule()), (), name)
+    params = GenerationParams(nothing, nothing, Size(width=64, height=64), scheduler, steps, 7.5, (0,))
+    return Request(params, scheduler_table(scheduler, steps, NoiseSchedule()), (), name)
 
 
 def taken(batcher: Batcher) -> str:
@@ -241,7 +241,7 @@ def bench(folder: Path, **changes: Any) -> GpuBench:
     return GpuBench(options(folder, **changes), book(folder), Console(quiet=True))
 
 
-def told(record: GpuResults, figure: str) -> list[tuple[str, bool | None]]:
+def output(record: GpuResults, figure: str) -> list[tuple[str, bool | None]]:
     return [(line.measured, line.met) for line in lines(record) if figure in line.figure]
 
 
@@ -272,14 +272,14 @@ def test_an_empty_record_claims_nothing() -> None:
 def test_figures_stand_beside_what_we_aim_at(tmp_path: Path) -> None:
     kept = book(tmp_path)
     kept.put(found(figures=latencies(1.0)))
-    assert told(kept.record, "one image, 20") == [
+    assert output(kept.record, "one image, 20") == [
         ("1.10 s (1.00 s to 1.20 s, 3 runs); PyTorch eager not measured", None)
     ]
     kept.put(found(stage="torch", engine="PyTorch", figures=latencies(5.0)))
-    assert told(kept.record, "one image, 20")[-1] == ("1.10 s (1.00 s to 1.20 s, 3 runs); 4.64× PyTorch eager", True)
+    assert output(kept.record, "one image, 20")[-1] == ("1.10 s (1.00 s to 1.20 s, 3 runs); 4.64× PyTorch eager", True)
     kept.put(found(stage="peak", model="", engine="", figures=Peak(flops=8e14, side=8192, dtype="fp16")))
-    assert told(kept.record, "matrix") == [("800 TFLOP/s, 8192×8192", None)]
-    assert told(kept.record, "idle") == [("not measured", None)]
+    assert output(kept.record, "matrix") == [("800 TFLOP/s, 8192×8192", None)]
+    assert output(kept.record, "idle") == [("not measured", None)]
 
 
 def full(rows: int, **changes: Any) -> FullSteps:
@@ -294,16 +294,19 @@ def test_full_steps_stand_beside_the_peak(tmp_path: Path) -> None:
     kept.put(found(stage="peak", model="", engine="", figures=Peak(flops=447e12, side=8192, dtype="fp16")))
     good = Rows(steps=20, points=(full(2), full(4)), curve={2: 0.02}, left_out=(8,))
     kept.put(found(stage="rows", figures=good))
-    assert told(kept.record, "4 rows") == [("8.00 images/s, 10 ms per step, 40% of peak", None)]
-    assert told(kept.record, "8 rows") == [("not measured: out of time", None)]
-    assert told(kept.record, "idle") == [("1.0% at 2, 1.0% at 4 rows", True)]
-    assert [met for _, met in told(kept.record, "host time per step")] == [True]
-    assert told(kept.record, "step time with an overlapping") == [
+    assert output(kept.record, "4 rows") == [("8.00 images/s, 10 ms per step, 40% of peak", None)]
+    assert output(kept.record, "8 rows") == [("not measured: out of time", None)]
+    assert output(kept.record, "idle") == [("1.0% at 2, 1.0% at 4 rows", True)]
+    assert [met for _, met in output(kept.record, "host time per step")] == [True]
+    assert output(kept.record, "step time with an overlapping") == [
         ("10 ms alone, 10 ms overlapped at 2; 10 ms alone, 10 ms overlapped at 4", None)
     ]
     bad = full(4, idle_share=0.05, host_per_step=0.02)
     kept.put(found(stage="rows", figures=good.model_copy(update={"points": (full(2), bad)})))
-    assert [met for figure in ("idle", "host time per step") for _, met in told(kept.record, figure)] == [False, False]
+    assert [met for figure in ("idle", "host time per step") for _, met in output(kept.record, figure)] == [
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +354,7 @@ def test_a_stage_that_fails_leaves_the_others(tmp_path: Path) -> None:
     unlucky = bench(tmp_path)
     assert not unlucky.measure("single", "small", "tensorrt", fail)
     assert unlucky.measure("rows", "small", "tensorrt", lambda: latencies(1.0))
-    assert told(unlucky.results.record, "one image")[-1] == ("not measured: The GPU is full.", None)
+    assert output(unlucky.results.record, "one image")[-1] == ("not measured: The GPU is full.", None)
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:

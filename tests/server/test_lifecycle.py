@@ -56,8 +56,8 @@ def events(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
             yield name, json.loads(line.removeprefix("data: "))
 
 
-def wait_for_event(told: Iterator[tuple[str, Any]], name: str) -> None:
-    assert name in (found for found, _ in told)
+def wait_for_event(output: Iterator[tuple[str, Any]], name: str) -> None:
+    assert name in (found for found, _ in output)
 
 
 def endings(serving: Serving, outcome: str = "") -> float:
@@ -87,21 +87,21 @@ def decoded(image: str) -> PIL.Image.Image:
 
 
 def test_a_stream_tells_each_thing_once_and_in_order(serving: Serving) -> None:
-    wish = {"prompt": "two old boats", "seed": 9, "scheduler": "ddim", "num_inference_steps": 7, "width": 48}
-    with stream(serving, **wish, preview_every=3) as answer:
+    params = {"prompt": "two old boats", "seed": 9, "scheduler": "ddim", "num_inference_steps": 7, "width": 48}
+    with stream(serving, **params, preview_every=3) as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
-        told = list(events(answer))
-    assert [name for name, _ in told] == ["queued", "started", *["step"] * 7, "completed"]
-    steps = [document for name, document in told if name == "step"]
+        output = list(events(answer))
+    assert [name for name, _ in output] == ["queued", "started", *["step"] * 7, "completed"]
+    steps = [document for name, document in output if name == "step"]
     assert [(step["step"], step["steps"]) for step in steps] == [(step, 7) for step in range(1, 8)]
     previews = {step["step"]: step["preview"] for step in steps if step["preview"]}
     assert list(previews) == [3, 6]
     for preview in previews.values():
         picture = decoded(preview.removeprefix("data:image/jpeg;base64,"))
         assert (picture.format, picture.size) == ("JPEG", (24, 16)), "a pixel per latent"
-    completed = told[-1][1]
-    assert {told[0][1]["id"], told[1][1]["id"], completed["id"]} == {answer.headers["X-Request-Id"]}
-    assert completed["images"] == serving.generate(**wish).json()["images"]
+    completed = output[-1][1]
+    assert {output[0][1]["id"], output[1][1]["id"], completed["id"]} == {answer.headers["X-Request-Id"]}
+    assert completed["images"] == serving.generate(**params).json()["images"]
 
 
 def test_each_accepted_request_ends_once_whoever_leaves(serving: Serving) -> None:
@@ -153,8 +153,8 @@ for line in urllib.request.urlopen(request):
 def test_the_queue_is_bounded(bundle: Path) -> None:
     with Serving(bundle, "--max-waiting", "1") as serving, ThreadPoolExecutor(1) as pool:
         with stream(serving, **{**FULL, "num_inference_steps": 60}) as running:
-            told = events(running)
-            wait_for_event(told, "started")
+            output = events(running)
+            wait_for_event(output, "started")
             waiting = pool.submit(serving.generate, **SHORT)
             wait_until(lambda: serving.metrics()["latentd_requests_waiting"] == 1)
             for _ in range(3):
@@ -163,7 +163,7 @@ def test_the_queue_is_bounded(bundle: Path) -> None:
                 assert refused.headers["Content-Type"] == "application/problem+json"
                 assert 1 <= int(refused.headers["Retry-After"]) <= 120
                 assert refused.json()["detail"] == "1 requests are waiting: try again later."
-            wait_for_event(told, "completed")
+            wait_for_event(output, "completed")
         assert waiting.result().status_code == 200
         assert endings(serving, "completed") == 2
 
@@ -279,9 +279,11 @@ def test_an_answer_waits_for_no_acknowledgement_of_its_headers() -> None:
 
 def test_the_first_ending_is_the_only_one() -> None:
     heard: list[Event] = []
-    wish = GenerationParams(Prompt("", ()), Prompt("", ()), Size(width=64, height=64), Scheduler("ddim"), 2, 7.5, (0,))
-    steps = table(wish.scheduler, 2, NoiseSchedule())
-    request = Request(wish, steps, (lambda _request, event: heard.append(event),), "a")
+    params = GenerationParams(
+        Prompt("", ()), Prompt("", ()), Size(width=64, height=64), Scheduler("ddim"), 2, 7.5, (0,)
+    )
+    steps = table(params.scheduler, 2, NoiseSchedule())
+    request = Request(params, steps, (lambda _request, event: heard.append(event),), "a")
     first = Completed(())
     for outcome in (first, Failed(Cancelled("too late"))):
         request.finish(outcome)

@@ -84,11 +84,11 @@ def load_pipeline(checkpoint: Path) -> Any:
 def draw(pipeline: Any, *, scheduler: str, seed: int, **options: Any) -> Pixels:
     """The picture [H, W, 3] in 0..255 that diffusers draws, with a scheduler made from the published one's config."""
     kind, settings = CLASSES[scheduler]
-    told: dict[str, Any] = {**_TOLD.get(scheduler, {}), **options}
+    output: dict[str, Any] = {**_TOLD.get(scheduler, {}), **options}
     published = PNDMScheduler.load_config(pipeline.config._name_or_path, subfolder="scheduler")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline.scheduler = kind.from_config(published, **settings)
-        result = pipeline(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **told)
+        result = pipeline(generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **output)
     pixels: Pixels = np.round(result.images[0].astype(np.float64) * 255)
     return pixels

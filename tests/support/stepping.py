@@ -171,8 +171,8 @@ def _estimate(scheduler: Any, step: Any, x: torch.Tensor, signal: float, sigma: 
         return [(x - sigma * scheduler.model_outputs[-1]) / signal]
     if hasattr(scheduler, "model_outputs"):
         return [scheduler.model_outputs[-1]]
-    told = (getattr(step, name, None) for name in ("pred_original_sample", "denoised"))
-    return [x0 for x0 in told if x0 is not None]
+    output = (getattr(step, name, None) for name in ("pred_original_sample", "denoised"))
+    return [x0 for x0 in output if x0 is not None]
 
 
 def run_table(

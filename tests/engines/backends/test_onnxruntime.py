@@ -15,11 +15,11 @@ _SPINNING = "session.intra_op.allow_spinning"
 
 @pytest.mark.parametrize("urgent", [True, False])
 def test_threads_stay_awake_between_steps_alone(urgent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, str] = {}
+    output: dict[str, str] = {}
     options = MagicMock()
-    options.add_session_config_entry = told.__setitem__
+    options.add_session_config_entry = output.__setitem__
     monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: options)
     monkeypatch.setattr(onnxruntime, "InferenceSession", MagicMock())
     device = OnnxRuntimeDevice(threads=2)
     device.load(Path("decode.onnx"), device.stream("tests", urgent=urgent))
-    assert told == ({} if urgent else {_SPINNING: "0"})
+    assert output == ({} if urgent else {_SPINNING: "0"})

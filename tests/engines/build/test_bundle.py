@@ -66,10 +66,10 @@ def test_verification_found_the_same_picture(several: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_what_is_served_is_diffusers_picture(checkpoint: Path, several: Path, backend: str) -> None:
-    wish = {"prompt": "two old boats", "num_inference_steps": 12}
-    theirs = draw(load_pipeline(checkpoint), scheduler="dpmpp_2m", seed=3, **wish)
+    body = {"prompt": "two old boats", "num_inference_steps": 12}
+    theirs = draw(load_pipeline(checkpoint), scheduler="dpmpp_2m", seed=3, **body)
     with Serving(several, "--backend", backend) as serving:
-        ours = pictures(serving.generate(**wish, seed=3, scheduler="dpmpp_2m"))[0]
+        ours = pictures(serving.generate(**body, seed=3, scheduler="dpmpp_2m"))[0]
     assert psnr(ours, theirs) >= 40
 
 
@@ -163,9 +163,9 @@ def test_a_graph_in_bf16_keeps_its_own_arithmetic_and_the_timestep_in_fp32(check
 
 def test_auto_says_what_it_chose_and_why(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("compile", copied, "--no-verify") == 0
-    told = capsys.readouterr().err
-    assert "backend openvino" in told or "backend tensorrt" in told
-    assert "openvino: runs here" in told or "tensorrt" in told
+    output = capsys.readouterr().err
+    assert "backend openvino" in output or "backend tensorrt" in output
+    assert "openvino: runs here" in output or "tensorrt" in output
 
 
 def test_inspect_shows_the_bundle(several: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +211,7 @@ def test_a_model_beyond_fp16_is_refused_by_name(
     save_file({name: weight.clone() for name, weight in weights.items()}, path, metadata={"format": "pt"})
     common = ["--model", folder, "--out", copied, "--resolution", "32x32"]
     assert build("export", *common, "--precision", "fp16") == 1
-    told = capsys.readouterr().err
-    assert "FP16 ends at 65504" in told
-    assert "--precision bf16" in told
+    output = capsys.readouterr().err
+    assert "FP16 ends at 65504" in output
+    assert "--precision bf16" in output
     assert state_of(copied) == before

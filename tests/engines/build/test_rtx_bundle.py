@@ -119,9 +119,9 @@ def test_a_second_build_rebuilds_nothing(wide: Path, built: Path) -> None:
 
 def test_another_row_bucket_compiles_the_denoising_alone(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("compile", copied, "--backend", "tensorrt_rtx", "--rows", "2", "--resolution", "64x64") == 0
-    told = capsys.readouterr().err
-    assert "encode_prompt of tensorrt_rtx: unchanged" in told
-    assert "denoise of tensorrt_rtx: unchanged" not in told
+    output = capsys.readouterr().err
+    assert "encode_prompt of tensorrt_rtx: unchanged" in output
+    assert "denoise of tensorrt_rtx: unchanged" not in output
     engine = Manifest.load(copied).builds["tensorrt_rtx"].engines["denoise"]
     assert [profile.batch for profile in engine.profiles] == [2]
 
@@ -157,9 +157,9 @@ def test_a_damaged_engine_alone_is_compiled_again(wide: Path, copied: Path, caps
     path.write_bytes(path.read_bytes()[:-1])
     sizes = ["--resolution", "64x64", "--resolution", "96x64", "--rows", "2,4"]
     assert build("--model", wide, "--out", copied, "--backend", "tensorrt_rtx", *sizes) == 0
-    told = capsys.readouterr().err
-    assert "the graphs: unchanged" in told
-    assert told.count("of tensorrt_rtx: unchanged") == 4
+    output = capsys.readouterr().err
+    assert "the graphs: unchanged" in output
+    assert output.count("of tensorrt_rtx: unchanged") == 4
     assert Manifest.load(copied).builds["tensorrt_rtx"]
 
 
@@ -195,13 +195,13 @@ def test_ctrl_c_leaves_what_was_there(copied: Path) -> None:
     command = [sys.executable, "build_engines.py", "compile", str(copied), "--backend", "tensorrt_rtx", "--force"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own
         assert process.stderr is not None
-        told = ""
-        while not re.search(r"compiling encode_prompt for tensorrt_rtx", told):
-            told += process.stderr.readline()
+        output = ""
+        while not re.search(r"compiling encode_prompt for tensorrt_rtx", output):
+            output += process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        told += process.stderr.read()
-    assert process.returncode == 130, told
-    assert "cancelled" in told
+        output += process.stderr.read()
+    assert process.returncode == 130, output
+    assert "cancelled" in output
     assert not [path for path in copied.rglob("*") if ".tmp" in path.name]
     Manifest.load(copied)
     assert {path: path.read_bytes() for path in (copied / "engines").rglob("*") if path.is_file()} == before
@@ -210,5 +210,5 @@ def test_ctrl_c_leaves_what_was_there(copied: Path) -> None:
 def test_tensorrt_itself_asks_for_its_package_or_its_gpu(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if build("compile", copied, "--backend", "tensorrt") == 0:
         pytest.skip("TensorRT and a GPU are here")
-    told = capsys.readouterr().err
-    assert install_command("cuda") in told or "GPU" in told
+    output = capsys.readouterr().err
+    assert install_command("cuda") in output or "GPU" in output

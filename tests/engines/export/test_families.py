@@ -17,7 +17,7 @@ from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 from tests.support.tiny import make_checkpoint
 
-WISH: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
+BODY: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
 CHANGED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"  # by the LoRA
 LORA_SCALE = 0.5
 WORD = "<boat>"  # of the embedding: two vectors
@@ -85,11 +85,11 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
         {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
         {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
     ]
-    wish = {**WISH, "prompt": f"two old {WORD} at night"} if name == "sd15" else WISH
+    body = {**BODY, "prompt": f"two old {WORD} at night"} if name == "sd15" else BODY
     with Serving(bundle, "--backend", backend) as serving:
         for case in cases:
-            ours = pictures(serving.generate(**wish, **case, seed=11))[0]
-            theirs = draw(reference, seed=11, **wish, **case)
+            ours = pictures(serving.generate(**body, **case, seed=11))[0]
+            theirs = draw(reference, seed=11, **body, **case)
             assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
             assert psnr(ours, theirs) >= 45, case
 
@@ -97,7 +97,7 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
 def test_a_model_that_is_told_its_guidance_has_no_interval_of_it(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     with Serving(bundle) as serving:
-        answer = serving.generate(**WISH, num_inference_steps=2, guidance_end=0.5)
+        answer = serving.generate(**BODY, num_inference_steps=2, guidance_end=0.5)
     assert answer.status_code == (422 if name == "lcm" else 200), answer.text
 
 

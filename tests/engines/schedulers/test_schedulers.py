@@ -94,13 +94,13 @@ def assert_same(ours: Run, theirs: Run, scheduler: Scheduler, schedule: NoiseSch
 
 def check(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip: int = 0, seed: int = 0) -> None:
     """Hold our table to diffusers' class; where we refuse, diffusers must have nothing to show."""
-    told: dict[str, Any] = {"skip": skip, "seed": seed}
+    output: dict[str, Any] = {"skip": skip, "seed": seed}
     try:
-        ours = run_table(scheduler, num_steps, schedule, **told)
+        ours = run_table(scheduler, num_steps, schedule, **output)
     except ValueError:
-        assert not finite(run_diffusers(scheduler, num_steps, schedule, **told))
+        assert not finite(run_diffusers(scheduler, num_steps, schedule, **output))
         return
-    assert_same(ours, run_diffusers(scheduler, num_steps, schedule, **told), scheduler, schedule)
+    assert_same(ours, run_diffusers(scheduler, num_steps, schedule, **output), scheduler, schedule)
 
 
 @pytest.mark.parametrize(("name", "prediction"), ACCEPTED)

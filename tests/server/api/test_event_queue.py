@@ -18,8 +18,8 @@ EVENTS: tuple[Event, ...] = (Started(), Stepped(1, 2), Stepped(2, 2), Failed(Can
 
 def make_request(event_queue: EventQueue) -> Request:
     nothing, scheduler = Prompt("", ()), Scheduler("ddim")
-    wish = GenerationParams(nothing, nothing, Size(width=64, height=64), scheduler, 2, 7.5, (1,))
-    return Request(wish, table(scheduler, 2, NoiseSchedule()), (event_queue.on_event,), "a")
+    params = GenerationParams(nothing, nothing, Size(width=64, height=64), scheduler, 2, 7.5, (1,))
+    return Request(params, table(scheduler, 2, NoiseSchedule()), (event_queue.on_event,), "a")
 
 
 async def tell_all(event_queue: EventQueue) -> None:

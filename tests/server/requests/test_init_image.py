@@ -17,7 +17,7 @@ from engines.schedulers import METHODS
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
-WISH: dict[str, Any] = {"prompt": "a red cat on a blue hill", "negative_prompt": "rain", "num_inference_steps": 10}
+BODY: dict[str, Any] = {"prompt": "a red cat on a blue hill", "negative_prompt": "rain", "num_inference_steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,10 @@ def test_image_to_image_matches_diffusers(
     serving: Serving, image_to_image: Any, scheduler: str, strength: float
 ) -> None:
     original = picture(48, 32)
-    wish = {**WISH, "strength": strength, "guidance_scale": 5.0}
+    body = {**BODY, "strength": strength, "guidance_scale": 5.0}
     size = {"width": 48, "height": 32}
-    ours = pictures(serving.generate(**wish, **size, seed=5, scheduler=scheduler, image=text_of(original)))[0]
-    theirs = draw(image_to_image, scheduler=scheduler, seed=5, image=original, **wish)
+    ours = pictures(serving.generate(**body, **size, seed=5, scheduler=scheduler, image=text_of(original)))[0]
+    theirs = draw(image_to_image, scheduler=scheduler, seed=5, image=original, **body)
     assert theirs.std() > 5, "the reference is a flat picture: it proves nothing"
     assert psnr(ours, theirs) >= 45
 
@@ -79,10 +79,10 @@ def test_image_to_image_matches_diffusers(
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_matches_diffusers(serving: Serving, inpainting: Any, scheduler: str, strength: float) -> None:
     original, where = picture(48, 32), mask(48, 32)
-    wish = {**WISH, "strength": strength, "guidance_scale": 5.0, "width": 48, "height": 32}
+    body = {**BODY, "strength": strength, "guidance_scale": 5.0, "width": 48, "height": 32}
     sent = {"image": text_of(original), "mask": text_of(where)}
-    ours = pictures(serving.generate(**wish, **sent, seed=5, scheduler=scheduler))[0]
-    theirs = draw(inpainting, scheduler=scheduler, seed=5, image=original, mask_image=where, **wish)
+    ours = pictures(serving.generate(**body, **sent, seed=5, scheduler=scheduler))[0]
+    theirs = draw(inpainting, scheduler=scheduler, seed=5, image=original, mask_image=where, **body)
     assert theirs.std() > 5, "the reference is a flat picture: it proves nothing"
     assert psnr(ours, theirs) >= 45
 
@@ -91,9 +91,9 @@ def test_inpainting_matches_diffusers(serving: Serving, inpainting: Any, schedul
 def test_an_init_image_of_another_size_is_resized_as_in_diffusers(serving: Serving, inpainting: Any, kind: str) -> None:
     original, where = picture(131, 57), mask(77, 99)
     read = PIL.Image.open(io.BytesIO(file_of(original, kind)))
-    wish = {**WISH, "width": 32, "height": 32, "guidance_scale": 1.0, "strength": 0.7, "scheduler": "ddim", "seed": 8}
-    ours = pictures(serving.generate(**wish, image=text_of(original, kind), mask=text_of(where)))[0]
-    theirs = draw(inpainting, image=read, mask_image=where, **wish)
+    body = {**BODY, "width": 32, "height": 32, "guidance_scale": 1.0, "strength": 0.7, "scheduler": "ddim", "seed": 8}
+    ours = pictures(serving.generate(**body, image=text_of(original, kind), mask=text_of(where)))[0]
+    theirs = draw(inpainting, image=read, mask_image=where, **body)
     assert psnr(ours, theirs) >= 45
 
 
@@ -108,7 +108,7 @@ def test_the_area_outside_the_mask_is_kept(serving: Serving) -> None:
 
 
 def test_each_seed_can_be_generated_alone(serving: Serving) -> None:
-    sent = {**WISH, "image": text_of(picture(32, 32)), "mask": text_of(mask(32, 32)), "scheduler": "euler_ancestral"}
+    sent = {**BODY, "image": text_of(picture(32, 32)), "mask": text_of(mask(32, 32)), "scheduler": "euler_ancestral"}
     answer = serving.generate(**sent, seed=40, num_images=3, strength=0.8)
     several = pictures(answer)
     assert [image["seed"] for image in answer.json()["images"]] == [40, 41, 42]
@@ -128,7 +128,7 @@ def test_a_form_gives_the_same_images_as_json(serving: Serving) -> None:
 
 def test_without_a_size_the_nearest_aspect_ratio_is_used(serving: Serving) -> None:
     for width, height, expected in [(90, 60, (32, 48)), (60, 60, (32, 32)), (30, 90, (32, 32))]:
-        drawn = pictures(serving.generate(**WISH, image=text_of(picture(width, height)), strength=0.2))[0]
+        drawn = pictures(serving.generate(**BODY, image=text_of(picture(width, height)), strength=0.2))[0]
         assert drawn.shape[:2] == expected
 
 
@@ -153,7 +153,7 @@ def test_the_response_contains_the_strength(serving: Serving) -> None:
 def test_contradictory_fields_are_rejected(serving: Serving, fields: dict[str, Any], field: str, words: str) -> None:
     known = {"image": text_of(picture(32, 32)), "text": base64.b64encode(b"no picture at all").decode()}
     sent = {name: known.get(value, value) if isinstance(value, str) else value for name, value in fields.items()}
-    answer = serving.generate(**WISH, **sent)
+    answer = serving.generate(**BODY, **sent)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == field
     assert words in answer.json()["errors"][0]["message"]

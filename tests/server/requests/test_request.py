@@ -18,10 +18,10 @@ def request(
     *, steps: int = 8, cache: Cache = "fast", start: float = 0.0, end: float = 1.0, scale: float = 7.5
 ) -> Request:
     size, method = Size(width=64, height=64), Scheduler("ddim")
-    wish = GenerationParams(
+    params = GenerationParams(
         NOTHING, NOTHING, size, method, steps, scale, (0,), guidance_start=start, guidance_end=end, cache=cache
     )
-    return Request(wish, table(method, steps, NoiseSchedule()), (), "a")
+    return Request(params, table(method, steps, NoiseSchedule()), (), "a")
 
 
 def depths(asked: Request) -> str:

@@ -29,10 +29,10 @@ def request(
     cache: Cache = "off",
 ) -> Request:
     scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
-    wish = GenerationParams(
+    params = GenerationParams(
         NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
     )
-    return Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), name)
+    return Request(params, table(params.scheduler, steps, NoiseSchedule()), (), name)
 
 
 def batcher(*requests: Request, max_rows: int = 8, max_waiting: int = 100) -> Batcher:

@@ -31,9 +31,9 @@ def test_every_bucket_draws_what_the_cpu_draws_in_fp32(real: Machine, cpu: Machi
     buckets = Manifest.read(real.bundle).rows
     wishes = [{"seed": rows, "num_images": rows // 2, "num_inference_steps": 10} for rows in buckets]
     with cpu.running() as running:
-        expected = [running.ask(**wish).images() for wish in wishes]
+        expected = [running.ask(**body).images() for body in wishes]
     with real.running() as running:
-        drawn = [running.ask(**wish).images() for wish in wishes]  # one after the other, so each fills its bucket
+        drawn = [running.ask(**body).images() for body in wishes]  # one after the other, so each fills its bucket
     for rows, pictures, references in zip(buckets, drawn, expected, strict=True):
         for picture, reference in zip(pictures, references, strict=True):
             assert psnr(picture, reference) >= 35, f"{rows} rows"

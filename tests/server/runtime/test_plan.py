@@ -33,11 +33,11 @@ def placement(
     scale = 7.5 if guided else 1.0
     size, method = Size(width=64, height=64), Scheduler(scheduler)
     cache: Cache = "fast" if features else "off"
-    wish = GenerationParams(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))), cache=cache)
-    request = Request(wish, table(method, 4, NoiseSchedule()), (), "a")
+    params = GenerationParams(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))), cache=cache)
+    request = Request(params, table(method, 4, NoiseSchedule()), (), "a")
     advance(request, step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
-    noise = tuple(map(NoiseGenerator, wish.seeds))
+    noise = tuple(map(NoiseGenerator, params.seeds))
     return Placement(request, ExitStack(), slots=slots, prompts=prompts, noise=noise, features=features)
 
 
@@ -65,8 +65,8 @@ def test_what_fills_a_step_up_is_an_image_of_the_spare_slot_that_changes_nothing
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 def test_prompts_are_repeated_whole_up_to_the_length_of_the_shape(chunks: int) -> None:
     plan = make_plan([placement(slots=(0,), chunks=chunks)], LATENT, shape=StepShape(2, 2, 6), spare=SPARE)
-    told, negative = plan.arrays["row_context"].tolist()
-    assert told == list(range(1, 1 + chunks)) * (6 // chunks)
+    output, negative = plan.arrays["row_context"].tolist()
+    assert output == list(range(1, 1 + chunks)) * (6 // chunks)
     assert negative == [9] * 6
 
 

@@ -30,7 +30,7 @@ def reference(checkpoint: Path) -> Any:
 def test_the_server_draws_what_diffusers_draws(
     serving: Serving, reference: Any, scheduler: str, steps: int, guidance: float
 ) -> None:
-    wish = {
+    body = {
         "prompt": "a red cat on a blue hill",
         "negative_prompt": "rain",
         "num_inference_steps": steps,
@@ -38,8 +38,8 @@ def test_the_server_draws_what_diffusers_draws(
         "width": 48,
         "height": 32,
     }
-    ours = pictures(serving.generate(**wish, seed=1234, scheduler=scheduler))[0]
-    theirs = draw(reference, scheduler=scheduler, seed=1234, **wish)
+    ours = pictures(serving.generate(**body, seed=1234, scheduler=scheduler))[0]
+    theirs = draw(reference, scheduler=scheduler, seed=1234, **body)
     assert ours.shape == theirs.shape == (32, 48, 3)
     assert theirs.std() > 5, "the reference is a flat picture: it proves nothing"
     assert psnr(ours, theirs) >= 45
@@ -86,10 +86,10 @@ def steps_run(serving: Serving) -> float:
 def test_a_crowd_changes_nobodys_picture(serving: Serving) -> None:
     wishes = crowd()
     start = steps_run(serving)
-    alone = [pictures(serving.generate(**wish)) for wish in wishes]
+    alone = [pictures(serving.generate(**body)) for body in wishes]
     middle = steps_run(serving)
     with ThreadPoolExecutor(len(wishes)) as pool:
-        together = list(pool.map(lambda wish: pictures(serving.generate(**wish)), wishes))
+        together = list(pool.map(lambda body: pictures(serving.generate(**body)), wishes))
     assert steps_run(serving) - middle < 0.75 * (middle - start), "they did not share steps: this proves nothing"
     worst = min(psnr(a, b) for one, other in zip(alone, together, strict=True) for a, b in zip(one, other, strict=True))
     assert worst >= 50
@@ -105,9 +105,9 @@ def test_each_image_of_a_request_can_be_made_again_alone(serving: Serving) -> No
 
 
 def test_the_same_request_gives_the_same_bytes(serving: Serving) -> None:
-    wish = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 4}
+    body = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 4}
     headers = {"Accept": "image/png"}
-    first, second = (serving.client.post("/generate", json=wish, headers=headers).content for _ in range(2))
+    first, second = (serving.client.post("/generate", json=body, headers=headers).content for _ in range(2))
     assert first.startswith(b"\x89PNG")
     assert first == second
 
@@ -118,8 +118,8 @@ def test_a_short_request_overtakes_a_long_one(serving: Serving) -> None:
     stepping = threading.Event()
 
     def long() -> None:
-        wish = {"prompt": "a red cat", "num_inference_steps": 50, "seed": 1}
-        with serving.client.stream("POST", "/generate", json=wish, headers={"Accept": "text/event-stream"}) as answer:
+        body = {"prompt": "a red cat", "num_inference_steps": 50, "seed": 1}
+        with serving.client.stream("POST", "/generate", json=body, headers={"Accept": "text/event-stream"}) as answer:
             for line in answer.iter_lines():
                 if line == "event: step":
                     stepping.set()
@@ -136,12 +136,12 @@ def test_a_short_request_overtakes_a_long_one(serving: Serving) -> None:
 
 
 def test_an_exact_picture_is_the_same_bytes_in_a_crowd(serving: Serving) -> None:
-    wish = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 12, "exact": True}
-    alone = serving.generate(**wish).json()["images"]
+    body = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 12, "exact": True}
+    alone = serving.generate(**body).json()["images"]
     with ThreadPoolExecutor(16) as pool:
         other = {"prompt": "rain", "num_images": 3, "num_inference_steps": 20}
         others = [pool.submit(serving.generate, **other, seed=seed) for seed in range(15)]
-        crowded = serving.generate(**wish).json()["images"]
+        crowded = serving.generate(**body).json()["images"]
         assert not all(other.done() for other in others), "nobody was there: this proves nothing"
     assert all(other.result().status_code == 200 for other in others)
     assert crowded == alone

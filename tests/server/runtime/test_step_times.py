@@ -26,8 +26,8 @@ def step_times(**seconds: float) -> StepTimeModel:
 
 def request(*, images: int, steps: int, done: int = 0, size: Size = SIZE, cache: Cache = "off") -> Request:
     nothing = Prompt("", ())
-    wish = GenerationParams(nothing, nothing, size, Scheduler("ddim"), steps, 7.5, tuple(range(images)), cache=cache)
-    made = Request(wish, table(wish.scheduler, steps, NoiseSchedule()), (), "a")
+    params = GenerationParams(nothing, nothing, size, Scheduler("ddim"), steps, 7.5, tuple(range(images)), cache=cache)
+    made = Request(params, table(params.scheduler, steps, NoiseSchedule()), (), "a")
     for _ in range(done):
         made.advance()
     return made

@@ -19,16 +19,16 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_bites_once_and_says_what_hangs() -> None:
     bites: list[str] = []
-    bitten = threading.Event()
+    hung = threading.Event()
 
     def bite(what: str) -> None:
         bites.append(what)
-        bitten.set()
+        hung.set()
 
     dog = Watchdog(bite, factor=2)
     dog.start()
     with dog.limit(0.01, "A step"):
-        assert bitten.wait(30)
+        assert hung.wait(30)
         time.sleep(0.1)
     assert bites == ["A step took longer than 0 s."]
 

@@ -74,22 +74,22 @@ def wait_until_gone(processes: list[psutil.Process], *, seconds: float = 30) -> 
 
 
 def test_engines_are_compiled_once_and_told_of(copied: Path, manifest_of_copy: Manifest) -> None:
-    told: list[str] = []
-    made = compile_missing(manifest_of_copy, copied, RTX, on_status=told.append)
+    output: list[str] = []
+    made = compile_missing(manifest_of_copy, copied, RTX, on_status=output.append)
     assert made == Manifest.load(copied)
     assert set(made.builds) == {"onnxruntime", RTX}
     assert {engine.precision for engine in made.builds[RTX].engines.values()} == {"fp32"}  # all that the bundle holds
-    assert told[0] == STARTED
+    assert output[0] == STARTED
     for position, graph in enumerate(GRAPHS, start=1):
-        of_graph = [text for text in told if text.startswith(f"compiling {graph} for {RTX}, {position} of 5 engines")]
+        of_graph = [text for text in output if text.startswith(f"compiling {graph} for {RTX}, {position} of 5 engines")]
         percents = [int(text.split()[-2]) for text in of_graph if text.endswith("%")]
         assert percents
         assert percents == sorted(percents)
         assert 0 <= percents[0] <= percents[-1] <= 100
-    told.clear()
+    output.clear()
     if probe().gpu is None:  # where there is one, whether they fit it is another question
-        assert compile_missing(made, copied, RTX, on_status=told.append) is made
-        assert not told
+        assert compile_missing(made, copied, RTX, on_status=output.append) is made
+        assert not output
 
 
 def test_two_that_start_at_once_compile_once(copied: Path) -> None:
@@ -150,12 +150,12 @@ def test_a_build_that_does_not_end_is_killed(
 
 
 def test_who_waits_for_another_can_be_stopped(copied: Path, manifest_of_copy: Manifest) -> None:
-    told: list[str] = []
+    output: list[str] = []
     with (copied / ".compiling").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(CompilingStopped):
-            compile_missing(manifest_of_copy, copied, RTX, on_status=told.append, stopped=lambda: bool(told))
-    assert told == ["waiting for another server, which compiles this bundle"]
+            compile_missing(manifest_of_copy, copied, RTX, on_status=output.append, stopped=lambda: bool(output))
+    assert output == ["waiting for another server, which compiles this bundle"]
 
 
 def test_a_build_holds_the_bundle_as_long_as_it_lives(

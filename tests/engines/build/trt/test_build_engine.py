@@ -441,17 +441,17 @@ def test_profiles_must_be_of_the_graphs_inputs(graph: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("shapes", "told"),
+    ("shapes", "reported"),
     [
         (((4, 4, 8, 8), (1, 4, 8, 8), (2, 4, 8, 8)), "MIN<=OPT<=MAX"),
         (((1, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)), "Dimension mismatch for tensor x"),
     ],
 )
 def test_shapes_that_cannot_be_are_told_in_tensorrts_words(
-    graph: Path, tmp_path: Path, shapes: tuple[tuple[int, ...], ...], told: str
+    graph: Path, tmp_path: Path, shapes: tuple[tuple[int, ...], ...], reported: str
 ) -> None:
     least, best, largest = shapes
-    with pytest.raises(BuildError, match=told) as failure:
+    with pytest.raises(BuildError, match=reported) as failure:
         build_engine(RTX, graph, tmp_path / "it.engine", [{"x": (least, best, largest)}], progress=NullProgress())
     assert "cudaError" not in str(failure.value)
     assert list(tmp_path.iterdir()) == []
@@ -508,7 +508,7 @@ class Builder:
 
 
 @pytest.mark.parametrize(
-    ("fate", "kind", "told"),
+    ("fate", "kind", "reported"),
     [
         ("raise TypeError('factory function returned nullptr')", Unavailable, "does not start here"),
         ("raise MemoryError", OutOfMemory, r"ran out of memory at [\d.]+ MB: use fewer --resolution, --rows"),
@@ -517,10 +517,10 @@ class Builder:
     ],
 )
 def test_what_happens_to_the_child_is_told(
-    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str, kind: type[BuildError], told: str
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str, kind: type[BuildError], reported: str
 ) -> None:
     pretend(monkeypatch, tmp_path, RTX, f"{PRETENDED}        {fate}\n")
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=reported):
         build_engine(RTX, graph, tmp_path / "it.engine", [rows(1)], progress=NullProgress())
     assert not list(tmp_path.glob("*.engine*"))
 
@@ -533,7 +533,7 @@ def test_tensorrts_words_for_too_little_memory_are_known(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "told"),
+    ("number", "kind", "reported"),
     [
         (signal.SIGKILL, OutOfMemory, r"killed when it took \d+\.\d [MG]B of memory.*use fewer --resolution"),
         (signal.SIGSEGV, BuildError, "was ended by SIGSEGV: it said nothing. Build again"),
@@ -541,13 +541,13 @@ def test_tensorrts_words_for_too_little_memory_are_known(words: str) -> None:
     ],
 )
 def test_a_child_that_is_struck_down_leaves_nothing(
-    graph: Path, tmp_path: Path, child: list[int], number: signal.Signals, kind: type[BuildError], told: str
+    graph: Path, tmp_path: Path, child: list[int], number: signal.Signals, kind: type[BuildError], reported: str
 ) -> None:
     def strike(name: str) -> None:
         if name == "Computing profile costs":
             os.kill(child[0], number)
 
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=reported):
         build_engine(RTX, graph, tmp_path / "it.engine", MANY, progress=Recorder(strike))
     assert list(tmp_path.iterdir()) == []
     assert not alive(child[0])
