@@ -27,7 +27,7 @@ from pydantic_settings import CliPositionalArg, CliToggleFlag, NoDecode
 from rich.console import Console
 from rich.markup import escape
 
-from engines.backends.registry import BACKENDS
+from engines.backends.registry import BACKENDS, SPECS
 from engines.build import api
 from engines.build.console import (
     Display,
@@ -105,8 +105,8 @@ def _count(text: str) -> int:
 
 
 def _backend(text: str) -> str:
-    if text not in BACKENDS:
-        raise ValueError(f"there is no backend {text!r}: choose one of {', '.join(BACKENDS)}")
+    if text not in SPECS:
+        raise ValueError(f"there is no backend {text!r}: choose one of {', '.join(SPECS)}")
     return text
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.backends import registry
 from engines.backends.device import Buffer, Stream
 from engines.backends.host import HostDevice, host_array
+from engines.backends.registry import SPECS, register
 from engines.contract import Array
 from server.__main__ import main
 
@@ -63,7 +63,7 @@ def open_device(*, threads: int) -> NullDevice:  # noqa: ARG001 - every backend'
 
 def install() -> None:
     """Make the server of this process open this device in place of ONNX Runtime's."""
-    registry.SPECS[_REPLACED] = replace(registry.SPECS[_REPLACED], module=__name__)
+    register(replace(SPECS[_REPLACED], module=__name__))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.backends.registry import BACKENDS, ON_CPU, SPECS, TENSORRT, install_command, missing_package
+from engines.backends.registry import BACKENDS, ON_CPU, SPECS, install_command, missing_package
+from engines.backends.tensorrt_compatibility import check_fits as check_tensorrt_fits
+from engines.backends.tensorrt_compatibility import supported_capabilities
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.manifest import BundleError, Gpu, Manifest, Precision
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, and the reason for it."""
+    """The chosen backend, and why those before it were not chosen."""
 
     backend: str
     reason: str
 
 
 def installed(backend: str) -> str:
-    """The version of the package behind `backend`. Raises EngineError where it is not installed."""
+    """The version of the package behind `backend`. Raises EngineError if it is not installed."""
     for package in SPECS[backend].packages:
         try:
             return version(package)
@@ -37,7 +39,7 @@ def installed(backend: str) -> str:
 
 def probe() -> Probe:
     """The GPU of this machine, or the reason why there is none."""
-    from engines.backends.cuda import probe  # noqa: PLC0415 - CUDA's modules, which a server on a CPU has no use for
+    from engines.backends.cuda import probe  # noqa: PLC0415 - a server on a CPU need not load CUDA
 
     return probe()
 
@@ -55,16 +57,10 @@ def _gpu_unavailable_reason(backend: str) -> str | None:
     found = probe()
     if found.gpu is None:
         return found.reason
-    accepted = _accepted(backend) if backend in TENSORRT else []
-    if accepted and found.gpu.compute_capability not in accepted:
+    supported = supported_capabilities(backend) if SPECS[backend].compiles else []
+    if supported and found.gpu.compute_capability not in supported:
         return f"does not support {found.gpu.name} (compute capability {found.gpu.compute_capability})"
     return None
-
-
-def _accepted(backend: str) -> list[str]:
-    from engines.backends.tensorrt import accepted_capabilities  # noqa: PLC0415 - as above
-
-    return accepted_capabilities(backend)
 
 
 def gpu_here() -> Gpu:
@@ -81,16 +77,14 @@ def gpu_here() -> Gpu:
 def check_fits(manifest: Manifest, backend: str, bundle: Path) -> None:
     """Raise EngineError, with the command that rebuilds, if the engines were built for another GPU or version."""
     build = manifest.builds.get(backend)
-    if build and backend in TENSORRT:
-        from engines.backends import tensorrt  # noqa: PLC0415 - as above
-
-        tensorrt.check_fits(build, backend=backend, version=installed(backend), gpu=probe().gpu, bundle=bundle)
+    if build and SPECS[backend].compiles:
+        check_tensorrt_fits(build, backend=backend, version=installed(backend), gpu=probe().gpu, bundle=bundle)
 
 
 def engine_path(manifest: Manifest, backend: str, graph: GraphName) -> str:
     """The path of what `backend` loads for `graph`, relative to the manifest.
 
-    CPU backends load the FP32 graphs as they are where nothing was built for them.
+    CPU backends load the FP32 graphs if nothing was built for them.
 
     Raises:
         BundleError: the bundle holds no engines for a backend that needs them.

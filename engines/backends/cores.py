@@ -1,4 +1,4 @@
-"""The part of this machine's processor that this process may use, which the runtimes' own counting does not see."""
+"""How many processor cores this process may use: container quotas and affinity, which the runtimes ignore."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ROOT = Path("/")
 
 
 def limit(root: Path = _ROOT) -> int:
-    """The threads that a container's quota or an affinity mask leave room for; 0 where nothing is held back.
+    """The number of threads that a container's quota or an affinity mask allows; 0 if there is no limit.
 
-    A thread beyond a quota makes all wait: the kernel stops the whole process until the next period. So quotas are
-    rounded down, and of two threads on one core only one counts. `root` is the file system's, but for tests.
+    A thread beyond the quota slows all of them: the kernel pauses the whole process until the next period. So quotas
+    are rounded down, and two hardware threads of one core count once. `root` replaces the file system's in tests.
     """
     if sys.platform != "linux":
         return 0
@@ -29,7 +29,7 @@ def limit(root: Path = _ROOT) -> int:
 
 
 def name() -> str:
-    """What the processor calls itself."""
+    """The processor's model name."""
     with suppress(OSError):
         for line in (_ROOT / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -38,7 +38,7 @@ def name() -> str:
 
 
 def _siblings(cpu: int, root: Path) -> str:
-    """Which logical processors share the core of `cpu`."""
+    """The logical processors that share a core with `cpu`, as the kernel lists them."""
     try:
         return (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
     except OSError:
@@ -46,7 +46,7 @@ def _siblings(cpu: int, root: Path) -> str:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Processors' worth of time that this process's control groups, and those around them, may take."""
+    """The CPU quotas, in processors, of this process's control groups and of those that contain them."""
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,20 +61,20 @@ def _quotas(root: Path) -> Iterator[float]:
         group = mounted / path.lstrip("/")
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError, ZeroDivisionError):
-                yield _first_version(folder) if controllers else _second_version(folder)
+                yield _quota_v1(folder) if controllers else _quota_v2(folder)
             if folder == mounted:
                 break
 
 
-def _first_version(folder: Path) -> float:
-    """Raises ValueError where there is none, written as -1."""
-    quota, period = (int((folder / f"cpu.cfs_{fact}_us").read_text(encoding="ascii")) for fact in ("quota", "period"))
+def _quota_v1(folder: Path) -> float:
+    """The quota of a cgroup v1 folder, in processors. Raises ValueError if it is unlimited (-1)."""
+    quota, period = (int((folder / f"cpu.cfs_{field}_us").read_text(encoding="ascii")) for field in ("quota", "period"))
     if quota <= 0:
         raise ValueError(quota)
     return quota / period
 
 
-def _second_version(folder: Path) -> float:
-    """Raises ValueError where there is none, written as `max`."""
+def _quota_v2(folder: Path) -> float:
+    """The quota of a cgroup v2 folder, in processors. Raises ValueError if it is unlimited (max)."""
     quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
     return int(quota) / int(period)

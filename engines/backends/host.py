@@ -1,4 +1,4 @@
-"""The host's own memory, for the backends that compute there: buffers, a stream that never waits, and their device."""
+"""Host memory and synchronous streams, for the backends that compute on the CPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ class HostBuffer:
         return self.array.shape
 
     def view(self, shape: tuple[int, ...], dtype: DTypeLike, *, offset: int) -> HostBuffer:
-        """Part of the same memory. Raises ValueError for a part that is not inside, or that no device could address."""
+        """A part of the same memory. Offsets are checked as on GPUs, so that a test on a CPU finds a bad one."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if offset % ALIGNMENT or not 0 <= offset <= self.array.nbytes - size:
-            raise ValueError(f"{size} bytes at {offset} are no part of {self.array.nbytes}, in steps of {ALIGNMENT}.")
+            raise ValueError(
+                f"A view of {size} bytes at offset {offset} does not fit into {self.array.nbytes} bytes "
+                f"at a multiple of {ALIGNMENT}."
+            )
         part = self.array.reshape(-1).view(np.uint8)[offset : offset + size]
         return HostBuffer(part.view(dtype).reshape(shape))
 
 
 class HostEvent:
-    """A moment: what was given before is done."""
+    """A point in time. All earlier work is done."""
 
     def __init__(self) -> None:
         self._moment = perf_counter()
@@ -45,16 +48,16 @@ class HostEvent:
         return True
 
     def wait(self) -> None:
-        """There is nothing to wait for."""
+        """Return immediately: the event is complete."""
 
     def seconds_since(self, earlier: Event) -> float:
         if not isinstance(earlier, HostEvent):
-            raise EngineError(f"This backend's events are the host's, was given {type(earlier).__name__}.")
+            raise EngineError(f"This backend works with host events, was given {type(earlier).__name__}.")
         return self._moment - earlier._moment
 
 
 class HostReading:
-    """A copy that was made at once."""
+    """A copy that has been made."""
 
     def __init__(self, values: Array) -> None:
         self._values = values
@@ -67,7 +70,7 @@ class HostReading:
 
 
 class HostStream:
-    """Does each piece of work when it is given."""
+    """Does all work immediately."""
 
     def __init__(self, *, urgent: bool) -> None:
         self.urgent = urgent
@@ -76,34 +79,34 @@ class HostStream:
         np.copyto(_entry(buffer, at), values)
 
     def copy(self, source: Buffer, to: Buffer, *, source_at: int | None = None, at: int | None = None) -> None:
-        """Raises EngineError for memory of another device, or of another type or size than where it goes."""
+        """Raises IndexError, and EngineError for memory of another device, or another dtype or size."""
         given, entry = _entry(source, source_at), _entry(to, at)
         if (given.dtype, given.size) != (entry.dtype, entry.size):
             raise EngineError(
                 f"A copy goes to {entry.dtype} {entry.shape}, was given {given.dtype} {given.shape}: "
-                "both have one type and size."
+                "both need the same dtype and size."
             )
         np.copyto(entry, given.reshape(entry.shape))
 
     def read(self, buffer: Buffer, *, at: int | None = None) -> HostReading:
         return HostReading(_entry(buffer, at).copy())
 
-    def record(self, *, timed: bool = False) -> HostEvent:  # noqa: ARG002 - the host's clock costs nothing
+    def record(self, *, timed: bool = False) -> HostEvent:  # noqa: ARG002 - every host event is timed
         return HostEvent()
 
     def follow(self, event: Event) -> None:
-        """Nothing is left to wait for: the host's events are passed when they are recorded."""
+        """Do nothing: host events are complete when they are recorded."""
 
 
 class HostDevice:
-    """This machine's memory. Who computes there adds a name and `load`."""
+    """The `Device` protocol but for `name` and `load`, which each CPU backend adds."""
 
     pads = False
 
     def __init__(self) -> None:
         self._in_use: Counter[str] = Counter()  # bytes by purpose
 
-    def stream(self, name: str, *, urgent: bool = False) -> HostStream:  # noqa: ARG002 - work is done as it comes
+    def stream(self, name: str, *, urgent: bool = False) -> HostStream:  # noqa: ARG002 - host streams have no names
         return HostStream(urgent=urgent)
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike, *, purpose: str = "other") -> HostBuffer:
@@ -112,44 +115,45 @@ class HostDevice:
         except MemoryError as error:
             raise EngineError(self._full(shape, dtype, purpose)) from error
         self._in_use[purpose] += array.nbytes
-        # When the array is gone, and every view of it: numpy lets each view hold the array that owns the memory.
+        # Once the array and every view of it are garbage: numpy's views keep the array that owns the memory alive.
         weakref.finalize(array, self._in_use.subtract, {purpose: array.nbytes}).atexit = False
         return HostBuffer(array)
 
     def end_warm_up(self) -> None:
-        """Nothing here is learned by warming up."""
+        """There is nothing to save."""
 
     def memory(self) -> Mapping[str, int]:
-        """Bytes of buffers; what an engine takes for itself is not known."""
+        """Bytes of buffers. The memory that engines allocate themselves is not known."""
         return dict(+self._in_use)
 
     def _full(self, shape: tuple[int, ...], dtype: DTypeLike, purpose: str) -> str:
-        wanted = math.prod(shape) * np.dtype(dtype).itemsize
+        requested = math.prod(shape) * np.dtype(dtype).itemsize
         taken = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.memory().items()) or "nothing"
         return (
-            f"This machine's memory has no {wanted / 2**20:.0f} MiB for {purpose}, beside what is taken: {taken}. "
-            "Build with fewer --rows or a smaller --resolution, or end what else runs here."
+            f"This machine's memory is full: {requested / 2**20:.0f} MiB for {purpose} could not be allocated. "
+            f"This process uses {taken}. "
+            "Build with fewer --rows or a smaller --resolution, or stop other programs."
         )
 
 
 def host_array(buffer: Buffer) -> Array:
     """The array behind `buffer`. Raises EngineError for memory of another device."""
     if not isinstance(buffer, HostBuffer):
-        raise EngineError(f"This backend reads host memory, was given {type(buffer).__name__}.")
+        raise EngineError(f"This backend works on host memory, was given {type(buffer).__name__}.")
     return buffer.array
 
 
 def bound_arrays(buffers: Mapping[str, Buffer], names: set[str]) -> dict[str, Array]:
-    """The arrays behind `buffers`. Raises EngineError unless they are exactly those that the graph names."""
+    """The arrays behind `buffers`. Raises EngineError unless their names are exactly `names`, those of the graph."""
     if names != buffers.keys():
         raise EngineError(f"This graph takes {sorted(names)}, was given {sorted(buffers)}.")
     return {name: host_array(buffer) for name, buffer in buffers.items()}
 
 
 def _entry(buffer: Buffer, at: int | None) -> Array:
-    """A view of the whole of `buffer`, or of its entry `at`. Raises IndexError where there is none."""
+    """A view of all of `buffer`, or of its entry `at`. Raises IndexError if there is no such entry."""
     array = host_array(buffer)
     if at is None:
         return array
-    entry: Array = array[at, ...]  # the dots keep an entry of one dimension an array
+    entry: Array = array[at, ...]  # with the ellipsis, an entry of a one-dimensional array is an array and no scalar
     return entry

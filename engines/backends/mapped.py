@@ -1,4 +1,4 @@
-"""The memory that files take here which libraries have mapped."""
+"""Freeing the memory of files that libraries have mapped."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _MAPS = Path("/proc/self/maps")
 
 
 def release_pages(folder: Path) -> None:
-    """Give back the memory that mapped files in `folder` take, though they stay mapped. Linux alone can do so.
+    """Drop the resident pages of read-only mapped files in `folder`, which stay mapped. Does nothing but on Linux.
 
-    Who reads them once more gets the same bytes, out of the page cache. Nobody may have written to these mappings.
+    The next access reads the same bytes from the page cache or the disk. The mappings must never have been written to.
     """
     if sys.platform != "linux":
         return
@@ -24,7 +24,7 @@ def release_pages(folder: Path) -> None:
 
 
 def _mappings(folder: Path) -> Iterator[tuple[int, int]]:
-    """From where to where files in `folder` are mapped for reading alone."""
+    """The start and end addresses of read-only mappings of files in `folder`."""
     for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         span, permissions, _offset, _device, _inode, *name = line.split(maxsplit=5)
         if name and permissions.startswith("r--") and Path(name[0]).is_relative_to(folder):

@@ -19,7 +19,7 @@ _PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntimeCall:
-    """One run of a session over bound memory. Holds the arrays, so that they outlive the binding."""
+    """One run of a session over bound arrays, which it keeps alive."""
 
     def __init__(
         self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
@@ -58,7 +58,7 @@ class OnnxRuntimeEngine:
 
 
 class OnnxRuntimeDevice(HostDevice):
-    """This machine's processor, through ONNX Runtime."""
+    """This machine's processor, with ONNX graphs in ONNX Runtime."""
 
     def __init__(self, *, threads: int) -> None:
         super().__init__()
@@ -68,14 +68,14 @@ class OnnxRuntimeDevice(HostDevice):
     def load(self, path: Path, stream: Stream) -> OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        # A pattern holds all of a run's activations as one block, beside the arena: a quarter to a half more memory
-        # (docs/benchmarks), and no faster.
+        # A memory pattern keeps a run's activations in one block, in addition to the arena: a quarter to a half more
+        # memory (docs/benchmarks), and no faster.
         options.enable_mem_pattern = False
         if not (isinstance(stream, HostStream) and stream.urgent):
-            # Each session has threads of its own, which keep a core busy for a while after each run, and after they
-            # are made, lest the next run find them asleep. Steps are a quarter faster for it; beside them it hinders.
+            # Each session has its own threads, which spin for a while after each run to start the next one sooner. That
+            # makes steps a quarter faster, but the spinning of other sessions slows them down.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3  # errors only: optimiser warnings mean nothing to who runs a server
+        options.log_severity_level = 3  # errors only: operators cannot act on the optimiser's warnings
         try:
             return OnnxRuntimeEngine(ort.InferenceSession(path, options, providers=[_PROVIDER]))
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes

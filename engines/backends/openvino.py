@@ -13,19 +13,19 @@ from engines.backends.mapped import release_pages
 from engines.contract import Array
 from engines.errors import EngineError
 
-# OpenVINO reports to its makers whenever it is imported, unless this package of its own is missing.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None is how Python marks a missing one
+# OpenVINO sends usage statistics when it is imported, unless this package of its own is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None marks a module as missing
 
-import openvino as openvino  # noqa: E402, PLC0414 - only after that; and others in this package import it from here
+import openvino as openvino  # noqa: E402, PLC0414 - after that line; others in this package import it from here
 
-# Where the processor has BF16 it is taken unasked, scheduler tables included, unless this is said. A graph in BF16
-# computes in it all the same, and in FP32 where it says so.
+# By default OpenVINO computes everything in BF16 on processors that have it, the scheduler's tables included. This hint
+# leaves the graph's own precisions as they are.
 _IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
-TAKES_BF16 = ["latentd", "takes_bf16"]  # what a graph says of itself that has marked where it does not
+TAKES_BF16 = ["latentd", "takes_bf16"]  # in graphs that mark the nodes that have to stay FP32
 
 
 class OpenVinoCall:
-    """One inference request over bound memory. Holds the arrays, so that they outlive the request."""
+    """One inference request over bound arrays, which it keeps alive."""
 
     def __init__(
         self, request: openvino.InferRequest, inputs: Sequence[Array], outputs: Sequence[Array], *, files: Path
@@ -44,7 +44,7 @@ class OpenVinoCall:
             self._request.infer()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed in a step: {error}") from error
-        if self._files:  # it has just arranged all weights once more, as kernels for these shapes want them
+        if self._files:  # the first run copied all weights into the layout that its kernels use
             release_pages(self._files)
             self._files = None
 
@@ -52,8 +52,8 @@ class OpenVinoCall:
 class OpenVinoEngine:
     """An ONNX graph compiled by OpenVINO.
 
-    Names are those of the graph as it was read: where the processor has no BF16, compiling drops casts at the end of a
-    graph, and the names of its outputs with them. Their order stays.
+    Port names come from the graph before compilation: on processors without BF16, compiling drops casts at the end of a
+    graph and the names of its outputs with them, but keeps the order.
     """
 
     def __init__(self, read: openvino.Model, compiled: openvino.CompiledModel, *, files: Path) -> None:
@@ -68,7 +68,7 @@ class OpenVinoEngine:
 
 
 class OpenVinoDevice(HostDevice):
-    """This machine's processor, through OpenVINO."""
+    """This machine's processor, with ONNX graphs in OpenVINO."""
 
     def __init__(self, *, threads: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The backends, one description of each. A new backend is a module that implements its device, and an entry here."""
+"""The description of every backend. To add one, write a module with `open_device` and add an entry to `_SPECS`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from engines.manifest import Precision
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """What is known of a backend without importing it."""
+    """What is known of a backend without importing its package."""
 
     name: str
-    module: str  # has `open_device(*, threads: int) -> Device`; imported when a device is opened
-    extra: str  # of this project's optional dependencies
-    packages: tuple[str, ...]  # distributions any of which provides it; the first is the usual one
+    module: str  # with `open_device(*, threads: int) -> Device`; imported when a device is opened
+    extra: str  # the optional dependency of this project that installs the package
+    packages: tuple[str, ...]  # distributions of which any provides it; messages name the first
     precisions: tuple[Precision, ...]  # of its engines; the first is the default
-    runs_on: Literal["cpu", "gpu"]
-    compiles: bool = False  # TensorRT compiles its engines ahead of time; others load ONNX graphs
+    runs_on: Literal["cpu", "gpu"]  # CPU backends load the FP32 graphs of every bundle, GPU ones need a build
+    compiles: bool = False  # whether its engines are compiled by TensorRT; others load ONNX graphs
 
 
 _SPECS = (  # the fastest first
@@ -72,9 +72,14 @@ _SPECS = (  # the fastest first
 )
 SPECS: dict[str, BackendSpec] = {spec.name: spec for spec in _SPECS}
 BACKENDS = tuple(SPECS)  # their names
-ON_CPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "cpu")  # every bundle has the FP32 graphs they load
+ON_CPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "cpu")
 ON_GPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "gpu")
 TENSORRT = tuple(spec.name for spec in _SPECS if spec.compiles)
+
+
+def register(spec: BackendSpec) -> None:
+    """Let `open_device` and the choice of backends use `spec`, in place of the backend of that name if there is one."""
+    SPECS[spec.name] = spec
 
 
 def open_device(backend: str, *, threads: int = 0) -> Device:

@@ -1,4 +1,4 @@
-"""TensorRT for RTX, whose engines are built without a GPU and finished on the one that runs them."""
+"""TensorRT for RTX, whose engines are built without a GPU and compiled further on the GPU that runs them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ _logger = logging.getLogger(__name__)
 
 
 class RtxContexts(Contexts):
-    """Makes the contexts of one engine, and keeps the kernels that were compiled for them in a file beside it.
+    """Creates the contexts of one engine, and keeps the kernels compiled for them in `<engine>.cache` next to it.
 
-    TensorRT for RTX compiles kernels for this GPU and these shapes when they are first run, which takes seconds. What
-    it has compiled fills a cache, which it takes again if the GPU, its driver and the package are the same: it checks
-    that by itself, and leaves out what does not fit.
+    TensorRT for RTX compiles kernels for this GPU and these shapes when they first run, which takes seconds. It reuses
+    the cache if the GPU, its driver and the package are the same, which it checks by itself.
     """
 
     def __init__(self, engine: Any, path: Path, *, trt: Any) -> None:
@@ -28,17 +27,19 @@ class RtxContexts(Contexts):
         self._file = path.with_name(f"{path.name}.cache")
         self._runtime_config = runtime_config = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # Each bound shape gets kernels of its own, compiled in its first run. Lazily, they would be compiled on the
-        # side, and the graphs, captured before, would go on with the slower kernels that serve every shape.
+        # Compile kernels specialized for each bound shape in its first run. Lazily, they would be compiled in the
+        # background, and graphs captured before that would keep the slower kernels that serve every shape.
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
-        # Steps are captured here, as with TensorRT; what it captures by itself could not be part of that.
+        # `TensorRtCall` captures whole steps; graphs that the runtime captures by itself cannot be part of that.
         runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         self._runtime_cache = runtime_config.create_runtime_cache()
         self._restore()
-        self._kept = self._content()
+        self._saved = self._content()
         if not runtime_config.set_runtime_cache(self._runtime_cache):
-            _logger.warning("TensorRT for RTX takes no cache for %s, so it compiles anew in each start.", path.name)
+            _logger.warning(
+                "TensorRT for RTX accepts no cache for %s, so its kernels are compiled again at each start.", path.name
+            )
 
     def create(self) -> Any:
         return self.engine.create_execution_context(self._runtime_config)
@@ -47,45 +48,49 @@ class RtxContexts(Contexts):
         return bool(context.is_stream_capturable(stream.handle))
 
     def end_warm_up(self) -> None:
-        """Write the cache, if kernels were added to it. A folder that cannot be written costs time, and is said."""
+        """Write the cache if kernels were added to it. A folder that cannot be written is only a warning."""
         content = self._content()
-        if content == self._kept:
+        if content == self._saved:
             return
         try:
             write_own(self._file, content)
         except OSError as error:
-            _logger.warning("What was compiled for %s is compiled again at the next start: %s", self.path.name, error)
+            _logger.warning(
+                "The kernels compiled for %s cannot be saved, and are compiled again at the next start: %s",
+                self.path.name,
+                error,
+            )
         else:
-            self._kept = content
+            self._saved = content
 
     def _content(self) -> bytes:
         return bytes(self._runtime_cache.serialize() or b"")
 
     def _restore(self) -> None:
-        """Fill the cache from the file, unless it is missing, not ours, damaged or of another GPU."""
+        """Fill the cache from the file, unless that is missing, unsafe to read, damaged or of another GPU."""
         try:
             content = read_own(self._file)
         except FileNotFoundError:
             return
         except OSError as error:
-            _logger.warning("%s is left out, so kernels are compiled anew: %s", self._file, error)
+            _logger.warning("%s is ignored, and kernels are compiled again: %s", self._file, error)
             return
         if not self._runtime_cache.deserialize(content):
             _logger.warning(
-                "%s is damaged, or of another GPU, driver or version: kernels are compiled anew.", self._file
+                "%s is damaged, or of another GPU, driver or version: kernels are compiled again.", self._file
             )
 
 
 def read_own(path: Path) -> bytes:
-    """The contents of a file that nobody but us, or the system's administrator, can have written.
+    """The contents of a file that only this user, or root, can have written.
 
     The manifest has no hash of a cache, and a cache is code: kernels that the GPU runs, in a format that TensorRT
-    parses. Whoever may write it may so change pictures, or worse.
+    parses. A user who can write it could change images, or worse.
 
     Raises:
-        OSError: it is missing, unreadable, no file, somebody else's, or open to others for writing.
+        OSError: it is missing, unreadable, no regular file, another user's, or writable by others.
     """
-    # Neither follows a link nor waits for a pipe; Windows has neither flag, and keeps others out in its own way.
+    # Do not follow links, nor wait for a pipe. Windows has neither flag, and protects files in its own way.
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
         found = os.fstat(file.fileno())
@@ -99,10 +104,10 @@ def read_own(path: Path) -> bytes:
 
 
 def write_own(path: Path, content: bytes) -> None:
-    """Write a file that `read_own` reads, at once or not at all. Raises OSError."""
+    """Write a file that `read_own` accepts, atomically. Raises OSError."""
     write_atomically(path, content, private=True)
 
 
 def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every backend is opened alike
-    """Open the GPU through TensorRT for RTX. Raises EngineError where the GPU, its driver or the package is missing."""
+    """Open the GPU through TensorRT for RTX. Raises EngineError if the GPU, its driver or the package is missing."""
     return open_package("tensorrt_rtx", extra="rtx", contexts=RtxContexts)

@@ -23,7 +23,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from engines.backends.available import check_fits, choose, unavailable_reason
-from engines.backends.registry import BACKENDS, ON_CPU
+from engines.backends.registry import ON_CPU, SPECS
 from engines.build import verify as verification
 from engines.build.bundle import (
     DEFAULT_ROWS,
@@ -365,8 +365,8 @@ def _resolved(backends: Sequence[str], progress: Progress) -> list[str]:
 
 
 def _known(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise EngineError(f"There is no backend {backend!r}: choose {AUTO} or one of {', '.join(BACKENDS)}.")
+    if backend not in SPECS:
+        raise EngineError(f"There is no backend {backend!r}: choose {AUTO} or one of {', '.join(SPECS)}.")
     return backend
 
 

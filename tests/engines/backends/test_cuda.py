@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 from cuda.bindings import runtime
 
-from engines.backends import cuda
 from engines.backends.cuda import (
     Cuda,
     CudaDevice,
-    CudaReading,
     CudaStream,
     DeviceBuffer,
     Probe,
+    as_cuda_stream,
     check,
     open_cuda,
     probe,
+    status,
 )
+from engines.backends.cuda.pinned import CudaReading
 from engines.backends.device import ALIGNMENT
 from engines.backends.registry import install_command
 from engines.contract import Array
@@ -154,7 +155,7 @@ def test_a_view_is_part_of_the_same_memory(any_device: CudaDevice, stream: CudaS
 
 @pytest.mark.parametrize(("shape", "offset"), [((1,), 8), ((1,), -ALIGNMENT), ((65,), 0), ((1,), ALIGNMENT)])
 def test_a_view_that_is_not_inside_is_refused(any_device: CudaDevice, shape: tuple[int, ...], offset: int) -> None:
-    with pytest.raises(ValueError, match=rf"bytes at {offset} are no part of 256, in steps of 256"):
+    with pytest.raises(ValueError, match=rf"bytes at offset {offset} does not fit into 256 bytes at a multiple of 256"):
         any_device.allocate((64,), np.float32).view(shape, np.float32, offset=offset)
 
 
@@ -199,7 +200,7 @@ def test_what_is_of_another_device_is_refused(any_device: CudaDevice, stream: Cu
         lambda: stream.read(foreign),  # type: ignore[arg-type]
         lambda: stream.follow(foreign),  # type: ignore[arg-type]
         lambda: stream.record().seconds_since(foreign),  # type: ignore[arg-type]
-        lambda: cuda.of_cuda(foreign),
+        lambda: as_cuda_stream(foreign),
     ):
         with pytest.raises(EngineError, match="was given Elsewhere"):
             given()
@@ -367,12 +368,12 @@ def test_full_memory_says_what_takes_how_much_and_what_to_do() -> None:
     device = CudaDevice(Cuda(FakeCuda(total=8 * GIB, others=8 * GIB - 40 * MIB)), name="Fake")
     kept = [device.allocate((size,), np.uint8, purpose=purpose) for purpose, size in PURPOSES]
     with pytest.raises(EngineError) as raised:
-        device.allocate((4, GIB), np.uint8, purpose="canvas")
+        device.allocate((4, GIB), np.uint8, purpose="latents")
     assert str(raised.value) == (
-        "The GPU's memory is full: 4.0 GiB for canvas cannot be had. "
-        "Of the GPU's 8.0 GiB this process has taken scratch 20.0 MiB, denoise weights 11.5 MiB, state 2.0 MiB; "
-        "CUDA itself and other programs hold 8.0 GiB. "
-        "Build with fewer --rows, a smaller --resolution or --decode-batch, or end what else runs on the GPU."
+        "The GPU's memory is full: 4.0 GiB for latents could not be allocated. "
+        "Of the GPU's 8.0 GiB this process uses scratch 20.0 MiB, denoise weights 11.5 MiB, state 2.0 MiB; "
+        "CUDA itself and other programs use 8.0 GiB. "
+        "Build with fewer --rows, a smaller --resolution or --decode-batch, or stop other programs that use the GPU."
     )
     assert not isinstance(raised.value, DeviceLost)
     kept.clear()
@@ -539,8 +540,8 @@ def test_every_status_that_cuda_calls_final_is_one() -> None:
     final = ("inconsistent state", "must be terminated and relaunched")
     documented = {one.name for one in runtime.cudaError_t if any(text in (one.__doc__ or "") for text in final)}
     assert "cudaErrorIllegalAddress" in documented
-    assert documented <= cuda._LOST
-    assert {one.name for one in runtime.cudaError_t} >= cuda._LOST
+    assert documented <= status.LOST
+    assert {one.name for one in runtime.cudaError_t} >= status.LOST
 
 
 def test_check_hands_on_what_came_with_success() -> None:
@@ -560,7 +561,7 @@ def test_full_memory_elsewhere_says_what_to_do() -> None:
 def test_without_a_gpu_the_probe_says_why() -> None:
     assert FOUND.gpu is None
     assert "CUDA error" in FOUND.reason
-    with pytest.raises(EngineError, match=r"There is no GPU to work on\. CUDA error"):
+    with pytest.raises(EngineError, match=r"No GPU was found\. CUDA error"):
         open_cuda()
 
 
@@ -581,7 +582,7 @@ def test_the_probe_names_the_gpu_and_what_it_can(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_cuda_python_the_probe_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "runtime", None)
+    monkeypatch.setattr(status, "runtime", None)
     assert probe() == Probe(None, f"cuda-python is not installed: {install_command('cuda')}")
 
 
@@ -591,6 +592,8 @@ def test_whatever_is_raised_becomes_the_reason(monkeypatch: pytest.MonkeyPatch) 
 
 
 # The fake, held against the real module
+
+SOURCE = "\n".join(path.read_text() for path in sorted(Path(status.__file__).parent.glob("*.py")))
 
 
 def uses(source: str) -> set[tuple[str, int]]:
@@ -614,7 +617,7 @@ def parameters(function: object) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
-@pytest.mark.parametrize(("name", "arguments"), sorted(uses(Path(cuda.__file__).read_text())))
+@pytest.mark.parametrize(("name", "arguments"), sorted(uses(SOURCE)))
 def test_what_is_called_of_cuda_is_there_and_takes_so_many(name: str, arguments: int) -> None:
     for owner in (runtime, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode):
         if hasattr(owner, name):
@@ -624,7 +627,7 @@ def test_what_is_called_of_cuda_is_there_and_takes_so_many(name: str, arguments:
 
 
 def test_much_is_called_of_cuda() -> None:
-    found = uses(Path(cuda.__file__).read_text())
+    found = uses(SOURCE)
     assert {("cudaMemcpyAsync", 5), ("cudaFree", 1), ("cudaEventBlockingSync", -1)} <= found
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from build_engines import VerifyCommand
 from engines.backends import registry
 from engines.backends.available import choose, unavailable_reason
 from engines.backends.host import HostDevice
-from engines.backends.registry import BACKENDS, ON_CPU, ON_GPU, SPECS, BackendSpec, open_device
+from engines.backends.registry import BACKENDS, ON_CPU, ON_GPU, SPECS, BackendSpec, open_device, register
 from engines.build.compile import engine_precisions
+from engines.cli import Metavar, parse
 from engines.errors import EngineError
+from server.startup.settings import ServerSettings
 
 
 def open_fake_device(*, threads: int) -> HostDevice:
@@ -39,6 +43,28 @@ def test_an_entry_makes_a_backend(fake: str, monkeypatch: pytest.MonkeyPatch) ->
     assert set(engine_precisions(fake, None, prefers_bf16=False).values()) == {"fp32"}
     with pytest.raises(EngineError, match="fake computes in fp32 or bf16, not in fp16"):
         engine_precisions(fake, "fp16", prefers_bf16=False)
+
+
+def test_an_entry_is_a_choice_of_the_command_line(
+    fake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = parse(VerifyCommand, [str(tmp_path), "--backend", fake], prog="verify")
+    assert command.backend == (fake,)
+    with pytest.raises(SystemExit):
+        parse(VerifyCommand, [str(tmp_path), "--backend", "metal"], prog="verify")
+    assert "onnxruntime, fake" in capsys.readouterr().err
+    with pytest.raises(EngineError, match="onnxruntime, fake"):
+        open_device("metal")
+
+
+def test_the_help_lists_every_backend() -> None:
+    assert Metavar("{" + ",".join(SPECS) + "}") in VerifyCommand.model_fields["backend"].metadata
+    assert ", ".join(SPECS) in str(ServerSettings.model_fields["backend"].description)
+
+
+def test_a_registered_backend_replaces_the_one_of_its_name(fake: str) -> None:
+    register(replace(SPECS[fake], packages=("no-such",)))
+    assert unavailable_reason(fake) == "not installed"
 
 
 def test_a_backend_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ from engines.backends import tensorrt_rtx as rtx
 from engines.backends.cuda import Cuda, CudaStream, DeviceBuffer, Probe, probe
 from engines.backends.device import ALIGNMENT, Buffer
 from engines.backends.registry import install_command
-from engines.backends.tensorrt import TensorRtCall, TensorRtDevice, check_fits, open_package
+from engines.backends.tensorrt import TensorRtCall, TensorRtDevice, open_package
+from engines.backends.tensorrt_compatibility import check_fits, supported_capabilities
+from engines.backends.tensorrt_log import logger_for
 from engines.build.profiles import shapes
 from engines.contract import Array, GraphName
 from engines.errors import DeviceLost, EngineError
@@ -175,7 +177,7 @@ def why_not(package: str) -> str:
     """Why `package` cannot run here; empty where it can."""
     if FOUND.gpu is None or find_spec(package) is None:
         return FOUND.reason or f"{package} is not installed"
-    accepted = tensorrt.accepted_capabilities(package)
+    accepted = supported_capabilities(package)
     unfit = accepted and FOUND.gpu.compute_capability not in accepted
     return f"{package} does not run on {FOUND.gpu.compute_capability}" if unfit else ""
 
@@ -352,7 +354,7 @@ def test_what_cannot_be_captured_goes_on_plainly_and_says_so_once(
     np.testing.assert_array_equal(bench.read(buffers["y"]), bench.expected(inputs(2)))
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 1
-    assert said[0].startswith("tiny.engine runs without CUDA graphs, which costs time in each step: TensorRT ")
+    assert said[0].startswith("tiny.engine runs without CUDA graphs, which makes each step slower: TensorRT ")
 
 
 def test_a_second_call_of_an_engine_that_cannot_be_captured_does_not_try(
@@ -421,7 +423,7 @@ def test_a_refused_step_is_an_error_with_what_tensorrt_logged(bench: Bench, monk
     monkeypatch.setattr(
         fake.IExecutionContext, "execute_async_v3", lambda self, _: self._refuse("Myelin ran out of luck")
     )
-    with pytest.raises(EngineError, match=r"TensorRT did not run a step\. Myelin ran out of luck") as raised:
+    with pytest.raises(EngineError, match=r"TensorRT failed to run a step\. Myelin ran out of luck") as raised:
         call.launch()
     assert not isinstance(raised.value, DeviceLost)
     monkeypatch.setattr(fake.IExecutionContext, "execute_async_v3", real)
@@ -464,11 +466,11 @@ def test_a_refusal_on_a_lost_device_is_told_as_that(
 
 def test_what_was_logged_before_a_success_is_not_blamed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     _buffers, call = bench.bind(inputs(2))
-    tensorrt._log_of(fake).log(fake.ILogger.ERROR, "an old trouble")
+    logger_for(fake).log(fake.ILogger.ERROR, "an old trouble")
     call.launch()
     monkeypatch.setattr(fake.IExecutionContext, "execute_async_v3", lambda *_: False)
     _buffers, call = bench.bind(inputs(2))
-    with pytest.raises(EngineError, match=r"^TensorRT did not run a step\.$"):
+    with pytest.raises(EngineError, match=r"^TensorRT failed to run a step\.$"):
         call.launch()
 
 
@@ -516,7 +518,7 @@ def test_a_shape_that_no_profile_takes_is_told_with_those_built(any_bench: Bench
     expected = (
         "tiny.engine has no profile for x (5, 4), row (5,). It was built for "
         "x (1, 4) to (2, 4), row (1,) to (2,); x (1, 4) to (4, 4), row (1,) to (4,). "
-        "Ask for less, or build it with other --rows or --resolution."
+        "Request a supported shape, or rebuild with other --rows or --resolution."
     )
     with pytest.raises(EngineError, match=re.escape(expected)):
         any_bench.bind(inputs(5))
@@ -547,9 +549,9 @@ class Elsewhere:
 
 def test_what_is_of_another_device_is_refused(bench: Bench) -> None:
     foreign: Any = Elsewhere()
-    with pytest.raises(EngineError, match="works on the GPU's memory, was given Elsewhere"):
+    with pytest.raises(EngineError, match="works on GPU memory, was given Elsewhere"):
         bench.device.load(bench.engine, bench.stream).bind(dict.fromkeys(("x", "row", "table", "y"), foreign))
-    with pytest.raises(EngineError, match="works on CUDA's streams, was given Elsewhere"):
+    with pytest.raises(EngineError, match="works on CUDA streams, was given Elsewhere"):
         bench.device.load(bench.engine, foreign)
 
 
@@ -561,13 +563,13 @@ def test_an_output_of_another_shape_is_not_written_past_its_end(any_bench: Bench
 
 
 def test_inputs_that_do_not_go_together_are_told(bench: Bench) -> None:
-    with pytest.raises(EngineError, match=r"tiny\.engine cannot take these shapes together: dimensions"):
+    with pytest.raises(EngineError, match=r"tiny\.engine cannot combine these input shapes: dimensions"):
         bench.bind({**inputs(2), "row": np.zeros(1, np.int64)})
 
 
 def test_a_type_that_numpy_lacks_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake.ICudaEngine, "get_tensor_dtype", lambda *_: fake.DataType.BF16)
-    with pytest.raises(EngineError, match=r"tiny\.engine: x is DataType\.BF16, which numpy lacks"):
+    with pytest.raises(EngineError, match=r"tiny\.engine: x is DataType\.BF16, which numpy does not support"):
         bench.device.load(bench.engine, bench.stream)
 
 
@@ -575,7 +577,7 @@ def test_an_engine_that_does_not_fit_into_memory_says_who_holds_it(engine: Path)
     device = fake_device(FakeCuda(total=8192))
     stream = device.stream("steps")
     held = device.allocate((8000,), np.uint8, purpose="state")
-    with pytest.raises(EngineError, match=r"does not fit into the GPU's memory: .*has taken state 0\.0 MiB; .*--rows"):
+    with pytest.raises(EngineError, match=r"does not fit into the GPU's memory: .*uses state 0\.0 MiB; .*--rows"):
         device.load(engine, stream)
     del held
     device.load(engine, stream)
@@ -584,11 +586,11 @@ def test_an_engine_that_does_not_fit_into_memory_says_who_holds_it(engine: Path)
 # What TensorRT refuses
 
 REFUSALS = {
-    "create_execution_context": (None, "create a context"),
-    "set_optimization_profile_async": (False, "take profile 0"),
-    "set_input_shape": (False, "take the shape of x"),
+    "create_execution_context": (None, "create an execution context"),
+    "set_optimization_profile_async": (False, "select profile 0"),
+    "set_input_shape": (False, "set the shape of x"),
     "infer_shapes": (["x"], r"infer the shapes of \['x'\]"),
-    "set_tensor_address": (False, "take the memory of x"),
+    "set_tensor_address": (False, "set the address of x"),
 }
 
 
@@ -597,12 +599,12 @@ def test_each_refusal_in_binding_is_an_error(bench: Bench, method: str, monkeypa
     answer, text = REFUSALS[method]
     owner = fake.ICudaEngine if method == "create_execution_context" else fake.IExecutionContext
     monkeypatch.setattr(owner, method, lambda *_: answer)
-    with pytest.raises(EngineError, match=f"TensorRT did not {text}"):
+    with pytest.raises(EngineError, match=f"TensorRT failed to {text}"):
         bench.bind(inputs(2))
 
 
 def test_warnings_and_errors_reach_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    log = tensorrt._log_of(fake)
+    log = logger_for(fake)
     log.take()
     for severity, text in enumerate(["internal", "error", "warning", "info", "verbose"]):
         log.log(fake.Severity(severity), text)
@@ -616,7 +618,7 @@ def test_warnings_and_errors_reach_the_log(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_corrupted_file_is_not_loaded(any_bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "broken.engine").write_bytes(b"not an engine")
-    with pytest.raises(EngineError, match=r"did not load .*broken\.engine; build it .*\. \S+"):
+    with pytest.raises(EngineError, match=r"failed to load .*broken\.engine: rebuild it .*\. \S+"):
         any_bench.device.load(tmp_path / "broken.engine", any_bench.stream)
 
 
@@ -698,7 +700,7 @@ def test_a_cache_that_others_may_write_is_not_read(
     compiled(rtx_bench)
     cache.chmod(mode)
     assert compiled(rtx_bench) == 1
-    assert "left out" in caplog.text
+    assert "is ignored" in caplog.text
     assert why in caplog.text
     assert cache.stat().st_mode & 0o777 == 0o600, "its successor is ours alone"
 
@@ -725,7 +727,7 @@ def test_neither_links_nor_pipes_are_read(
     cache.unlink()
     os.mkfifo(cache)
     rtx_bench.bind(inputs(2))
-    assert caplog.text.count("left out") == 2
+    assert caplog.text.count("is ignored") == 2
 
 
 def test_a_folder_that_cannot_be_written_is_said(
@@ -736,7 +738,9 @@ def test_a_folder_that_cannot_be_written_is_said(
 
     monkeypatch.setattr("engines.files.temporary_for", refuse)
     assert compiled(rtx_bench) == 1
-    assert "compiled for tiny.engine is compiled again at the next start: [Errno 13]" in caplog.text
+    assert (
+        "compiled for tiny.engine cannot be saved, and are compiled again at the next start: [Errno 13]" in caplog.text
+    )
     assert not cache.exists()
 
 
@@ -760,7 +764,7 @@ def test_a_package_without_a_cache_is_said(
 ) -> None:
     monkeypatch.setattr(fake.IRuntimeConfig, "set_runtime_cache", lambda *_: False)
     rtx_bench.bind(inputs(2))
-    assert "takes no cache for tiny.engine" in caplog.text
+    assert "accepts no cache for tiny.engine" in caplog.text
 
 
 def test_kernels_are_compiled_before_they_are_captured(rtx_bench: Bench) -> None:
@@ -842,7 +846,7 @@ def test_the_fake_knows_types_as_the_real_one_does(dtype: fake.DataType) -> None
 
 def made_context(path: Path, gpu: FakeCuda) -> fake.IExecutionContext:
     Cuda(gpu)
-    engine = fake.Runtime(tensorrt._log_of(fake)).deserialize_cuda_engine(path.read_bytes())
+    engine = fake.Runtime(logger_for(fake)).deserialize_cuda_engine(path.read_bytes())
     assert engine is not None
     return engine.create_execution_context(fake.ExecutionContextAllocationStrategy.USER_MANAGED)
 
@@ -917,14 +921,14 @@ def test_the_fake_notices_memory_that_went_before_its_call(bench: Bench, gpu: Fa
 @NO_GPU
 def test_without_a_driver_a_real_engine_is_not_loaded_and_the_log_says_why(rtx_engine: Path) -> None:
     device = TensorRtDevice(tensorrt_rtx, Cuda(FakeCuda()), gpu=FAKE_GPU)
-    with pytest.raises(EngineError, match=r"did not load .*tiny\.rtx; build it .*cudaError 35"):
+    with pytest.raises(EngineError, match=r"failed to load .*tiny\.rtx: rebuild it .*cudaError 35"):
         device.load(rtx_engine, device.stream("steps"))
 
 
 def test_the_real_runtime_loads_no_other_bytes(tmp_path: Path) -> None:
     (tmp_path / "broken.rtx").write_bytes(b"not an engine" * 100)
     device = TensorRtDevice(tensorrt_rtx, Cuda(FakeCuda()), gpu=FAKE_GPU)
-    with pytest.raises(EngineError, match=r"did not load .*broken\.rtx; build it .*magicTag"):
+    with pytest.raises(EngineError, match=r"failed to load .*broken\.rtx: rebuild it .*magicTag"):
         device.load(tmp_path / "broken.rtx", device.stream("steps"))
 
 
@@ -968,25 +972,25 @@ MISFITS = [
     (
         ("tensorrt", "11.4.0.106", L4, "11.3.1.2", A10),
         "The tensorrt engines in bundles/sd were built by TensorRT 11.4.0 for NVIDIA L4 (compute capability 8.9); "
-        "here are TensorRT 11.3.1 and NVIDIA A10 (compute capability 8.6). "
-        "Build them here: python build_engines.py compile bundles/sd --backend tensorrt",
+        "this machine has TensorRT 11.3.1 and NVIDIA A10 (compute capability 8.6). "
+        "Rebuild them on this machine: python build_engines.py compile bundles/sd --backend tensorrt",
     ),
-    (("tensorrt", "11.4.0.106", L4, "11.4.1.1", L4), "here are TensorRT 11.4.1 and NVIDIA L4"),
-    (("tensorrt", "11.4.0.106", L4, "11.4.0.106", A10), "here are TensorRT 11.4.0 and NVIDIA A10"),
+    (("tensorrt", "11.4.0.106", L4, "11.4.1.1", L4), "this machine has TensorRT 11.4.1 and NVIDIA L4"),
+    (("tensorrt", "11.4.0.106", L4, "11.4.0.106", A10), "this machine has TensorRT 11.4.0 and NVIDIA A10"),
     (
         ("tensorrt_rtx", "1.6.0.9", None, "1.7.1.116", A10),
         "were built by TensorRT for RTX 1.6.0; "
-        "here are TensorRT for RTX 1.7.1 and NVIDIA A10 (compute capability 8.6). "
-        "Build them here: python build_engines.py compile bundles/sd --backend tensorrt_rtx",
+        "this machine has TensorRT for RTX 1.7.1 and NVIDIA A10 (compute capability 8.6). "
+        "Rebuild them on this machine: python build_engines.py compile bundles/sd --backend tensorrt_rtx",
     ),
-    (("tensorrt_rtx", "1.7.1.116", L4, "1.7.1.116", A10), "for NVIDIA L4 (compute capability 8.9); here are"),
+    (("tensorrt_rtx", "1.7.1.116", L4, "1.7.1.116", A10), "for NVIDIA L4 (compute capability 8.9); this machine has"),
     (
         ("tensorrt_rtx", "1.7.1.116", None, "1.7.1.116", H200),
-        "TensorRT for RTX 1.7.1 runs on compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; here is NVIDIA H200 "
-        "(compute capability 9.0). Build engines that it runs: "
+        "TensorRT for RTX 1.7.1 supports compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; "
+        "this machine has NVIDIA H200 (compute capability 9.0). Build engines that run on it: "
         "python build_engines.py compile bundles/sd --backend tensorrt",
     ),
-    (("tensorrt", "11.4.0.106", L4, "11.4.0.106", None), "run on an NVIDIA GPU, and there is none here"),
+    (("tensorrt", "11.4.0.106", L4, "11.4.0.106", None), "need an NVIDIA GPU, and this machine has none"),
 ]
 Case = tuple[str, str, Gpu | None, str, Gpu | None]
 

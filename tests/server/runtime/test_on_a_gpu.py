@@ -44,11 +44,11 @@ def test_a_thousand_requests_leave_memory_as_it_was(real: Machine) -> None:
         for asked in [running.ask(seed=seed, num_inference_steps=2) for seed in range(50)]:
             asked.images()
         cuda, _gpu = open_cuda()
-        held, free = running.device.memory(), cuda.free()
+        held, free = running.device.memory(), cuda.free_memory()
         for asked in [running.ask(seed=seed, num_inference_steps=2) for seed in range(1000)]:
             asked.images()
         assert running.device.memory() == held
-        assert cuda.free() >= free - 2**24  # the driver may take a little for itself
+        assert cuda.free_memory() >= free - 2**24  # the driver may take a little for itself
 
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")

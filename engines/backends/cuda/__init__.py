@@ -1,0 +1,28 @@
+"""NVIDIA GPUs through cuda-python: which one there is, its memory, streams of work, and CUDA graphs.
+
+Everything calls `cuda.bindings.runtime`, which since release 12.9.1 releases Python's global lock around each call, so
+that a thread waiting for the GPU does not stop the others.
+"""
+
+from engines.backends.cuda.buffers import DeviceBuffer, as_device_buffer
+from engines.backends.cuda.device import Cuda, CudaDevice, open_cuda
+from engines.backends.cuda.discovery import Probe, probe
+from engines.backends.cuda.graphs import CudaGraph, GraphCapture
+from engines.backends.cuda.status import MEMORY_IS_FULL, check
+from engines.backends.cuda.streams import CudaStream, as_cuda_stream
+
+__all__ = [
+    "MEMORY_IS_FULL",
+    "Cuda",
+    "CudaDevice",
+    "CudaGraph",
+    "CudaStream",
+    "DeviceBuffer",
+    "GraphCapture",
+    "Probe",
+    "as_cuda_stream",
+    "as_device_buffer",
+    "check",
+    "open_cuda",
+    "probe",
+]

@@ -1,0 +1,36 @@
+"""Finding the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engines.backends.cuda import status
+from engines.backends.registry import install_command
+from engines.manifest import Gpu
+
+FIRST_GPU = 0  # CUDA_VISIBLE_DEVICES selects which of several this is
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The GPU of this machine, or the reason why there is none, in whole sentences."""
+
+    gpu: Gpu | None
+    reason: str = ""
+
+
+def probe() -> Probe:
+    """Look for the first GPU, without claiming it. Never raises: a missing driver, GPU or package is a reason."""
+    if status.runtime is None:
+        return Probe(None, f"cuda-python is not installed: {install_command('cuda')}")
+    try:
+        status.check(status.runtime.cudaGetDeviceCount())
+        return Probe(_describe_gpu(status.runtime))
+    except Exception as error:  # cuda.bindings raises its own classes where it finds no library to call
+        return Probe(None, str(error))
+
+
+def _describe_gpu(calls: Any) -> Gpu:
+    found = status.check(calls.cudaGetDeviceProperties(FIRST_GPU))
+    return Gpu(name=found.name.split(b"\0")[0].decode(), compute_capability=f"{found.major}.{found.minor}")
