@@ -150,4 +150,4 @@ def test_an_exact_picture_is_the_same_bytes_in_a_crowd(serving: Serving) -> None
 def test_exact_draws_one_picture_at_a_time(serving: Serving) -> None:
     refused = serving.generate(prompt="a red cat", exact=True, num_images=2)
     assert refused.status_code == 422
-    assert "ask for each seed on its own" in refused.json()["detail"]
+    assert "send one request per seed" in refused.json()["detail"]

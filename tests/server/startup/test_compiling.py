@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from engines.backends.cuda import probe
+from engines.backends.registry import install_command
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import Manifest
@@ -98,7 +100,7 @@ def test_two_that_start_at_once_compile_once(copied: Path) -> None:
         assert [process.returncode for process in (one, other)] == [0, 0], said
     assert sum(STARTED in lines for lines in said) == 1
     waited = next(lines for lines in said if STARTED not in lines)
-    assert set(waited) <= {"waiting for another server, which compiles this bundle"}
+    assert set(waited) <= {"waiting for another server that compiles this bundle"}
     assert RTX in Manifest.load(copied).builds
 
 
@@ -155,7 +157,7 @@ def test_who_waits_for_another_can_be_stopped(copied: Path, manifest_of_copy: Ma
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(CompilingStopped):
             compile_missing(manifest_of_copy, copied, RTX, on_status=output.append, stopped=lambda: bool(output))
-    assert output == ["waiting for another server, which compiles this bundle"]
+    assert output == ["waiting for another server that compiles this bundle"]
 
 
 def test_a_build_holds_the_bundle_as_long_as_it_lives(
@@ -176,7 +178,7 @@ def test_a_real_failure_is_told_in_the_build_s_own_words(copied: Path, manifest_
     """TensorRT compiles on a GPU alone; and this environment has it on none."""
     if probe().gpu is not None:
         pytest.skip("a GPU is here")
-    with pytest.raises(EngineError, match=r"^The tensorrt engines were not compiled\. .*latentd\[cuda\]|.*GPU"):
+    with pytest.raises(EngineError, match=r"^The tensorrt engines were not compiled\. .*(\[cuda\]|GPU)"):
         compile_missing(manifest_of_copy, copied, "tensorrt", on_status=lambda _: None)
     assert Manifest.load(copied) == manifest_of_copy
 
@@ -231,5 +233,5 @@ def test_a_bundle_that_cannot_be_written_says_what_to_do(copied: Path, manifest_
 
 def test_compiling_needs_its_extra(copied: Path, manifest_of_copy: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "find_spec", lambda _: None)
-    with pytest.raises(EngineError, match=r"pip install 'latentd\[compile\]'"):
+    with pytest.raises(EngineError, match=re.escape(install_command("compile"))):
         compile_missing(manifest_of_copy, copied, RTX, on_status=lambda _: None)
