@@ -23,11 +23,11 @@ NAMES: tuple[str, ...] = tuple(
 _BROWNIAN = "its noise comes from a Brownian tree, which torch's seeds do not replay: take dpmpp_2m_sde."
 _NO_CLASS = "diffusers has no class of it to compare with:"
 _OTHER_MODELS = "it is for models of another kind, and this one is a Stable Diffusion 1.x or 2.x."
-# What people ask for, and why they do not get it.
-_REFUSED = {
+# Methods that are not supported, and the reason.
+_UNSUPPORTED = {
     "DPM++ SDE": _BROWNIAN,
     "DPMSolverSDEScheduler": _BROWNIAN,
-    "DPM adaptive": "it chooses its steps by what it sees, and a table knows them beforehand: take dpmpp_3m.",
+    "DPM adaptive": "it adapts its steps to the image, and a table needs them in advance: take dpmpp_3m.",
     "DPM fast": f"{_NO_CLASS} take dpmpp_3s.",
     "DPM++ 2S a": f"{_NO_CLASS} take dpmpp_2s or euler_ancestral.",
     "Restart": f"{_NO_CLASS} take heun.",
@@ -56,7 +56,7 @@ def find(
     Names are ours (dpmpp_2m_karras), those of diffusers' classes (EulerDiscreteScheduler) and of AUTOMATIC1111's web UI
     (DPM++ 2M Karras); case and spaces around do not matter.
 
-    Raises ValueError, with what to ask for instead, for a name that none has and for what a method has no say in.
+    Raises ValueError, with an alternative, for an unknown name and for options that the method does not have.
     """
     key = _key(name)
     ending = next((kind for kind in _SIGMAS if key.endswith((f"_{kind}", f" {kind}"))), None)
@@ -72,7 +72,7 @@ def find(
 
 @lru_cache(maxsize=256)
 def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip: int = 0) -> Table:
-    """Work out the table of `scheduler` for `num_steps` steps, of which the first `skip` are left out.
+    """Compile the table of `scheduler` for `num_steps` steps, without the first `skip`.
 
     Methods with a history begin it at the first step that is made, as diffusers' pipelines do from an image.
 
@@ -90,7 +90,7 @@ def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip
             f"{scheduler.method} is not defined for models that predict the {schedule.prediction_type}: "
             "choose another scheduler, as ddim."
         )
-    zero_snr = schedule.rescale_betas_zero_snr and method.heeds_zero_snr
+    zero_snr = schedule.rescale_betas_zero_snr and method.supports_zero_snr
     return method.make(Setting(scheduler, num_steps, schedule, skip, zero_snr))
 
 
@@ -106,7 +106,7 @@ def _key(name: str) -> str:
 _ACCEPTED = {
     _key(alias): name for name, method in METHODS.items() for alias in (name, method.about.title, *method.about.aliases)
 }
-_REASONS = {_key(name): reason for name, reason in _REFUSED.items()}
+_REASONS = {_key(name): reason for name, reason in _UNSUPPORTED.items()}
 
 
 def _unknown(name: str, base: str, ending: Sigmas | None) -> str:

@@ -26,7 +26,7 @@ _BETA_TERMS = 50  # of a series in x <= 1/2: the rest is below 1e-16
 
 
 def alpha_bar(schedule: NoiseSchedule, *, zero_snr: bool) -> Vector:
-    """What is left of the picture at each training timestep: [num_train_timesteps], falling, to 0 if `zero_snr`."""
+    """The share of signal at each training timestep [num_train_timesteps]: falling, to 0 if `zero_snr`."""
     return _alpha_bar(schedule, zero_snr=zero_snr).astype(np.float64)
 
 
@@ -43,8 +43,8 @@ def training_sigmas(schedule: NoiseSchedule, *, zero_snr: bool) -> Single:
 def _alpha_bar(schedule: NoiseSchedule, *, zero_snr: bool) -> Single:
     """In float32, as torch has it.
 
-    At beta = 8e-4 the rounding of 1 - beta moves the smallest sigma by 1e-5, and whether diffusers tells the UNet 999
-    or 998 can hang on the last digit.
+    At beta = 8e-4 the rounding of 1 - beta moves the smallest sigma by 1e-5, and whether diffusers gives the UNet 999
+    or 998 can depend on the last digit.
     """
     levels: Vector = np.cumprod(1 - _betas(schedule), dtype=np.float64)
     falls = bool((np.diff(levels.astype(np.float32), prepend=np.float32(1)) < 0).all())

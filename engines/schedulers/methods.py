@@ -1,4 +1,4 @@
-"""What there is to choose from: the methods, and what may be asked of each."""
+"""The sampling methods, and the options of each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _OF_V_AND_EPSILON: tuple[Prediction, ...] = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A method as callers see it."""
+    """A method, as `GET /schedulers` describes it."""
 
     name: str
-    title: str  # AUTOMATIC1111's name, or one in its manner
-    aliases: tuple[str, ...]  # more names that are taken for it: diffusers' class first, then older ones
+    title: str  # AUTOMATIC1111's name, or one like it
+    aliases: tuple[str, ...]  # other accepted names: diffusers' class first, then k-diffusion's
     summary: str
-    calls_per_step: int = 1  # of the UNet
-    stochastic: bool = False  # draws fresh noise without being asked to
+    calls_per_step: int = 1  # UNet calls
+    stochastic: bool = False  # takes fresh noise by default
     sigmas: tuple[Sigmas, ...] = ("default",)
     options: tuple[Option, ...] = ("timestep_spacing",)
     predictions: tuple[Prediction, ...] = get_args(Prediction)
@@ -36,13 +36,11 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A description with what it describes."""
+    """A description, and the function that compiles its tables."""
 
     about: Description
     make: Callable[[Setting], Table]
-    heeds_zero_snr: bool = (
-        False  # whether its class in diffusers has the option; the others leave the betas as they are
-    )
+    supports_zero_snr: bool = False  # whether its class in diffusers has rescale_betas_zero_snr; others ignore it
 
 
 _LIST = (
@@ -51,29 +49,29 @@ _LIST = (
             "ddim",
             "DDIM",
             ("DDIMScheduler",),
-            "One straight step from each noise level to the next; eta mixes fresh noise in.",
+            "A first-order step from each noise level to the next; eta adds fresh noise.",
             options=("timestep_spacing", "eta"),
         ),
         discrete.ddim,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "ddpm",
             "DDPM",
             ("DDPMScheduler",),
-            "The noising process run backwards, with fresh noise at every step; it needs many of them.",
+            "The reverse of the noising process, with fresh noise at every step; it needs many steps.",
             stochastic=True,
         ),
         discrete.ddpm,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "pndm",
             "PLMS",
             ("PNDMScheduler",),
-            "A linear multistep method of order 4, with which Stable Diffusion 1.x was published.",
+            "A fourth-order linear multistep method; the default of Stable Diffusion 1.x.",
             predictions=_OF_V_AND_EPSILON,
         ),
         discrete.pndm,
@@ -83,7 +81,7 @@ _LIST = (
             "lms",
             "LMS",
             ("LMSDiscreteScheduler", "k_lms"),
-            "A linear multistep method of order 4 in the noise level.",
+            "A fourth-order linear multistep method in sigma.",
             sigmas=_SIGMAS,
         ),
         sigma.lms,
@@ -93,31 +91,31 @@ _LIST = (
             "euler",
             "Euler",
             ("EulerDiscreteScheduler", "k_euler"),
-            "One straight step from each noise level to the next.",
+            "A first-order step from each noise level to the next.",
             sigmas=_SIGMAS,
             options=("timestep_spacing", "final_sigmas_type"),
         ),
         sigma.euler,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "euler_ancestral",
             "Euler a",
             ("EulerAncestralDiscreteScheduler", "Euler ancestral", "k_euler_a", "k_euler_ancestral"),
-            "Euler with fresh noise at every step: more steps are another picture.",
+            "Euler with fresh noise at every step; each step count gives another image.",
             stochastic=True,
             predictions=_OF_V_AND_EPSILON,
         ),
         sigma.euler_ancestral,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "heun",
             "Heun",
             ("HeunDiscreteScheduler", "k_heun"),
-            "Euler, put right by the slope at the end of the step.",
+            "Euler, corrected by the slope at the end of each step.",
             calls_per_step=2,
             sigmas=_SIGMAS,
         ),
@@ -128,7 +126,7 @@ _LIST = (
             "kdpm2",
             "DPM2",
             ("KDPM2DiscreteScheduler", "k_dpm_2"),
-            "Each step by the slope halfway along it.",
+            "A step by the slope at its midpoint.",
             calls_per_step=2,
             sigmas=_SIGMAS,
             predictions=_OF_V_AND_EPSILON,
@@ -140,7 +138,7 @@ _LIST = (
             "kdpm2_ancestral",
             "DPM2 a",
             ("KDPM2AncestralDiscreteScheduler", "DPM2 ancestral", "k_dpm_2_a", "k_dpm_2_ancestral"),
-            "DPM2 with fresh noise at every step: more steps are another picture.",
+            "DPM2 with fresh noise at every step; each step count gives another image.",
             calls_per_step=2,
             stochastic=True,
             sigmas=_SIGMAS,
@@ -153,57 +151,57 @@ _LIST = (
             "dpmpp_2m",
             "DPM++ 2M",
             ("DPMSolverMultistepScheduler", "k_dpmpp_2m"),
-            "A multistep solver of order 2 made for guidance: good pictures in 20 steps.",
+            "A second-order multistep solver for guided sampling; good images in 20 steps.",
             sigmas=_SIGMAS,
             options=("timestep_spacing", "final_sigmas_type"),
         ),
         partial(multistep.dpmpp_multistep, order=2),
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "dpmpp_2m_sde",
             "DPM++ 2M SDE",
             ("k_dpmpp_2m_sde",),
-            "DPM++ 2M with fresh noise at every step: more steps are another picture.",
+            "DPM++ 2M with fresh noise at every step; each step count gives another image.",
             stochastic=True,
             sigmas=_SIGMAS,
             options=("timestep_spacing", "final_sigmas_type"),
         ),
         partial(multistep.dpmpp_multistep, order=2, sde=True),
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "dpmpp_3m",
             "DPM++ 3M",
             ("k_dpmpp_3m",),
-            "A multistep solver of order 3, for little guidance.",
+            "A third-order multistep solver, for low guidance scales.",
             sigmas=_SIGMAS,
             options=("timestep_spacing", "final_sigmas_type"),
         ),
         partial(multistep.dpmpp_multistep, order=3),
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "dpmpp_3m_sde",
             "DPM++ 3M SDE",
             ("k_dpmpp_3m_sde",),
-            "DPM++ 3M with fresh noise at every step: more steps are another picture.",
+            "DPM++ 3M with fresh noise at every step; each step count gives another image.",
             stochastic=True,
             sigmas=_SIGMAS,
             options=("timestep_spacing", "final_sigmas_type"),
         ),
         partial(multistep.dpmpp_multistep, order=3, sde=True),
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "dpmpp_2s",
             "DPM++ 2S",
             ("DPMSolverSinglestepScheduler", "k_dpmpp_2s"),
-            "A solver of order 2 that remembers nothing from one pair of steps to the next.",
+            "A second-order singlestep solver: no history between pairs of steps.",
             sigmas=_SIGMAS,
             options=("final_sigmas_type",),
         ),
@@ -214,7 +212,7 @@ _LIST = (
             "dpmpp_3s",
             "DPM++ 3S",
             ("k_dpmpp_3s",),
-            "A solver of order 3 that remembers nothing from one three steps to the next.",
+            "A third-order singlestep solver: no history between groups of three steps.",
             sigmas=_SIGMAS,
             options=("final_sigmas_type",),
         ),
@@ -225,7 +223,7 @@ _LIST = (
             "deis",
             "DEIS",
             ("DEISMultistepScheduler",),
-            "A multistep method of order 2 over the predicted noise.",
+            "A second-order multistep method in the predicted noise.",
             sigmas=_SIGMAS,
         ),
         multistep.deis,
@@ -235,36 +233,36 @@ _LIST = (
             "unipc",
             "UniPC",
             ("UniPCMultistepScheduler",),
-            "A multistep predictor of order 2, put right at the next call without a call of its own.",
+            "A second-order multistep predictor-corrector; the corrector needs no extra UNet call.",
             sigmas=_SIGMAS,
             options=("timestep_spacing", "final_sigmas_type"),
         ),
         multistep.unipc,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "lcm",
             "LCM",
             ("LCMScheduler", "k_lcm"),
-            "2 to 8 steps of a latent consistency model, with fresh noise between them.",
+            "For latent consistency models: 2 to 8 steps with fresh noise in between.",
             stochastic=True,
             options=(),
         ),
         discrete.lcm,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
     Method(
         Description(
             "tcd",
             "TCD",
             ("TCDScheduler",),
-            "2 to 8 steps of a trajectory consistency model; eta, 0.3 by default, is how much noise is fresh.",
+            "For trajectory consistency models: 2 to 8 steps; eta, 0.3 by default, is the share of fresh noise.",
             stochastic=True,
             options=("eta",),
         ),
         discrete.tcd,
-        heeds_zero_snr=True,
+        supports_zero_snr=True,
     ),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.about.name: method for method in _LIST})

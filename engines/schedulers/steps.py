@@ -23,7 +23,7 @@ FinalSigma = Literal["zero", "sigma_min"]
 X, MODEL, NOISE, M1, M2, M3 = np.eye(TERMS)
 
 NUMBERS = 4 + LANES * TERMS  # of a step: see Table.numbers
-_PICTURE = (1.0, 0.0)  # signal and noise, when all steps are done
+_IMAGE = (1.0, 0.0)  # signal and noise, when all steps are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Table:
-    """A method worked out for one step count and noise schedule. x starts as `init_scale` times standard noise."""
+    """A method compiled for one step count and noise schedule. x starts as `init_scale` times standard noise."""
 
     init_scale: float  # init_noise_sigma
     steps: tuple[Step, ...]  # one per UNet call
@@ -69,7 +69,7 @@ class Table:
     def numbers(self) -> tuple[NDArray[np.float32], ...]:
         """What a plan needs of each step, as one row [NUMBERS] that is copied whole: `timestep`, `scale`, the level
         that the step leads to, `matrix`."""
-        levels = [*(step.level for step in self.steps[1:]), _PICTURE]
+        levels = [*(step.level for step in self.steps[1:]), _IMAGE]
         rows = np.array(
             [
                 (step.timestep, step.scale, *level, *step.matrix.flat)

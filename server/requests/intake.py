@@ -1,4 +1,4 @@
-"""The way in: what a caller wrote becomes a `Request` with every default filled in, or is refused with the reason."""
+"""Intake: a validated body becomes a `Request` with every default filled in, or is rejected with the reason."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ _STRENGTH = 0.8  # of image to image, as in diffusers
 
 
 class Intake:
-    """Knows the model's defaults and limits, and nothing of queues or devices."""
+    """Makes requests by the model's defaults and limits. Knows neither queues nor devices."""
 
     def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: Cache = "off") -> None:
-        """`cache` is what requests get that do not say."""
+        """`cache` is the step cache of requests that do not set it."""
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._cache = cache
 
     def request(self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None) -> Request:
-        """Fill in the defaults, tokenize, decode pictures, and compile the scheduler's table.
+        """Fill in the defaults, tokenize, decode images, and compile the scheduler's table.
 
         Raises:
-            InvalidRequest: the model was not built for this size, the scheduler cannot make so many steps, a picture
-                cannot be read, or fields contradict each other.
+            InvalidRequest: the bundle was not built for this size, the scheduler does not support the step count, an
+                image cannot be decoded, or fields contradict each other.
         """
-        _refuse_contradictions(body)
+        _check_contradictions(body)
         if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end) != (0, 1):
-            raise _refused(
+            raise _rejected(
                 "guidance_end", "This model embeds its guidance scale: leave out guidance_start and guidance_end."
             )
         defaults = self._manifest.defaults
         seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
         steps = body.num_inference_steps or defaults.num_inference_steps
-        picture = None if body.image is None else uploads.read(body.image, field="image")
-        size = self._size(body, picture)
-        init_image = None if picture is None else self._init_image(body, picture, size)
+        image = None if body.image is None else uploads.read(body.image, field="image")
+        size = self._size(body, image)
+        init_image = None if image is None else self._init_image(body, image, size)
         scheduler = self._scheduler(body)
         params = GenerationParams(
             prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax),
@@ -68,12 +68,12 @@ class Intake:
         )
         return Request(params, self._table(scheduler, steps, init_image), listeners, request_id or uuid.uuid4().hex)
 
-    def _size(self, body: GenerateRequest, picture: PIL.Image.Image | None) -> Size:
-        """What was asked for, or the built size nearest to the picture's shape, or the model's default."""
+    def _size(self, body: GenerateRequest, image: PIL.Image.Image | None) -> Size:
+        """What was asked for, or the built size nearest to the image's shape, or the model's default."""
         built = self._manifest.resolutions
         default = built[0]
-        if picture is not None and body.width is None and body.height is None:
-            shape = picture.width / picture.height
+        if image is not None and body.width is None and body.height is None:
+            shape = image.width / image.height
             default = min(built, key=lambda size: (abs(size.width / size.height - shape), size != built[0]))
         size = Size(width=body.width or default.width, height=body.height or default.height)
         try:
@@ -83,13 +83,13 @@ class Intake:
             fields = (FieldError("width", message), FieldError("height", message))
             raise InvalidRequest(message, fields=fields) from None
 
-    def _init_image(self, body: GenerateRequest, picture: PIL.Image.Image, size: Size) -> InitImage:
+    def _init_image(self, body: GenerateRequest, image: PIL.Image.Image, size: Size) -> InitImage:
         mask = None
         if body.mask is not None:
             downscale = self._manifest.latent.downscale
             mask = uploads.fit_mask(uploads.read(body.mask, field="mask"), size, downscale=downscale)
         usual = _STRENGTH if mask is None else 1.0
-        return InitImage(uploads.fit(picture, size), usual if body.strength is None else body.strength, mask)
+        return InitImage(uploads.fit(image, size), usual if body.strength is None else body.strength, mask)
 
     def _scheduler(self, body: GenerateRequest) -> Scheduler:
         try:
@@ -101,43 +101,43 @@ class Intake:
                 eta=body.eta,
             )
         except ValueError as error:
-            raise _refused("scheduler", str(error)) from error
+            raise _rejected("scheduler", str(error)) from error
 
     def _table(self, scheduler: Scheduler, steps: int, init_image: InitImage | None) -> Table:
         """The steps to be taken: with an original to start from, only the last of them."""
         taken = steps if init_image is None else min(int(steps * init_image.strength), steps)
         if taken < 1:
-            raise _refused(
+            raise _rejected(
                 "strength",
                 f"{steps} steps at this strength give no denoising step: increase num_inference_steps or strength.",
             )
         try:
             return table(scheduler, steps, self._manifest.noise_schedule, skip=steps - taken)
         except ValueError as error:
-            raise _refused("num_inference_steps", str(error)) from error
+            raise _rejected("num_inference_steps", str(error)) from error
 
     def _clip_skip(self, body: GenerateRequest) -> int:
         layers = self._manifest.context.layers
         if body.clip_skip >= layers:
-            raise _refused("clip_skip", f"This model's text encoder has {layers} layers: skip at most {layers - 1}.")
+            raise _rejected("clip_skip", f"This model's text encoder has {layers} layers: skip at most {layers - 1}.")
         return body.clip_skip
 
 
-def _refuse_contradictions(body: GenerateRequest) -> None:
+def _check_contradictions(body: GenerateRequest) -> None:
     if body.guidance_rescale:
-        raise _refused(
+        raise _rejected(
             "guidance_rescale",
             "guidance_rescale is not supported: it is not linear in the model's output, which batched steps require. "
             "Lower guidance_scale, or end guidance early with guidance_end.",
         )
     if body.guidance_start >= body.guidance_end:
-        raise _refused("guidance_end", "guidance_end must be greater than guidance_start; 0 and 1 are the defaults.")
+        raise _rejected("guidance_end", "guidance_end must be greater than guidance_start; 0 and 1 are the defaults.")
     if body.image is None and (body.mask is not None or body.strength is not None):
         field = "strength" if body.mask is None else "mask"
-        raise _refused(field, f"{field} requires an initial image: send image too.")
+        raise _rejected(field, f"{field} requires an initial image: send image too.")
     if body.exact and body.num_images > 1:
-        raise _refused("exact", "exact supports one image per request: send one request per seed.")
+        raise _rejected("exact", "exact supports one image per request: send one request per seed.")
 
 
-def _refused(field: str, message: str) -> InvalidRequest:
+def _rejected(field: str, message: str) -> InvalidRequest:
     return InvalidRequest(message, fields=(FieldError(field, message),))

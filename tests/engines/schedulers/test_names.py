@@ -178,4 +178,4 @@ def test_options_are_those_of_diffusers_class(name: str) -> None:
     assert ("final_sigmas_type" in about.options) == ("final_sigmas_type" in config)
     if name not in ("lcm", "tcd"):  # whose classes have one and ignore it
         assert ("timestep_spacing" in about.options) == ("timestep_spacing" in config)
-    assert METHODS[name].heeds_zero_snr == ("rescale_betas_zero_snr" in config)
+    assert METHODS[name].supports_zero_snr == ("rescale_betas_zero_snr" in config)
