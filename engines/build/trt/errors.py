@@ -1,10 +1,10 @@
-"""Why an engine was not built."""
+"""The reasons why an engine was not built."""
 
 from __future__ import annotations
 
 from engines.errors import EngineError
 
-REDUCE = "use fewer --resolution, --rows or --decode-batch"  # the remedy where memory is full
+REDUCE = "use fewer --resolution, --rows or --decode-batch"  # the remedy if memory is full
 
 
 class BuildError(EngineError):
@@ -12,11 +12,11 @@ class BuildError(EngineError):
 
 
 class Unavailable(BuildError):
-    """TensorRT, or the GPU that it builds on, is not there."""
+    """TensorRT, or the GPU that it builds on, is missing."""
 
 
 class GraphRefused(BuildError):
-    """TensorRT does not take the ONNX graph, or the shapes asked for are not the graph's."""
+    """TensorRT does not accept the ONNX graph, or the profiles do not match its inputs."""
 
 
 class OutOfMemory(BuildError):
@@ -24,7 +24,7 @@ class OutOfMemory(BuildError):
 
 
 class NotWritten(BuildError):
-    """The engine cannot be written where it was asked for."""
+    """The engine file cannot be written."""
 
 
 KINDS: dict[str, type[BuildError]] = {

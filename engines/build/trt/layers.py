@@ -1,4 +1,4 @@
-"""What the compiler made of a graph's layers, as TensorRT's log or its engine inspector describes them."""
+"""The layers of an engine, read from TensorRT's log or its engine inspector."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any, TypedDict
 _LAYER = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: ", re.MULTILINE)
 _WRITES = re.compile(r", Outputs: \[ *\{.*?(?:Format/)?Datatype: (?P<type>[^,}]+)")
 _PROFILE = re.compile(r"\[profile (\d+)\]")
-_COMPILED = re.compile(r"_myl(\d+)_\d+$")  # the compiler numbers the subgraphs that it is given
+_COMPILED = re.compile(r"_myl(\d+)_\d+$")  # the compiler numbers its subgraphs
 
 
 class LayerCounts(TypedDict):
-    """What the compiler made of a graph, in the profile that came out worst."""
+    """Layers and fusions of an engine, in the profile with the fewest fusions."""
 
     total: int
-    attentions: int  # of the graph
+    attentions: int  # in the graph
     fused_attentions: int
-    group_norms: int  # of the graph
+    group_norms: int  # in the graph
     fused_group_norms: int
-    precisions: dict[str, int]  # layers by the type they write: Half, Float, Int64 …
+    precisions: dict[str, int]  # number of layers by the dtype of their output: Half, Float, Int64 …
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLayer:
-    """A layer of the engine, often made of many of the graph's."""
+    """A layer of the engine, often many layers of the graph fused into one."""
 
     name: str
-    profile: int | None  # None where it has to be inferred
-    writes: str | None  # the type of its first output
+    profile: int | None  # None if the layer does not name one
+    writes: str | None  # the dtype of its first output
 
     @property
     def subgraph(self) -> str | None:
@@ -51,7 +51,7 @@ def count_fusible(trt: Any, network: Any) -> dict[str, int]:
 
 
 def _is_group_norm(scale: tuple[int, ...]) -> bool:
-    """Whether a normalisation whose scale has this shape is over groups [1, G, 1], rather than features [1, 1, C]."""
+    """Whether a normalisation with a scale of this shape is over groups [1, G, 1], rather than features [1, 1, C]."""
     return len(scale) > 2 and scale[1] != 1 and scale[-1] == 1
 
 
@@ -62,14 +62,14 @@ def logged_layers(table: str) -> list[EngineLayer]:
 
 
 def inspected_layers(information: str) -> list[EngineLayer]:
-    """Read the engine inspector's JSON. Of layers that it tells by name only, the type stays unknown."""
+    """Read the engine inspector's JSON. Layers that it lists only by name have no dtype."""
     layers: list[EngineLayer] = []
-    for told in json.loads(information)["Layers"]:
-        facts: dict[str, Any] = {"Name": told} if isinstance(told, str) else told
-        outputs: list[dict[str, str]] = facts.get("Outputs", [])
+    for entry in json.loads(information)["Layers"]:
+        fields: dict[str, Any] = {"Name": entry} if isinstance(entry, str) else entry
+        outputs: list[dict[str, str]] = fields.get("Outputs", [])
         first = outputs[0] if outputs else {}
         writes = first.get("Datatype", first.get("Format/Datatype"))
-        layers.append(EngineLayer(facts["Name"], _profile(json.dumps(facts)), writes))
+        layers.append(EngineLayer(fields["Name"], _profile(json.dumps(fields)), writes))
     return layers
 
 
@@ -84,7 +84,7 @@ def _written(line: str) -> str | None:
 
 
 def summarize(layers: Iterable[EngineLayer], graph: Mapping[str, int]) -> LayerCounts:
-    """Describe the profile in which least is fused."""
+    """Count the layers of the profile with the fewest fusions. `graph` is from `count_fusible`."""
     return min(
         (_counts(of_profile, graph) for of_profile in _by_profile(list(layers))),
         key=lambda counts: counts["fused_attentions"] + counts["fused_group_norms"],
@@ -92,12 +92,12 @@ def summarize(layers: Iterable[EngineLayer], graph: Mapping[str, int]) -> LayerC
 
 
 def _by_profile(layers: list[EngineLayer]) -> list[list[EngineLayer]]:
-    """Sort by profile. One that names none belongs with its subgraph; a subgraph that names none is the first's."""
-    of_subgraph = {kernel.subgraph: kernel.profile for kernel in layers if kernel.profile is not None}
+    """Group by profile. A layer that names none has its subgraph's; a subgraph that names none has the first."""
+    of_subgraph = {compiled.subgraph: compiled.profile for compiled in layers if compiled.profile is not None}
     profiles: dict[int, list[EngineLayer]] = {}
-    for kernel in layers:
-        inferred = of_subgraph.get(kernel.subgraph, 0) if kernel.subgraph is not None else 0
-        profiles.setdefault(inferred if kernel.profile is None else kernel.profile, []).append(kernel)
+    for compiled in layers:
+        inferred = of_subgraph.get(compiled.subgraph, 0) if compiled.subgraph is not None else 0
+        profiles.setdefault(inferred if compiled.profile is None else compiled.profile, []).append(compiled)
     return list(profiles.values())
 
 
@@ -105,10 +105,10 @@ def _counts(layers: list[EngineLayer], graph: Mapping[str, int]) -> LayerCounts:
     return {
         "total": len(layers),
         "attentions": graph["attentions"],
-        "fused_attentions": sum("_gemm_mha" in kernel.name for kernel in layers),
+        "fused_attentions": sum("_gemm_mha" in compiled.name for compiled in layers),
         "group_norms": graph["group_norms"],
-        "fused_group_norms": sum("Gnor" in kernel.name for kernel in layers),
-        "precisions": dict(Counter(kernel.writes for kernel in layers if kernel.writes)),
+        "fused_group_norms": sum("Gnor" in compiled.name for compiled in layers),
+        "precisions": dict(Counter(compiled.writes for compiled in layers if compiled.writes)),
     }
 
 

@@ -175,8 +175,8 @@ def test_the_bundle_is_served_on_a_cpu_where_there_is_no_gpu(built: Path) -> Non
 def test_engines_without_their_gpu_are_told_before_loading(built: Path) -> None:
     ended = run_server("--bundle", str(built), "--backend", "tensorrt_rtx", "--port", "0")
     assert ended.returncode == 1
-    assert "run on an NVIDIA GPU, and there is none here" in ended.stderr
-    assert "take the backend onnxruntime or openvino" in ended.stderr
+    assert "need an NVIDIA GPU, and this machine has none" in ended.stderr
+    assert "use the backend onnxruntime or openvino" in ended.stderr
 
 
 def test_engines_of_another_version_are_told_with_the_command_that_rebuilds(
