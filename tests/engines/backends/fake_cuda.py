@@ -1,8 +1,8 @@
 """CUDA's runtime over the host's memory: a stand-in for the module `cuda.bindings.runtime`, as asynchronous as CUDA.
 
-A stream is a thread that works off a queue, so copies and kernels happen late, and whoever reuses memory too early
-finds wrong values there. Statuses are CUDA's own and are returned, never raised. What CUDA would not notice, or would
-punish with nonsense, is a fault: it is noted in `faults`, which tests hold to be empty.
+A stream is a thread with a queue, so copies and kernels run later, and code that reuses memory too early reads wrong
+values. Statuses are CUDA's own and are returned, never raised. Misuse that CUDA would not notice, or that would give
+undefined results, is a fault: it is added to `faults`, which the tests require to be empty.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Block:
 
 
 class FakeStream:
-    """A thread that works in order. It ends when its stream is destroyed, or its GPU has gone."""
+    """A thread that works in order. It ends when its stream is destroyed or its GPU is garbage."""
 
     def __init__(self, cuda: FakeCuda, priority: int) -> None:
         self._cuda = ref(cuda)
@@ -133,7 +133,7 @@ class FakeStream:
                 cuda.fault(f"{type(error).__name__} in a stream: {error}")
 
 
-# What comes beside the status: None where it is not success.
+# The values after the status: None unless it is success.
 _VALUES = {
     "cudaMemGetInfo": 2,
     "cudaDeviceGetStreamPriorityRange": 2,
@@ -564,6 +564,6 @@ def _close(streams: dict[int, FakeStream]) -> None:
 
 
 def _wait(opened: threading.Event) -> None:
-    """Tests end: whoever would wait for ever hears of it."""
+    """Wait for at most a minute, so that a deadlock fails the test."""
     if not opened.wait(timeout=60):
         raise TimeoutError("a stream was held for a minute")

@@ -1,9 +1,9 @@
 """TensorRT's runtime over the host's memory, in the streams of `fake_cuda`.
 
-The module stands for the package `tensorrt`, of which it has what `__all__` names, and `rtx` for `tensorrt_rtx`. An
-engine file is JSON: the ONNX graph that ONNX Runtime computes in its place, and the profiles. Whoever calls out of
-order, or names memory or shapes that do not fit, is refused as by the real one: False, None or a line of log, and never
-an exception. What the real one would take and compute nonsense from is a fault of the fake GPU.
+This module replaces the package `tensorrt`, of which it has the names in `__all__`, and `rtx` replaces `tensorrt_rtx`.
+An engine file is JSON: the path of an ONNX graph, which ONNX Runtime computes, and the profiles. Calls out of order, or
+with memory or shapes that do not fit, are refused as by the real package: by False, None or a log line, never by an
+exception. Calls that the real package would accept with undefined results are a fault of the fake GPU.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_the_fastest_that_runs_here_is_taken(
     assert available.choose().backend == backend
 
 
-def test_the_reasons_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_has_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch, "onnxruntime", "tensorrt-rtx")
     assert available.choose().reason == (
         "tensorrt: not installed; tensorrt_rtx: no driver; onnxruntime_cuda: not installed; "
@@ -57,7 +57,7 @@ def test_the_reasons_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_where_nothing_runs_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_any_backend_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch)
     with pytest.raises(EngineError, match=re.escape(install_command("cpu"))):
         available.choose()

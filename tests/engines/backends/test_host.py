@@ -92,7 +92,7 @@ def test_a_view_lies_inside_and_where_a_device_could_address_it(device: HostDevi
         device.allocate((2 * ALIGNMENT,), np.uint8).view((count,), np.uint8, offset=offset)
 
 
-def test_memory_is_told_by_purpose_while_anything_of_it_is_left(device: HostDevice) -> None:
+def test_memory_is_counted_by_purpose_until_its_last_view_is_garbage(device: HostDevice) -> None:
     pool = device.allocate((ALIGNMENT,), np.float32, purpose="pool")
     view = pool.view((8,), np.uint8, offset=ALIGNMENT).view((4,), np.uint8, offset=0)
     other = device.allocate((3,), np.uint8)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: what its sessions are told."""
+"""ONNX Runtime on the CPU: the options of its sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPINNING = "session.intra_op.allow_spinning"
 
 
 @pytest.mark.parametrize("urgent", [True, False])
-def test_threads_stay_awake_between_steps_alone(urgent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_threads_of_steps_spin(urgent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     output: dict[str, str] = {}
     options = MagicMock()
     options.add_session_config_entry = output.__setitem__

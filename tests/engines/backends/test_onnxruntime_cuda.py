@@ -306,7 +306,7 @@ def test_a_capture_that_fails_costs_only_the_graph(
 # What is refused
 
 
-def test_names_that_are_not_the_graphs_are_told(bench: Bench) -> None:
+def test_names_that_are_not_the_graphs_are_refused(bench: Bench) -> None:
     x = bench.device.allocate((2, WIDTH), np.float32)
     with pytest.raises(EngineError, match=r"tiny\.onnx takes \['x', 'y'\], was given \['x'\]"):
         bench.device.load(bench.onnx, bench.stream).bind({"x": x})
@@ -335,7 +335,7 @@ def test_a_refused_step_is_an_error(bench: Bench, gpu: FakeCuda) -> None:
     assert bench.compute(x, y, call, 2) == 4
 
 
-def test_a_lost_device_is_told(bench: Bench, gpu: FakeCuda) -> None:
+def test_a_lost_device_is_reported(bench: Bench, gpu: FakeCuda) -> None:
     x, y, call = bench.bind()
     bench.compute(x, y, call, 1)
     gpu.lose("cudaErrorLaunchFailure")
@@ -343,13 +343,13 @@ def test_a_lost_device_is_told(bench: Bench, gpu: FakeCuda) -> None:
         call.launch()
 
 
-def test_a_file_that_is_no_graph_is_told(bench: Bench, runtime: FakeRuntime) -> None:
+def test_a_file_that_is_no_graph_is_refused(bench: Bench, runtime: FakeRuntime) -> None:
     runtime.fails = "INVALID_PROTOBUF"
     with pytest.raises(EngineError, match=r"cannot load .*tiny\.onnx: INVALID_PROTOBUF"):
         bench.device.load(bench.onnx, bench.stream)
 
 
-def test_a_session_that_does_not_fit_says_who_holds_the_memory(bench: Bench, runtime: FakeRuntime) -> None:
+def test_a_session_that_does_not_fit_reports_what_uses_the_memory(bench: Bench, runtime: FakeRuntime) -> None:
     runtime.fails = "Failed to allocate memory for requested buffer of size 4096"
     kept = bench.device.allocate((2**20,), np.uint8, purpose="state")
     with pytest.raises(EngineError, match=r"does not fit into the GPU's memory: Failed .* state 1\.0 MiB; .* --rows"):

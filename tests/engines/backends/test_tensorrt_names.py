@@ -1,7 +1,7 @@
-"""Every TensorRT name in our source exists in each version we support, so that no GPU is needed to notice a removal.
+"""Every TensorRT name in the source exists in each supported version, so that a removal is noticed without a GPU.
 
-Objects of TensorRT have no types that a checker could follow. So they have names: wherever the source says `config`,
-or `self._config`, it means an IBuilderConfig, and what it takes from it must be there in every version.
+TensorRT's objects have no types that mypy could check. So variables have fixed names: `config` or `self._config` in the
+source is an IBuilderConfig, and every attribute used of it must exist in every version.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def test_a_misspelt_override_would_be_noticed() -> None:
     assert lacking(source, recorded("11.4")) == [("IProgressMonitor", "phase_begin")]
 
 
-def test_rtx_is_told_apart_by_a_name_that_only_it_has() -> None:
+def test_only_rtx_has_the_name_by_which_it_is_recognised() -> None:
     assert "ComputeCapability" in installed()
     assert "ComputeCapability" not in [*recorded("10.16"), *recorded("11.4")]
 

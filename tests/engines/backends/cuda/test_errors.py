@@ -13,7 +13,7 @@ from tests.engines.backends.cuda.gpus import FOUND, filled, read, values
 from tests.engines.backends.fake_cuda import FakeCuda
 
 
-def test_a_lost_device_is_told_wherever_somebody_waits(device: CudaDevice, fake: FakeCuda) -> None:
+def test_a_lost_device_raises_in_every_call_that_waits(device: CudaDevice, fake: FakeCuda) -> None:
     stream = device.stream("work")
     buffer = filled(device, stream, 4)
     event, reading = stream.record(), stream.read(buffer)
@@ -47,7 +47,7 @@ def test_every_status_that_cuda_calls_final_is_one() -> None:
     assert {one.name for one in runtime.cudaError_t} >= status.LOST
 
 
-def test_check_hands_on_what_came_with_success() -> None:
+def test_check_returns_the_values_of_a_success() -> None:
     success = runtime.cudaError_t.cudaSuccess
     assert (check((success,)), check((success, 5)), check((success, 5, 6))) == ((), 5, (5, 6))
 
@@ -58,7 +58,7 @@ def test_full_memory_elsewhere_says_what_to_do() -> None:
 
 
 @pytest.mark.skipif(FOUND.gpu is not None, reason="there is a GPU")
-def test_without_a_gpu_the_probe_says_why() -> None:
+def test_without_a_gpu_the_probe_gives_the_reason() -> None:
     assert FOUND.gpu is None
     assert "CUDA error" in FOUND.reason
     with pytest.raises(EngineError, match=r"No GPU was found\. CUDA error"):

@@ -90,7 +90,7 @@ def test_readings_arrive_in_order(any_device: CudaDevice, stream: CudaStream) ->
     assert [one.result()[0] for one in readings] == list(range(20))
 
 
-def test_a_stream_follows_another_ones_event(device: CudaDevice, fake: FakeCuda) -> None:
+def test_a_stream_waits_for_an_event_of_another(device: CudaDevice, fake: FakeCuda) -> None:
     first, second = device.stream("first"), device.stream("second")
     buffer = device.allocate((4,), np.float32)
     with fake.gate(first.handle):

@@ -52,7 +52,7 @@ def test_a_larger_engine_that_comes_later_leaves_the_earlier_calls_theirs(tiny: 
     assert bench.device.memory()["scratch"] == 3 * fake.SCRATCH
 
 
-def test_a_shape_that_no_profile_takes_is_told_with_those_built(any_bench: Bench) -> None:
+def test_a_shape_without_a_profile_is_refused_with_the_profiles(any_bench: Bench) -> None:
     expected = (
         "tiny.engine has no profile for x (5, 4), row (5,). It was built for "
         "x (1, 4) to (2, 4), row (1,) to (2,); x (1, 4) to (4, 4), row (1,) to (4,). "
@@ -62,18 +62,18 @@ def test_a_shape_that_no_profile_takes_is_told_with_those_built(any_bench: Bench
         any_bench.bind(inputs(5))
 
 
-def test_shapes_of_another_rank_are_told(bench: Bench) -> None:
+def test_shapes_of_another_rank_are_refused(bench: Bench) -> None:
     with pytest.raises(EngineError, match=r"no profile for row \(2, 1\)\."):
         bench.bind({**inputs(2), "row": np.zeros((2, 1), np.int64)})
 
 
-def test_a_type_that_is_not_the_graphs_is_told(any_bench: Bench) -> None:
+def test_another_dtype_is_refused(any_bench: Bench) -> None:
     with pytest.raises(EngineError, match=r"tiny\.engine takes row as int64, was given int32"):
         any_bench.bind({**inputs(2), "row": np.zeros(2, np.int32)})
 
 
 @pytest.mark.parametrize("change", ["more", "fewer"])
-def test_names_that_are_not_the_graphs_are_told(bench: Bench, change: str) -> None:
+def test_names_that_are_not_the_graphs_are_refused(bench: Bench, change: str) -> None:
     given = inputs(2) | {"z": np.zeros(1)} if change == "more" else {"x": inputs(2)["x"]}
     with pytest.raises(EngineError, match=r"takes \['row', 'table', 'x', 'y'\], was given \['"):
         bench.bind(given)
@@ -94,18 +94,18 @@ def test_an_output_of_another_shape_is_not_written_past_its_end(any_bench: Bench
         any_bench.device.load(any_bench.engine, any_bench.stream).bind(buffers)
 
 
-def test_inputs_that_do_not_go_together_are_told(bench: Bench) -> None:
+def test_inputs_that_cannot_be_combined_are_refused(bench: Bench) -> None:
     with pytest.raises(EngineError, match=r"tiny\.engine cannot combine these input shapes: dimensions"):
         bench.bind({**inputs(2), "row": np.zeros(1, np.int64)})
 
 
-def test_a_type_that_numpy_lacks_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_that_numpy_lacks_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake.ICudaEngine, "get_tensor_dtype", lambda *_: fake.DataType.BF16)
     with pytest.raises(EngineError, match=r"tiny\.engine: x is DataType\.BF16, which numpy does not support"):
         bench.device.load(bench.engine, bench.stream)
 
 
-def test_an_engine_that_does_not_fit_into_memory_says_who_holds_it(engine: Path) -> None:
+def test_an_engine_that_does_not_fit_reports_what_uses_the_memory(engine: Path) -> None:
     device = fake_device(FakeCuda(total=8192))
     stream = device.stream("steps")
     held = device.allocate((8000,), np.uint8, purpose="state")
@@ -152,12 +152,12 @@ def test_a_corrupted_file_is_not_loaded(any_bench: Bench, tmp_path: Path) -> Non
         any_bench.device.load(tmp_path / "broken.engine", any_bench.stream)
 
 
-def test_a_missing_file_is_told(bench: Bench, tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"none\.engine cannot be read"):
         bench.device.load(tmp_path / "none.engine", bench.stream)
 
 
-def test_a_runtime_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_logger: fake.ILogger) -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 

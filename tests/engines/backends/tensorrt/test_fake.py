@@ -73,7 +73,7 @@ def test_the_fake_refuses_what_comes_out_of_order(engine: Path, gpu: FakeCuda) -
 
 
 def faults(bench: Bench, gpu: FakeCuda) -> list[str]:
-    """What has gone wrong up to now."""
+    """The faults so far, which are then forgotten."""
     with pytest.raises(DeviceLost):
         bench.stream.record().wait()
     found, gpu.faults = gpu.faults, []

@@ -44,7 +44,7 @@ def test_the_second_launch_is_captured_and_all_later_ones_are_its_graph(
 
 
 @pytest.mark.parametrize("for_rtx", [False, True])
-def test_what_cannot_be_captured_goes_on_plainly_and_says_so_once(
+def test_an_engine_that_cannot_be_captured_runs_without_graphs_after_one_warning(
     tiny: Path, engine: Path, gpu: FakeCuda, for_rtx: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_engine(engine, tiny, PROFILES, capturable=0)
@@ -142,12 +142,12 @@ def test_a_refused_graph_is_an_error(bench: Bench, gpu: FakeCuda) -> None:
 
 
 @pytest.mark.parametrize("launched", [0, 1, 2])
-def test_a_lost_device_is_told_by_every_kind_of_launch(bench: Bench, gpu: FakeCuda, launched: int) -> None:
+def test_every_kind_of_launch_reports_a_lost_device(bench: Bench, gpu: FakeCuda, launched: int) -> None:
     _buffers, call = bench.bind(inputs(2))
     launches(gpu, call, launched)
     bench.stream.record().wait()
     gpu.lose("cudaErrorLaunchFailure")
-    if launched == 0:  # TensorRT gives what it has, and the stream tells
+    if launched == 0:  # TensorRT enqueues without an error, and the stream reports it
         call.launch()
         with pytest.raises(DeviceLost):
             bench.stream.record()
@@ -156,7 +156,7 @@ def test_a_lost_device_is_told_by_every_kind_of_launch(bench: Bench, gpu: FakeCu
             call.launch()
 
 
-def test_a_refusal_on_a_lost_device_is_told_as_that(
+def test_a_refusal_on_a_lost_device_is_reported_as_a_lost_device(
     bench: Bench, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _buffers, call = bench.bind(inputs(2))
@@ -166,7 +166,9 @@ def test_a_refusal_on_a_lost_device_is_told_as_that(
         call.launch()
 
 
-def test_what_was_logged_before_a_success_is_not_blamed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_logged_before_a_success_are_not_part_of_later_messages(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _buffers, call = bench.bind(inputs(2))
     logger_for(fake).log(fake.ILogger.ERROR, "an old trouble")
     call.launch()

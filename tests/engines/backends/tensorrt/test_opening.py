@@ -21,7 +21,7 @@ from tests.engines.backends.tensorrt.tiny import NO_GPU
 
 
 @NO_GPU
-def test_without_a_driver_a_real_engine_is_not_loaded_and_the_log_says_why(rtx_engine: Path) -> None:
+def test_without_a_driver_a_real_engine_is_not_loaded_and_the_error_has_tensorrts_reason(rtx_engine: Path) -> None:
     device = TensorRtDevice(tensorrt_rtx, Cuda(FakeCuda()), gpu=FAKE_GPU)
     with pytest.raises(EngineError, match=r"failed to load .*tiny\.rtx: rebuild it .*cudaError 35"):
         device.load(rtx_engine, device.stream("steps"))

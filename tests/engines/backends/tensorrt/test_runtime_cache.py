@@ -51,7 +51,7 @@ def test_the_cache_is_written_only_when_something_was_added(rtx_bench: Bench, ca
 
 
 @pytest.mark.parametrize("content", [b"", b"no cache", b'{"version": "1.6", "kernels": ["x"]}'], ids=str)
-def test_a_cache_that_is_damaged_or_old_is_left_out_and_replaced(
+def test_a_cache_that_is_damaged_or_old_is_ignored_and_replaced(
     rtx_bench: Bench, cache: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.write_bytes(content)
@@ -73,7 +73,7 @@ def test_a_cache_that_others_may_write_is_not_read(
     assert cache.stat().st_mode & 0o777 == 0o600, "its successor is ours alone"
 
 
-def test_a_cache_of_somebody_else_is_not_read(
+def test_a_cache_of_another_user_is_not_read(
     rtx_bench: Bench, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiled(rtx_bench)
@@ -98,7 +98,7 @@ def test_neither_links_nor_pipes_are_read(
     assert caplog.text.count("is ignored") == 2
 
 
-def test_a_folder_that_cannot_be_written_is_said(
+def test_a_folder_that_cannot_be_written_is_a_warning(
     rtx_bench: Bench, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_write_that_breaks_off_leaves_the_old_cache(
     assert sorted(cache.parent.iterdir()) == [rtx_bench.engine, cache]
 
 
-def test_a_package_without_a_cache_is_said(
+def test_a_package_that_refuses_the_cache_is_a_warning(
     rtx_bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fake.IRuntimeConfig, "set_runtime_cache", lambda *_: False)
