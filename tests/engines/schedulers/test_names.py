@@ -139,7 +139,7 @@ def test_what_a_method_does_not_have_is_refused(name: str, asked: dict[str, Any]
         ("", "unknown scheduler ''"),
         ("DPM++ SDE Karras", "DPM.. SDE Karras is unavailable: its noise comes from a Brownian tree"),
         ("DPMSolverSDEScheduler", "Brownian tree, which torch's seeds do not replay: take dpmpp_2m_sde"),
-        ("DPM adaptive", "it chooses its steps by what it sees"),
+        ("DPM adaptive", "it adapts its steps to the image"),
         ("DPM++ 2S a Karras", "diffusers has no class of it to compare with: take dpmpp_2s"),
         ("FlowMatchEulerDiscreteScheduler", "it is for models of another kind"),
         ("IPNDMScheduler", "its noise levels are its own"),
