@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -105,6 +106,16 @@ def missing_package(backend: str, package: str) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this project: in a source checkout from there, with its pinned versions."""
-    if (Path(__file__).parents[2] / "pyproject.toml").is_file():
+    if _in_checkout():
         return f".venv/bin/pip install -c scripts/constraints.txt -e '.[{extra}]'"
     return f"pip install 'latentd[{extra}]'"
+
+
+def build_command(*words: object) -> str:
+    """The command that runs the build with these arguments, from a source checkout or from the installed package."""
+    program = ".venv/bin/python build_engines.py" if _in_checkout() else "python -m build_engines"
+    return f"{program} {shlex.join(map(str, words))}"
+
+
+def _in_checkout() -> bool:
+    return (Path(__file__).parents[2] / "pyproject.toml").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+from engines.backends.registry import build_command
 from engines.errors import EngineError
 from engines.manifest import Build, Gpu
 
@@ -66,4 +67,4 @@ def _describe(gpu: Gpu) -> str:
 
 
 def _command(bundle: Path, backend: str) -> str:
-    return f"python build_engines.py compile {bundle} --backend {backend}"
+    return build_command("compile", bundle, "--backend", backend)

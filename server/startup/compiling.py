@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engines.backends.available import check_fits, unavailable_reason
-from engines.backends.registry import ON_CPU, install_command
+from engines.backends.registry import ON_CPU, build_command, install_command
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import Manifest
@@ -91,7 +91,7 @@ def _lock(bundle: Path, backend: str, on_status: OnStatus, stopped: Callable[[],
     except OSError as error:
         raise EngineError(
             f"{bundle} holds no {backend} engines that run here, and none can be written there ({error.strerror}): "
-            f"let the server write to it, or run build_engines.py compile {bundle} --backend {backend} first."
+            f"let the server write to it, or first run {build_command('compile', bundle, '--backend', backend)}"
         ) from error
     with file:
         _wait_for(file, on_status, stopped)

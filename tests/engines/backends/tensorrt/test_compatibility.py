@@ -46,7 +46,7 @@ MISFITS = [
         ("tensorrt", "11.4.0.106", L4, "11.3.1.2", A10),
         "The tensorrt engines in bundles/sd were built by TensorRT 11.4.0 for NVIDIA L4 (compute capability 8.9); "
         "this machine has TensorRT 11.3.1 and NVIDIA A10 (compute capability 8.6). "
-        "Rebuild them on this machine: python build_engines.py compile bundles/sd --backend tensorrt",
+        "Rebuild them on this machine: .venv/bin/python build_engines.py compile bundles/sd --backend tensorrt",
     ),
     (("tensorrt", "11.4.0.106", L4, "11.4.1.1", L4), "this machine has TensorRT 11.4.1 and NVIDIA L4"),
     (("tensorrt", "11.4.0.106", L4, "11.4.0.106", A10), "this machine has TensorRT 11.4.0 and NVIDIA A10"),
@@ -54,14 +54,14 @@ MISFITS = [
         ("tensorrt_rtx", "1.6.0.9", None, "1.7.1.116", A10),
         "were built by TensorRT for RTX 1.6.0; "
         "this machine has TensorRT for RTX 1.7.1 and NVIDIA A10 (compute capability 8.6). "
-        "Rebuild them on this machine: python build_engines.py compile bundles/sd --backend tensorrt_rtx",
+        "Rebuild them on this machine: .venv/bin/python build_engines.py compile bundles/sd --backend tensorrt_rtx",
     ),
     (("tensorrt_rtx", "1.7.1.116", L4, "1.7.1.116", A10), "for NVIDIA L4 (compute capability 8.9); this machine has"),
     (
         ("tensorrt_rtx", "1.7.1.116", None, "1.7.1.116", H200),
         "TensorRT for RTX 1.7.1 supports compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; "
         "this machine has NVIDIA H200 (compute capability 9.0). Build engines that run on it: "
-        "python build_engines.py compile bundles/sd --backend tensorrt",
+        ".venv/bin/python build_engines.py compile bundles/sd --backend tensorrt",
     ),
     (("tensorrt", "11.4.0.106", L4, "11.4.0.106", None), "need an NVIDIA GPU, and this machine has none"),
 ]
