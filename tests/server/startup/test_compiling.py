@@ -227,7 +227,7 @@ def test_cpus_load_the_graphs_as_they_are(backend: str, manifest: Manifest, tmp_
 
 def test_a_bundle_that_cannot_be_written_says_what_to_do(copied: Path, manifest_of_copy: Manifest) -> None:
     (copied / ".compiling").mkdir()  # read-only folders do not stop root, who runs many a test
-    with pytest.raises(EngineError, match="let the server write to it, or first run .*build_engines"):
+    with pytest.raises(EngineError, match=r"let the server write to it, or first run .*build_engines"):
         compile_missing(manifest_of_copy, copied, RTX, on_status=lambda _: None)
 
 
