@@ -10,7 +10,7 @@ import pytest
 
 from tests import ROOT
 
-# Each folder, or module beside folders, and those of this project that it may import; itself besides. Most specific
+# Each folder, or module outside one, and those of this project that it may import in addition to itself. Most specific
 # names win, so a module listed by its own name follows its own rule and not its folder's.
 ALLOWED: dict[str, set[str]] = {
     "engines.cli": set(),

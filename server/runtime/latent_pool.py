@@ -205,14 +205,14 @@ class LatentPool:
         return self._streams.steps.read(self._states[self._parity], at=slot)
 
     def stage(self, slots: Sequence[int]) -> StagedImages:
-        """Copy finished pictures out of the state, for which there must be places; their slots may be freed then."""
+        """Copy finished latents to free places of the staging pool; their slots may be freed afterwards."""
         entries = tuple(self._entries.pop() for _ in slots)
         for slot, entry in zip(slots, entries, strict=True):
             self._streams.steps.copy(self._states[self._parity], self._staging, source_at=slot, at=entry)
         return StagedImages(entries, self._streams.steps.record())
 
     def decode(self, staged: StagedImages) -> list[DecodedImages]:
-        """Launch the decoding of staged pictures, a chunk at a time. Raises EngineError."""
+        """Launch the decoding of staged latents, a chunk at a time. Raises EngineError."""
         self._streams.decode.follow(staged.copied)
         chunk = len(self._decode)
         starts = range(0, len(staged.entries), chunk)
@@ -223,11 +223,11 @@ class LatentPool:
             raise
 
     def free_entries(self, staged: StagedImages) -> None:
-        """Make room for others, once the pictures have been read, or will not be."""
+        """Free places of the staging pool, once their images have been read or are abandoned."""
         self._entries.extend(staged.entries)
 
     def encode(self, image: Image, noise: Sequence[NoiseGenerator]) -> tuple[Reading, ...]:
-        """Launch the encoding of a picture [H, W, 3], with noise of each generator, to latents [1, channels, h, w].
+        """Launch the encoding of an image [H, W, 3], with noise of each generator, to latents [1, channels, h, w].
 
         Raises EngineError.
         """
@@ -282,7 +282,7 @@ class LatentPool:
         """Bind `graph` for `n` images, over `pools` and memory of its own for the other inputs and outputs."""
         sizes = {**self._dims, "n": n}
         buffers = {
-            port.name: self._device.allocate(port.shape(sizes), port.dtype, purpose=f"pictures of {self.size}")
+            port.name: self._device.allocate(port.shape(sizes), port.dtype, purpose=f"images of {self.size}")
             for port in (*inputs_of(graph), *OUTPUTS[graph])
             if port.name not in pools
         }
@@ -293,7 +293,7 @@ def encoded(reading: Reading) -> Latents:
     """The latents [channels, h, w] that the image encoder made, once they are here. Raises EngineError."""
     latents: Latents = reading.result()[0]
     if not np.isfinite(latents).all():
-        raise EngineError("The image encoder made NaN or infinity of a picture: build it in a higher --precision.")
+        raise EngineError("The image encoder computed NaN or infinity: build it in a higher --precision.")
     return latents
 
 

@@ -59,7 +59,7 @@ class Pipeline:
     """Admits requests, advances them step by step, and reads their images. For the thread that owns the device.
 
     What a request holds on the device is an `Owned` object: `admit` returns an `Admission`, `place` makes it a
-    `Placement`, the last `step` a `Finished`, `decode` a `PendingDecode`. Whoever has the latest one releases it. Only
+    `Placement`, the last `step` a `Finished`, `decode` a `PendingDecode`. Its holder releases the latest one. Only
     `warm_up` waits for the device.
     """
 

@@ -72,7 +72,7 @@ def choose_fastest(
             source = _write_cache(file, seconds)
     chosen = _fastest_of(seconds)
     figures = ", ".join(f"{backend} {taken:.3g} s" for backend, taken in seconds.items())
-    _log.info("backend %s: a picture takes %s, measured on this machine and %s", chosen, figures, source)
+    _log.info("backend %s: an image takes %s, measured on this machine and %s", chosen, figures, source)
     return chosen
 
 
@@ -153,7 +153,7 @@ class _Shortest(StepTimeModel):
 
 
 def seconds_of_picture(bundle: Path, backend: str, *, threads: int) -> float:
-    """What one picture takes alone, of the default size and steps. Raises EngineError where it cannot be loaded."""
+    """The seconds of one image alone, at the default size and steps. Raises EngineError if it cannot be loaded."""
     manifest = Manifest.read(bundle)
     alone = manifest.model_copy(update={"resolutions": manifest.resolutions[:1], "rows": manifest.rows[:1]})
     step_times = _Shortest(max_rows=alone.max_rows)

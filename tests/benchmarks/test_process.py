@@ -89,7 +89,12 @@ def test_children_that_outlive_their_parent_are_ended(tmp_path: Path) -> None:
     with ChildProcess(python(code), log=tmp_path / "log", interactive=True) as child:
         orphan = int(child.read_line(timeout=30))
         until(lambda: child.exit_code is not None)
-    until(lambda: not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE)
+    until(lambda: ended(orphan))
+    assert ended(orphan)
+
+
+def ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_lines_go_both_ways_until_it_ends(tmp_path: Path) -> None:

@@ -31,4 +31,5 @@ def test_every_model_has_a_file() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_file_is_read(name: str) -> None:
-    MODELS[name].model_validate_json((ROOT / "docs" / "benchmarks" / f"{name}.json").read_bytes())
+    text = (ROOT / "docs" / "benchmarks" / f"{name}.json").read_bytes()
+    assert MODELS[name].model_validate_json(text).model_dump(exclude_unset=True)

@@ -91,7 +91,7 @@ class Recorder:
 def test_memory_follows_the_inputs_that_are_declared(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch, depth: Depth
 ) -> None:
-    """A pool and an input of the plan that nobody fills are bound, at their neutral values."""
+    """A pool and an input of the plan that no plan fills are bound, at their neutral values."""
     scale = Port("row_scale", "float32", ("R", 2), role="plan", fill=1)
     control = Port("control", "float32", ("S", "c", "h", "w"), role="pool", fill=0.5)
     for graph in STEPS:

@@ -62,7 +62,7 @@ def test_a_server_measures_once_and_remembers(bundle: Path, manifest: Manifest, 
         (model,) = serving.client.get("/models").json()
         assert serving.generate(prompt="a red cat", num_inference_steps=2).status_code == 200
     (line,) = [line for line in serving.stderr if "measured on this machine" in line]
-    assert f"backend {model['backend']}: a picture takes openvino " in line
+    assert f"backend {model['backend']}: an image takes openvino " in line
     assert f"remembered in {note}" in line if note.exists() else "two rounds disagree" in line
     assert note.parent == caches
     caches.mkdir(parents=True, exist_ok=True)
