@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from server import playground
 from server.api import generate, ops
-from server.api.bodies import problem, problem_response
+from server.api.problems import problem, problem_response
 from server.api.service import Service
 from server.requests.errors import ServerError
 from server.requests.schemas import Problem

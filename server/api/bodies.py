@@ -1,4 +1,4 @@
-"""Read request bodies and write problem details; shared by every API."""
+"""Read request bodies; shared by every API."""
 
 from __future__ import annotations
 
@@ -7,30 +7,24 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from server.api.forms import read_form
+from server.api.problems import explain, shorten
 from server.requests.errors import (
-    STATUS,
     BodyTooLarge,
     Cancelled,
     FieldError,
     ForeignOrigin,
     InvalidRequest,
-    MalformedBody,
-    ServerError,
     UnsupportedMediaType,
 )
-from server.requests.schemas import Problem
 
 MAX_BODY = 34 * 1024 * 1024  # bytes: two files of 12 MiB in base64, and the other fields
 MAX_COMMAS = 64 * 1024  # bounds the number of values in a JSON body; base64 has no commas
 FILES = ("image", "mask")  # fields that a form may send as files
 _A_FILE = {"type": "string", "format": "binary"}
-_ECHO = 200  # characters of caller-supplied text in a response
-_MOST_ERRORS = 10
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -57,7 +51,7 @@ async def read_body(http: HttpRequest, model: type[ModelT]) -> ModelT:
     try:
         return validate()
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
 
 
 def describe_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -117,39 +111,5 @@ def _check_origin(http: HttpRequest) -> None:
 
 
 def _refuse(name: str, message: str) -> InvalidRequest:
-    field = _shorten(name)
+    field = shorten(name)
     return InvalidRequest(f"{field}: {message}", fields=(FieldError(field, message),))
-
-
-def _explain(error: ValidationError) -> ServerError:
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    if found[0]["type"] == "json_invalid":
-        return MalformedBody(_shorten(found[0]["msg"]))
-    fields = tuple(
-        FieldError(_shorten(".".join(map(str, item["loc"])) or "body"), _shorten(item["msg"]))
-        for item in found[:_MOST_ERRORS]
-    )
-    return InvalidRequest(f"{fields[0].field}: {fields[0].message}", fields=fields)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _ECHO else text[: _ECHO - 1] + "…"
-
-
-def problem(error: ServerError) -> Problem:
-    """`error` as problem details (RFC 9457)."""
-    return Problem(
-        title=_words(type(error).__name__),
-        status=STATUS[type(error)],
-        detail=error.detail,
-        errors=[{"field": field.field, "message": field.message} for field in error.fields],
-    )
-
-
-def problem_response(document: Problem, *, retry_after: int | None = None) -> JSONResponse:
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    return JSONResponse(document.model_dump(), document.status, headers, media_type="application/problem+json")
-
-
-def _words(name: str) -> str:
-    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip().capitalize()

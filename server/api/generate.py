@@ -7,7 +7,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
@@ -17,10 +17,12 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from server.api.bodies import describe_body, problem, problem_response, read_body
+from server.api.bodies import describe_body, read_body
+from server.api.negotiation import ResponseFormat, negotiate
+from server.api.problems import problem, problem_response
 from server.api.service import Accepted, Files, Service
 from server.requests import images
-from server.requests.errors import FieldError, InvalidRequest, NotAcceptable
+from server.requests.errors import FieldError, InvalidRequest
 from server.requests.images import ImageFormat
 from server.requests.request import Completed, Event, Failed, Image, Request, Started, Stepped
 from server.requests.schemas import (
@@ -37,18 +39,6 @@ from server.requests.schemas import (
 
 KEEPALIVE_SECONDS = 15.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-ResponseFormat = Literal["json", "events", "png", "jpeg", "webp"]
-_FORMATS: dict[str, ResponseFormat] = {
-    "application/json": "json",
-    "application/*": "json",
-    "*/*": "json",
-    "text/event-stream": "events",
-    "image/png": "png",
-    "image/jpeg": "jpeg",
-    "image/webp": "webp",
-    "image/*": "png",
-}
 
 
 class _RawRoute(APIRoute):
@@ -77,7 +67,7 @@ def routes(service: Service) -> APIRouter:
         openapi_extra={"requestBody": describe_body(GenerateRequest)},
     )
     async def generate(http: HttpRequest) -> Response:
-        wanted = _negotiate(http.headers.get("accept", "*/*"))
+        wanted = negotiate(http.headers.get("accept", "*/*"))
         body = await read_body(http, GenerateRequest)
         if wanted in images.FORMATS and body.num_images > 1:
             message = "An image file holds one image: set num_images to 1, or accept application/json."
@@ -90,19 +80,6 @@ def routes(service: Service) -> APIRouter:
         return await _respond(service, accepted, http, wanted=wanted, image_format=image_format)
 
     return router
-
-
-def _negotiate(accept: str) -> ResponseFormat:
-    """The response format that `Accept` prefers, by its q-values; RFC 9110, section 12.5.1."""
-    wanted: list[tuple[float, str]] = []
-    for part in accept.split(","):
-        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
-        wanted.append((float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0, kind))
-    for weight, kind in sorted(wanted, key=lambda pair: -pair[0]):
-        if weight > 0 and kind in _FORMATS:
-            return _FORMATS[kind]
-    raise NotAcceptable("Accept one of application/json, image/png, image/jpeg, image/webp, text/event-stream.")
 
 
 def _request_id(http: HttpRequest) -> str | None:

@@ -17,8 +17,9 @@ from fastapi.responses import JSONResponse
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from server.api.bodies import MAX_BODY, MAX_COMMAS, describe_body, problem, problem_response, read_body
+from server.api.bodies import MAX_BODY, MAX_COMMAS, describe_body, read_body
 from server.api.forms import MAX_FIELDS
+from server.api.problems import problem, problem_response
 from server.requests.errors import ServerError
 from server.requests.schemas import GenerateRequest
 from server.requests.uploads import MAX_FILE
