@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from server.api.bodies import describe_body, read_body
+from server.api.callers import caller_of
 from server.api.negotiation import ResponseFormat, negotiate
 from server.api.problems import problem, problem_response
 from server.api.service import Accepted, Files, Service
@@ -73,7 +74,9 @@ def routes(service: Service) -> APIRouter:
             message = "An image file holds one image: set num_images to 1, or accept application/json."
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         image_format = body.image_format
-        accepted = await service.accept(body, request_id=_request_id(http), follows=wanted == "events")
+        accepted = await service.accept(
+            body, request_id=_request_id(http), caller=caller_of(http), follows=wanted == "events"
+        )
         del body  # free the uploaded files, which may be megabytes, before the wait
         if wanted == "events":
             return _stream(service, accepted, image_format)

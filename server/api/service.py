@@ -74,7 +74,7 @@ class Service:
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
-    async def accept(self, body: GenerateRequest, *, request_id: str | None, follows: bool) -> Accepted:
+    async def accept(self, body: GenerateRequest, *, request_id: str | None, caller: str, follows: bool) -> Accepted:
         """Queue the request that `body` describes. From here on it has exactly one outcome.
 
         Only a caller that `follows` its steps receives events of them.
@@ -86,7 +86,8 @@ class Service:
         if not runtime.executor.ready:
             raise NotReady(f"The server is not ready ({runtime.executor.status}): try again soon.", retry_after=5)
         queue = EventQueue(follows=follows)
-        make = partial(runtime.intake.request, body, queue.on_event, runtime.metrics.observe, request_id=request_id)
+        listeners = queue.on_event, runtime.metrics.observe
+        make = partial(runtime.intake.request, body, *listeners, request_id=request_id, caller=caller)
         if body.image is None:
             request = make()
         else:

@@ -30,7 +30,9 @@ class Intake:
         self._tokenizer = tokenizer
         self._cache = cache
 
-    def request(self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None) -> Request:
+    def request(
+        self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None, caller: str = ""
+    ) -> Request:
         """Fill in the defaults, tokenize, decode images, and compile the scheduler's table.
 
         Raises:
@@ -66,7 +68,9 @@ class Intake:
             isolated=body.exact,
             cache=body.cache or self._cache,
         )
-        return Request(params, self._table(scheduler, steps, init_image), listeners, request_id or uuid.uuid4().hex)
+        return Request(
+            params, self._table(scheduler, steps, init_image), listeners, request_id or uuid.uuid4().hex, caller
+        )
 
     def _size(self, body: GenerateRequest, image: PIL.Image.Image | None) -> Size:
         """What was asked for, or the built size nearest to the image's shape, or the model's default."""

@@ -110,6 +110,7 @@ class Request:
     table: Table
     listeners: tuple[Callable[[Request, Event], None], ...]
     id: str
+    caller: str = ""  # whom the queue is fair to: an address
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds
 
     def __post_init__(self) -> None:
@@ -138,6 +139,12 @@ class Request:
     def rows(self) -> int:
         """The most UNet rows that a step takes: two for a guided image, one for an unguided one."""
         return self.images * (2 if self.params.guided else 1)
+
+    @cached_property
+    def chunks(self) -> int:
+        """The prompt chunks whose embeddings it holds on the device."""
+        params = self.params
+        return len(params.prompt.chunks) + (len(params.negative_prompt.chunks) if params.guided else 0)
 
     # Every step asks for these of every request that takes it, so they are computed once for all steps.
 
@@ -172,6 +179,16 @@ class Request:
     def steps(self) -> int:
         """UNet calls in all; some schedulers make more of them than `num_inference_steps`."""
         return len(self.table.steps)
+
+    @cached_property
+    def work(self) -> int:
+        """UNet rows times steps."""
+        return self.rows * self.steps
+
+    @property
+    def work_left(self) -> int:
+        """UNet rows times the steps that remain."""
+        return self.rows * (self.steps - self._step)
 
     @property
     def denoised(self) -> bool:

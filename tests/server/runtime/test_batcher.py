@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 
+from engines.contract import MAX_CHUNKS
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.errors import InvalidRequest, NotReady, QueueFull
 from server.requests.request import Cache, GenerationParams, Request
-from server.requests.tokenizer import Prompt
+from server.requests.tokenizer import Chunk, Prompt
 from server.runtime.batcher import Batch, Batcher
 
 SMALL, LARGE = Size(width=64, height=64), Size(width=128, height=64)
-NOTHING = Prompt("", ())
 
 
 def request(
@@ -27,12 +28,18 @@ def request(
     steps: int = 3,
     isolated: bool = False,
     cache: Cache = "off",
+    caller: str = "",
+    chunks: int = 1,
 ) -> Request:
     scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
     params = GenerationParams(
-        NOTHING, NOTHING, size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
+        _prompt(chunks), _prompt(chunks), size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
     )
-    return Request(params, table(params.scheduler, steps, NoiseSchedule()), (), name)
+    return Request(params, table(params.scheduler, steps, NoiseSchedule()), (), name, caller)
+
+
+def _prompt(chunks: int) -> Prompt:
+    return Prompt("", (Chunk((), ()),) * chunks)
 
 
 def batcher(*requests: Request, max_rows: int = 8, max_waiting: int = 100) -> Batcher:
@@ -89,13 +96,87 @@ def test_a_step_holds_no_more_rows_than_the_engines() -> None:
     assert policy.waiting == 1
 
 
-def test_nobody_overtakes_within_a_size() -> None:
-    """A small request that would fit waits behind a large one that does not yet, or the large one might never run."""
-    first, large, small = request("first"), request("large", images=4), request("small")
-    policy = batcher(first, large, small, max_rows=8)
-    assert names(policy.next_batch()) == ["first"]
-    policy.leave(first)
-    assert names(policy.next_batch()) == ["large"]
+def test_a_small_request_overtakes_a_large_one_that_came_a_little_earlier() -> None:
+    running, large, small = request("running", images=3), request("large", images=4), request("small")
+    policy = batcher(running, max_rows=8)
+    assert names(policy.next_batch()) == ["running"]
+    policy.submit(large)
+    policy.submit(small)
+    assert names(policy.next_batch()) == ["running", "small"]
+
+
+def test_a_large_request_gets_its_rows_though_small_ones_keep_coming() -> None:
+    policy = batcher(request("first", images=3, steps=2), request("large", images=4, steps=6), max_rows=8)
+    order: list[str] = []
+    for number in range(30):
+        policy.submit(request(f"small {number}", images=3, steps=2))
+        for _ in range(2):
+            batch = step(policy)
+            assert batch is not None
+            order += [item.id for item in batch.joined]
+    assert order.index("large") <= 12
+
+
+def test_a_short_request_takes_turns_with_long_ones_that_fill_the_rows() -> None:
+    long = [request(f"long {index}", steps=200) for index in range(6)]
+    policy = batcher(*long, max_rows=4)
+    step(policy)
+    short = request("short", steps=5)
+    policy.submit(short)
+    steps = 0
+    while not short.denoised:
+        batch = step(policy)
+        assert batch is not None
+        assert sum(item.rows for item in batch.requests) == 4
+        steps += 1
+    assert steps <= 10
+    assert all(item.step > 1 for item in long[:2])
+    assert policy.waiting == 4
+    assert len(run_to_end(policy, steps=2000)) == 6
+
+
+def test_a_long_request_waits_for_rows_rather_than_take_turns() -> None:
+    policy = batcher(*(request(str(index), steps=20) for index in range(3)), max_rows=4)
+    assert names(step(policy)) == ["0", "1"]
+    assert policy.waiting == 1
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        {"guided": False},  # each image has one row, so that all slots are taken
+        {"chunks": MAX_CHUNKS},  # embeddings
+        {"cache": "fast"},  # features, by row
+    ],
+)
+def test_no_more_requests_take_turns_than_the_memory_holds(long: dict[str, Any]) -> None:
+    rows = 1 if long.get("guided") is False else 2
+    policy = batcher(*(request(str(index), steps=200, **long) for index in range(8 // rows)), max_rows=8)
+    assert len(names(step(policy))) == 8 // rows
+    policy.submit(request("short", **long))
+    step(policy)
+    assert policy.waiting == 1
+
+
+def test_a_caller_who_fills_the_queue_leaves_places_to_others() -> None:
+    policy = batcher(*(request(str(index), caller="greedy") for index in range(8)), max_waiting=8)
+    policy.submit(request("polite", caller="polite"))
+    for caller in ("greedy", "polite"):  # who has one waiting has no claim to a reserved place
+        with pytest.raises(QueueFull):
+            policy.check(caller)
+        with pytest.raises(QueueFull):
+            policy.submit(request("one more", caller=caller))
+    policy.check("another")
+    policy.submit(request("another", caller="another"))
+    with pytest.raises(QueueFull, match="10 requests are waiting"):
+        policy.submit(request("late", caller="late"))
+
+
+def test_a_polite_caller_is_served_before_most_of_a_greedy_ones_requests() -> None:
+    policy = batcher(*(request(f"greedy {index}", caller="greedy") for index in range(20)), max_rows=4)
+    step(policy)
+    policy.submit(request("polite", caller="polite"))
+    assert run_to_end(policy).index("polite") <= 4
 
 
 def test_sizes_take_turns() -> None:
@@ -190,7 +271,7 @@ def test_evicted_requests_are_handed_over_once() -> None:
     first, second = request("a", images=4), request("b")
     policy = batcher(first, second)
     policy.next_batch()
-    assert policy.evict() == (first, second)
+    assert set(policy.evict()) == {first, second}
     assert policy.evict() == ()
     assert (policy.running, policy.waiting) == (0, 0)
 
@@ -202,7 +283,9 @@ def test_who_shares_with_nobody_takes_turns_with_those_who_share() -> None:
 
 
 def test_who_shares_with_nobody_holds_rows_like_everyone() -> None:
-    policy = batcher(request("a", images=3), request("alone", isolated=True), request("late"), max_rows=8)
+    policy = batcher(
+        request("a", images=3, steps=2), request("alone", isolated=True, steps=7), request("late", steps=9)
+    )
     first = policy.next_batch()
     assert first is not None
     assert [item.id for item in first.joined] == ["a", "alone"]

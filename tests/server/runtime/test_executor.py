@@ -48,6 +48,23 @@ def test_everyone_gets_the_picture_they_would_get_alone(machine: Machine) -> Non
     np.testing.assert_array_equal(together[-1], alone[-1], err_msg="exact")
 
 
+def test_a_short_request_takes_turns_with_long_ones_and_changes_none_of_their_images(machine: Machine) -> None:
+    long = {"num_inference_steps": 24, "scheduler": "euler_ancestral"}
+    with machine.running() as running:
+        rows = running.manifest.max_rows
+        with running.batcher._changed:  # all of them before the first step
+            crowd = [running.ask(seed=seed, **long) for seed in range(rows // 2)]
+        crowd[0].wait(lambda: crowd[0].steps)
+        short = running.ask(seed=100, num_inference_steps=2)
+        shared = short.images()
+        assert not any(asked.endings for asked in crowd)
+        together = [asked.images() for asked in crowd]
+        alone = [running.ask(seed=seed, **long).images() for seed in range(rows // 2)]
+        short_alone = running.ask(seed=100, num_inference_steps=2).images()
+    for images, solo in zip([shared, *together], [short_alone, *alone], strict=True):
+        assert alike(images[0], solo[0])
+
+
 def test_each_hears_every_step_once_and_in_order(machine: Machine) -> None:
     with machine.running() as running:
         crowd = [running.ask(**fields) for fields in CROWD]
