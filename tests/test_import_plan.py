@@ -97,6 +97,7 @@ PURE = (
     "engines.contract",
     "engines.schedulers",
     "server.runtime.batcher",
+    "server.runtime.fair_queue",
     "server.runtime.noise",
     "server.runtime.plan",
     "server.runtime.step_times",
