@@ -23,10 +23,10 @@ import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.__main__ import _listen
 from server.requests.errors import Cancelled
 from server.requests.request import Completed, Event, Failed, GenerationParams, Request
 from server.requests.tokenizer import Prompt
+from server.startup.http_server import listen
 from tests.support.serving import Serving, run_server
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -271,7 +271,7 @@ def test_a_port_that_is_taken_is_named(bundle: Path) -> None:
 
 def test_an_answer_waits_for_no_acknowledgement_of_its_headers() -> None:
     """Whichever event loop serves: one that is given a listener leaves its connections as they are."""
-    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

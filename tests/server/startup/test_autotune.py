@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-import server.__main__ as entrance
 from engines.backends import available, cores
 from engines.backends.cuda import Probe
 from engines.errors import EngineError
 from engines.manifest import Gpu, Manifest, Size
 from server.startup import autotune
 from server.startup.autotune import MeasuringStopped
+from server.startup.candidates import candidate_backends
 from server.startup.settings import ServerSettings
 from tests.support.serving import Serving
 
@@ -213,7 +213,7 @@ def contenders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(available, "probe", lambda: gpu)
         (build,) = manifest.builds.values()
         built = manifest.model_copy(update={"builds": dict.fromkeys(builds, build)})
-        return list(entrance._candidate_backends(ServerSettings(backend=backend, compile=compiles), built))
+        return list(candidate_backends(ServerSettings(backend=backend, compile=compiles), built))
 
     return contenders
 

@@ -1,0 +1,104 @@
+"""The command: settings and manifest are read and checked, then the service runs until it is stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from engines.backends.available import check_fits
+from engines.cli import parse
+from engines.errors import EngineError
+from engines.manifest import Manifest
+from server.startup.autotune import MeasuringStopped
+from server.startup.candidates import candidate_backends
+from server.startup.compiling import CompilingStopped
+from server.startup.http_server import listen, make_http_server, url_of
+from server.startup.settings import ServerSettings
+from server.startup.wiring import make_service
+
+_log = logging.getLogger("latentd")
+_FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve as `argv` says; returns the exit code."""
+    settings = parse(ServerSettings, argv)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        manifest = Manifest.load(settings.bundle)
+        backends = candidate_backends(settings, manifest)
+        if not settings.compile:
+            for backend in backends:
+                check_fits(manifest, backend, settings.bundle)
+    except EngineError as error:
+        _print_error(str(error))
+        return _FAILED_START
+    return _serve(settings, manifest, backends)
+
+
+def _serve(settings: ServerSettings, manifest: Manifest, backends: Sequence[str]) -> int:
+    exit_code = _FAILED_START
+
+    def on_ready() -> None:
+        nonlocal exit_code
+        exit_code = 0
+        if not server.should_exit:  # else it is ready too late, and its socket is closed
+            _print(_ready_message(manifest, url_of(listener)))
+
+    def on_failure(error: Exception) -> None:
+        nonlocal exit_code
+        if isinstance(error, CompilingStopped | MeasuringStopped):
+            exit_code = 0  # stopped on request
+            _print(str(error))
+            return
+        if isinstance(error, EngineError):
+            _print_error(str(error))
+        else:
+            _log.critical("the executor ended", exc_info=error)
+        exit_code = exit_code or _FAULT
+        server.should_exit = True
+
+    service = make_service(
+        manifest,
+        settings.bundle,
+        backends=backends,
+        settings=settings,
+        on_ready=on_ready,
+        on_failure=on_failure,
+    )
+    server = make_http_server(service, settings)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        _print_error(f"{error.strerror}: choose another --host or --port.")
+        return _FAILED_START
+    service.runtime.executor.start()
+    server.run(sockets=[listener])
+    if service.runtime.executor.hangs:
+        logging.shutdown()
+        os._exit(exit_code)  # an interpreter that ends in order would wait for the thread that hangs in the driver
+    return exit_code
+
+
+def _ready_message(manifest: Manifest, url: str) -> str:
+    prompt = json.dumps({"prompt": next(iter(manifest.examples), "a red heart on a yellow background"), "seed": 7})
+    return f"""
+{manifest.name} is ready: open {url}
+
+  curl -s -H 'Content-Type: application/json' -H 'Accept: image/png' \\
+    -d {shlex.quote(prompt)} {url}/generate > picture.png
+
+The API is described at {url}/docs. Stop with Ctrl-C.
+"""
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def _print_error(text: str) -> None:
+    _print(f"error: {text}")
