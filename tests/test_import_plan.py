@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.cli": set(),
     "engines.errors": set(),
     "engines.files": set(),
+    "engines.limits": set(),
     "engines.progress": set(),
     "engines.contract": set(),
     "engines.manifest": {"engines.contract", "engines.errors", "engines.files"},
@@ -43,7 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "engines.build": {"engines"},
     "engines.demo": {"engines"},
     "build_engines": {"engines"},
-    "server.requests": {"engines.contract", "engines.errors", "engines.manifest", "engines.schedulers"},
+    "server.requests": {
+        "engines.contract",
+        "engines.errors",
+        "engines.limits",
+        "engines.manifest",
+        "engines.schedulers",
+    },
     "server.runtime": {
         "engines.backends",
         "engines.contract",

@@ -9,13 +9,13 @@ from typing import Annotated, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, PROMPT_LENGTH
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests.images import ImageFormat
 from server.requests.request import Cache, GenerationParams
 from server.requests.tokenizer import Syntax
 from server.requests.uploads import MAX_FILE
 
-PROMPT_LENGTH = 4000  # characters
 MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,30};base64,", re.IGNORECASE)
@@ -46,7 +46,7 @@ def _decode(text: object) -> bytes:
 ImageFile = Annotated[
     bytes, BeforeValidator(_decode), WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1})
 ]
-Side = Annotated[int, Field(ge=8, le=8192, description="in pixels; default: the first resolution of the model")]
+Side = Annotated[int, Field(ge=8, le=MAX_SIDE, description="in pixels; default: the first resolution of the model")]
 
 
 class _StrictModel(BaseModel):
@@ -78,13 +78,13 @@ class GenerateRequest(_StrictModel):
     num_inference_steps: int | None = Field(
         None,
         ge=1,
-        le=200,
+        le=MAX_STEPS,
         description="number of denoising steps; more steps take longer and add detail; default: the model's",
     )
     guidance_scale: float | None = Field(
         None,
         ge=0,
-        le=50,
+        le=MAX_GUIDANCE,
         description="classifier-free guidance scale; values <= 1 disable guidance, ignore the negative prompt and "
         "halve the cost; default: the model's",
     )
@@ -116,7 +116,10 @@ class GenerateRequest(_StrictModel):
     )
     image_format: ImageFormat = Field("png", description="format of the images in a JSON response")
     preview_every: int = Field(
-        0, ge=0, le=200, description="with text/event-stream: send a preview every this many steps; 0 disables previews"
+        0,
+        ge=0,
+        le=MAX_STEPS,
+        description="with text/event-stream: send a preview every this many steps; 0 disables previews",
     )
     image: ImageFile | None = Field(
         None,

@@ -20,10 +20,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engines.limits import PROMPT_LENGTH
 from engines.manifest import FORMAT
 from server.api.bodies import MAX_BODY, MAX_COMMAS
 from server.requests.images import encode
-from server.requests.schemas import MAX_SEED, PROMPT_LENGTH, GenerateRequest
+from server.requests.schemas import MAX_SEED, GenerateRequest
 from server.requests.uploads import MAX_FILE
 from tests.support.serving import Serving, run_server
 
