@@ -1,34 +1,45 @@
-"""The HTTP application: the APIs, the web page, and the error handlers."""
+"""The HTTP application: the APIs, the web page, the error handlers, and the middleware around them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
-from server import playground
-from server.api import generate, ops
+from server.api import generate, openapi, ops, pages
 from server.api.problems import problem, problem_response
 from server.api.service import Service
+from server.middleware.access_log import AccessLog
+from server.middleware.cross_origin import allow_origins
+from server.middleware.paths import Paths
+from server.middleware.security_headers import SecurityHeaders
 from server.requests.errors import ServerError
 from server.requests.schemas import Problem
 
 _log = logging.getLogger(__name__)
-_PAGE = Path(playground.__file__).parent / "index.html"
 
 
-def make_app(service: Service) -> FastAPI:
-    """Create the HTTP application. Its lifespan ends when all accepted requests have finished."""
+def make_app(service: Service, *, allowed_origins: Collection[str] = (), access_log: bool = False) -> ASGIApp:
+    """Create the HTTP application. Its lifespan ends when all accepted requests have finished.
 
+    Args:
+        allowed_origins: origins whose pages may call it.
+        access_log: log a line for every request.
+    """
+    app = SecurityHeaders(allow_origins(Paths(_routes(service)), allowed_origins))
+    return AccessLog(app) if access_log else app
+
+
+def _routes(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
@@ -36,21 +47,21 @@ def make_app(service: Service) -> FastAPI:
         service.writers.shutdown(wait=False)
 
     app = FastAPI(
-        title="latentd",
         version=version("latentd"),
-        summary="Stable Diffusion server that batches requests at the denoising step.",
+        docs_url=None,  # see `pages`
+        redoc_url=None,
+        redirect_slashes=False,  # see `Paths`
         lifespan=lifespan,
+        **openapi.DESCRIPTION,
     )
     app.include_router(generate.routes(service))
     app.include_router(ops.routes(service))
+    app.include_router(pages.routes())
+    app.mount("/docs", pages.swagger_ui_files())
+    openapi.describe(app)
     app.exception_handler(ServerError)(partial(_server_error, service))
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(Exception)(_unhandled)
-
-    @app.get("/", include_in_schema=False)
-    def page() -> FileResponse:
-        return FileResponse(_PAGE)
-
     return app
 
 
@@ -59,12 +70,17 @@ async def _server_error(service: Service, _http: HttpRequest, error: ServerError
     return problem_response(problem(error), retry_after=error.retry_after)
 
 
-async def _http_error(_http: HttpRequest, error: HTTPException) -> JSONResponse:
+async def _http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
     """Answer an unknown path or a method that is not allowed."""
     status = HTTPStatus(error.status_code)
-    document = Problem(title=status.phrase, status=status, detail=f"{status.description}: see /docs.")
-    response = problem_response(document)
-    response.headers.update(error.headers or {})  # Allow, which is required with 405
+    docs = f"{http.scope.get('root_path', '')}/docs"
+    response = problem_response(
+        Problem(title=status.phrase, status=status, detail=f"{status.description}: see {docs}.")
+    )
+    headers = dict(error.headers or {})
+    if "GET" in headers.get("Allow", ""):
+        headers["Allow"] = "GET, HEAD"  # required with 405; see `Paths`
+    response.headers.update(headers)
     return response
 
 

@@ -17,6 +17,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from server.api import openapi
 from server.api.bodies import describe_body, read_body
 from server.api.callers import caller_of
 from server.api.negotiation import ResponseFormat, negotiate
@@ -31,7 +32,6 @@ from server.requests.schemas import (
     GenerateRequest,
     GenerateResponse,
     Parameters,
-    Problem,
     QueuedEvent,
     StartedEvent,
     StepEvent,
@@ -55,20 +55,25 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/generate",
+        operation_id="generate",
+        tags=[openapi.GENERATION],
         summary="Generate images from a prompt",
         response_model=GenerateResponse,
         responses={
             200: {
                 "description": "The images, in the format that `Accept` selects: JSON, one image file, or server-sent "
                 "events (`queued`, `started`, `step`, then `completed` or `error`).",
-                "content": {kind: {} for kind in ("image/png", "image/jpeg", "image/webp", "text/event-stream")},
+                "content": {
+                    **{f"image/{kind}": openapi.IMAGE for kind in images.FORMATS},
+                    "text/event-stream": openapi.EVENTS,
+                },
             },
-            **{status: {"model": Problem} for status in (400, 403, 406, 413, 415, 422, 429, 500, 503)},
+            **openapi.problems(),
         },
-        openapi_extra={"requestBody": describe_body(GenerateRequest)},
+        openapi_extra=openapi.generate_extra(describe_body(GenerateRequest)),
     )
     async def generate(http: HttpRequest) -> Response:
-        wanted = negotiate(http.headers.get("accept", "*/*"))
+        wanted = negotiate(http.headers.getlist("accept"))
         body = await read_body(http, GenerateRequest)
         if wanted in images.FORMATS and body.num_images > 1:
             message = "An image file holds one image: set num_images to 1, or accept application/json."

@@ -1,33 +1,73 @@
-"""Content negotiation: which response format `Accept` asks for."""
+"""Content negotiation: which response format `Accept` asks for (RFC 9110, section 12.5.1)."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 from server.requests.errors import NotAcceptable
 
 ResponseFormat = Literal["json", "events", "png", "jpeg", "webp"]
-_FORMATS: dict[str, ResponseFormat] = {
+_TYPES: dict[str, ResponseFormat] = {  # in the order in which a range such as image/* prefers them
     "application/json": "json",
-    "application/*": "json",
-    "*/*": "json",
-    "text/event-stream": "events",
     "image/png": "png",
     "image/jpeg": "jpeg",
     "image/webp": "webp",
-    "image/*": "png",
+    "text/event-stream": "events",
 }
+_KNOWN = {"*/*", "application/*", "image/*", "text/*", *_TYPES}
+_WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
+_ELEMENT = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # up to a comma outside quotes
 
 
-def negotiate(accept: str) -> ResponseFormat:
-    """The response format that `Accept` prefers, by its q-values; RFC 9110, section 12.5.1."""
-    wanted: list[tuple[float, str]] = []
-    for part in accept.split(","):
-        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
-        wanted.append((float(quality) if re.fullmatch(r"[01](\.\d{0,3})?", quality) else 0.0, kind))
-    for weight, kind in sorted(wanted, key=lambda pair: -pair[0]):
-        if weight > 0 and kind in _FORMATS:
-            return _FORMATS[kind]
-    raise NotAcceptable("Accept one of application/json, image/png, image/jpeg, image/webp, text/event-stream.")
+class _Range(NamedTuple):
+    """A media range with its weight and its place in the header."""
+
+    kind: str
+    has_parameters: bool
+    weight: float
+    place: int
+
+
+def negotiate(lines: Sequence[str]) -> ResponseFormat:
+    """The format with the greatest weight; among equals the one whose range comes first.
+
+    `lines` are the values of all `Accept` headers; anything is acceptable where they say nothing. The most specific
+    range that matches a format decides its weight. Parameters other than q are ignored, since no format has any.
+
+    Raises:
+        NotAcceptable: no format has a weight above 0.
+    """
+    ranges = list(_ranges(lines)) or [_Range("*/*", has_parameters=False, weight=1, place=0)]
+    ranges = [one for one in ranges if one.kind in _KNOWN]
+    best: tuple[float, int] = (0, 0)
+    chosen: ResponseFormat | None = None
+    for kind, response_format in _TYPES.items():
+        rule = _rule(kind, ranges)
+        if rule and rule.weight > 0 and (rule.weight, -rule.place) > best:
+            best, chosen = (rule.weight, -rule.place), response_format
+    if chosen is None:
+        raise NotAcceptable("Accept one of application/json, image/png, image/jpeg, image/webp, text/event-stream.")
+    return chosen
+
+
+def _rule(kind: str, ranges: Iterable[_Range]) -> _Range | None:
+    """The range that decides about `kind`: the most specific, and of several such the one with the greatest weight."""
+    specificity = {kind: 2, f"{kind.partition('/')[0]}/*": 1, "*/*": 0}
+    matching = [one for one in ranges if one.kind in specificity]
+    return max(
+        matching,
+        key=lambda one: (specificity[one.kind], not one.has_parameters, one.weight, -one.place),
+        default=None,
+    )
+
+
+def _ranges(lines: Iterable[str]) -> Iterator[_Range]:
+    elements = (element for line in lines for element in _ELEMENT.findall(line) if element.strip())
+    for place, element in enumerate(elements):
+        kind, *parameters = (piece.strip().lower() for piece in element.split(";"))
+        weights = [piece[2:] for piece in parameters if piece.startswith("q=")]
+        weight = float(weights[0]) if weights and _WEIGHT.fullmatch(weights[0]) else float(not weights)
+        own = [piece for piece in parameters if piece and not piece.startswith("q=")]
+        yield _Range(kind, bool(own), weight, place)

@@ -6,30 +6,57 @@ from fastapi import APIRouter, Response
 
 from engines.backends.available import precision_of
 from engines.schedulers import NAMES, describe
+from server.api import openapi
 from server.api.service import Service
 from server.requests.schemas import ModelInfo, Readiness, SchedulerDescription
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_EXPOSITION = {"text/plain": {"schema": {"type": "string"}, "example": "latentd_ready 1.0\n"}}
+_READY = {"application/json": {"example": {"ready": True, "detail": "ready"}}}
+_LOADING = {"application/json": {"example": {"ready": False, "detail": "warming up 512x512"}}}
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v2/health/live", summary="Liveness: 200 while the process works, 503 when it should be restarted")
+    @router.get(
+        "/v2/health/live",
+        operation_id="live",
+        tags=[openapi.OPERATION],
+        summary="Liveness: 200 while the process works, 503 when it should be restarted",
+        response_class=Response,
+        responses={200: {"description": "The process works."}, 503: {"description": "Restart the process."}},
+    )
     def live() -> Response:
         return Response(status_code=200 if service.runtime.executor.alive else 503)
 
-    @router.get("/v2/health/ready", summary="Readiness: 200 while requests are accepted, 503 otherwise")
+    @router.get(
+        "/v2/health/ready",
+        operation_id="ready",
+        tags=[openapi.OPERATION],
+        summary="Readiness: 200 while requests are accepted, 503 otherwise",
+        responses={
+            200: {"description": "Requests are accepted.", "content": _READY},
+            503: {"description": "Not now; the body says why.", "model": Readiness, "content": _LOADING},
+        },
+    )
     def ready(response: Response) -> Readiness:
         executor = service.runtime.executor
         response.status_code = 200 if executor.ready else 503
         return Readiness(ready=executor.ready, detail=executor.status)
 
-    @router.api_route("/metrics", methods=["GET", "HEAD"], summary="Prometheus metrics", response_class=Response)
+    @router.get(
+        "/metrics",
+        operation_id="metrics",
+        tags=[openapi.OPERATION],
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"description": "The text exposition format.", "content": _EXPOSITION}},
+    )
     def metrics() -> Response:
         return Response(service.runtime.metrics.render(), media_type=_METRICS_TYPE)
 
-    @router.get("/models", summary="List the served models")
+    @router.get("/models", operation_id="models", tags=[openapi.MODEL], summary="List the served models")
     def models() -> list[ModelInfo]:
         manifest = service.model.manifest
         return [
@@ -47,7 +74,12 @@ def routes(service: Service) -> APIRouter:
             )
         ]
 
-    @router.get("/schedulers", summary="List the schedulers, their aliases and their options")
+    @router.get(
+        "/schedulers",
+        operation_id="schedulers",
+        tags=[openapi.MODEL],
+        summary="List the schedulers, their aliases and their options",
+    )
     def schedulers() -> list[SchedulerDescription]:
         prediction = service.model.manifest.noise_schedule.prediction_type
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
+from server.api.retry_after import spread
 from server.requests.errors import STATUS, FieldError, InvalidRequest, MalformedBody, ServerError
 from server.requests.schemas import Problem
 
@@ -40,7 +41,7 @@ def problem(error: ServerError) -> Problem:
 
 
 def problem_response(document: Problem, *, retry_after: int | None = None) -> JSONResponse:
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    headers = {} if retry_after is None else {"Retry-After": str(spread(retry_after))}
     return JSONResponse(document.model_dump(), document.status, headers, media_type="application/problem+json")
 
 

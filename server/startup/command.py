@@ -6,18 +6,18 @@ import json
 import logging
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 
 from engines.backends.available import check_fits
 from engines.cli import parse
 from engines.errors import EngineError
 from engines.manifest import Manifest
+from server.startup import logs
 from server.startup.autotune import MeasuringStopped
 from server.startup.candidates import candidate_backends
 from server.startup.compiling import CompilingStopped
 from server.startup.http_server import listen, make_http_server, url_of
-from server.startup.settings import ServerSettings
+from server.startup.settings import ServerSettings, unknown_variables
 from server.startup.wiring import make_service
 
 _log = logging.getLogger("latentd")
@@ -27,7 +27,9 @@ _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor s
 def run(argv: Sequence[str]) -> int:
     """Serve as `argv` says; returns the exit code."""
     settings = parse(ServerSettings, argv)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.start(settings.log_level)
+    for sentence in unknown_variables(os.environ):
+        _log.warning("%s", sentence)
     try:
         manifest = Manifest.load(settings.bundle)
         backends = candidate_backends(settings, manifest)
@@ -97,7 +99,7 @@ The API is described at {url}/docs. Stop with Ctrl-C.
 
 
 def _print(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    logs.announce(text)
 
 
 def _print_error(text: str) -> None:

@@ -13,7 +13,7 @@ import uvicorn
 from server.startup.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from server.api.service import Service
 
@@ -35,11 +35,12 @@ class HttpServer(uvicorn.Server):
 
 def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
     config = uvicorn.Config(
-        partial(_app, service),
+        partial(_app, service, settings),
         factory=True,
         ws="none",
         host=settings.host,
         port=settings.port,
+        root_path=settings.root_path,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -48,10 +49,14 @@ def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
     return HttpServer(config, drain_seconds=settings.drain_seconds, cancel=service.runtime.batcher.cancel)
 
 
-def _app(service: Service) -> FastAPI:
+def _app(service: Service, settings: ServerSettings) -> ASGIApp:
     from server.app import make_app  # noqa: PLC0415 - a fifth of the start, which passes while the engines are loaded
 
-    return make_app(service)
+    return make_app(
+        service,
+        allowed_origins=settings.allowed_origins,
+        access_log=settings.access_log or settings.log_level == "debug",
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

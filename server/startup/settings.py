@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.backends.registry import BACKENDS
 from engines.demo import BUNDLE as DEMO
 from server.requests.request import Cache
 
 AUTO = "auto"  # a value of `backend`
+_PREFIX = "LATENTD_"
+_ORIGIN = re.compile(r"\*|null|https?://[^\s/,?#@]+", re.IGNORECASE)
+_ROOT_PATH = re.compile(r"(/[\w.~-]+)*", re.ASCII)
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _origin(text: str) -> str:
+    if not _ORIGIN.fullmatch(text):
+        raise ValueError(f"{text!r} is not an origin: write https://example.com, without a path, or * for any")
+    return text.lower()
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if not _ROOT_PATH.fullmatch(path):
+        raise ValueError(f"{text!r} is not a path: write /images, or /tools/images")
+    return path
 
 
 class ServerSettings(BaseSettings):
     """Serve Stable Diffusion over HTTP, from a bundle built by build_engines.py."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LATENTD_",
+        env_prefix=_PREFIX,
         cli_prog_name="python -m server",
         cli_kebab_case=True,
         cli_implicit_flags=True,
@@ -34,6 +57,18 @@ class ServerSettings(BaseSettings):
         description="address to listen on; 0.0.0.0 accepts connections from other machines. There is no authentication",
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    root_path: Annotated[str, AfterValidator(_root_path)] = Field(
+        "",
+        description="path under which a reverse proxy publishes this server, such as /images; "
+        "whether the proxy strips it from requests does not matter",
+    )
+    allowed_origins: Annotated[
+        tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)
+    ] = Field(
+        (),
+        description="origins whose web pages may call this server (CORS), such as https://example.com, separated by "
+        "commas; *: any page; default: only pages of this server",
+    )
     backend: str | None = Field(
         None,
         description=f"backend that runs the model: {', '.join(BACKENDS)}; "
@@ -96,3 +131,17 @@ class ServerSettings(BaseSettings):
         "Keep it below the kill timeout of the supervisor",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")
+    access_log: bool = Field(
+        False, description="log a line for every HTTP request, without its body; on at log level debug"
+    )
+
+
+def unknown_variables(environment: Iterable[str]) -> Iterator[str]:
+    """A sentence for each variable that looks like a setting and is none."""
+    known = [_PREFIX + name.upper() for name in ServerSettings.model_fields]
+    for name in sorted(environment):
+        if name.upper().startswith(_PREFIX) and name.upper() not in known:
+            close = get_close_matches(name.upper(), known, n=1)
+            yield f"{name} is no setting and has no effect: " + (
+                f"did you mean {close[0]}?" if close else "see --help."
+            )

@@ -39,10 +39,5 @@ def test_it_sends_only_known_fields() -> None:
     assert {"prompt", "scheduler", "image", "mask", "strength"} <= sent <= GenerateRequest.model_fields.keys()
 
 
-def test_it_is_one_small_file_with_a_strict_content_security_policy() -> None:
+def test_it_is_one_small_file() -> None:
     assert len(PAGE.encode()) < 36_000
-    (policy,) = re.findall(r'"Content-Security-Policy" content="([^"]+)"', PAGE)
-    assert " ".join(policy.split()) == (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'"
-    )

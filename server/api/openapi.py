@@ -1,0 +1,108 @@
+"""What `/openapi.json` says beyond what FastAPI finds in the routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from server.requests.errors import STATUS
+from server.requests.schemas import Problem
+
+GENERATION, MODEL, OPERATION = "generation", "model", "operation"  # tags
+DESCRIPTION: Mapping[str, Any] = {
+    "title": "latentd",
+    "summary": "Stable Diffusion server that batches requests at the denoising step.",
+    "description": "Errors are problem details (RFC 9457). No authentication, unless a proxy in front asks for it.",
+    "license_info": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
+    "servers": [{"url": "/", "description": "this server"}],
+    "openapi_tags": [
+        {"name": GENERATION, "description": "Images from text and from other images."},
+        {"name": MODEL, "description": "What is served, and what a request may ask for."},
+        {"name": OPERATION, "description": "Health and metrics."},
+    ],
+}
+IMAGE = {"schema": {"type": "string", "format": "binary", "description": "one image file"}}
+EVENTS = {
+    "schema": {"type": "string", "description": "server-sent events: queued, started, step …, completed or error"},
+    "example": 'event: queued\ndata: {"id":"8f14e45f","position":0}\n\n',
+}
+_CLIENT_GONE = 499  # never sent: nobody is there
+_REFERENCE = {"$ref": "#/components/schemas/Problem"}
+_SECONDS = {"description": "seconds after which to try again", "schema": {"type": "integer", "minimum": 1}}
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "id of the request, which answers, events and log lines repeat; default: a random one",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+    "example": "trace-01.span-2",
+}
+_BODIES = {
+    "text to image": {
+        "prompt": "a red heart on a yellow background",
+        "negative_prompt": "text, watermark",
+        "num_inference_steps": 20,
+        "scheduler": "dpmpp_2m_karras",
+        "seed": 7,
+    },
+    "four images": {"prompt": "a lighthouse at night", "num_images": 4},
+    "image to image": {"prompt": "an oil painting", "image": "iVBORw0KGgo=", "strength": 0.6},
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Have `app` describe itself in OpenAPI with the schema of problem details, which no route returns."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(routes=app.routes, version=app.version, tags=app.openapi_tags, **_info(app))
+            document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
+            app.openapi_schema = {**document, "security": []}  # none is asked for
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it
+
+
+def generate_extra(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of `POST /generate` that its endpoint reads by itself, with examples."""
+    examples = {name: {"value": value} for name, value in _BODIES.items()}
+    content = {kind: {**media, "examples": examples} for kind, media in body["content"].items()}
+    return {"requestBody": {**body, "content": content}, "parameters": [_REQUEST_ID]}
+
+
+def problems() -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route that generates images, by status."""
+    return {status: _problem(status) for status in sorted({*STATUS.values()} - {_CLIENT_GONE})}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    causes = [error for error, its_status in STATUS.items() if its_status == status]
+    response: dict[str, Any] = {
+        "description": " ".join(_sentences(causes)),
+        "content": {"application/problem+json": {"schema": _REFERENCE, "example": _example(status)}},
+    }
+    return response | ({"headers": {"Retry-After": _SECONDS}} if status in (429, 503) else {})
+
+
+def _sentences(causes: Iterable[type[Exception]]) -> Iterator[str]:
+    for cause in causes:
+        yield (cause.__doc__ or "").partition("\n")[0]
+
+
+def _example(status: int) -> dict[str, Any]:
+    details = {
+        422: "num_inference_steps: Input should be less than or equal to 200",
+        429: "64 requests are waiting: try again later.",
+    }
+    phrase = HTTPStatus(status)
+    detail = details.get(status, f"{phrase.description or phrase.phrase}.")
+    errors = [{"field": "num_inference_steps", "message": detail.partition(": ")[2]}] if status == 422 else []
+    return Problem(title=phrase.phrase, status=status, detail=detail, errors=errors).model_dump()
+
+
+def _info(app: FastAPI) -> dict[str, Any]:
+    names = ("title", "summary", "description", "license_info", "servers")
+    return {name: getattr(app, name) for name in names}

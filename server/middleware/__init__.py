@@ -1,0 +1,1 @@
+"""ASGI middleware: what holds for every answer, whichever route gives it."""

@@ -1,0 +1,133 @@
+"""Logging that holds nobody up: messages go through a bounded queue, and one thread writes them to standard error.
+
+If nothing reads standard error, if it is closed or its disk is full, messages are lost and counted, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import sys
+import threading
+
+from server.middleware.access_log import LOGGER as ACCESS_LOG
+from server.startup.log_repeats import Repeats
+
+_ANNOUNCEMENTS = "latentd.announcements"
+_ALWAYS = logging.CRITICAL + 10  # a level that every log level lets through
+_MOST_WAITING = 4096  # messages
+_FLUSH_SECONDS = 2.0  # that the end of the process waits for whoever reads
+_POLL_SECONDS = 1.0  # between looks for repetitions to tell of
+
+
+def start(level: str) -> LogHandler:
+    """Send log messages of at least `level` to standard error; `logging.shutdown` waits for the last of them."""
+    handler = LogHandler(_standard_error())
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.root.addHandler(handler)
+    logging.root.setLevel(level.upper())
+    return handler
+
+
+def announce(text: str) -> None:
+    """Write `text` as it is, at every log level, and after the messages before it."""
+    logging.getLogger(_ANNOUNCEMENTS).log(_ALWAYS, "%s", text)
+
+
+class LogHandler(logging.Handler):
+    """Hands messages to a thread that writes them. Never blocks, and never raises."""
+
+    def __init__(self, descriptor: int, *, most_waiting: int = _MOST_WAITING, repeats: Repeats | None = None) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._most_waiting = most_waiting
+        self._repeats = repeats or Repeats(exempt={ACCESS_LOG, _ANNOUNCEMENTS})
+        # Its `put` may be interrupted by a signal's handler that logs, where `queue.Queue` would wait for itself.
+        self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._refused = 0  # changed by those who log, under the handler's lock
+        self._unwritten = 0  # changed by the writer
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    @property
+    def lost(self) -> int:
+        """Messages that nobody will read."""
+        return self._refused + self._unwritten
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._repeats.admit(record):
+            return
+        if self._queue.qsize() >= self._most_waiting:
+            self._refused += 1
+            return
+        try:
+            self._queue.put(self.format(record))
+        except Exception:
+            self._refused += 1
+
+    def flush(self) -> None:
+        """Wait until what was logged is written, for two seconds at most."""
+        written = threading.Event()
+        self._queue.put(written)
+        written.wait(_FLUSH_SECONDS)
+
+    def _write_all(self) -> None:
+        told = 0
+        while True:
+            item = self._next()
+            flushing = isinstance(item, threading.Event)
+            for summary in self._repeats.summaries(everything=flushing):
+                self._write(self.format(summary))
+            if isinstance(item, str) and self._write(item) and self.lost > told:
+                told = self.lost
+                self._write(self.format(_loss(told)))
+            elif isinstance(item, threading.Event):
+                item.set()
+
+    def _next(self) -> str | threading.Event | None:
+        try:
+            return self._queue.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return None
+
+    def _write(self, text: str) -> bool:
+        """Write a line past `sys.stderr`, whose lock the interpreter would wait for at its end."""
+        rest = f"{text}\n".encode(errors="backslashreplace")
+        try:
+            while rest:
+                rest = rest[self._write_some(rest) :]
+        except OSError:
+            self._unwritten += 1
+            return False
+        return True
+
+    def _write_some(self, content: bytes) -> int:
+        try:
+            return os.write(self._descriptor, content)
+        except BlockingIOError:  # somebody who shares the terminal or pipe has made it non-blocking
+            select.select((), (self._descriptor,), ())
+            return 0
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if record.name == _ANNOUNCEMENTS else super().format(record)
+
+
+def _loss(count: int) -> logging.LogRecord:
+    text = f"{count} log messages were lost so far: standard error was full, or was not read"
+    return logging.LogRecord("latentd", logging.WARNING, __file__, 0, text, (), None)
+
+
+def _standard_error() -> int:
+    """A descriptor of our own of standard error; of /dev/null if that is closed.
+
+    Then its number is taken too, or the next socket would have it and receive what libraries write there.
+    """
+    if sys.stderr is None:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        while descriptor < 2:
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    return os.dup(sys.stderr.fileno())
