@@ -16,9 +16,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import Action
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BeforeValidator, ValidationError
@@ -100,7 +102,7 @@ def parse(command: type[_Command], words: Sequence[str], *, prog: str | None = N
 
     Raises:
         SystemExit: with code 2 after one line on standard error for each error, which names the flag; with code 0
-            after `--help`.
+            after `--help` and `--version`.
     """
     flags: list[str] = []
     source = CliSettingsSource[Any](
@@ -147,9 +149,21 @@ def _argument_adder(command: type[BaseSettings], flags: list[str]) -> Any:
             options |= _options(names[-1], field.metadata, options)
             if options.get("action") == "append" and not any(isinstance(item, _Nargs) for item in field.metadata):
                 del options["action"]  # a list in one value, such as 2,4,8
-        return parser.add_argument(*names, **options)
+        added = parser.add_argument(*names, **options)
+        if "--help" in names:
+            flags.append("--version")
+            parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+        return added
 
     return add_argument
+
+
+class _ShowVersion(Action):
+    """The version of this project; looked up only when asked for, which takes longer than all the rest of parsing."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        sys.stdout.write(f"latentd {version('latentd')}\n")
+        parser.exit()
 
 
 def _options(name: str, metadata: Sequence[object], options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

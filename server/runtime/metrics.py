@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from engines.backends.available import precision_of
 from engines.manifest import Manifest
-from server.requests.errors import BrokenPicture, Cancelled, ServerError
+from server.requests.errors import STATUS, BrokenPicture, Cancelled, ServerError, StepFailed
 from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
 from server.runtime.step_times import StepTimeModel
 
 _STAGES: tuple[Stage | Literal["image"], ...] = (*get_args(Stage), "image")  # the last is making files of pixels
+_OUTCOMES = ("completed", "failed", "cancelled")
+_REASONS = tuple(error.__name__ for error in STATUS if error not in (StepFailed, BrokenPicture))  # those are outcomes
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -31,6 +33,11 @@ class Metrics:
         self._rejected = Counter(
             "latentd_requests_rejected", "Requests rejected before they were queued.", ["reason"], registry=registry
         )
+        # Every series exists from the start, so that a rate sees the first event too.
+        for outcome in _OUTCOMES:
+            self._requests.labels("generate", outcome)
+        for reason in _REASONS:
+            self._rejected.labels(reason)
         self._duration = Histogram(
             "latentd_request_duration_seconds", "Time from acceptance to outcome.", buckets=_SECONDS, registry=registry
         )
@@ -49,7 +56,7 @@ class Metrics:
             ["result"],
             registry=registry,
         )
-        for result in ("hit", "miss"):  # so that a rate can be drawn from the first on
+        for result in ("hit", "miss"):
             self._lookups.labels(result)
         self._broken = Counter(
             "latentd_broken_pictures",
@@ -67,6 +74,10 @@ class Metrics:
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=self._registry).set_function(read)
         self._registry.register(_Curve(step_times))
+
+    def add_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a counter that is read at every scrape; `name` without `_total`."""
+        self._registry.register(_ReadCounter(name, text, read))
 
     def set_model(self, manifest: Manifest, backend: str) -> None:
         """Set the model that is served."""
@@ -104,6 +115,18 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+class _ReadCounter(Collector):
+    """A counter that somebody else keeps."""
+
+    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._name = name
+        self._text = text
+        self._read = read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
+
+
 class _Curve(Collector):
     """The step-time model as a gauge, read at every scrape."""
 
@@ -112,7 +135,9 @@ class _Curve(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
-            "latentd_step_seconds", "Duration of a step, a moving average.", labels=["size", "depth", "rows"]
+            "latentd_step_time_estimate_seconds",
+            "What a step takes, a moving average, from which Retry-After is estimated.",
+            labels=["size", "depth", "rows"],
         )
         for (size, depth), curve in self._step_times.curves().items():
             for rows, seconds in curve.items():

@@ -72,6 +72,7 @@ def _serve(settings: ServerSettings, manifest: Manifest, backends: Sequence[str]
         on_ready=on_ready,
         on_failure=on_failure,
     )
+    service.runtime.metrics.add_counter("latentd_log_messages_lost", "Log messages that were not written.", logs.lost)
     server = make_http_server(service, settings)
     try:
         listener = listen(settings.host, settings.port)

@@ -36,6 +36,11 @@ def announce(text: str) -> None:
     logging.getLogger(_ANNOUNCEMENTS).log(_ALWAYS, "%s", text)
 
 
+def lost() -> int:
+    """How many messages were not written."""
+    return sum(handler.lost for handler in logging.root.handlers if isinstance(handler, LogHandler))
+
+
 class LogHandler(logging.Handler):
     """Hands messages to a thread that writes them. Never blocks, and never raises."""
 
@@ -52,7 +57,7 @@ class LogHandler(logging.Handler):
 
     @property
     def lost(self) -> int:
-        """Messages that nobody will read."""
+        """Messages that were not written."""
         return self._refused + self._unwritten
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -76,13 +81,14 @@ class LogHandler(logging.Handler):
         told = 0
         while True:
             item = self._next()
-            flushing = isinstance(item, threading.Event)
-            for summary in self._repeats.summaries(everything=flushing):
+            if isinstance(item, str) and not self._write(item):
+                self._unwritten += 1
+                continue
+            for summary in self._repeats.summaries(everything=isinstance(item, threading.Event)):
                 self._write(self.format(summary))
-            if isinstance(item, str) and self._write(item) and self.lost > told:
+            if self.lost > told and self._queue.empty() and self._write(self.format(_loss(self.lost))):
                 told = self.lost
-                self._write(self.format(_loss(told)))
-            elif isinstance(item, threading.Event):
+            if isinstance(item, threading.Event):
                 item.set()
 
     def _next(self) -> str | threading.Event | None:
@@ -92,13 +98,12 @@ class LogHandler(logging.Handler):
             return None
 
     def _write(self, text: str) -> bool:
-        """Write a line past `sys.stderr`, whose lock the interpreter would wait for at its end."""
+        """Write a line past `sys.stderr`, whose lock the interpreter needs at its end; say whether that worked."""
         rest = f"{text}\n".encode(errors="backslashreplace")
         try:
             while rest:
                 rest = rest[self._write_some(rest) :]
         except OSError:
-            self._unwritten += 1
             return False
         return True
 

@@ -138,10 +138,10 @@ class ServerSettings(BaseSettings):
 
 def unknown_variables(environment: Iterable[str]) -> Iterator[str]:
     """A sentence for each variable that looks like a setting and is none."""
-    known = [_PREFIX + name.upper() for name in ServerSettings.model_fields]
-    for name in sorted(environment):
-        if name.upper().startswith(_PREFIX) and name.upper() not in known:
-            close = get_close_matches(name.upper(), known, n=1)
-            yield f"{name} is no setting and has no effect: " + (
-                f"did you mean {close[0]}?" if close else "see --help."
-            )
+    known = ServerSettings.model_fields
+    for variable in sorted(environment):
+        prefix, name = variable[: len(_PREFIX)].upper(), variable[len(_PREFIX) :].lower()
+        if prefix == _PREFIX and name not in known:
+            close = get_close_matches(name, known, n=1)
+            advice = f"did you mean {_PREFIX}{close[0].upper()}?" if close else "see --help."
+            yield f"{variable} is no setting and has no effect: {advice}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,3 +133,10 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys: pytest.Captu
         split_command(["compil", "here"], ("build", "compile"), default="build")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: there is no command 'compil': did you mean compile? (build, compile)\n"
+
+
+def test_the_version_is_shown_without_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(Draw, ["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"latentd {version('latentd')}\n"
