@@ -9,7 +9,7 @@ from typing import get_args
 from engines.manifest import NoiseSchedule
 from engines.schedulers.levels import Sigmas, Spacing
 from engines.schedulers.methods import METHODS, Description, Option
-from engines.schedulers.steps import FinalSigma, Scheduler, Setting, Table
+from engines.schedulers.steps import MAX_STEPS, FinalSigma, Scheduler, Setting, Table
 
 _SIGMAS: tuple[Sigmas, ...] = get_args(Sigmas)
 _CHOICES: dict[Option, tuple[str, ...]] = {
@@ -76,13 +76,15 @@ def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip
 
     Methods with a history begin it at the first step that is made, as diffusers' pipelines do from an image.
 
-    Raises ValueError for a step count outside 1..num_train_timesteps, nothing left to do, a scheduler that `find` would
-    not give, and what a method cannot do: predictions it is not defined for, more steps than have room.
+    Raises ValueError for a step count outside 1..MAX_STEPS or beyond num_train_timesteps, nothing left to do, a
+    scheduler that `find` would not give, and what a method cannot do: predictions it is not defined for, more steps
+    than have room.
     """
     _check(scheduler)
     method = METHODS[scheduler.method]
-    if not 1 <= num_steps <= schedule.num_train_timesteps:
-        raise ValueError(f"{num_steps} steps: ask for 1 to {schedule.num_train_timesteps}.")
+    most = min(MAX_STEPS, schedule.num_train_timesteps)
+    if not 1 <= num_steps <= most:
+        raise ValueError(f"{num_steps} steps: ask for 1 to {most}.")
     if not 0 <= skip < num_steps:
         raise ValueError(f"Of {num_steps} steps {skip} are to be left out: leave out 0 to {num_steps - 1}.")
     if schedule.prediction_type not in method.about.predictions:

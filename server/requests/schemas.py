@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import binascii
-import re
-from typing import Annotated, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
+from pydantic_core import core_schema
 
 from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, PROMPT_LENGTH
 from engines.schedulers import FinalSigma, Sigmas, Spacing
+from server.requests import base64_file
 from server.requests.images import ImageFormat
 from server.requests.request import Cache, GenerationParams
 from server.requests.tokenizer import Syntax
-from server.requests.uploads import MAX_FILE
 
 MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
 
-_DATA_URL = re.compile(r"data:image/[\w.+-]{1,30};base64,", re.IGNORECASE)
-_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
-def _decode(text: object) -> bytes:
-    """Decode base64 text (RFC 4648, section 4; line breaks are allowed) or a data: URL of it."""
-    if isinstance(text, bytes):  # constructed in Python: neither JSON nor a form can hold bytes
-        return text
-    if not isinstance(text, str):
-        raise PydanticCustomError("image", "Input should be a file, as base64 text")
-    if prefix := _DATA_URL.match(text):
-        text = text[prefix.end() :]
-    if _URL.match(text):
-        raise PydanticCustomError(
-            "image", "URLs are not fetched: send the file itself, in base64 or as multipart/form-data"
-        )
-    try:
-        content = binascii.a2b_base64(text.replace("\r", "").replace("\n", ""), strict_mode=True)
-    except ValueError:
-        raise PydanticCustomError("image", "Input should be valid base64 (RFC 4648, section 4)") from None
-    if not 0 < len(content) <= MAX_FILE:
-        raise PydanticCustomError("image", f"The file should have at least 1 byte and at most {MAX_FILE} bytes")
-    return content
+@dataclass(frozen=True, slots=True)
+class _NullMeans:
+    """An annotation: null means the default, as in every field that may be left out."""
+
+    default: object
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._fill, core_schema.nullable_schema(handler(source)))
+
+    def _fill(self, value: Any) -> Any:
+        return self.default if value is None else value
 
 
+_AnyCase = BeforeValidator(_lower)  # of a choice: "PNG" is png
 ImageFile = Annotated[
-    bytes, BeforeValidator(_decode), WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1})
+    bytes,
+    BeforeValidator(base64_file.decode),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
 ]
 Side = Annotated[int, Field(ge=8, le=MAX_SIDE, description="in pixels; default: the first resolution of the model")]
 
@@ -54,20 +49,22 @@ class _StrictModel(BaseModel):
 
 
 class GenerateRequest(_StrictModel):
-    """Parameters of a generation. Only the prompt is required; the other defaults are those of the model."""
+    """Parameters of a generation. Only the prompt is required; null means the default, as leaving a field out does."""
 
     prompt: str = Field(
         max_length=PROMPT_LENGTH,
         description="what the image should show",
         examples=["a red heart on a yellow background"],
     )
-    negative_prompt: str = Field("", max_length=PROMPT_LENGTH, description="what the image should not show")
-    prompt_syntax: Syntax = Field(
+    negative_prompt: Annotated[str, _NullMeans("")] = Field(
+        "", max_length=PROMPT_LENGTH, description="what the image should not show"
+    )
+    prompt_syntax: Annotated[Syntax, _AnyCase, _NullMeans("a1111")] = Field(
         "a1111",
         description="a1111: AUTOMATIC1111's attention syntax, (word:1.2), [word] and BREAK; "
         "plain: every character is literal text",
     )
-    clip_skip: int = Field(
+    clip_skip: Annotated[int, _NullMeans(0)] = Field(
         0,
         ge=0,
         le=64,
@@ -88,13 +85,19 @@ class GenerateRequest(_StrictModel):
         description="classifier-free guidance scale; values <= 1 disable guidance, ignore the negative prompt and "
         "halve the cost; default: the model's",
     )
-    guidance_start: float = Field(0.0, ge=0, lt=1, description="fraction of the steps after which guidance begins")
-    guidance_end: float = Field(
+    guidance_start: Annotated[float, _NullMeans(0.0)] = Field(
+        0.0, ge=0, lt=1, description="fraction of the steps after which guidance begins"
+    )
+    guidance_end: Annotated[float, _NullMeans(1.0)] = Field(
         1.0, gt=0, le=1, description="fraction of the steps after which guidance ends; unguided steps cost half"
     )
-    guidance_rescale: float = Field(0.0, ge=0, le=1, description="not supported: only 0 is accepted")
+    guidance_rescale: Annotated[float, _NullMeans(0.0)] = Field(
+        0.0, ge=0, le=1, description="not supported: only 0 is accepted"
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="seed of the initial noise; default: random")
-    num_images: int = Field(1, ge=1, le=64, description="number of images; image i uses seed + i, counted from 0")
+    num_images: Annotated[int, _NullMeans(1)] = Field(
+        1, ge=1, le=64, description="number of images; image i uses seed + i, counted from 0"
+    )
     scheduler: str | None = Field(
         None,
         max_length=64,
@@ -102,13 +105,13 @@ class GenerateRequest(_StrictModel):
         "AUTOMATIC1111's web UI; default: the model's",
         examples=["dpmpp_2m_karras", "EulerAncestralDiscreteScheduler", "DPM++ 2M Karras"],
     )
-    sigmas: Sigmas | None = Field(
+    sigmas: Annotated[Sigmas | None, _AnyCase] = Field(
         None, description="noise schedule (spacing of the sigmas); may also be given as a suffix of scheduler"
     )
-    timestep_spacing: Spacing | None = Field(
+    timestep_spacing: Annotated[Spacing | None, _AnyCase] = Field(
         None, description="spacing of the timesteps, as in diffusers; default: the checkpoint's"
     )
-    final_sigmas_type: FinalSigma | None = Field(
+    final_sigmas_type: Annotated[FinalSigma | None, _AnyCase] = Field(
         None, description="final sigma of the noise schedule, as in diffusers; default: the checkpoint's"
     )
     eta: float | None = Field(
@@ -116,6 +119,7 @@ class GenerateRequest(_StrictModel):
     )
     image_format: ImageFormat = Field("png", description="format of the images in a JSON response")
     preview_every: int = Field(
+from server.requests import base64_file
         0,
         ge=0,
         le=MAX_STEPS,
@@ -140,12 +144,12 @@ class GenerateRequest(_StrictModel):
         description="how much to change the initial image, from 0 (hardly) to 1 (almost entirely); requires image; "
         "default: 0.8, or 1 with a mask",
     )
-    exact: bool = Field(
+    exact: Annotated[bool, _NullMeans(False)] = Field(
         False,
         description="run without batching, so that the same request on the same engine gives the same bytes, whatever "
         "else is served",
     )
-    cache: Cache | None = Field(
+    cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
         description="fast: two of three steps reuse deep UNet features of the step before (DeepCache), which is faster "
         "and changes the image slightly; default: the server's --cache setting",

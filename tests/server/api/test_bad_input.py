@@ -47,15 +47,14 @@ BOUNDS: dict[str, tuple[int, int]] = {
 FRACTIONS = ("guidance_scale", "guidance_rescale", "eta", "strength")
 TEXTS = ("prompt", "negative_prompt")
 CHOICES = ("image_format", "prompt_syntax", "sigmas", "timestep_spacing", "final_sigmas_type")
-REQUIRED = ("prompt", "negative_prompt", "num_images", "image_format", "preview_every")  # where null says nothing
 
 
 WRONG: list[tuple[str, Any]] = [
     *((field, value) for field in BOUNDS for value in (True, "20", [20], {"value": 20})),
     *((field, 20.0) for field in BOUNDS if field not in FRACTIONS),
     *((field, value) for field in (*TEXTS, "scheduler") for value in (1, True, ["a cat"], {"text": "a cat"})),
-    *((field, value) for field in CHOICES for value in (1, True, "", "heun", "PNG", ["png"])),
-    *((field, None) for field in REQUIRED),
+    *((field, value) for field in CHOICES for value in (1, True, "", "heun", ["png"])),
+    ("prompt", None),
 ]
 
 
@@ -152,7 +151,7 @@ def test_the_prompt_is_required(serving: Serving) -> None:
 
 
 def test_an_unknown_field_is_named(serving: Serving) -> None:
-    check_refused(serving.generate(**QUICK, steps=20), 422, field="steps", words=("not permitted",))
+    check_refused(serving.generate(**QUICK, steps=20), 422, field="steps", words=("use num_inference_steps",))
 
 
 def test_an_unsupported_size_lists_the_supported_ones(serving: Serving) -> None:
@@ -286,7 +285,7 @@ def test_an_unreadable_image_is_rejected(serving: Serving, field: str, file: byt
     check_refused(as_form, 422, field=field, words=(word,))
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/cat.png", "file:///etc/passwd", "data:,cat"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/cat.png", "file:///etc/passwd", "gopher:cat"])
 def test_an_image_url_is_not_fetched(serving: Serving, url: str) -> None:
     check_refused(serving.generate(**QUICK, image=url), 422, field="image", words=("not fetched",))
 

@@ -121,8 +121,8 @@ def test_a_number_is_parsed_from_text(number: str) -> None:
         ("guidance_scale", "nan", "finite"),
         ("guidance_scale", "much", "number"),
         ("image_format", "gif", "png"),
-        ("steps", "20", "not permitted"),
-        ("steps", "", "not permitted"),
+        ("steps", "20", "use num_inference_steps"),
+        ("steps", "", "use num_inference_steps"),
         ("image", "https://example.org/cat.png", "not fetched"),
         ("image", "a cat", "base64"),
     ],
@@ -205,13 +205,13 @@ def test_a_form_needs_a_boundary(kind: str) -> None:
 def test_a_charset_is_ignored(charset: str) -> None:
     headers = {"Content-Type": f"multipart/form-data; boundary=xyz; charset={charset}"}
     content = form(part("é".encode()), part(charset.encode()[:9], name="_charset_"))
-    check_refused(post(content=content, headers=headers), 422, "not permitted", field="_charset_")
+    check_refused(post(content=content, headers=headers), 422, "Unknown field", field="_charset_")
     assert taken(post(content=form(part("é".encode())), headers=headers))["prompt"] == "é"
 
 
 def test_the_number_of_form_fields_is_limited() -> None:
     parts = [part(b"a", name=f"field{index}") for index in range(1000)]
-    check_refused(post(content=form(*parts[:MAX_FIELDS]), headers=FORM), 422, "not permitted", field="field0")
+    check_refused(post(content=form(*parts[:MAX_FIELDS]), headers=FORM), 422, "Unknown field", field="field0")
     check_refused(post(content=form(*parts), headers=FORM), 413, str(MAX_FIELDS))
 
 
@@ -324,16 +324,14 @@ def test_a_large_body_that_is_not_json_is_malformed(body: bytes) -> None:
         ("", "at least 1 byte"),
         ("data:image/png;base64,", "at least 1 byte"),
         ("a cat", "base64"),
-        ("QUJ", "base64"),
+        ("QUJDR", "base64"),
         ("QU=JD", "base64"),
         ("QUI=QUI=", "base64"),
-        ("-_-_", "base64"),
         ("éééé", "base64"),
         (" QUJD", "base64"),
-        ("/etc/passwd", "base64"),
+        ("./cat.png", "base64"),
         ("data:image/png;base64,data:image/png;base64,QUJD", "not fetched"),
-        ("data:text/html;base64,QUJD", "not fetched"),
-        ("data:image/png,QUJD", "not fetched"),
+        ("data:image/png,QUJD", "base64"),
         ("http://example.org/cat.png", "not fetched"),
         ("HTTPS://example.org/cat.png", "not fetched"),
         ("file:///etc/passwd", "not fetched"),
