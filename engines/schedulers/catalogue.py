@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import lru_cache
 from typing import get_args
 
 from engines.manifest import NoiseSchedule
 from engines.schedulers.levels import Sigmas, Spacing
 from engines.schedulers.methods import METHODS, Description, Option
+from engines.schedulers.names import resolve
 from engines.schedulers.steps import MAX_STEPS, FinalSigma, Scheduler, Setting, Table
 
 _SIGMAS: tuple[Sigmas, ...] = get_args(Sigmas)
@@ -19,28 +19,6 @@ _CHOICES: dict[Option, tuple[str, ...]] = {
 NAMES: tuple[str, ...] = tuple(
     Scheduler(name, sigmas).name for name, method in METHODS.items() for sigmas in method.about.sigmas
 )
-
-_BROWNIAN = "its noise comes from a Brownian tree, which torch's seeds do not replay: take dpmpp_2m_sde."
-_NO_CLASS = "diffusers has no class of it to compare with:"
-_OTHER_MODELS = "it is for models of another kind, and this one is a Stable Diffusion 1.x or 2.x."
-# Methods that are not supported, and the reason.
-_UNSUPPORTED = {
-    "DPM++ SDE": _BROWNIAN,
-    "DPMSolverSDEScheduler": _BROWNIAN,
-    "DPM adaptive": "it adapts its steps to the image, and a table needs them in advance: take dpmpp_3m.",
-    "DPM fast": f"{_NO_CLASS} take dpmpp_3s.",
-    "DPM++ 2S a": f"{_NO_CLASS} take dpmpp_2s or euler_ancestral.",
-    "Restart": f"{_NO_CLASS} take heun.",
-    "IPNDMScheduler": "its noise levels are its own, whatever the checkpoint was trained with: take lms.",
-    "DDIMInverseScheduler": "it leads from images to noise.",
-    "DPMSolverMultistepInverseScheduler": "it leads from images to noise.",
-    "EDMEulerScheduler": _OTHER_MODELS,
-    "EDMDPMSolverMultistepScheduler": _OTHER_MODELS,
-    "CMStochasticIterativeScheduler": _OTHER_MODELS,
-    "CosineDPMSolverMultistepScheduler": _OTHER_MODELS,
-    "FlowMatchEulerDiscreteScheduler": _OTHER_MODELS,
-    "FlowMatchHeunDiscreteScheduler": _OTHER_MODELS,
-}
 
 
 def find(
@@ -53,19 +31,15 @@ def find(
 ) -> Scheduler:
     """The scheduler that `name` means, with options.
 
-    Names are ours (dpmpp_2m_karras), those of diffusers' classes (EulerDiscreteScheduler) and of AUTOMATIC1111's web UI
-    (DPM++ 2M Karras); case and spaces around do not matter.
+    Names are ours (dpmpp_2m_karras), those of diffusers' classes (EulerDiscreteScheduler), of AUTOMATIC1111's web UI
+    (DPM++ 2M Karras) and of ComfyUI (dpm_2_ancestral); case, and the kind of separators, do not matter.
 
     Raises ValueError, with an alternative, for an unknown name and for options that the method does not have.
     """
-    key = _key(name)
-    ending = next((kind for kind in _SIGMAS if key.endswith((f"_{kind}", f" {kind}"))), None)
-    base = key if ending is None else key[: -len(ending) - 1]
-    if base not in _ACCEPTED:
-        raise ValueError(_unknown(name, base, ending))
+    method, ending = resolve(name)
     if sigmas is not None and ending is not None and sigmas != ending:
         raise ValueError(f"{name} has {ending} levels, and sigmas says {sigmas}: leave one of them out.")
-    scheduler = Scheduler(_ACCEPTED[base], sigmas or ending or "default", timestep_spacing, final_sigmas_type, eta)
+    scheduler = Scheduler(method, sigmas or ending or "default", timestep_spacing, final_sigmas_type, eta)
     _check(scheduler)
     return scheduler
 
@@ -100,34 +74,11 @@ def describe() -> tuple[Description, ...]:
     return tuple(method.about for method in METHODS.values())
 
 
-def _key(name: str) -> str:
-    """What two spellings of a name share."""
-    return " ".join(name.casefold().split()).removeprefix("k_").removesuffix("scheduler")
-
-
-_ACCEPTED = {
-    _key(alias): name for name, method in METHODS.items() for alias in (name, method.about.title, *method.about.aliases)
-}
-_REASONS = {_key(name): reason for name, reason in _UNSUPPORTED.items()}
-
-
-def _unknown(name: str, base: str, ending: Sigmas | None) -> str:
-    if base in _REASONS:
-        return f"{name} is unavailable: {_REASONS[base]}"
-    near = difflib.get_close_matches(base, [*_ACCEPTED, *NAMES], n=1)
-    guess = Scheduler(_ACCEPTED.get(near[0], near[0]), ending or "default").name if near else None
-    hint = f"did you mean {guess}? There are" if guess in NAMES else "choose one of"
-    return (
-        f"unknown scheduler {name!r}: {hint} {', '.join(METHODS)}, many of them with karras, exponential or beta "
-        "levels, as in dpmpp_2m_karras."
-    )
-
-
 def _check(scheduler: Scheduler) -> None:
     """Raise ValueError for a method that is not one, and for options that it does not have."""
     name = scheduler.method
     if name not in METHODS:
-        raise ValueError(_unknown(name, name, None))
+        raise ValueError(f"unknown scheduler {name!r}: choose one of {', '.join(METHODS)}.")
     about = METHODS[name].about
     if scheduler.sigmas not in _SIGMAS:
         raise ValueError(f"sigmas {scheduler.sigmas!r}: choose one of {', '.join(_SIGMAS)}.")

@@ -25,7 +25,9 @@ class Description:
 
     name: str
     title: str  # AUTOMATIC1111's name, or one like it
-    aliases: tuple[str, ...]  # other accepted names: diffusers' class first, then k-diffusion's
+    aliases: tuple[
+        str, ...
+    ]  # other accepted names: diffusers' class first, then those of k-diffusion, ComfyUI, InvokeAI
     summary: str
     calls_per_step: int = 1  # UNet calls
     stochastic: bool = False  # takes fresh noise by default
@@ -125,7 +127,7 @@ _LIST = (
         Description(
             "kdpm2",
             "DPM2",
-            ("KDPM2DiscreteScheduler", "k_dpm_2"),
+            ("KDPM2DiscreteScheduler", "k_dpm_2", "kdpm_2"),
             "A step by the slope at its midpoint.",
             calls_per_step=2,
             sigmas=_SIGMAS,
@@ -137,7 +139,7 @@ _LIST = (
         Description(
             "kdpm2_ancestral",
             "DPM2 a",
-            ("KDPM2AncestralDiscreteScheduler", "DPM2 ancestral", "k_dpm_2_a", "k_dpm_2_ancestral"),
+            ("KDPM2AncestralDiscreteScheduler", "DPM2 ancestral", "k_dpm_2_a", "k_dpm_2_ancestral", "kdpm_2_a"),
             "DPM2 with fresh noise at every step; each step count gives another image.",
             calls_per_step=2,
             stochastic=True,
@@ -162,7 +164,7 @@ _LIST = (
         Description(
             "dpmpp_2m_sde",
             "DPM++ 2M SDE",
-            ("k_dpmpp_2m_sde",),
+            ("k_dpmpp_2m_sde", "dpmpp_2m_sde_gpu"),
             "DPM++ 2M with fresh noise at every step; each step count gives another image.",
             stochastic=True,
             sigmas=_SIGMAS,
@@ -187,7 +189,7 @@ _LIST = (
         Description(
             "dpmpp_3m_sde",
             "DPM++ 3M SDE",
-            ("k_dpmpp_3m_sde",),
+            ("k_dpmpp_3m_sde", "dpmpp_3m_sde_gpu"),
             "DPM++ 3M with fresh noise at every step; each step count gives another image.",
             stochastic=True,
             sigmas=_SIGMAS,

@@ -57,6 +57,67 @@ KNOWN: dict[str, Scheduler] = {
     "k_dpm_2_a": Scheduler("kdpm2_ancestral"),
     "k_dpmpp_2m": Scheduler("dpmpp_2m"),
     "k_lms": Scheduler("lms"),
+    "k_dpmpp_2m_ka": Scheduler("dpmpp_2m", "karras"),
+    "k_dpmpp_2m_sde_exp": Scheduler("dpmpp_2m_sde", "exponential"),
+    "sample_dpmpp_2m": Scheduler("dpmpp_2m"),
+    # ComfyUI's
+    "euler_ancestral": Scheduler("euler_ancestral"),
+    "dpm_2": Scheduler("kdpm2"),
+    "dpm_2_ancestral": Scheduler("kdpm2_ancestral"),
+    "dpmpp_2m": Scheduler("dpmpp_2m"),
+    "dpmpp_2m_sde": Scheduler("dpmpp_2m_sde"),
+    "dpmpp_2m_sde_gpu": Scheduler("dpmpp_2m_sde"),
+    "dpmpp_3m_sde_gpu": Scheduler("dpmpp_3m_sde"),
+    # InvokeAI's
+    "dpmpp_2m_k": Scheduler("dpmpp_2m", "karras"),
+    "kdpm_2_a": Scheduler("kdpm2_ancestral"),
+}
+
+# ComfyUI's KSAMPLER_NAMES and AUTOMATIC1111's samplers that are not methods here, and the one that is suggested.
+ABSENT = {
+    "k_dpm_fast": "dpmpp_3s",
+    "DPM fast": "dpmpp_3s",
+    "dpm_adaptive": "dpmpp_3m",
+    "k_dpm_ad": "dpmpp_3m",
+    "dpmpp_sde": "dpmpp_2m_sde",
+    "dpmpp_sde_gpu": "dpmpp_2m_sde",
+    "k_dpmpp_sde_ka": "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral": "dpmpp_2s",
+    "k_dpmpp_2s_a": "dpmpp_2s",
+    "DPM++ 2M SDE Heun Karras": "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun_gpu": "dpmpp_2m_sde",
+    "uni_pc": "unipc",
+    "uni_pc_bh2": "unipc",
+    "Restart": "heun",
+    "heunpp2": "heun",
+    "ipndm": "lms",
+    "ipndm_v": "lms",
+    "res_multistep": "dpmpp_2m",
+    "gradient_estimation": "dpmpp_2m",
+    "er_sde": "dpmpp_2m_sde",
+    "seeds_2": "dpmpp_2m_sde",
+    "sa_solver_pece": "dpmpp_2m_sde",
+    "DDIM CFG++": "ddim",
+    "euler_cfg_pp": "euler",
+    "euler_ancestral_cfg_pp": "euler_ancestral",
+    "dpmpp_2m_cfg_pp": "dpmpp_2m",
+}
+
+# Noise levels, which those programs choose apart from the method, and what is suggested.
+LEVELS = {
+    "karras": "as sigmas",
+    "Exponential": "as sigmas",
+    "beta": "as sigmas",
+    "normal": "timestep_spacing linspace",
+    "Uniform": "timestep_spacing linspace",
+    "simple": "timestep_spacing trailing",
+    "SGM Uniform": "timestep_spacing trailing",
+    "ddim_uniform": "timestep_spacing leading",
+    "Automatic": "the method alone",
+    "KL Optimal": "sigmas karras, exponential or beta",
+    "Euler SGM Uniform": "send euler, and timestep_spacing trailing",
+    "dpmpp_2m_normal": "send dpmpp_2m, and timestep_spacing linspace",
+    "DPM++ 2M Polyexponential": "send dpmpp_2m, and sigmas karras",
 }
 
 
@@ -86,6 +147,26 @@ def test_every_alias_leads_to_its_method_and_to_no_other() -> None:
 def test_no_text_is_more_than_refused(text: str) -> None:
     with suppress(ValueError):
         assert find(text).name in NAMES
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_method_that_is_not_here_is_refused_with_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match="is unavailable: ") as refused:
+        find(name)
+    nearest = str(refused.value).rpartition("take ")[2].split()[0].rstrip(".")
+    assert nearest == ABSENT[name]
+    assert find(nearest).name == nearest
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_in_place_of_a_method_are_told_where_to_go(name: str) -> None:
+    with pytest.raises(ValueError, match=f"is unavailable: .*{LEVELS[name]}"):
+        find(name)
+
+
+def test_a_misspelt_name_of_a_method_that_is_not_here_is_told_so() -> None:
+    with pytest.raises(ValueError, match=r"unknown scheduler 'dpm fastt': dpm fast is unavailable: .* take dpmpp_3s"):
+        find("dpm fastt")
 
 
 # --- options
@@ -135,6 +216,7 @@ def test_what_a_method_does_not_have_is_refused(name: str, asked: dict[str, Any]
         ("dpmpp_2n", r"did you mean dpmpp_2\w+\?"),
         ("eulr", r"did you mean euler\?"),
         ("dpmpp_2m_karas", r"did you mean dpmpp_2m_karras\?"),
+        ("dpm++ 2m karas", r"did you mean dpmpp_2m_karras\?"),
         ("DPM++ 2M SD Karras", r"did you mean dpmpp_2m_sde_karras\?"),
         ("", "unknown scheduler ''"),
         ("DPM++ SDE Karras", "DPM.. SDE Karras is unavailable: its noise comes from a Brownian tree"),
