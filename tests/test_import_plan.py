@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.contract": set(),
     "engines.manifest": {"engines.contract", "engines.errors", "engines.files"},
     "engines.accuracy": {"engines.contract", "engines.errors", "engines.manifest"},
-    "engines.schedulers": {"engines.contract", "engines.manifest"},
+    "engines.schedulers": {"engines.contract", "engines.limits", "engines.manifest"},
     "engines.backends": {"engines.contract", "engines.errors", "engines.files", "engines.manifest"},
     "engines.checkpoints": {
         "engines.contract",

@@ -7,10 +7,9 @@ the same calls, the same timesteps, and x in the same space, so that one row of 
 from engines.schedulers.catalogue import NAMES, describe, find, table
 from engines.schedulers.levels import Sigmas, Spacing
 from engines.schedulers.methods import METHODS, Description
-from engines.schedulers.steps import MAX_STEPS, NUMBERS, FinalSigma, Scheduler, Step, Table
+from engines.schedulers.steps import NUMBERS, FinalSigma, Scheduler, Step, Table
 
 __all__ = [
-    "MAX_STEPS",
     "METHODS",
     "NAMES",
     "NUMBERS",

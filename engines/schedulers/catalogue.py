@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import get_args
 
+from engines.limits import MAX_STEPS
 from engines.manifest import NoiseSchedule
 from engines.schedulers.levels import Sigmas, Spacing
 from engines.schedulers.methods import METHODS, Description, Option
 from engines.schedulers.names import resolve
-from engines.schedulers.steps import MAX_STEPS, FinalSigma, Scheduler, Setting, Table
+from engines.schedulers.steps import FinalSigma, Scheduler, Setting, Table
 
 _SIGMAS: tuple[Sigmas, ...] = get_args(Sigmas)
 _CHOICES: dict[Option, tuple[str, ...]] = {

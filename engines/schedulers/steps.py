@@ -22,7 +22,6 @@ FinalSigma = Literal["zero", "sigma_min"]
 
 X, MODEL, NOISE, M1, M2, M3 = np.eye(TERMS)
 
-MAX_STEPS = 200  # of a request
 NUMBERS = 4 + LANES * TERMS  # of a step: see Table.numbers
 _IMAGE = (1.0, 0.0)  # signal and noise, when all steps are done
 

@@ -117,9 +117,10 @@ class GenerateRequest(_StrictModel):
     eta: float | None = Field(
         None, ge=0, le=1, description="amount of noise added at each step, 0 to 1; only for ddim and tcd"
     )
-    image_format: ImageFormat = Field("png", description="format of the images in a JSON response")
-    preview_every: int = Field(
-from server.requests import base64_file
+    image_format: Annotated[ImageFormat, _AnyCase, _NullMeans("png")] = Field(
+        "png", description="format of the images in a JSON response"
+    )
+    preview_every: Annotated[int, _NullMeans(0)] = Field(
         0,
         ge=0,
         le=MAX_STEPS,

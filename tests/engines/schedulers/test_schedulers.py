@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.limits import MAX_STEPS
 from engines.manifest import NoiseSchedule
-from engines.schedulers import MAX_STEPS, METHODS, NAMES, FinalSigma, Scheduler, Spacing, find, table
+from engines.schedulers import METHODS, NAMES, FinalSigma, Scheduler, Spacing, find, table
 from tests.support.references import CLASSES
 from tests.support.stepping import SHAPE, Run, apart, noises, reference, run_diffusers, run_table
 

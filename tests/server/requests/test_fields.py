@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engines.schedulers import MAX_STEPS
+from engines.limits import MAX_STEPS
 from server.api.problems import explain
 from server.requests.errors import InvalidRequest, MalformedBody, ServerError
 from server.requests.field_names import hint
@@ -223,3 +224,10 @@ def test_no_body_causes_anything_but_a_refusal(body: dict[str, Any]) -> None:
     except ServerError as error:
         assert isinstance(error, InvalidRequest | MalformedBody)  # noqa: PT017
         assert len(error.detail) < 500  # noqa: PT017
+
+
+def test_the_readme_and_the_web_page_state_the_bound_of_the_steps() -> None:
+    root = Path(__file__).parents[3]
+    assert f"| `num_inference_steps` | the model's | 1 to {MAX_STEPS} |" in (root / "README.md").read_text("utf-8")
+    page = (root / "server/playground/index.html").read_text("utf-8")
+    assert f'name="num_inference_steps" type="number" min="1" max="{MAX_STEPS}"' in page
