@@ -19,16 +19,27 @@ class AccuracyError(EngineError):
     """An output cannot be compared: it holds NaN or infinity."""
 
 
+def check_finite(outputs: Arrays) -> None:
+    """Raise AccuracyError where a graph's outputs hold NaN or infinity, or its `is_finite` says that they would.
+
+    Pixels are whole numbers, which hide what is not finite: of images `is_finite` alone can say it.
+    """
+    for name, array in outputs.items():
+        if not np.isfinite(array).all():
+            raise AccuracyError(f"{name} holds NaN or infinity")
+    if not np.all(outputs.get("is_finite", 1)):
+        raise AccuracyError("its images hold NaN or infinity")
+
+
 def worst_difference(actual: Arrays, expected: Arrays) -> Difference:
     """The worst of all outputs, over as many of their first entries as are expected. Raises AccuracyError."""
     return worst_of(difference_of(actual[name][: len(array)], array) for name, array in expected.items())
 
 
 def difference_of(actual: Array, expected: Array) -> Difference:
-    """Errors relative to the largest expected value. Raises AccuracyError where `actual` holds NaN or infinity."""
+    """Errors relative to the largest expected value. Raises AccuracyError where either holds NaN or infinity."""
+    check_finite({"the output": actual, "the expected output": expected})
     values, wanted = actual.astype(np.float64), expected.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise AccuracyError("The output holds NaN or infinity.")
     errors = np.abs(values - wanted) / max(float(np.abs(wanted).max()), 1e-6)
     return Difference(largest=float(errors.max()), mean=float(errors.mean()))
 
@@ -46,6 +57,11 @@ def tolerance(precision: Precision, outputs: Iterable[TensorSpec]) -> float:
 
 
 def psnr(image: Array, expected: Array) -> float:
-    """Peak signal-to-noise ratio of two images or batches of images, values 0..255 of any dtype, in dB."""
+    """Peak signal-to-noise ratio of two images or batches of images, values 0..255 of any dtype, in dB.
+
+    Raises:
+        AccuracyError: either holds NaN or infinity.
+    """
+    check_finite({"the image": image, "the expected image": expected})
     error = float(np.mean((image.astype(np.float64) - expected.astype(np.float64)) ** 2))
     return 10 * float(np.log10(255**2 / error)) if error else IDENTICAL

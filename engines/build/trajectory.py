@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from engines.accuracy import AccuracyError, check_finite
 from engines.backends.device import Device, Engine
 from engines.backends.registry import open_device
 from engines.contract import GRAPHS, LANES, OUTPUTS, STEPS, Array, Arrays, GraphName, build_inputs, inputs_of, sizes_of
+from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from engines.progress import Progress
 from engines.schedulers import Step, find, table
@@ -30,6 +32,10 @@ _SHALLOW_STRIDE = 3  # INT8 is calibrated on every third shallow step: their fea
 
 
 RunGraph = Callable[[GraphName, Arrays], dict[str, Array]]  # the outputs of a graph by name, for its inputs
+
+
+class NotFiniteError(EngineError):
+    """A graph computes NaN or infinity: every image of the model would fail."""
 
 
 class GraphRunner:
@@ -64,10 +70,30 @@ class GraphRunner:
         return {**self._manifest.dims(self._manifest.resolutions[0]), **varying}
 
 
-def reference(manifest: Manifest, bundle: Path) -> GraphRunner:
-    """The FP32 graphs in ONNX Runtime on this machine's processor."""
+def finite(graphs: RunGraph, remedy: Callable[[GraphName], str]) -> RunGraph:
+    """`graphs`, with NotFiniteError where an output holds NaN or infinity, which says the `remedy` for that graph."""
+
+    def run(graph: GraphName, inputs: Arrays) -> dict[str, Array]:
+        outputs = graphs(graph, inputs)
+        try:
+            check_finite(outputs)
+        except AccuracyError as error:
+            raise NotFiniteError(f"{graph} computes no finite values ({error}): {remedy(graph)}.") from error
+        return outputs
+
+    return run
+
+
+def reference(manifest: Manifest, bundle: Path) -> RunGraph:
+    """The FP32 graphs in ONNX Runtime on this machine's processor. Raises NotFiniteError where they compute NaN."""
     files = {name: bundle / graph.onnx["fp32"].files[0].path for name, graph in manifest.graphs.items()}
-    return GraphRunner(manifest, open_device("onnxruntime"), files)
+    return finite(
+        GraphRunner(manifest, open_device("onnxruntime"), files),
+        lambda graph: (
+            f"the weights of {graph} in {manifest.source.name} are damaged, or overflow even FP32; download the "
+            "checkpoint again, and build it with --force"
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +120,11 @@ class Trajectory:
         self._sizes = {**manifest.dims(self.size), "S": 1, "C": 2, "L": 1, "B": 1, "R": self._rows, "P": self._rows}
 
     def run(self, graphs: RunGraph, on_step: Callable[[], None] = lambda: None) -> Recording:
-        """Run the trajectory on `graphs`, from prompt to image. Raises EngineError."""
+        """Run the trajectory on `graphs`, from prompt to image.
+
+        Raises:
+            EngineError: a graph cannot be run, or is `finite` and computes NaN or infinity.
+        """
         noise = self._latents(1)
         state = np.zeros((1, LANES, *noise.shape[1:]), np.float32)
         state[:, 0] = noise * self._table.init_scale

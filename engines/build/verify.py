@@ -7,10 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.accuracy import AccuracyError, psnr, tolerance, worst_difference, worst_of
+from engines.accuracy import psnr, tolerance, worst_difference, worst_of
 from engines.backends.registry import open_device
 from engines.build.profiles import shapes
-from engines.build.trajectory import GraphRunner, Recording, Trajectory, decode_inputs, reference
+from engines.build.trajectory import (
+    GraphRunner,
+    NotFiniteError,
+    Recording,
+    Trajectory,
+    decode_inputs,
+    finite,
+    reference,
+)
 from engines.contract import (
     LANES,
     MEMORY,
@@ -25,7 +33,7 @@ from engines.contract import (
     random_values,
 )
 from engines.errors import EngineError
-from engines.manifest import Build, Difference, Manifest, Profile, Verification
+from engines.manifest import Build, Difference, Manifest, Precision, Profile, Verification
 from engines.progress import Progress
 
 _STEPS = 6  # denoising steps of the trajectory that engines are compared on
@@ -43,16 +51,25 @@ def verify(manifest: Manifest, bundle: Path, backend: str, *, progress: Progress
     """Compare the engines of `backend` with the FP32 graphs. Returns its build with the differences found.
 
     Raises:
-        EngineError: the backend does not run on this machine, or an engine differs by more than its precision explains.
+        VerificationError: an engine differs by more than its precision explains, or computes NaN or infinity.
+        EngineError: the backend does not run on this machine.
     """
+    try:
+        return _verified(manifest, bundle, backend, progress)
+    except NotFiniteError as error:
+        raise VerificationError(f"{error} The bundle no longer lists {backend}.") from error
+
+
+def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress) -> Build:
     build = manifest.builds[backend]
     trajectory = Trajectory(manifest, bundle, steps=_STEPS)
     recording, cases = _expected(manifest, bundle, build, trajectory, progress)
     files = {name: bundle / engine.files[0].path for name, engine in build.engines.items()}
-    graphs, engines = GraphRunner(manifest, open_device(backend), files), {}
+    runner, engines = GraphRunner(manifest, open_device(backend), files), {}
+    graphs = finite(runner, lambda name: _remedy(backend, build.engines[name].precision))
     for name, engine in build.engines.items():
         with progress.stage(f"verifying {name} of {backend}"):
-            found = _difference(graphs, name, cases[name])
+            found = worst_of(worst_difference(graphs(name, inputs), outputs) for inputs, outputs in cases[name])
         _check_tolerance(backend, name, found, tolerance(engine.precision, manifest.graphs[name].outputs))
         engines[name] = engine.model_copy(update={"difference": found})
     with progress.stage(f"drawing an image on {backend}"):
@@ -79,11 +96,11 @@ def _expected(
     return recording, expected
 
 
-def _difference(graphs: GraphRunner, name: GraphName, cases: Sequence[tuple[Arrays, Arrays]]) -> Difference:
-    try:
-        return worst_of(worst_difference(graphs(name, inputs), expected) for inputs, expected in cases)
-    except AccuracyError as error:
-        raise VerificationError(f"{name}: {error}") from error
+def _remedy(backend: str, precision: Precision) -> str:
+    if precision == "fp32":
+        return f"{backend} computes something else than the FP32 graph; compile it with another --backend"
+    wider = "bf16, or fp32" if precision == "fp16" else "fp32"
+    return f"{precision} on {backend} does not hold what FP32 does; compile it with --precision {wider}"
 
 
 def _cases(

@@ -81,7 +81,7 @@ class Checkpoint:
             label = path.relative_to(self.config.folder).as_posix() if inside else "file"
             yield f"{label} {sha256_of(path)}"
         for lora in self.loras:
-            yield f"lora {lora.scale!r} {sha256_of(lora.path)}"
+            yield f"lora {lora.scale!r} {' '.join(map(sha256_of, lora.files))}"
         for path, token in self._tokens():
             yield f"embedding {token!r} {sha256_of(path)}"
         if self.decoder:

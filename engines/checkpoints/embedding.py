@@ -16,6 +16,7 @@ from engines.manifest import Context
 
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _UNNAMED = "emb_params"  # AUTOMATIC1111's tensor name, which does not say the token
+TRAINED_WITH = "<embed>"  # the metadata of a token that was trained with a LoRA, and lies in the same file
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
 
 
@@ -62,7 +63,9 @@ class Embedding:
     @cached_property
     def learned_tokens(self) -> tuple[LearnedToken, ...]:
         """The tokens in the file, by its header. Raises CheckpointError."""
-        shapes, _ = read_header(self.path)
+        shapes, metadata = read_header(self.path)
+        trained = {key: shape for key, shape in shapes.items() if metadata.get(key) == TRAINED_WITH}
+        shapes = trained or shapes
         self._check_names(shapes)
         names = {key: self.path.stem if key == _UNNAMED else key for key in shapes}
         return tuple(self._learned_token(self.token or names[key], key, shape) for key, shape in shapes.items())

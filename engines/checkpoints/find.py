@@ -18,7 +18,7 @@ from engines.checkpoints.diffusers_folder import (
 from engines.checkpoints.embedding import Embedding, check_tokens_distinct
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.hub import download
-from engines.checkpoints.lora import Lora, check_lora
+from engines.checkpoints.lora import Lora, check_lora, embeddings_in
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout
 from engines.checkpoints.supported import check_supported
@@ -52,6 +52,7 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     """
     for lora in loras:
         check_lora(lora.path)
+    embeddings = tuple(dict.fromkeys((*embeddings, *_trained_with(loras, embeddings, progress))))
     check_tokens_distinct(embeddings)
     path = Path(model)
     search = _Search(
@@ -70,6 +71,16 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     if config:
         raise CheckpointError(f"--config describes a single file, and {model} is not one: leave --config out.")
     return search.in_folder(path) if path.is_dir() else search.on_hub(model)
+
+
+def _trained_with(loras: Sequence[Lora], embeddings: Sequence[Embedding], progress: Progress) -> list[Embedding]:
+    """The tokens that lie in the files of `loras`, unless they are among `embeddings`."""
+    given = {embedding.path for embedding in embeddings}
+    found = [embedding for embedding in embeddings_in(loras) if embedding.path not in given]
+    for embedding in found:
+        tokens = ", ".join(learned.token for learned in embedding.learned_tokens)
+        progress.note(f"{embedding.path.name}: adds the tokens {tokens}, which were trained with the LoRA")
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from engines.checkpoints.decoder import check_decoder_fits
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.embedding import check_embedding_fits
 from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.lora import check_lora_fits
 
 SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
 _PIPELINES = (
@@ -30,6 +31,8 @@ def check_supported(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the configs are those of a supported model, and its additions fit it."""
     _check_classes(checkpoint.config)
     _check_unet(checkpoint.config)
+    for lora in checkpoint.loras:
+        check_lora_fits(lora, checkpoint.config)
     for embedding in checkpoint.embeddings:
         check_embedding_fits(embedding, checkpoint.config)
     if checkpoint.decoder:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engines.accuracy import tolerance, worst_difference
+from engines.accuracy import AccuracyError, check_finite, tolerance, worst_difference
 from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
 from engines.checkpoints.diffusers_folder import CheckpointConfig
@@ -17,7 +17,7 @@ from engines.contract import GRAPHS, Array, GraphName
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed
 from engines.files import write_atomically
-from engines.manifest import MANIFEST, ComputeDtype, File, Graph, Onnx, Size, Storage, Tokenizer
+from engines.manifest import MANIFEST, ComputeDtype, Difference, File, Graph, Onnx, Size, Storage, Tokenizer
 from engines.progress import Progress
 
 _FP16_ENDS = 65504.0
@@ -44,8 +44,9 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     traced = traced_graphs(modules, config.latent, config.context)
     exports = {name: _Export(name, traced[name], out, progress) for name in GRAPHS}
     wanted = {name: [precision for graph, precision in typed if graph == name] for name in GRAPHS}
-    for name, one in exports.items():
-        one.refuse_overflow(known.get(name), wanted[name], size)  # of all, before minutes go into the first
+    for name, one in exports.items():  # of all, before minutes go into the first
+        one.check_finite()
+        one.refuse_overflow(known.get(name), wanted[name], size)
     return {name: one.every_precision(known.get(name), storage, wanted[name]) for name, one in exports.items()}
 
 
@@ -72,21 +73,41 @@ class _Export:
         self._inputs = traced.random_inputs()
         self._expected = traced.compute(self._inputs)
 
+    def check_finite(self) -> None:
+        """Raise ExportError if torch itself computes NaN or infinity, with which every comparison would agree."""
+        try:
+            check_finite(self._expected)
+        except AccuracyError as error:
+            raise ExportError(
+                f"{self._name} computes no finite values in torch in FP32 ({error}): the checkpoint's weights are "
+                "damaged, or overflow; download it again."
+            ) from error
+
     def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
         """Raise ExportError if the graph is wanted in FP16 and leaves its range at `size`."""
         if "fp16" not in typed or (known and "fp16" in known.onnx):
             return
+        self._refuse_large_weights()
         latent = self._traced.latent
         shape = {"h": size.height // latent.downscale, "w": size.width // latent.downscale}
         pixels = {"H": size.height, "W": size.width}
         with self._progress.stage(f"measuring the range of {self._name} at {size}"):
             inputs = self._traced.random_inputs(S=1, C=1, B=1, R=1, N=1, n=1, **shape, **pixels)
             largest = largest_value(self._traced, inputs)
-        if not largest < _FP16_ENDS:
+        if not largest < _FP16_ENDS:  # infinite where it is NaN
             raise ExportError(
                 f"{self._name} reaches {largest:.0f} at {size}, and FP16 ends at {_FP16_ENDS:.0f}: "
                 "build it with --precision bf16, or fp32."
             )
+
+    def _refuse_large_weights(self) -> None:
+        for name, weight in self._traced.module.named_parameters():
+            low, high = map(float, weight.detach().aminmax())
+            if max(-low, high) > _FP16_ENDS:
+                raise ExportError(
+                    f"{name} of {self._name} reaches {max(-low, high):.0f}, and FP16 ends at {_FP16_ENDS:.0f}: "
+                    "build it with --precision bf16, or fp32."
+                )
 
     def every_precision(self, known: Graph | None, storage: Storage, typed: Sequence[ComputeDtype]) -> Graph:
         onnx: dict[ComputeDtype, Onnx] = dict(known.onnx) if known else {"fp32": self._reference(storage)}
@@ -118,13 +139,23 @@ class _Export:
     def _checked(self, files: Sequence[Path], precision: ComputeDtype) -> Onnx:
         """Run the written graph in ONNX Runtime. Raises ExportError where it strays from torch in FP32."""
         with self._progress.stage(f"checking {files[0].name} against torch"):
-            difference = worst_difference(self._run(files[0], precision), self._expected)
+            difference = self._difference(files[0], precision)
         allowed = tolerance(precision, self._traced.outputs)
         if not difference.largest <= allowed:  # NaN fails too
             raise ExportError(
                 f"{files[0].name} differs from torch by {difference.largest:.1e} of its range, more than {allowed:.0e}."
             )
         return Onnx(files=tuple(File.of(file, root=self._out) for file in files), difference=difference)
+
+    def _difference(self, path: Path, precision: ComputeDtype) -> Difference:
+        outputs = self._run(path, precision)
+        try:
+            check_finite(outputs)
+            return worst_difference(outputs, self._expected)
+        except AccuracyError as error:
+            wider = {"fp16": "bf16, or fp32", "bf16": "fp32"}.get(precision)
+            remedy = f"build it with --precision {wider}" if wider else "build it with --force"
+            raise ExportError(f"{path.name} computes no finite values, and torch does ({error}): {remedy}.") from error
 
     def _run(self, path: Path, precision: ComputeDtype) -> dict[str, Array]:
         if precision != "bf16":

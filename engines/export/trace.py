@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -120,7 +121,10 @@ def to_onnx(traced: Traced) -> ir.Model:
 
 
 def largest_value(traced: Traced, inputs: Mapping[str, torch.Tensor]) -> float:
-    """The largest magnitude that any operation inside the module writes, attention scores included."""
+    """The largest magnitude that any operation inside the module writes, attention scores included.
+
+    Infinite where one writes NaN.
+    """
     seen = _Magnitudes()
     with (
         torch.inference_mode(),
@@ -142,7 +146,8 @@ class _Magnitudes(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.numel():
             sizes = result.abs()
-            self.largest = max(self.largest, float(torch.where(sizes < _MASK, sizes, 0).amax()))
+            largest = float(torch.where(sizes >= _MASK, 0, sizes).amax())
+            self.largest = max(self.largest, math.inf if math.isnan(largest) else largest)  # max() passes NaN over
         return result
 
 

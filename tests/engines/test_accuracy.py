@@ -7,7 +7,7 @@ import pytest
 from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-from engines.accuracy import IDENTICAL, AccuracyError, difference_of, psnr, tolerance, worst_difference
+from engines.accuracy import IDENTICAL, AccuracyError, check_finite, difference_of, psnr, tolerance, worst_difference
 from engines.contract import Array, TensorSpec
 
 
@@ -25,8 +25,19 @@ def test_the_figures_are_polygraphys() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_output_that_is_not_finite_is_an_error(value: float) -> None:
-    with pytest.raises(AccuracyError, match="NaN or infinity"):
-        difference_of(np.array([0.0, value]), np.zeros(2))
+    broken, sound = np.array([0.0, value]), np.zeros(2)
+    for actual, expected in ((broken, sound), (sound, broken), (broken, broken)):
+        with pytest.raises(AccuracyError, match="NaN or infinity"):
+            difference_of(actual, expected)
+        with pytest.raises(AccuracyError, match="NaN or infinity"):
+            psnr(actual, expected)
+
+
+def test_images_that_hide_nan_are_an_error() -> None:
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    check_finite({"images": black, "is_finite": np.ones(2, np.float32)})
+    with pytest.raises(AccuracyError, match="its images hold NaN or infinity"):
+        check_finite({"images": black, "is_finite": np.array([1, 0], np.float32)})
 
 
 def test_the_worst_of_several_outputs_counts() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.checkpoints.embedding import Embedding, LearnedToken
+from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.libraries import load_tensors, quiet
 
 
@@ -37,6 +38,7 @@ def _rows(embeddings: Sequence[Embedding], tokenizer: Any) -> dict[int, Tensor]:
     rows: dict[int, Tensor] = {}
     for embedding in embeddings:
         tensors = load_tensors(embedding.path)
+        check_finite(tensors.items(), str(embedding.path))
         for learned in embedding.learned_tokens:
             ids = tokenizer.convert_tokens_to_ids(list(learned.tokens))
             rows |= zip(ids, tensors[learned.key].view(learned.vectors, learned.width), strict=True)

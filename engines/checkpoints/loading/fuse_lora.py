@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.loading.finite import check_finite, is_finite
 from engines.checkpoints.loading.libraries import load_tensors
-from engines.checkpoints.lora import Lora
+from engines.checkpoints.loading.lora_layers import layers_by_name, read_name
+from engines.checkpoints.lora import Lora, embeddings_in
+from engines.checkpoints.lora_scaling import read_scaling
 from engines.checkpoints.safetensors_header import read_header
 
-# The two factors of a layer's update and its alpha, by the name endings of different training tools.
-_FACTORS = {
-    ".lora_down.weight": "down",  # kohya
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-    ".lora_A.weight": "down",  # peft
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down",  # diffusers
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",  # diffusers' attention processors
-    "_lora.up.weight": "up",
-}
-_UNSUPPORTED_OPTIONS = (".use_rslora", ".use_dora", ".alpha_pattern")
 _OTHER_MODEL = "it was made for another model"
-_Layer = nn.Linear | nn.Conv2d
 
 
 def fuse_lora(lora: Lora, *, unet: nn.Module, text_encoder: nn.Module) -> None:
@@ -43,75 +25,62 @@ def fuse_lora(lora: Lora, *, unet: nn.Module, text_encoder: nn.Module) -> None:
     Raises:
         CheckpointError: the file is damaged, or made for another model or with options that are not supported.
     """
-    named, alphas = _layers_by_name(unet, text_encoder), _alphas(lora.path)
-    for layer, factors in _factors(lora.path).items():
-        part, module = named.get(layer) or named.get(f"{layer}.0") or (None, None)
-        if part is None or module is None:
+    name, scaling = lora.path.name, read_scaling(lora.path)
+    named = layers_by_name(unet, text_encoder, read_header(lora.path)[1])
+    for layer, factors in _factors(lora).items():
+        if (target := named.get(layer)) is None:
+            raise CheckpointError(f"{name} updates the layer {layer}, which this model does not have: {_OTHER_MODEL}.")
+        weight = target.module.weight
+        update = _update(factors, layer, name)
+        if update.numel() != weight.numel() or len(update) != len(weight):
             raise CheckpointError(
-                f"{lora.path.name} updates the layer {layer}, which this model does not have: {_OTHER_MODEL}."
+                f"{name} does not fit the shape of the layer {layer}: its update is {list(update.shape)}, the weight "
+                f"{list(weight.shape)}: {_OTHER_MODEL}."
             )
-        update = _update(factors, alphas.get(part))
-        if update is None or update.numel() != module.weight.numel() or len(update) != len(module.weight):
-            raise CheckpointError(f"{lora.path.name} does not fit the shape of the layer {layer}: {_OTHER_MODEL}.")
+        rank = len(factors["down"])
+        own = float(factors["alpha"]) / rank if "alpha" in factors else scaling[target.part].of(target.name, rank)
         with torch.no_grad():
-            module.weight += lora.scale * update.view_as(module.weight)
+            weight += lora.scale * own * update.view_as(weight)
+        if not is_finite(weight):
+            raise CheckpointError(f"{lora} makes the layer {layer} overflow: pass a smaller scale.")
 
 
-def _update(factors: Mapping[str, Tensor], alpha: float | None) -> Tensor | None:
-    """Return alpha / rank · up @ down, [out, in · kernel]; None where the factors do not fit each other."""
-    if not {"up", "down"} <= set(factors):
-        return None
-    up, down = factors["up"].float().flatten(1), factors["down"].float().flatten(1)
+def _update(factors: Mapping[str, Tensor], layer: str, file: str) -> Tensor:
+    """Return up @ down, [out, in, …kernel]; with `mid` between them, the convolution of all three."""
+    if lacking := {"up", "down"} - factors.keys():
+        raise CheckpointError(
+            f"{file} lacks the factor {' and '.join(sorted(lacking))} of the layer {layer}: it is incomplete. "
+            "Download it again."
+        )
+    up, down = factors["up"].float().flatten(1), factors["down"].float()
+    mid = factors.get("mid")
     rank = len(down)
-    if up.shape[1] != rank:
-        return None
-    scale = float(factors["alpha"]) if "alpha" in factors else alpha
-    return (up @ down) * (1.0 if scale is None else scale / rank)
+    if up.shape[1] != (rank if mid is None else len(mid)) or (mid is not None and mid.shape[1] != rank):
+        shapes = ", ".join(f"{kind} {list(factor.shape)}" for kind, factor in sorted(factors.items()) if factor.ndim)
+        raise CheckpointError(
+            f"{file} does not fit the shape of its own factors in the layer {layer} ({shapes}): it is damaged."
+        )
+    if mid is None:
+        return (up @ down.flatten(1)).view(len(up), *down.shape[1:])
+    return torch.einsum("or,rskl,si->oikl", up, mid.float(), down.flatten(1))
 
 
-def _factors(path: Path) -> dict[str, dict[str, Tensor]]:
+def _factors(lora: Lora) -> dict[str, dict[str, Tensor]]:
     """Return the factors of every layer, by the file's name for it."""
+    path = lora.path
+    learned = {token.key for embedding in embeddings_in([lora]) for token in embedding.learned_tokens}
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    adapters = set[str | None]()
     for name, tensor in load_tensors(path).items():
-        suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
-        if suffix is None:
+        if name in learned:
+            continue  # added to the text encoder's vocabulary
+        factor = read_name(name)
+        if factor is None:
             raise CheckpointError(f"{path.name} holds {name}, which is not a known factor of a LoRA.")
-        layer = name.removesuffix(suffix).removeprefix("base_model.model.").replace(".processor.", ".")
-        layers[layer][_FACTORS[suffix]] = tensor
+        check_finite([(name, tensor)], str(path))
+        layers[factor.layer][factor.kind] = tensor
+        adapters |= {factor.adapter} if factor.kind in ("down", "up") else set()
+    if len(adapters) > 1:
+        names = ", ".join(sorted(str(adapter or "without a name") for adapter in adapters))
+        raise CheckpointError(f"{path.name} holds several adapters ({names}): save each to a file of its own.")
     return layers
-
-
-def _layers_by_name(unet: nn.Module, text_encoder: nn.Module) -> dict[str, tuple[str, _Layer]]:
-    """Return every layer that a LoRA may update, and its part, under each name that files have for it."""
-    named: dict[str, tuple[str, _Layer]] = {}
-    for name, layer in _updatable(unet):
-        for alias in (name, f"unet.{name}", f"lora_unet_{name.replace('.', '_')}"):
-            named[alias] = ("unet", layer)
-    for name, layer in _updatable(text_encoder):
-        full = f"text_model.{name}"  # a wrapper that transformers has removed, and files still name
-        for alias in (full, f"text_encoder.{full}", f"lora_te_{full.replace('.', '_')}"):
-            named[alias] = ("text_encoder", layer)
-    return named
-
-
-def _updatable(module: nn.Module) -> Iterator[tuple[str, _Layer]]:
-    for name, layer in module.named_modules():
-        if isinstance(layer, _Layer):
-            yield name, layer
-
-
-def _alphas(path: Path) -> Mapping[str, float]:
-    """Return each part's alpha where diffusers wrote it to the metadata, rather than as a tensor per layer."""
-    config = _adapter_config(path)
-    for key, value in config.items():
-        if value and key.endswith(_UNSUPPORTED_OPTIONS):
-            raise CheckpointError(f"{path.name} was trained with {key}, which is not supported.")
-    return {key.removesuffix(".lora_alpha"): float(config[key]) for key in config if key.endswith(".lora_alpha")}
-
-
-def _adapter_config(path: Path) -> dict[str, Any]:
-    try:
-        config = dict(json.loads(read_header(path)[1].get("lora_adapter_metadata", "{}")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} has metadata that cannot be read: {error}") from error
-    return {key if "." in key else f"unet.{key}": value for key, value in config.items()}

@@ -13,12 +13,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import Decoder
-from engines.checkpoints.diffusers_folder import CheckpointConfig
+from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
 from engines.checkpoints.embedding import LearnedToken
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
+from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.fuse_lora import fuse_lora
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, quiet
+from engines.checkpoints.safetensors_header import read_header
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
             vae=vae,
             decoder=_load_decoder(checkpoint.decoder) if checkpoint.decoder else vae,
         )
+    _check_finite(modules, config, checkpoint)
     for lora in checkpoint.loras:
         fuse_lora(lora, unet=modules.unet, text_encoder=modules.text_encoder)
     if checkpoint.embeddings:
@@ -62,6 +65,22 @@ def load_tokenizer(config: CheckpointConfig, learned_tokens: Sequence[LearnedTok
         raise CheckpointError(f"The tokenizer of {config.name} cannot be loaded: {error}") from error
     add_to_tokenizer(tokenizer, learned_tokens)
     return tokenizer
+
+
+def _check_finite(modules: Modules, config: CheckpointConfig, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for NaN or infinity, and name the file that holds it as the caller knows it."""
+    for part in PARTS:
+        files = (checkpoint.path,) if checkpoint.single_file else config.weights(part)
+        for file in files:
+            shapes = read_header(file)[0] if len(files) > 1 and file.suffix == ".safetensors" else None
+            held = (
+                (f"{part}.{name}", tensor)
+                for name, tensor in getattr(modules, part).state_dict().items()
+                if shapes is None or name in shapes or f"text_model.{name}" in shapes
+            )
+            check_finite(held, str(file))
+    if checkpoint.decoder:
+        check_finite(modules.decoder.state_dict().items(), str(checkpoint.decoder.weights))
 
 
 def _load_part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -> Any:

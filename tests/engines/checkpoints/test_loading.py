@@ -48,3 +48,17 @@ def test_pickles_never_run_code(copied: Path, monkeypatch: pytest.MonkeyPatch, p
     with pytest.raises(CheckpointError, match=f"cannot be loaded: {part}"):
         load(find_checkpoint(str(copied), allow_pickle=True))
     assert not (copied / "harmed").exists()
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_name_file_and_tensor(copied: Path, part: str, value: float) -> None:
+    path = next((copied / part).glob("*.safetensors"))
+    tensors = {name: weight.clone() for name, weight in load_file(path).items()}
+    name = next(name for name, weight in tensors.items() if weight.ndim >= 2)
+    tensors[name].view(-1)[5] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as raised:
+        load(find_checkpoint(str(copied)))
+    assert str(raised.value).startswith(f"{path} holds NaN or infinity in {part}.{name.removeprefix('text_model.')}: ")
+    assert str(raised.value).endswith("Download it again.")

@@ -120,10 +120,23 @@ QUERY = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ({f"lora_unet_{QUERY}.hada_w1_a": (4, 8)}, "a LoHa"),
         ({f"lora_unet_{QUERY}.lora_down.weight": (4, 16), f"lora_unet_{QUERY}.dora_scale": (1,)}, "a DoRA"),
         ({f"lora_unet_{QUERY}.lora_down.weight": (4, 320), f"lora_unet_{QUERY}.lora_up.weight": (320, 4)}, "shape"),
-        ({f"lora_unet_{QUERY}.lora_down.weight": (4, 16)}, "shape"),
+        ({f"lora_unet_{QUERY}.lora_down.weight": (4, 16)}, f"lacks the factor up of the layer lora_unet_{QUERY}"),
+        ({f"lora_unet_{QUERY}.lora_down.weight": (4, 16), f"lora_unet_{QUERY}.lora_up.weight": (16, 2)}, "own factors"),
+        (
+            {f"lora_unet_{QUERY}.lora_down.weight": (4, 16), f"lora_unet_{QUERY}.lora_x.weight": (1,)},
+            "not a known factor of a LoRA",
+        ),
         (
             {f"lora_unet_{QUERY}.lora_down.weight": (4, 16), f"lora_unet_{QUERY}.diff_b": (1,)},
-            "not a known factor of a LoRA",
+            "a full difference of weights",
+        ),
+        (
+            {f"lora_unet_{QUERY.replace('attn1_to_q', 'attn2_to_k')}.lora_down.weight": (4, 2048)},
+            "a LoRA for Stable Diffusion XL, with prompt embeddings 2048 wide, and those of sd1 are 32 wide",
+        ),
+        (
+            {f"unet.{'down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v'}.lora_A.weight": (4, 1024)},
+            r"a LoRA for Stable Diffusion 2\.x, with prompt embeddings 1024 wide",
         ),
         (
             {"lora_unet_down_blocks_7_attn1_to_q.lora_down.weight": (4, 8)},
@@ -141,9 +154,9 @@ def test_loras_that_do_not_fit_are_refused(
 
 
 def test_unsupported_training_options_are_refused(families: Families, tmp_path: Path) -> None:
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.use_rslora": True})}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.use_dora": True})}
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3)}, tmp_path / "a.safetensors", metadata=metadata)
-    with pytest.raises(CheckpointError, match="use_rslora"):
+    with pytest.raises(CheckpointError, match="use_dora"):
         load(find_checkpoint(str(families("sd1")), loras=[Lora(tmp_path / "a.safetensors")]))
 
 
@@ -156,7 +169,16 @@ def test_loras_are_parsed_with_their_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["style.pt", "style.safetensors:", "style.safetensors:big", "style.safetensors:nan", ""]
+    "text",
+    [
+        "style.pt",
+        "a/style.bin:0.5",
+        "owner/style",
+        "style.safetensors:",
+        "style.safetensors:big",
+        "x.safetensors:nan",
+        "",
+    ],
 )
 def test_malformed_loras_are_explained(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"write"):
