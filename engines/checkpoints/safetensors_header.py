@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from engines.checkpoints.errors import CheckpointError
 
+_MOST_HEADER = 100 * 2**20  # bytes: the library takes no larger ones
+_MOST_REASON = 160  # characters of the library's reason: it may hold the whole list of types
+_NOT_SAFETENSORS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights themselves: run `git lfs pull` in its folder.",
+    b"<!doctype": "a web page, not weights: download it again, signed in where the page asks for it.",
+    b"<html": "a web page, not weights: download it again, signed in where the page asks for it.",
+    b"pk\x03\x04": "a pickle (or another zip archive) by another name: give it its own suffix, .ckpt, or convert it.",
+    b"\x80\x02": "a pickle by another name: give it its own suffix, .ckpt, or convert it to .safetensors.",
+    b"gguf": "a GGUF file by another name, which is not supported: download the .safetensors one.",
+}
 TensorShapes = Mapping[str, tuple[int, ...]]
 
 
@@ -22,6 +33,8 @@ def read_header(path: Path) -> tuple[TensorShapes, Mapping[str, str]]:
         raise CheckpointError(
             "Reading a checkpoint needs the package safetensors: pip install 'latentd[build]'."
         ) from None
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} cannot be read: it is not a file.")
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
@@ -31,6 +44,33 @@ def read_header(path: Path) -> tuple[TensorShapes, Mapping[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a .safetensors file, or is damaged ({error}): download it again."
-        ) from error
+        raise CheckpointError(f"{path} {_diagnosis(path, error)}") from error
+
+
+def _diagnosis(path: Path, error: Exception) -> str:
+    """What the file is instead, and what to do. The library's own words where it is none of the usual ones."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if not start:
+            return "is empty: download it again."
+        for sign, what in _NOT_SAFETENSORS.items():
+            if start.lstrip().lower().startswith(sign):
+                return f"is {what}"
+        end = 8 + int.from_bytes(start[:8], "little")
+        if end > size and start[8:9] == b"{":
+            return f"is incomplete ({size:,} bytes, and its header alone has {end:,}): download it again."
+        header = start[8:] + file.read(max(0, end - len(start))) if end <= min(size, _MOST_HEADER) else b""
+    if header and size < (whole := end + _data_size(header)):
+        return f"is incomplete ({size:,} of {whole:,} bytes): download it again."
+    reason = str(error).removeprefix("Error while deserializing header: ").splitlines()[0][:_MOST_REASON]
+    return f"is not a .safetensors file, or is damaged ({reason}): download it again."
+
+
+def _data_size(header: bytes) -> int:
+    """Bytes of all tensors, as the header says; 0 where it cannot be read."""
+    try:
+        tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
+        return max(int(tensor["data_offsets"][1]) for tensor in tensors.values())
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return 0
