@@ -17,6 +17,7 @@ from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
 from engines.checkpoints.embedding import LearnedToken
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
+from engines.checkpoints.loading.diagnose import why_unloadable
 from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.fuse_lora import fuse_lora
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, quiet
@@ -104,7 +105,8 @@ def _load(kind: Any, folder: Path, *, name: str, part: str, **options: Any) -> A
             **options,
         )
     except LOAD_ERRORS as error:
-        raise CheckpointError(f"The weights of {name} cannot be loaded: {part}: {error}") from error
+        why = why_unloadable(kind, folder, error)
+        raise CheckpointError(f"The weights of {name} cannot be loaded: {part}: {why.rstrip('.')}.") from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"The weights of {name} cannot be loaded: {part} lacks {len(missing)} that its config needs, "

@@ -18,7 +18,7 @@ def test_damaged_or_missing_weights_name_the_part(copied: Path) -> None:
     path = copied / "text_encoder" / "model.safetensors"
     whole = {name: weight.clone() for name, weight in load_file(path).items()}  # load_file returns views of the file
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="weights of copy cannot be loaded: text_encoder"):
+    with pytest.raises(CheckpointError, match=r"copy/text_encoder/model\.safetensors is incomplete"):
         load(find_checkpoint(str(copied)))
     whole.pop("final_layer_norm.weight")
     save_file(whole, path, metadata={"format": "pt"})
@@ -62,3 +62,25 @@ def test_weights_that_are_not_finite_name_file_and_tensor(copied: Path, part: st
         load(find_checkpoint(str(copied)))
     assert str(raised.value).startswith(f"{path} holds NaN or infinity in {part}.{name.removeprefix('text_model.')}: ")
     assert str(raised.value).endswith("Download it again.")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_shape_that_the_config_does_not_describe_names_file_tensor_and_shapes(copied: Path, part: str) -> None:
+    path = next((copied / part).glob("*.safetensors"))
+    tensors = {name: weight.clone() for name, weight in load_file(path).items()}
+    name, weight = next((name, weight) for name, weight in tensors.items() if weight.ndim >= 2)
+    tensors[name] = weight[1:].contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as raised:
+        load(find_checkpoint(str(copied)))
+    (line,) = str(raised.value).splitlines()
+    shapes = f"{list(tensors[name].shape)}, and its config.json describes {list(weight.shape)}"
+    assert f"{path} holds {name} with the shape {shapes}. Take both from the same checkpoint." in line
+    assert "ignore_mismatched_sizes" not in line
+
+
+def test_truncated_weights_say_how_much_is_missing(copied: Path) -> None:
+    path = next((copied / "unet").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"is incomplete \([\d,]+ of [\d,]+ bytes\): download it again\.$"):
+        load(find_checkpoint(str(copied)))

@@ -84,7 +84,7 @@ def test_a_header_beyond_the_bound_is_refused(path: Path) -> None:
     with path.open("wb") as file:
         file.write((101 * 2**20).to_bytes(8, "little") + b"{")
         file.truncate(102 * 2**20)
-    with pytest.raises(CheckpointError, match="damaged .header too large"):
+    with pytest.raises(CheckpointError, match=r"damaged .header too large"):
         read_header(path)
 
 
