@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server.playground": set(),
     "server.middleware": set(),
+    "server.transport": set(),
     "server.api": {
         "engines.backends.available",
         "engines.manifest",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from server.startup.settings import ServerSettings
+from server.transport.limits import Limits, TransportConfig, fit_descriptors
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -34,10 +35,16 @@ class HttpServer(uvicorn.Server):
 
 
 def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
-    config = uvicorn.Config(
+    limits = Limits(
+        connections=fit_descriptors(settings.max_connections),
+        header_seconds=settings.header_seconds,
+        body_seconds=settings.body_seconds,
+        keep_alive_seconds=settings.keep_alive_seconds,
+    )
+    config = TransportConfig(
         partial(_app, service, settings),
+        limits=limits,
         factory=True,
-        ws="none",
         host=settings.host,
         port=settings.port,
         root_path=settings.root_path,

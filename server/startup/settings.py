@@ -100,6 +100,30 @@ class ServerSettings(BaseSettings):
         description="maximum queue length; further requests are rejected with 429. "
         "A longer queue rejects fewer requests and increases latency under load",
     )
+    max_connections: int = Field(
+        1000,
+        ge=1,
+        le=50_000,
+        description="maximum number of connections, as far as the limit of open files allows; beyond it the one that "
+        "has been idle for longest is closed, and if none is idle, new ones get 503",
+    )
+    header_seconds: float = Field(
+        10, gt=0, le=600, description="seconds for the headers of a request; silent connections are closed after them"
+    )
+    body_seconds: float = Field(
+        20,
+        gt=0,
+        le=600,
+        description="seconds after which a caller that sends a body, or reads a response, at less than 1 KiB per "
+        "second is disconnected",
+    )
+    keep_alive_seconds: int = Field(20, ge=1, le=3600, description="seconds until an idle connection is closed")
+    max_body_memory: int = Field(
+        512,
+        ge=64,
+        le=65_536,
+        description="MiB that request bodies of over 64 KiB may take until they are decoded; further ones get 503",
+    )
     decode_chunk: int = Field(
         1,
         ge=1,
