@@ -10,30 +10,29 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from engines.cli import parse
 from engines.files import write_atomically
 from loadtest.analysis.results import (
     OUTCOMES,
     LoadLevel,
-    LoadMetrics,
     LoadTestSummary,
     MeasuredLoad,
     Outcome,
     RequestRecord,
 )
-from loadtest.charts import seconds
+from loadtest.analysis.sweep import died, knee_text
 from loadtest.client import LoadTestError
 from loadtest.command_line import LoadTestOptions
 from loadtest.mix import MixError
 from loadtest.provenance import begin_run
+from loadtest.report.console import comparison_table, metrics_tables
 from loadtest.report.page import render_report
 from loadtest.runner import load_baseline, measure, summarize_run
 
@@ -57,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomically(options.out / "report.html", render_report(summary, loads).encode())
     _print_results(console, summary)
     console.print(f"report: {options.out / 'report.html'}", highlight=False, soft_wrap=True)
+    if died(summary.points):
+        return 2
     return int(any(one.regressed for one in summary.compared))
 
 
@@ -105,45 +106,13 @@ class RequestLog:
 
 
 def _print_results(console: Console, summary: LoadTestSummary) -> None:
-    console.print(metrics_table(summary))
+    for table in metrics_tables(summary, console):
+        console.print(table, crop=False)
+    console.print("".join(knee_text(summary.points, summary.knee)), highlight=False, soft_wrap=True)
     for note in summary.notes:
         console.print(escape(note), style="yellow", highlight=False, soft_wrap=True)
     if summary.baseline is not None:
-        console.print(_comparison_table(summary))
-
-
-def metrics_table(summary: LoadTestSummary) -> Table:
-    """Return a table with a line for each load."""
-    table = Table(title=f"{escape(summary.url)}: latency target {seconds(summary.slo)}")
-    for heading in ("load", "requests", "offered", "throughput", "goodput", "p50", "p90", "p95", "p99", "refused"):
-        table.add_column(heading, justify="left" if heading == "load" else "right")
-    table.add_column("other failures", justify="right")
-    table.add_column("client late", justify="right")
-    for point in summary.points:
-        table.add_row(*_cells(point, summary.knee))
-    return table
-
-
-def _cells(point: LoadMetrics, knee: float | None) -> Iterator[str]:
-    yield point.load.label + (" [bold]knee[/]" if point.load.rate == knee is not None else "")
-    yield str(point.requests)
-    yield from (f"{value:.2f}/s" for value in (point.offered, point.throughput, point.goodput))
-    one = point.latency
-    yield from (seconds(value) for value in (one.p50, one.p90, one.p95, one.p99)) if one else ("–",) * 4
-    yield str(point.outcomes["refused"])
-    yield str(point.other_failures)
-    late = seconds(point.late.p99) if point.late else "–"
-    yield late if point.kept_up else f"[red]{late}[/]"
-
-
-def _comparison_table(summary: LoadTestSummary) -> Table:
-    table = Table(title=f"compared with {escape(summary.baseline or '')}")
-    for heading in ("load", "metric", "before", "now", "ratio, 99 % interval", ""):
-        table.add_column(heading)
-    for one in summary.compared:
-        values = (f"{value:.3g}" for value in (one.before, one.after))
-        table.add_row(one.load, one.figure, *values, one.ratio_text, "[red]regressed[/]" if one.regressed else "")
-    return table
+        console.print(comparison_table(summary), crop=False)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,21 @@ class LoadTestError(Exception):
     """The server cannot be measured; the message says what to do next."""
 
 
+class ServerLost(LoadTestError):
+    """The server has died, or another has taken its place, while it was measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class MetricsScrape:
     """One reading of /metrics."""
 
     gauges: Mapping[str, float]
     step_rows: Mapping[float, float] = field(default_factory=dict)  # cumulative count of steps, by upper bound of rows
+
+    @property
+    def process(self) -> float | None:
+        """When the server's process began, which tells it from another at the same address; None if not exported."""
+        return self.gauges.get("process_start_time_seconds")
 
 
 class ServerClient:
@@ -77,9 +86,14 @@ class ServerClient:
             return None
 
     async def scrape(self) -> MetricsScrape | None:
-        """Read /metrics; None where the server does not answer, for an overloaded one may not."""
+        """Read /metrics; None where the server does not answer, for an overloaded one may not.
+
+        Raises ServerLost where nothing listens any more.
+        """
         try:
             response = await self._control.get("/metrics")
+        except httpx.ConnectError as error:
+            raise ServerLost(f"nothing listens at {self.url} any more ({error})") from None
         except httpx.HTTPError:
             return None
         return read_metrics(response.text) if response.status_code == 200 else None

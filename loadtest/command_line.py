@@ -29,7 +29,7 @@ class LoadTestOptions(CommandLine):
     python -m loadtest --url http://127.0.0.1:8000 --users 8 --duration 60 --out load            closed loop of users
 
     It writes DIR/requests.jsonl, DIR/summary.json and DIR/report.html. The exit code is 1 if --baseline shows a
-    regression, and 2 if nothing could be measured.
+    regression, and 2 if nothing could be measured or the server died.
     """
 
     url: str = Field("http://127.0.0.1:8000", description="the server")

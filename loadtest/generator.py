@@ -12,7 +12,7 @@ import numpy as np
 
 from loadtest.analysis.results import LoadLevel, MeasuredLoad, MetricsSample, RequestRecord, rows_between, summarize
 from loadtest.arrivals import poisson
-from loadtest.client import LoadTestError, MetricsScrape, ServerClient
+from loadtest.client import LoadTestError, MetricsScrape, ServerClient, ServerLost
 from loadtest.mix import Mix, abridged
 from loadtest.response_formats import RequestResult
 
@@ -90,20 +90,37 @@ class LoadGenerator:
         self._on_request = on_request
 
     async def run(self, load: LoadLevel, number: int, on_progress: OnProgress) -> MeasuredLoad:
-        """Run `load`, whose requests are recorded under `number`, until its last request has ended."""
-        before = await self._client.scrape()
+        """Run `load`, whose requests are recorded under `number`, until its last request has ended.
+
+        It ends early where the server dies, and the metrics then say when that was seen.
+        """
         active = _ActiveLoad(load, number, time.perf_counter())
-        sampling = asyncio.create_task(self._sample(active, on_progress))
+        rows: dict[int, int] = {}
+        lost = None
         try:
-            async with asyncio.TaskGroup() as group:
-                await (self._open_loop(active, group) if load.rate else self._closed_loop(active, group))
-        finally:
-            sampling.cancel()
-            await asyncio.gather(sampling, return_exceptions=True)
-        after = await self._client.scrape()
-        rows = rows_between(before.step_rows, after.step_rows) if before and after else {}
-        metrics = summarize(load, number, active.requests, samples=active.samples, step_rows=rows)
+            before = await self._scrape(active)
+            await self._send_all(active, on_progress)
+            after = await self._scrape(active)
+            rows = rows_between(before.step_rows, after.step_rows) if before and after else {}
+        except* ServerLost:
+            lost = active.now
+        metrics = summarize(load, number, active.requests, samples=active.samples, step_rows=rows, lost=lost)
         return MeasuredLoad(metrics, tuple(active.requests))
+
+    async def _send_all(self, active: _ActiveLoad, on_progress: OnProgress) -> None:
+        async with asyncio.TaskGroup() as group:
+            sampling = group.create_task(self._sample(active, on_progress))
+            async with asyncio.TaskGroup() as requests:
+                await (self._open_loop if active.load.rate else self._closed_loop)(active, requests)
+            sampling.cancel()
+
+    async def _scrape(self, active: _ActiveLoad) -> MetricsScrape | None:
+        """Read the server's metrics. Raises ServerLost where it has died, or it is not the process of before."""
+        scrape = await self._client.scrape()
+        if scrape and active.process not in (None, scrape.process):
+            raise ServerLost("the server was started again")
+        active.process = scrape.process if scrape else active.process
+        return scrape
 
     async def _open_loop(self, active: _ActiveLoad, group: asyncio.TaskGroup) -> None:
         for request in request_schedule(active.load, self._mix):
@@ -153,7 +170,7 @@ class LoadGenerator:
         while True:
             at = active.now
             on_progress(at)
-            if scrape := await self._client.scrape():
+            if scrape := await self._scrape(active):
                 active.samples.append(_metrics_sample(at, scrape))
             await asyncio.sleep(max(at + interval - active.now, 0.01))
 
@@ -166,6 +183,7 @@ class _ActiveLoad:
         self.number = number
         self.requests: list[RequestRecord] = []
         self.samples: list[MetricsSample] = []
+        self.process: float | None = None  # of the server, once it is known
         self._began = began
 
     @property

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from loadtest.analysis.compare import compare, matches, too_short
 from loadtest.analysis.results import LoadLevel, LoadMetrics, LoadTestSummary, MeasuredLoad, RequestRecord
-from loadtest.analysis.sweep import is_overloaded, knee, next_rate
+from loadtest.analysis.sweep import died, is_overloaded, knee, next_rate
 from loadtest.charts import seconds
 from loadtest.client import LoadTestError, ServerClient
 from loadtest.command_line import LoadTestOptions
@@ -76,6 +76,8 @@ async def measure(options: LoadTestOptions, provenance: Run, observer: RunObserv
         )
         async for load in _loads(options, run):
             run.loads.append(await generator.run(load, len(run.loads), observer.begin_load(load)))
+            if died(run.points):
+                break
     run.loads.sort(key=lambda one: (one.point.load.users or 0, one.point.load.rate or 0.0))
     return run
 
@@ -166,6 +168,12 @@ def _with_client(provenance: Run) -> Environment:
 
 def _notes(options: LoadTestOptions, points: Sequence[LoadMetrics]) -> Iterator[str]:
     """Yield what limits the validity of the metrics."""
+    for point in points:
+        if point.lost is not None:
+            yield (
+                f"The server died under the load {point.load.label}, {seconds(point.lost)} after it began: "
+                "this run does not say what it sustains. Its log has the reason."
+            )
     for point in points:
         if not point.kept_up and point.late:
             late = seconds(point.late.p99)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtest.analysis.results import ComparedMetric, MeasuredLoad
+from loadtest.analysis.results import ComparedMetric, MeasuredLoad, service_window
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]  # of blocks
@@ -28,7 +28,7 @@ class _Blocks:
     """A load's requests by block of time."""
 
     latencies: tuple[Floats, ...]  # of completed requests, by when they were due
-    ended: Floats  # [blocks] completed requests, by when they ended
+    ended: Floats  # [blocks] completed per second, by when they ended
     good: Floats  # [blocks] completed within their latency target, by when they were due
 
     @property
@@ -76,7 +76,8 @@ def _compare_load(before: MeasuredLoad, after: MeasuredLoad, *, seed: int) -> It
     done, was_done = _split(after, _MAX_BLOCKS), _split(before, _MAX_BLOCKS)
     if was_done.ended.sum():
         ratios = _resample(_throughput, done, was_done, seed)
-        values = before.point.throughput, after.point.throughput
+        whole = np.arange(_MAX_BLOCKS)
+        values = _throughput(was_done, whole), _throughput(done, whole)
         yield _compared(after, "throughput", values, ratios, more_is_better=True)
     if blocks < _MIN_BLOCKS:
         return
@@ -136,18 +137,16 @@ def _percentile(blocks: _Blocks, pick: Indices, *, q: float) -> float:
 
 def _split(measured: MeasuredLoad, blocks: int) -> _Blocks:
     load = measured.point.load
-    completed = [one for one in measured.requests if one.outcome == "completed"]
-    counted = [one for one in completed if one.counted]
+    counted = [one for one in measured.requests if one.outcome == "completed" and one.counted]
+    service_began, service_seconds = service_window(load, measured.requests)
 
-    def block(at: float) -> int:
-        return min(int((at - load.warm_up) / load.seconds * blocks), blocks - 1)
+    def block(at: float, began: float = load.warm_up, seconds: float = load.seconds) -> int:
+        return min(max(int((at - began) / seconds * blocks), 0), blocks - 1)
 
     latencies: list[list[float]] = [[] for _ in range(blocks)]
     good, ended = np.zeros(blocks), np.zeros(blocks)
     for one in counted:
         latencies[block(one.due)].append(one.latency)
         good[block(one.due)] += one.latency <= one.latency_target
-    for one in completed:
-        if load.warm_up <= one.ended < load.end:
-            ended[block(one.ended)] += 1
+        ended[block(one.ended, service_began, service_seconds)] += blocks / service_seconds
     return _Blocks(tuple(np.array(each) for each in latencies), ended, good)

@@ -109,7 +109,7 @@ class LoadMetrics(ResultModel):
     load: LoadLevel
     requests: int = Field(description="counted requests")
     offered: float = Field(description="counted requests per second")
-    throughput: float = Field(description="completed requests per second, by when they ended")
+    throughput: float = Field(description="counted requests completed per second of the time in which they were served")
     goodput: float = Field(description="counted requests per second that completed within their latency target")
     outcomes: dict[Outcome, int]
     latency: Percentiles | None = Field(description="of completed requests, since they were due; None without any")
@@ -119,6 +119,7 @@ class LoadMetrics(ResultModel):
     kept_up: bool = Field(description="the client sent requests on time")
     step_rows: dict[int, int] = Field(description="steps by number of UNet rows")
     samples: tuple[MetricsSample, ...]
+    lost: float | None = Field(default=None, description="seconds into the load at which the server was found dead")
 
     @property
     def other_failures(self) -> int:
@@ -200,11 +201,11 @@ def summarize(
     *,
     samples: Sequence[MetricsSample] = (),
     step_rows: Mapping[int, int],
+    lost: float | None = None,
 ) -> LoadMetrics:
-    """Return the metrics of a load. Requests of the warm-up count only towards throughput, if they end after it."""
+    """Return the metrics of a load. Requests of the warm-up are not counted."""
     counted = [one for one in requests if one.counted]
     done = [one for one in counted if one.outcome == "completed"]
-    ended = [one for one in requests if one.outcome == "completed" and load.warm_up <= one.ended < load.end]
     latency, late = percentiles([one.latency for one in done]), percentiles([one.late for one in counted])
     tally = Counter(one.outcome for one in counted)
     return LoadMetrics(
@@ -212,7 +213,7 @@ def summarize(
         load=load,
         requests=len(counted),
         offered=len(counted) / load.seconds,
-        throughput=len(ended) / load.seconds,
+        throughput=len(done) / service_window(load, requests)[1],
         goodput=goodput([one.latency for one in done], [one.latency_target for one in done], seconds=load.seconds),
         outcomes={outcome: tally[outcome] for outcome in OUTCOMES},
         latency=latency,
@@ -222,7 +223,22 @@ def summarize(
         kept_up=late is None or late.p99 <= max(_ON_TIME, _ON_TIME_SHARE * (latency.p50 if latency else 0.0)),
         step_rows=dict(step_rows),
         samples=tuple(samples),
+        lost=lost,
     )
+
+
+def service_window(load: LoadLevel, requests: Sequence[RequestRecord]) -> tuple[float, float]:
+    """Return when the server began with the counted requests, and how many seconds it took for all that completed.
+
+    It begins when the warm-up's last request has ended, and lasts at least as long as requests were counted. So a queue
+    left by the warm-up does not lift throughput above the offered load, and one left at the end does not hide overload.
+    """
+    ends = {
+        counted: [one.ended for one in requests if one.outcome == "completed" and one.counted == counted]
+        for counted in (False, True)
+    }
+    began = max([load.warm_up, *ends[False]])
+    return began, max([load.seconds, *(ended - began for ended in ends[True])])
 
 
 def rows_between(before: Mapping[float, float], after: Mapping[float, float]) -> dict[int, int]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.analysis.results import ComparedMetric, LoadMetrics, LoadTestSummary, MeasuredLoad
-from loadtest.charts import Chart, inline_svg, number, seconds
+from loadtest.analysis.sweep import knee_text
+from loadtest.charts import Chart, inline_svg, seconds
 from loadtest.report.figures import (
     cpu_chart,
     goodput_chart,
@@ -69,11 +70,11 @@ def render_report(summary: LoadTestSummary, loads: Sequence[MeasuredLoad]) -> st
         title=_title(summary),
         summary=summary,
         about=_about(summary),
-        knee=_knee(summary),
+        knee=knee_text(summary.points, summary.knee),
         comparison=_comparison(summary),
         worse=sum(one.regressed for one in summary.compared),
         overview=list(_overview(summary, points)),
-        metrics=_metrics(points),
+        metrics=_metrics(summary, points),
         sections=[_section(summary, one, is_last=one is loads[-1]) for one in loads],
         entries=_entries(summary),
     )
@@ -94,19 +95,6 @@ def _about(summary: LoadTestSummary) -> list[str]:
     ]
 
 
-def _knee(summary: LoadTestSummary) -> tuple[str, str]:
-    """Return what is said of the knee: the finding, and what follows it."""
-    points = [point for point in summary.points if point.load.rate]
-    if not points:
-        return "", ""
-    if summary.knee is None:
-        return "The server sustained none of these rates.", ""
-    found = f"The highest rate that the server sustained (the knee) is {number(summary.knee)} requests per second"
-    if any((point.load.rate or 0) > summary.knee for point in points):
-        return found, "; it did not sustain the next one."
-    return found, ". No higher rate was tried, so the knee may be higher."
-
-
 def _overview(summary: LoadTestSummary, points: Sequence[LoadMetrics]) -> Iterator[ReportFigure]:
     open_loop = [point for point in points if point.load.rate]
     closed_loop = [point for point in points if point.load.users]
@@ -119,13 +107,15 @@ def _overview(summary: LoadTestSummary, points: Sequence[LoadMetrics]) -> Iterat
         yield ReportFigure(title, _LATENCY_CAPTION, latency_chart(summary, closed_loop))
 
 
-def _metrics(points: Sequence[LoadMetrics]) -> ReportTable:
+def _metrics(summary: LoadTestSummary, points: Sequence[LoadMetrics]) -> ReportTable:
     heads = ("load", "requests", "offered /s", "throughput /s", "goodput /s", "p50", "p90", "p95", "p99", "refused")
-    return ReportTable([*heads, "other failures", "client late, p99"], [list(_metrics_row(point)) for point in points])
+    return ReportTable(
+        [*heads, "other failures", "client late, p99"], [list(_metrics_row(summary, point)) for point in points]
+    )
 
 
-def _metrics_row(point: LoadMetrics) -> Iterator[str]:
-    yield point.load.label
+def _metrics_row(summary: LoadTestSummary, point: LoadMetrics) -> Iterator[str]:
+    yield point.load.label + (" (the knee)" if is_knee(summary, point) else "")
     yield str(point.requests)
     yield from (f"{value:.2f}" for value in (point.offered, point.throughput, point.goodput))
     one = point.latency

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -131,3 +132,33 @@ def test_other_response_formats(response_format: str, tmp_path: Path, capsys: py
         assert all(one.first_step and one.sent < one.first_step < one.ended for one in requests)
     else:
         assert found.first_step is None
+
+
+class _Killer(command.RequestLog):
+    """Ends the server once some requests have ended."""
+
+    process: subprocess.Popen[str]
+
+    def on_request(self, request: RequestRecord) -> None:
+        super().on_request(request)
+        if request.load == 1 and request.counted:
+            self.process.kill()
+
+
+def test_a_server_that_dies_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no overload: nothing is said to have been sustained, and no other rate is tried."""
+    monkeypatch.setattr(command, "RequestLog", _Killer)
+    loads = ["--rate", "2", "--rate", "4", "--rate", "6", "--warm-up", "0", "--duration", "4", "--slo", "20"]
+    with Serving(DEMO) as serving:
+        monkeypatch.setattr(_Killer, "process", serving.process, raising=False)
+        assert command.main(["--url", serving.url, *loads, "--steps", "2", "--out", str(tmp_path)]) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"The server died under the load 4/s, [\d.]+ m?s after it began", shown)
+    assert "sustained" not in shown
+    summary = LoadTestSummary.model_validate_json((tmp_path / "summary.json").read_bytes())
+    assert [point.load.label for point in summary.points] == ["2/s", "4/s"]
+    assert summary.knee is None
+    assert summary.points[0].lost is None
+    assert "The server died under the load 4/s" in (tmp_path / "report.html").read_text()

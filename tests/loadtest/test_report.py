@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from loadtest import __main__ as command
+import io
+import re
+
+import pytest
+from rich.console import Console
+
 from loadtest.analysis.results import ComparedMetric, LoadLevel, LoadTestSummary, MeasuredLoad, MetricsSample, summarize
 from loadtest.mix import MixEntry, plain_entries
 from loadtest.provenance import begin_run
+from loadtest.report.console import metrics_tables
 from loadtest.report.page import render_report
 from tests.loadtest.records import UNREACHABLE, request_record
 
@@ -50,7 +56,7 @@ def test_run_without_completed_requests_has_a_report() -> None:
     assert "No request completed." in text
     assert "No step was measured." in text
     assert "does not export it" in text
-    assert command.metrics_table(summary).row_count == 1
+    assert [table.row_count for table in metrics_tables(summary, Console(width=160))] == [1]
 
 
 def test_report_has_every_chart_and_opens_the_knee() -> None:
@@ -84,3 +90,37 @@ def test_report_is_deterministic() -> None:
     load = measured(samples=True)
     summary = summary_of(load)
     assert render_report(summary, [load]) == render_report(summary, [load])
+
+
+def many_digits() -> LoadTestSummary:
+    """Return a run with every figure as wide as it gets, at a rate that three digits would round."""
+    load = LoadLevel(rate=105.47, warm_up=0, seconds=100)
+    served = [
+        request_record(1.0 + due / 200, 102.345, late=12.3, idle_latency=99.0, latency_target=110.0)
+        for due in range(9900)
+    ]
+    refused = [request_record(1.0, 0.01, outcome="refused") for _ in range(1000)]
+    point = summarize(load, 0, [*served, *refused], step_rows={})
+    return summary_of(MeasuredLoad(point, ())).model_copy(update={"knee": load.rate})
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_no_digit_is_cut_in_a_narrow_terminal(width: int) -> None:
+    def shown(columns: int) -> list[str]:
+        console = Console(width=columns, file=io.StringIO())
+        for table in metrics_tables(many_digits(), console):
+            console.print(table, crop=False)
+        assert isinstance(console.file, io.StringIO)
+        return sorted(set(re.findall(r"\d[\d.]*(?: ?m?s|/s)?", console.file.getvalue())))
+
+    assert shown(width) == shown(300)
+
+
+def test_the_knee_has_one_name() -> None:
+    """In the text, the page's table and the printed one."""
+    summary = many_digits()
+    page = render_report(summary, [MeasuredLoad(summary.points[0], ())])
+    assert "(the knee) is 105.5/s" in page
+    assert "<td>105.5/s (the knee)</td>" in page
+    (table,) = metrics_tables(summary, Console(width=160))
+    assert list(table.columns[0].cells) == ["105.5/s [bold]knee[/]"]

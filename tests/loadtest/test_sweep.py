@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadtest.analysis.results import LoadMetrics
-from loadtest.analysis.sweep import is_overloaded, is_sustained, knee, next_rate
+from loadtest.analysis.sweep import is_overloaded, is_sustained, knee, knee_text, next_rate
 from tests.loadtest.records import load_metrics
 
 
@@ -39,3 +39,12 @@ def test_sustained_loads() -> None:
     assert knee([load_metrics(rate, goodput=value) for rate, value in goodput.items()]) == 2
     assert knee([load_metrics(1, goodput=0)]) is None
     assert is_overloaded([load_metrics(1, goodput=1), load_metrics(2, goodput=1)])
+
+
+def test_a_server_that_died_sustained_nothing() -> None:
+    """Not even the load in which it answered nearly all, nor those before."""
+    points = [load_metrics(1, goodput=1), load_metrics(2, goodput=1.9).model_copy(update={"lost": 9.5})]
+    assert not is_sustained(points[1])
+    assert knee(points) is None
+    assert next_rate(points, first=1, factor=2) is None
+    assert knee_text(points, None) == ("", "")
