@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.faults.callers import Tally
+from benchmarks.faults.callers import Answer, Ending, Tally
 from benchmarks.faults.ledger import Resources, settle
 from benchmarks.faults.probe import Prober
 from engines.demo import BUNDLE as DEMO
@@ -30,6 +30,11 @@ class Watched:
     @property
     def url(self) -> str:
         return self.serving.url
+
+    def count(self, ending: Ending, count: int) -> None:
+        """Count requests that others than `Caller` have sent."""
+        self.tally.sent += count
+        self.tally.answers += [Answer(ending, 0.0)] * count
 
 
 @contextmanager

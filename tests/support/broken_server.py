@@ -1,6 +1,6 @@
 """A server whose device breaks in its hundredth call.
 
-python -m tests.support.broken_server [the server's arguments] hangs|is-lost
+python -m tests.support.broken_server [the server's arguments] hangs|is-lost|computes-nan
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+
+import numpy as np
 
 from engines.backends.onnxruntime import OnnxRuntimeCall
 from engines.errors import DeviceLost
@@ -18,7 +20,7 @@ _LAST = 100
 
 
 def break_device(how: str) -> None:
-    """Let every call from the hundredth on never return, or raise DeviceLost."""
+    """Let every call from the hundredth on never return, raise DeviceLost, or compute NaN."""
     launch, numbers = OnnxRuntimeCall.launch, itertools.count(1)
 
     def launch_until_broken(call: OnnxRuntimeCall) -> None:
@@ -26,6 +28,10 @@ def break_device(how: str) -> None:
             launch(call)
         elif how == "hangs":
             threading.Event().wait()
+        elif how == "computes-nan":
+            launch(call)
+            for array in call._arrays[1].values():
+                array.fill(np.nan)
         else:
             raise DeviceLost("CUDA error 700, an illegal memory access was encountered.")
 
