@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +17,7 @@ from server.runtime.batcher import Batch, Batcher
 from server.runtime.metrics import Metrics
 from server.runtime.pipeline import InFlightStep, Pipeline
 from server.runtime.plan import Plan
+from server.runtime.stacks import stacks
 from server.runtime.step_times import StepTimeModel
 from server.runtime.trace import Trace
 from server.runtime.watchdog import Watchdog
@@ -288,7 +287,7 @@ class Executor:
         """The device hangs, and this thread with it. Called in the watchdog's thread."""
         self.hangs = True
         _log.critical("%s The last plan: %s", what, self._last_plan())
-        faulthandler.dump_traceback(sys.stderr)
+        _log.critical("the stacks of all threads:\n%s", stacks())
         self._fail_everything(DeviceLost(f"{what} The process ends: see nvidia-smi and the kernel's log."))
 
     def _last_plan(self) -> str:
