@@ -132,7 +132,7 @@ def test_a_closed_or_full_standard_error_ends_nothing(shell: str) -> None:
 
 def test_the_end_does_not_wait_for_a_reader_that_never_comes() -> None:
     command = [sys.executable, "-c", "import logging; from server.startup import logs; logs.start('info')\n"
-               "for n in range(3000): logging.info('%d %s', n, 'x' * 100)"]  # fmt: skip
+               "for n in range(3000): logging.info(f'{n}' + 'x' * 100)"]  # fmt: skip
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process, closing(process.stderr or sys.stderr):  # noqa: S603 - our own
         assert process.wait(30) == 0
 
