@@ -166,6 +166,9 @@ class _SourceFlags(CommandLine):
     allow_pickle: CliToggleFlag[bool] = Field(
         False, description="read pickled weights (.bin, .ckpt), which can run code"
     )
+    vae: Annotated[str | None, Metavar("V")] = Field(
+        None, description="a VAE that replaces the checkpoint's own: a .safetensors file, or a diffusers folder"
+    )
     name: str | None = Field(None, description="the model's name in the API (default: the checkpoint's name)")
     steps: int | None = Field(
         None, description="default denoising steps of requests (default: 50; 4 for latent consistency models)"
@@ -190,6 +193,7 @@ class _SourceFlags(CommandLine):
             loras=self.lora,
             embeddings=self.embedding,
             decoder=self.decoder,
+            vae=self.vae,
             allow_pickle=self.allow_pickle,
         )
 

@@ -76,7 +76,8 @@ class CheckpointSource:
         config: for a single file, the diffusers folder or hub id whose configs describe it.
         loras: LoRAs that are fused into the weights, in this order.
         embeddings: textual inversions, whose tokens are added to the vocabulary.
-        decoder: folder or hub id of an `AutoencoderTiny` that decodes in place of the VAE.
+        decoder: folder, hub id or .safetensors file of an `AutoencoderTiny` that decodes in place of the VAE.
+        vae: folder or .safetensors file of a VAE that replaces the checkpoint's own.
         allow_pickle: whether pickled weights may be read, which can run code.
     """
 
@@ -87,6 +88,7 @@ class CheckpointSource:
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     decoder: str | None = None
+    vae: str | None = None
     allow_pickle: bool = False
 
 
@@ -336,6 +338,7 @@ def _find(source: CheckpointSource, progress: Progress) -> Checkpoint:
         loras=source.loras,
         embeddings=source.embeddings,
         decoder=source.decoder,
+        vae=source.vae,
         progress=progress,
     )
 

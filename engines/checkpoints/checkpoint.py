@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from engines.checkpoints.decoder import DECODER_CONFIG, DECODER_WEIGHTS, Decoder
+from engines.checkpoints.decoder import Decoder
 from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
 from engines.checkpoints.embedding import Embedding, LearnedToken
 from engines.checkpoints.lora import Lora
+from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
+from engines.checkpoints.vae import Vae, vae_name
 from engines.contract import GraphName
 from engines.files import sha256_of
 from engines.manifest import Source
@@ -39,6 +41,7 @@ class Checkpoint:
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     decoder: Decoder | None = None  # None: the VAE's own
+    vae: Vae | None = None  # None: the checkpoint's own
 
     @property
     def single_file(self) -> bool:
@@ -85,8 +88,13 @@ class Checkpoint:
         for path, token in self._tokens():
             yield f"embedding {token!r} {sha256_of(path)}"
         if self.decoder:
-            for file in (DECODER_CONFIG, DECODER_WEIGHTS):
-                yield f"decoder {file} {sha256_of(self.decoder.folder / file)}"
+            for path in self.decoder.files:
+                yield f"decoder {path.name} {sha256_of(path)}"
+        if self.vae:
+            for path in self.vae.files:
+                yield f"vae {path.name} {sha256_of(path)}"
+        if self.single_file and (prediction := read_prediction(self.path)):
+            yield f"prediction {prediction.kind} {prediction.zero_terminal_snr}"
 
     def _tokens(self) -> list[tuple[Path, str]]:
         return [
@@ -103,6 +111,11 @@ def count_parameters(checkpoint: Checkpoint) -> dict[GraphName, int]:
                 name = _graph_of(key if checkpoint.single_file else f"{path.parent.name}.{key}")
                 if name:
                     counts[name] = counts.get(name, 0) + math.prod(shape)
+    if counts and checkpoint.vae and checkpoint.vae.weights.suffix == ".safetensors":
+        counts |= dict.fromkeys(("decode", "encode_image"), 0)
+        for key, shape in read_header(checkpoint.vae.weights)[0].items():
+            if name := _graph_of(vae_name(key) or ""):
+                counts[name] += math.prod(shape)
     if counts and checkpoint.decoder:
         shapes, _ = read_header(checkpoint.decoder.weights)
         counts["decode"] = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("decoder."))

@@ -19,9 +19,11 @@ from engines.checkpoints.embedding import Embedding, check_tokens_distinct
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.hub import download
 from engines.checkpoints.lora import Lora, check_lora, embeddings_in
+from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout
 from engines.checkpoints.supported import check_supported
+from engines.checkpoints.vae import Vae, find_vae
 from engines.progress import NullProgress, Progress
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -38,13 +40,15 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     loras: Sequence[Lora] = (),
     embeddings: Sequence[Embedding] = (),
     decoder: str | None = None,
+    vae: str | None = None,
     progress: Progress = _SILENT,
 ) -> Checkpoint:
     """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
 
     A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x there is
     a default. `revision` is the hub's: of the model, or of `config` for a single file. `decoder` is the folder or hub
-    id of a decoder that replaces the VAE's.
+    id of a decoder that replaces the VAE's, or its file; `vae` is the file or folder of a VAE that replaces the
+    checkpoint's own.
 
     Raises:
         CheckpointError: there is none, the hub cannot be reached, its architecture is not supported, or a LoRA, an
@@ -62,6 +66,7 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
         loras=tuple(loras),
         embeddings=tuple(embeddings),
         decoder=_find_decoder(decoder, progress) if decoder else None,
+        vae=find_vae(vae) if vae else None,
         progress=progress,
     )
     if path.suffix.lower() in {".safetensors", *_PICKLES} and not path.is_dir():
@@ -93,6 +98,7 @@ class _Search:
     loras: tuple[Lora, ...]
     embeddings: tuple[Embedding, ...]
     decoder: Decoder | None
+    vae: Vae | None
     progress: Progress
 
     def in_folder(self, path: Path) -> Checkpoint:
@@ -124,7 +130,7 @@ class _Search:
         pickled = path.suffix.lower() in _PICKLES
         if pickled:
             self._check_pickle_allowed(str(path))
-        layout = None if pickled else read_layout(path)
+        layout = None if pickled else read_layout(path, needs_vae=self.vae is None)
         checkpoint = self._supported(path.stem, path, self._find_configs(path, layout))
         if layout:
             check_configs_fit(checkpoint, layout)
@@ -135,11 +141,7 @@ class _Search:
         if self.config and Path(self.config).is_dir():
             return Path(self.config)
         if not self.config and layout and layout.version == 2:
-            raise CheckpointError(
-                f"{path.name} is a Stable Diffusion 2 file, which does not say what its UNet predicts: pass --config "
-                "with a diffusers folder or hub id of the same kind (768-pixel models predict v, 512-pixel ones the "
-                "noise)."
-            )
+            raise CheckpointError(_needs_config(path))
         try:
             return self._download(self.config or _SD1_CONFIG, CONFIG_PATTERNS, self.revision)
         except CheckpointError as error:
@@ -157,6 +159,7 @@ class _Search:
             loras=self.loras,
             embeddings=self.embeddings,
             decoder=self.decoder,
+            vae=self.vae,
         )
         check_supported(checkpoint)
         return checkpoint
@@ -194,10 +197,25 @@ def _lacks_weights(folder: Path, part: str) -> str:
     return f"{folder} holds no .safetensors weights: the checkpoint is incomplete. Download {part}/{expected}."
 
 
+def _needs_config(path: Path) -> str:
+    if prediction := read_prediction(path):
+        return (
+            f"{path.name} is a Stable Diffusion 2 file, and {prediction.source} says that its UNet predicts "
+            f"{prediction.kind}: pass --config with a diffusers folder or hub id of any Stable Diffusion 2.x."
+        )
+    return (
+        f"{path.name} is a Stable Diffusion 2 file, which does not say what its UNet predicts: pass --config with a "
+        "diffusers folder or hub id of the same kind (768-pixel models predict v, 512-pixel ones the noise)."
+    )
+
+
 def _find_decoder(decoder: str, progress: Progress) -> Decoder:
     """Find the decoder in folder `decoder`, or download the one with that hub id once its config is checked."""
     path = Path(decoder)
-    if path.is_dir():
+    if path.suffix.lower() == ".safetensors":
+        found = Decoder(name=path.stem, folder=path.parent, file=path)
+        check_decoder_kind(found)  # reads its header
+    elif path.is_dir():
         found = Decoder(name=path.resolve().name, folder=path)
         check_decoder_kind(found)
     else:

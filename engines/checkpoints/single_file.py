@@ -11,30 +11,50 @@ from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.safetensors_header import TensorShapes, read_header
 from engines.checkpoints.supported import SUPPORTED, check_channels
 
-_UNET = "model.diffusion_model."
-_PREFIXES = {_UNET: "UNet", "first_stage_model.": "VAE", "cond_stage_model.": "text encoder"}
-# Tensor names by which other files are recognised, the most certain first.
-_OTHER_KINDS = {
-    r".*[._](lora_down|lora_up|lora_A|lora_B|lora|hada_w1_a|lokr_w1)\b": (
-        "a LoRA, an update of another checkpoint's weights (pass it with --lora)"
-    ),
-    r"(control_model|controlnet_cond_embedding|input_hint_block)\.": "a ControlNet",
-    r"conditioner\.embedders\.1\.": "a Stable Diffusion XL checkpoint",
-    r"conditioner\.embedders\.0\.": "a Stable Diffusion XL refiner",
-    r"(model\.diffusion_model\.)?joint_blocks\.": "a Stable Diffusion 3 checkpoint",
-    r"(model\.diffusion_model\.)?double_blocks\.": "a Flux checkpoint",
-    r"(model\.diffusion_model\.)?(transformer_blocks|blocks|layers)\.0\.": "a diffusion transformer",
+_UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+_PREFIXES = {_UNET: "UNet", _VAE: "VAE", _TEXT: "text encoder"}
+# Tensor names by which models that are complete, and of another kind, are recognised.
+_OTHER_MODELS = {
+    r"model\.diffusion_model\.joint_blocks\.": "a Stable Diffusion 3 checkpoint",
+    r"model\.diffusion_model\.double_blocks\.": "a Flux checkpoint",
+    r"model\.diffusion_model\.(transformer_blocks|blocks|layers)\.0\.": "a diffusion transformer",
     r"model\.diffusion_model\.label_emb\.": (
         "a checkpoint whose UNet needs a class or an image in addition to the prompt"
     ),
     r"model\.diffusion_model\.time_embed\.cond_proj\.": (
         "a latent consistency model in one file (pass it as a diffusers folder)"
     ),
+    r"scaled_fp8$|.*\.(scale_weight|absmax|quant_map|qweight)$": (
+        "quantized, with weights that are to be scaled when it runs (pass it in FP16, BF16, FP32 or plain FP8)"
+    ),
+}
+# Tensor names by which other files are recognised, the most certain first.
+_OTHER_KINDS = {
+    r".*[._](lora_down|lora_up|lora_A|lora_B|lora|hada_w1_a|lokr_w1)\b|(unet|text_encoder):0:(up|down)$": (
+        "a LoRA, an update of another checkpoint's weights (pass it with --lora)"
+    ),
+    r"(control_model|controlnet_cond_embedding|input_hint_block)\.": "a ControlNet",
+    r"conditioner\.embedders\.1\.": "a Stable Diffusion XL checkpoint",
+    r"conditioner\.embedders\.0\.": "a Stable Diffusion XL refiner",
+    r"joint_blocks\.": "a Stable Diffusion 3 checkpoint",
+    r"double_blocks\.": "a Flux checkpoint",
+    r"(transformer_blocks|blocks)\.0\.|layers\.0\.": "a diffusion transformer",
+    r"(decoder\.layers\.\d+|\d+)\.(conv\.0\.)?weight$": (
+        "a distilled decoder, such as TAESD (pass it with --decoder, beside the --model whose images it decodes)"
+    ),
     r"(down_blocks|mid_block|text_model|embeddings|encoder\.down_blocks|decoder\.up_blocks)\.": (
         "one part of a diffusers checkpoint (pass the folder that holds all of them)"
     ),
-    r"(encoder|decoder)\.(conv_in|mid)\.": "a VAE alone",
+    r"(encoder|decoder)\.(conv_in|mid)\.": "a VAE alone (pass it with --vae, beside the --model that it is for)",
+    r"(input_blocks|middle_block|output_blocks)\.": "a UNet alone (pass a file that holds VAE and text encoder too)",
 }
+_UNET_LAYERS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
+# What training leaves in complete files, and no image needs.
+_LEFT_BY_TRAINING = re.compile(
+    r"model_ema\.|loss\.|(sqrt_|log_)?(one_minus_)?(recip(m1)?_)?alphas_cumprod|betas$|log_one_minus|sqrt_|posterior_|"
+    r"lvlb_weights$|logvar$|scale_factor$|v_pred$|ztsnr$|denoiser\.sigmas$|"
+    r"(cond_stage|first_stage)_model\."
+)
 
 
 @dataclass(frozen=True)
@@ -45,30 +65,62 @@ class SingleFileLayout:
     channels: int  # of the UNet's input
     width: int  # of prompt embeddings
     tensors: int  # of the UNet
+    has_vae: bool = True
+    strays: tuple[str, ...] = ()  # names of tensors that belong to none of the three parts
 
 
-def read_layout(path: Path) -> SingleFileLayout:
+def read_layout(path: Path, *, needs_vae: bool = True) -> SingleFileLayout:
     """Recognise a .safetensors file by its header. Raises CheckpointError if it is not supported."""
-    return layout_of(path.name, read_header(path)[0])
+    return layout_of(path.name, read_header(path)[0], needs_vae=needs_vae)
 
 
-def layout_of(name: str, shapes: TensorShapes) -> SingleFileLayout:
-    """Recognise a single file by its tensors. Raises CheckpointError if it is not supported."""
-    for sign, kind in _OTHER_KINDS.items():
+def layout_of(name: str, shapes: TensorShapes, *, needs_vae: bool = True) -> SingleFileLayout:
+    """Recognise a single file by its tensors. Raises CheckpointError if it is not supported.
+
+    Beside a complete model other tensors are no error; what is not complete is named by what else it is.
+    """
+    missing = [part for prefix, part in _PREFIXES.items() if not any(key.startswith(prefix) for key in shapes)]
+    for sign, kind in (_OTHER_MODELS | (_OTHER_KINDS if missing else {})).items():
         if any(re.match(sign, key) for key in shapes):
             raise CheckpointError(f"{name} is {kind}. {SUPPORTED}.")
-    missing = [part for prefix, part in _PREFIXES.items() if not any(key.startswith(prefix) for key in shapes)]
+    has_vae = "VAE" not in missing
+    missing = [part for part in missing if needs_vae or part != "VAE"]
     unet = {key.removeprefix(_UNET): shape for key, shape in shapes.items() if key.startswith(_UNET)}
-    widths = [shape[-1] for key, shape in unet.items() if key.endswith(".attn2.to_k.weight")]
-    first = unet.get("input_blocks.0.0.weight")
-    if len(missing) == len(_PREFIXES) or (not missing and not (widths and first)):
+    layers = {key: shape for key, shape in unet.items() if key.startswith(_UNET_LAYERS)}
+    widths = [shape[-1] for key, shape in layers.items() if key.endswith(".attn2.to_k.weight") and shape]
+    first = layers.get("input_blocks.0.0.weight")
+    if not any(key.startswith(tuple(_PREFIXES)) for key in shapes) or (not missing and not (widths and first)):
         raise CheckpointError(f"{name} is not a checkpoint of a known layout. {SUPPORTED}.")
     if missing:
-        raise CheckpointError(f"{name} holds no {' and no '.join(missing)}: pass a file that holds all three parts.")
-    open_clip = any(key.startswith("cond_stage_model.model.") for key in shapes)
+        remedy = "pass one with --vae" if missing == ["VAE"] else "pass a file that holds all three parts"
+        raise CheckpointError(f"{name} holds no {' and no '.join(missing)}: {remedy}.")
+    open_clip = any(key.startswith(f"{_TEXT}model.") for key in shapes)
     return SingleFileLayout(
-        version=2 if open_clip else 1, channels=first[1] if first else 0, width=widths[0], tensors=len(unet)
+        version=2 if open_clip else 1,
+        channels=first[1] if first and len(first) > 1 else 0,
+        width=widths[0],
+        tensors=len(layers),
+        has_vae=has_vae,
+        strays=tuple(key for key in shapes if _is_stray(key)),
     )
+
+
+def model_name(key: str) -> str | None:
+    """The name of a tensor as Stable Diffusion's first release has it; None where it belongs to no part.
+
+    Some text encoders, such as NovelAI's, lack the wrapper `text_model`.
+    """
+    if _is_stray(key) or not key.startswith(tuple(_PREFIXES)):
+        return None
+    return re.sub(
+        r"^(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2.", key
+    )
+
+
+def _is_stray(key: str) -> bool:
+    if key.startswith(_UNET):
+        return not key.removeprefix(_UNET).startswith(_UNET_LAYERS)
+    return not _LEFT_BY_TRAINING.match(key)
 
 
 def check_configs_fit(checkpoint: Checkpoint, layout: SingleFileLayout) -> None:

@@ -8,6 +8,7 @@ from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.embedding import check_embedding_fits
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.lora import check_lora_fits
+from engines.checkpoints.vae import check_vae_fits
 
 SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
 _PIPELINES = (
@@ -35,6 +36,8 @@ def check_supported(checkpoint: Checkpoint) -> None:
         check_lora_fits(lora, checkpoint.config)
     for embedding in checkpoint.embeddings:
         check_embedding_fits(embedding, checkpoint.config)
+    if checkpoint.vae:
+        check_vae_fits(checkpoint.vae, checkpoint.config)
     if checkpoint.decoder:
         check_decoder_fits(checkpoint.decoder, checkpoint.config)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ from torch import Tensor
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
 from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, quiet
-from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, read_layout
+from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
+from engines.checkpoints.prediction import Prediction, read_prediction
+from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, model_name
+from engines.checkpoints.vae import Vae, vae_name
 from engines.progress import Progress
+
+_SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @contextmanager
@@ -33,53 +39,110 @@ def as_folder(checkpoint: Checkpoint, progress: Progress) -> Iterator[Checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         with progress.stage(f"converting {checkpoint.path.name}"):
-            _convert(checkpoint, Path(folder))
+            _convert(checkpoint, Path(folder), progress)
         yield CheckpointConfig(folder=Path(folder), name=checkpoint.name)
 
 
-def _convert(checkpoint: Checkpoint, folder: Path) -> None:
+def _convert(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     """Write the single file as a diffusers folder, in FP32. What has no weights is copied from the configs."""
-    pipeline, source = _load_pipeline(checkpoint), checkpoint.config.folder
+    parts, source = _load_parts(checkpoint, progress), checkpoint.config.folder
     try:
-        for part in ("tokenizer", "scheduler"):
-            shutil.copytree(source / part, folder / part)
+        for copied in ("tokenizer", "scheduler"):
+            shutil.copytree(source / copied, folder / copied)
         shutil.copy(source / "model_index.json", folder)
+        if prediction := read_prediction(checkpoint.path):
+            _set_prediction(prediction, folder / _SCHEDULER, progress)
         with quiet():
             for part in PARTS:
-                getattr(pipeline, part).save_pretrained(folder / part)
+                if part in parts:
+                    parts[part].save_pretrained(folder / part)
+                else:  # the VAE, where another replaces it
+                    (folder / part).mkdir()
+                    shutil.copy(source / part / "config.json", folder / part)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.path.name} cannot be converted: {error}. Set TMPDIR to choose another folder."
         ) from error
 
 
-def _load_pipeline(checkpoint: Checkpoint) -> Any:
-    """Load the file as a diffusers pipeline, and check that it holds all of its weights and no others."""
-    pickled = checkpoint.path.suffix.lower() != ".safetensors"
-    layout = _layout_of_pickle(checkpoint) if pickled else read_layout(checkpoint.path)
+def _set_prediction(prediction: Prediction, path: Path, progress: Progress) -> None:
+    """Let the file itself overrule the configs, which only describe its kind."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    changes: dict[str, Any] = {"prediction_type": prediction.kind}
+    if prediction.zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if any(config.get(key) != value for key, value in changes.items()):
+        progress.note(f"{prediction.source} says that the UNet predicts {prediction.kind}: built so")
+        path.chmod(0o644)
+        path.write_text(json.dumps(config | changes), encoding="utf-8")
+
+
+def _load_parts(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
+    """Load the file's parts, and check that it holds all of their weights and no others."""
+    tensors = _read(checkpoint.path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    layout = layout_of(checkpoint.path.name, shapes, needs_vae=checkpoint.vae is None)
+    check_configs_fit(checkpoint, layout)
+    if layout.strays:
+        progress.note(
+            f"{checkpoint.path.name}: ignoring {len(layout.strays)} tensors that are not of the model, such as "
+            f"{layout.strays[0]}"
+        )
+    known = {model_name(name): tensor for name, tensor in tensors.items()}
+    named = {name: tensor for name, tensor in known.items() if name}
+    del tensors, known
+    return _made(checkpoint, layout, named)
+
+
+def _made(checkpoint: Checkpoint, layout: SingleFileLayout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for part in PARTS:
+        if part == "vae" and checkpoint.vae:
+            continue
+        try:
+            with quiet():
+                parts[part] = _part(part, tensors, str(checkpoint.config_folder))
+        except LOAD_ERRORS as error:
+            raise _misfit(checkpoint, _explain(error, part)) from error
+        if lacking := [name for name, weight in parts[part].state_dict().items() if weight.is_meta]:
+            raise _misfit(checkpoint, f"weights of its {part} are missing, such as {lacking[0]}")
+    if layout.tensors != (expected := len(parts["unet"].state_dict())):
+        raise _misfit(checkpoint, f"its UNet has {layout.tensors} weights, not {expected}")
+    return parts
+
+
+def load_vae(vae: Vae, config: CheckpointConfig) -> Any:
+    """Load a VAE from a file of its own, by the config of the checkpoint that it is for. Raises CheckpointError."""
+    tensors = {vae_name(name): tensor for name, tensor in _read(vae.weights).items()}
     try:
         with quiet():
-            pipeline = _from_single_file(checkpoint)
+            module = _part("vae", {name: tensor for name, tensor in tensors.items() if name}, str(config.folder))
     except LOAD_ERRORS as error:
-        raise _misfit(checkpoint, _explain(error)) from error
-    if layout.tensors != (expected := len(pipeline.unet.state_dict())):
-        raise _misfit(checkpoint, f"its UNet has {layout.tensors} weights, not {expected}")
-    return pipeline
+        raise CheckpointError(
+            f"{vae.name} does not fit {config.name}: {_explain(error, 'vae')}. Pass a VAE made for this kind of model."
+        ) from error
+    if lacking := [name for name, weight in module.state_dict().items() if weight.is_meta]:
+        raise CheckpointError(f"{vae.name} lacks weights of the VAE, such as {lacking[0]}: download it again.")
+    return module
 
 
-def _from_single_file(checkpoint: Checkpoint) -> Any:
-    from diffusers import StableDiffusionPipeline  # noqa: PLC0415 - warns of optional packages, so only when quiet
+def _part(part: str, tensors: Mapping[str, Tensor], config: str) -> Any:
+    """Build one part from the tensors by its config."""
+    # These modules warn of optional packages, so they are imported only when quiet.
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm  # noqa: PLC0415
+    from transformers import CLIPTextModel  # noqa: PLC0415
 
-    return StableDiffusionPipeline.from_single_file(
-        str(checkpoint.path),
-        config=str(checkpoint.config_folder),
-        local_files_only=True,
-        torch_dtype=torch.float32,
-        requires_safety_checker=False,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-    )
+    options: dict[str, Any] = {
+        "config": config,
+        "subfolder": part,
+        "torch_dtype": torch.float32,
+        "local_files_only": True,
+    }
+    if part == "text_encoder":
+        return create_diffusers_clip_model_from_ldm(CLIPTextModel, dict(tensors), **options)
+    kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    return kind.from_single_file(dict(tensors), **options)
 
 
 def _misfit(checkpoint: Checkpoint, why: str) -> CheckpointError:
@@ -89,23 +152,35 @@ def _misfit(checkpoint: Checkpoint, why: str) -> CheckpointError:
     )
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, part: str) -> str:
     if isinstance(error, NotImplementedError):  # torch raises it for weights that were never loaded
-        return "weights are missing"
-    return first_sentence(error)
+        return f"weights of its {part} are missing"
+    if found := re.search(r"because (\S+) expected shape \S+?(\[.*?\])\)?, but got \S+?(\[.*?\])", str(error)):
+        return f"its {part} has {found[1]} with the shape {found[3]}, not {found[2]}"
+    return f"{part}: {first_sentence(error)}"
 
 
-def _layout_of_pickle(checkpoint: Checkpoint) -> SingleFileLayout:
-    """Recognise a pickled single file, as `find_checkpoint` recognises others by their header."""
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a single file; FP8, which few operations take, in FP32. Pickles are read as plain tensors."""
+    tensors = load_tensors(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
+    return {
+        name: tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(checkpoint.path, map_location="meta", weights_only=True)
-    except (*LOAD_ERRORS, EOFError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (*LOAD_ERRORS, EOFError, TypeError, IndexError) as error:
         raise CheckpointError(
-            f"{checkpoint.path} cannot be read as plain tensors ({first_sentence(error)}): convert it to .safetensors "
+            f"{path} cannot be read as plain tensors ({first_sentence(error)}): convert it to .safetensors "
             "where you trust it."
         ) from error
-    content = content.get("state_dict", content)
-    shapes = {name: tuple(value.shape) for name, value in content.items() if isinstance(value, Tensor)}
-    layout = layout_of(checkpoint.path.name, shapes)
-    check_configs_fit(checkpoint, layout)
-    return layout
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__} and not tensors by name (a state dict): pass a checkpoint as it is "
+            "published."
+        )
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -12,16 +12,18 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.decoder import Decoder
+from engines.checkpoints.decoder import Decoder, decoder_layer
 from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
 from engines.checkpoints.embedding import LearnedToken
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
+from engines.checkpoints.loading.convert import load_vae
 from engines.checkpoints.loading.diagnose import why_unloadable
 from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.fuse_lora import fuse_lora
-from engines.checkpoints.loading.libraries import LOAD_ERRORS, quiet
+from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
 from engines.checkpoints.safetensors_header import read_header
+from engines.checkpoints.vae import Vae
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
         CheckpointError: a file is damaged or lacks weights, or a LoRA was made for another model.
     """
     with quiet():
-        vae = _load_part(AutoencoderKL, config, "vae")
+        replaced = checkpoint.vae
+        vae = _load_vae(replaced, config) if replaced else _load_part(AutoencoderKL, config, "vae")
         modules = Modules(
             text_encoder=_load_part(CLIPTextModel, config, "text_encoder", attn_implementation="sdpa"),
             unet=_load_part(UNet2DConditionModel, config, "unet"),
@@ -72,6 +75,8 @@ def _check_finite(modules: Modules, config: CheckpointConfig, checkpoint: Checkp
     """Raise CheckpointError for NaN or infinity, and name the file that holds it as the caller knows it."""
     for part in PARTS:
         files = (checkpoint.path,) if checkpoint.single_file else config.weights(part)
+        if part == "vae" and checkpoint.vae:
+            files = (checkpoint.vae.weights,)
         for file in files:
             shapes = read_header(file)[0] if len(files) > 1 and file.suffix == ".safetensors" else None
             held = (
@@ -91,7 +96,29 @@ def _load_part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -
 
 
 def _load_decoder(decoder: Decoder) -> Any:
+    if decoder.file:
+        return _decoder_in_file(decoder)
     return _load(AutoencoderTiny, decoder.folder, name=decoder.name, part="decoder", use_safetensors=True)
+
+
+def _decoder_in_file(decoder: Decoder) -> Any:
+    config = {key: value for key, value in decoder.config.items() if not key.startswith("_")}
+    module = AutoencoderTiny(**config)
+    tensors = {decoder_layer(name): tensor for name, tensor in load_tensors(decoder.weights).items()}
+    try:
+        module.decoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items() if name})
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{decoder.name} is not a distilled decoder such as TAESD ({first_sentence(error)}): pass the folder of an "
+            "AutoencoderTiny."
+        ) from error
+    return module.eval()
+
+
+def _load_vae(vae: Vae, config: CheckpointConfig) -> Any:
+    if vae.config:
+        return _load(AutoencoderKL, vae.config.parent, name=vae.name, part="vae", use_safetensors=True)
+    return load_vae(vae, config)
 
 
 def _load(kind: Any, folder: Path, *, name: str, part: str, **options: Any) -> Any:

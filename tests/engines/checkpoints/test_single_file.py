@@ -94,9 +94,9 @@ def test_a_pickled_single_file_is_recognised_when_it_is_loaded(
     ("family", "config", "complaint"),
     [
         ("sd2", "sd1", r"64 wide \(Stable Diffusion 2\), but the configs .* that takes 32"),
-        ("sd15", "sd1", "expected shape"),
+        ("sd15", "sd1", r"its unet has \S+ with the shape \[\d.*\], not \[\d"),
         ("sd1", "no-mid", "its UNet has 208 weights, not 162"),
-        ("no-mid", "sd1", "weights are missing"),
+        ("no-mid", "sd1", "weights of its unet are missing"),
     ],
 )
 def test_configs_that_describe_another_file_are_refused(
