@@ -31,7 +31,8 @@ def break_device(how: str) -> None:
         elif how == "computes-nan":
             launch(call)
             for array in call._arrays[1].values():
-                array.fill(np.nan)
+                if np.issubdtype(array.dtype, np.floating):
+                    array.fill(np.nan)
         else:
             raise DeviceLost("CUDA error 700, an illegal memory access was encountered.")
 
