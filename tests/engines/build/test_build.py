@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_engines
@@ -130,7 +131,7 @@ def test_malformed_flags_are_explained(wrong: list[str], tmp_path: Path, capsys:
 def test_flags_become_the_options_of_the_api() -> None:
     words = ["--model", "m", "--out", "o", "--name", "n", "--revision", "r", "--config", "c", "--allow-pickle"]
     words += ["--lora", "a.safetensors:0.5", "--lora", "b.safetensors", "--embedding", "e.safetensors:<e>"]
-    words += ["--decoder", "d", "--steps", "3", "--guidance", "1.5", "--weights", "fp16", "--rows", "4,2"]
+    words += ["--decoder", "d", "--vae", "v", "--steps", "3", "--guidance", "1.5", "--weights", "fp16", "--rows", "4,2"]
     words += ["--resolution", "512x512", "768x768", "--resolution", "64x32", "--decode-batch", "2"]
     words += ["--example", 'a cat, "oil"', "--example", "a dog", "--backend", "auto", "--backend", "openvino"]
     words += ["--precision", "int8", "--force", "--no-verify"]
@@ -142,6 +143,7 @@ def test_flags_become_the_options_of_the_api() -> None:
         loras=(api.Lora(Path("a.safetensors"), 0.5), api.Lora(Path("b.safetensors"))),
         embeddings=(api.Embedding(Path("e.safetensors"), "<e>"),),
         decoder="d",
+        vae="v",
         allow_pickle=True,
     )
     assert arguments.options() == api.ExportOptions(
@@ -192,6 +194,19 @@ def test_damaged_weights_are_an_error_that_names_the_checkpoint(
     weights.write_bytes(weights.read_bytes()[:1000])
     text = complaint(capsys, "--model", str(copied), "--out", str(tmp_path / "out"), "--backend", "onnxruntime")
     assert "copy" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_nan_are_an_error_before_anything_is_exported(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    path = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = {name: weight.clone() for name, weight in load_file(path).items()}
+    weights["decoder.conv_out.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, path)
+    text = complaint(capsys, "--model", str(copied), "--out", str(tmp_path / "out"), "--backend", "onnxruntime")
+    assert text == f"{path} holds NaN or infinity in vae.decoder.conv_out.weight: it is damaged. Download it again."
     assert not (tmp_path / "out").exists()
 
 
