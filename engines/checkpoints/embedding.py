@@ -15,7 +15,8 @@ from engines.checkpoints.safetensors_header import TensorShapes, read_header
 from engines.manifest import Context
 
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-_UNNAMED = "emb_params"  # AUTOMATIC1111's tensor name, which does not say the token
+_UNNAMED = ("emb_params", "string_to_param.*")  # AUTOMATIC1111's tensor names, which do not say the token
+_IN_FOLDER = "learned_embeds.safetensors"  # as diffusers writes it
 TRAINED_WITH = "<embed>"  # the metadata of a token that was trained with a LoRA, and lies in the same file
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
 
@@ -56,7 +57,14 @@ class Embedding:
             raise CheckpointError(
                 f"{text!r} is a pickle, and loading one can run code. Convert it where you trust it: read it with "
                 "torch.load, and write its vectors with "
-                "safetensors.torch.save_file({token: vectors}, FILE.safetensors)."
+                "safetensors.torch.save_file({token: vectors}, FILE.safetensors). In AUTOMATIC1111's files the vectors "
+                'are under ["string_to_param"]["*"].'
+            )
+        if (Path(text) / _IN_FOLDER).is_file():
+            return cls(Path(text) / _IN_FOLDER)
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not Path(text).exists():
+            raise CheckpointError(
+                f"There is no folder {text!r}. If it is a hub id, download {_IN_FOLDER} from it, and pass that file."
             )
         raise CheckpointError(f"{text!r} is not an embedding file: write FILE.safetensors or FILE.safetensors:TOKEN.")
 
@@ -67,7 +75,7 @@ class Embedding:
         trained = {key: shape for key, shape in shapes.items() if metadata.get(key) == TRAINED_WITH}
         shapes = trained or shapes
         self._check_names(shapes)
-        names = {key: self.path.stem if key == _UNNAMED else key for key in shapes}
+        names = {key: self.path.stem if key in _UNNAMED else key for key in shapes}
         return tuple(self._learned_token(self.token or names[key], key, shape) for key, shape in shapes.items())
 
     def _check_names(self, shapes: TensorShapes) -> None:

@@ -21,8 +21,8 @@ _UNSUPPORTED = {
     r"^lora_te3_|^(transformer|text_encoder_3)\.|^lora_unet_(double|single|joint)_blocks_": (
         "a LoRA for a diffusion transformer (Stable Diffusion 3, Flux)"
     ),
-    r"\.hada_": "a LoHa, not a LoRA",
-    r"\.lokr_": "a LoKr, not a LoRA",
+    r"\.hada_": "a LoHa, not a LoRA (merge it into a checkpoint with the tool that it was trained with)",
+    r"\.lokr_": "a LoKr, not a LoRA (merge it into a checkpoint with the tool that it was trained with)",
     r"dora_scale|lora_magnitude_vector": "a DoRA, which also rescales the weights",
     r"\.diff(_b)?$": "a full difference of weights, not a LoRA",
     r"^bundle_emb\.": "a LoRA with embeddings bundled into it, which must be files of their own (--embedding)",

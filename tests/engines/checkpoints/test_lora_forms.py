@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engines.checkpoints.embedding import Embedding
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
+from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.lora_layers import layers_by_name
 from engines.checkpoints.loading.modules import Modules
 from engines.checkpoints.lora import Lora, check_lora
 from engines.checkpoints.safetensors_header import read_header
+from engines.demo.tokenizer import write_tokenizer
 from tests import ROOT
 from tests.support.checkpoints import Families, NoteRecorder, load
 from tests.support.tiny import WIDTH
@@ -348,6 +350,24 @@ def test_real_embeddings_are_read(file: str, token: str) -> None:
     assert (learned.token, learned.vectors, learned.width) == (token, 1, 768)
 
 
+def test_real_embeddings_fit_sd1_and_their_vectors_are_added(tmp_path: Path) -> None:
+    paths = sorted((DATA / "embeddings").glob("*.safetensors"))
+    if not paths:
+        pytest.skip("the real embeddings are not here")
+    encoder = CLIPTextModel(
+        CLIPTextConfig(vocab_size=600, hidden_size=768, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    write_tokenizer(tmp_path, ["a cat"])
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    embeddings = [Embedding(path) for path in paths]
+    add_to_tokenizer(tokenizer, [learned for embedding in embeddings for learned in embedding.learned_tokens])
+    add_to_text_encoder(encoder, embeddings, tokenizer)
+    for path in paths:
+        ((token, vector),) = load_file(path).items()
+        row = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)]
+        torch.testing.assert_close(row, vector[0])
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
@@ -360,3 +380,20 @@ def test_real_embeddings_are_read(file: str, token: str) -> None:
 def test_what_is_no_safetensors_file_gets_a_hint(text: str, hint: str) -> None:
     with pytest.raises(CheckpointError, match=hint):
         Lora.parse(text)
+
+
+def test_embeddings_in_folders_and_other_forms(families: Families, tmp_path: Path) -> None:
+    vectors = torch.randn(3, WIDTH)
+    save_file({"<cat>": vectors}, tmp_path / "learned_embeds.safetensors")
+    assert Embedding.parse(str(tmp_path)) == Embedding(tmp_path / "learned_embeds.safetensors")
+    with pytest.raises(CheckpointError, match=r"If it is a hub id, download learned_embeds\.safetensors from it"):
+        Embedding.parse("owner/concept")
+    with pytest.raises(CheckpointError, match=r"is a pickle.* AUTOMATIC1111's files .* string_to_param"):
+        Embedding.parse("style.pt")
+    save_file({"string_to_param.*": vectors}, tmp_path / "zebra.safetensors")
+    (learned,) = Embedding(tmp_path / "zebra.safetensors").learned_tokens
+    assert (learned.token, learned.vectors) == ("zebra", 3)
+    vectors[1, 1] = math.nan
+    save_file({"<cat>": vectors}, tmp_path / "learned_embeds.safetensors")
+    with pytest.raises(CheckpointError, match=r"learned_embeds\.safetensors holds NaN or infinity in <cat>"):
+        load(find_checkpoint(str(families("sd1")), embeddings=[Embedding(tmp_path / "learned_embeds.safetensors")]))
