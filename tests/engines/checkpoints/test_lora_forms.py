@@ -388,7 +388,7 @@ def test_embeddings_in_folders_and_other_forms(families: Families, tmp_path: Pat
     assert Embedding.parse(str(tmp_path)) == Embedding(tmp_path / "learned_embeds.safetensors")
     with pytest.raises(CheckpointError, match=r"If it is a hub id, download learned_embeds\.safetensors from it"):
         Embedding.parse("owner/concept")
-    with pytest.raises(CheckpointError, match=r"is a pickle.* AUTOMATIC1111's files .* string_to_param"):
+    with pytest.raises(CheckpointError, match=r"is a pickle.* AUTOMATIC1111's files .*string_to_param"):
         Embedding.parse("style.pt")
     save_file({"string_to_param.*": vectors}, tmp_path / "zebra.safetensors")
     (learned,) = Embedding(tmp_path / "zebra.safetensors").learned_tokens
