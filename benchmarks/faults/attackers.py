@@ -30,8 +30,8 @@ from loadtest.provenance import ResultModel
 _KIBI, _MEBI = 2**10, 2**20
 _PIECE = 256 * _KIBI  # bytes that are sent at once,
 _PAUSE = 0.002  # and seconds until the next piece: the attacker is to take less of the CPU than the server
-_SHORT = {"prompt": "a red heart on a yellow background", "num_inference_steps": 4, "seed": 1}
-_LONG = {**_SHORT, "num_inference_steps": 200, "preview_every": 1}
+SHORT = {"prompt": "a red heart on a yellow background", "num_inference_steps": 4, "seed": 1}
+_LONG = {**SHORT, "num_inference_steps": 200, "preview_every": 1}
 _STATUS = slice(9, 12)  # of "HTTP/1.1 200 OK"
 
 
@@ -109,14 +109,14 @@ async def header_flood(target: Target, damage: Damage) -> None:
 
 async def invalid_base64(target: Target, damage: Damage) -> None:
     """Bodies of 33 MiB whose picture is no base64: eight, two at a time."""
-    body = json.dumps({**_SHORT, "image": "!" * (33 * _MEBI)}).encode()
+    body = json.dumps({**SHORT, "image": "!" * (33 * _MEBI)}).encode()
     for _ in range(4):
         await _post_bodies(target, damage, body, count=2)
 
 
 async def large_bodies(target: Target, damage: Damage) -> None:
     """Valid bodies of 30 MiB: 120 at once."""
-    await _post_bodies(target, damage, json.dumps({**_SHORT, "image": noisy_picture(30 * _MEBI)}).encode(), count=120)
+    await _post_bodies(target, damage, json.dumps({**SHORT, "image": noisy_picture(30 * _MEBI)}).encode(), count=120)
 
 
 async def endless_body(target: Target, damage: Damage) -> None:
@@ -174,7 +174,7 @@ async def burst(target: Target, damage: Damage) -> None:
     """Ten times what the server takes (its queue and its batch), at once, three times."""
     caller = Caller(target.url, damage.tally)
     for _ in range(3):
-        await asyncio.gather(*(caller.ask({**_SHORT, "seed": seed}) for seed in range(160)))
+        await asyncio.gather(*(caller.ask({**SHORT, "seed": seed}) for seed in range(160)))
 
 
 async def overload(target: Target, damage: Damage) -> None:
@@ -183,7 +183,7 @@ async def overload(target: Target, damage: Damage) -> None:
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for number in range(2000):
-            group.create_task(caller.ask({**_SHORT, "num_inference_steps": 20, "seed": number}))
+            group.create_task(caller.ask({**SHORT, "num_inference_steps": 20, "seed": number}))
             await asyncio.sleep(max(began + number / 100 - time.perf_counter(), 0))
 
 
@@ -193,11 +193,11 @@ async def greedy_beside_polite(target: Target, damage: Damage) -> None:
     greedy, polite = Caller(target.url, damage.tally), Caller(target.url, Tally(), source="127.0.0.2")
     async with asyncio.TaskGroup() as group:
         for _ in range(200):
-            group.create_task(ask_greedily(greedy, _SHORT, until=over, pause=1.0))
+            group.create_task(ask_greedily(greedy, SHORT, until=over, pause=1.0))
         await asyncio.sleep(2)
         for _ in range(10):
             began = time.perf_counter()
-            await ask_patiently(polite, _SHORT, tries=50)
+            await ask_patiently(polite, SHORT, tries=50)
             damage.polite.append(time.perf_counter() - began)
         over.set()
 

@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 
 import httptools
 
-Ending = Literal["completed", "refused", "unavailable", "invalid", "failed", "left", "disconnected", "unreachable"]
+Ending = Literal[
+    "completed", "refused", "cancelled", "unavailable", "invalid", "failed", "left", "disconnected", "unreachable"
+]
 
 JSON, EVENTS = "application/json", "text/event-stream"
-_STATUSES: Mapping[int, Ending] = {200: "completed", 429: "refused", 503: "unavailable"}
+_STATUSES: Mapping[int, Ending] = {200: "completed", 429: "refused", 499: "cancelled", 503: "unavailable"}
 _TIMEOUT = 120.0  # seconds; a request that hangs is a fault, and ends as "disconnected"
 
 

@@ -63,7 +63,7 @@ class Ledger:
         """
         seen = tally.endings
         left, done = seen["left"], self.outcomes.get("completed", 0)
-        failed, told = self.outcomes.get("failed", 0), seen["unavailable"]
+        failed, told = self.outcomes.get("failed", 0), seen["unavailable"] + seen["cancelled"]
         if tally.sent != len(tally.answers):
             yield f"{tally.sent} requests were sent, and {len(tally.answers)} were answered"
         if self.in_flight:

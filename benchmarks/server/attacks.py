@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.cli import complain, table_console
-from benchmarks.faults.attackers import ATTACKS, AttackReport
+from benchmarks.faults.attackers import ATTACKS, SHORT, AttackReport
+from benchmarks.faults.callers import Caller, Tally
 from benchmarks.faults.probe import Prober
 from benchmarks.process import ROOT, ServerProcess, ServerStartError, free_port, memory_of
 from engines.cli import CommandLine, Repeatable, parse
@@ -115,7 +117,7 @@ def measure(name: str) -> AttackResult:
     if name == "malformed_flood":
         command = ["sh", "-c", f"{shlex.join(command)} 2>&1 | sleep 3600"]  # a log that nobody reads
     with ServerProcess(command, port=port, sample_memory=True) as server:
-        _attack("burst", server.url)  # what only the first requests load
+        asyncio.run(_warm_up(server.url))
         time.sleep(1)
         before = memory_of(server.pid)
         server.peak_memory = 0
@@ -138,6 +140,12 @@ def measure(name: str) -> AttackResult:
             after=after,
             is_ready=not ready.probes.failures,
         )
+
+
+async def _warm_up(url: str) -> None:
+    """Send twice what the server takes, so that what only requests load is there before memory is measured."""
+    caller = Caller(url, Tally())
+    await asyncio.gather(*(caller.ask(SHORT) for _ in range(4 * _QUEUE)))
 
 
 def _attack(name: str, url: str) -> AttackReport:
