@@ -21,7 +21,7 @@ from tests.server.test_lifecycle import wait_until
 from tests.support.serving import Serving, run_server
 
 _WEIGHTS, _GRAPH = "onnx/denoise.weights", "onnx/denoise.onnx"
-_DESCRIPTORS = 48  # that a server may have open; at rest it has about 15
+_DESCRIPTORS = 100  # that a server may have open
 
 
 def flip_a_bit(bundle: Path) -> None:
@@ -59,19 +59,18 @@ def test_damaged_bundles_are_refused_in_one_line(damage: Callable[[Path], None],
 
 def test_a_server_without_descriptors_recovers() -> None:
     """Connections beyond its limit wait or are refused; once they are gone, everything is as before."""
-    with Serving(DEMO) as serving:
-        assert serving.generate(**SHORT).status_code == 200
-        resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS))
+    with Serving(DEMO, str(_DESCRIPTORS), module="tests.support.starved_server") as serving:
         tally = Tally()
 
         async def ask() -> None:
             caller = Caller(serving.url, tally)
-            fields = {**SHORT, "num_inference_steps": 4}
+            fields = {**SHORT, "num_inference_steps": 3}
             await asyncio.gather(*(caller.ask({**fields, "seed": seed}) for seed in range(3 * _DESCRIPTORS)))
 
         asyncio.run(ask())
         assert tally.endings["completed"]
-        assert tally.endings.keys() <= {"completed", "refused", "unavailable", "disconnected", "unreachable"}
+        assert tally.endings.keys() <= {"completed", "refused", "unavailable"}
+        assert tally.endings["refused"] + tally.endings["unavailable"], "there were enough: this proves nothing"
         wait_until(lambda: serving.generate(**SHORT).status_code == 200)
         assert serving.process.poll() is None
 
@@ -88,9 +87,9 @@ def test_the_first_request_of_a_server_without_descriptors_is_served() -> None:
 def test_a_build_without_room_says_so(checkpoint: Path, tmp_path: Path) -> None:
     """Files of more than 100 kB cannot be written, as on a full disk: one line, and no bundle that is half there."""
     out = tmp_path / "bundle"
-    limit = "import resource, signal, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-    code = f"{limit}sys.argv = sys.argv[1:]; runpy.run_module('build_engines', run_name='__main__')"
-    words = ["build_engines", "--model", str(checkpoint), "--out", str(out), "--backend", "onnxruntime"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    code = f"{limit}; import sys, build_engines; sys.exit(build_engines.main(sys.argv[1:]))"
+    words = ["--model", str(checkpoint), "--out", str(out), "--backend", "onnxruntime"]
     command = [sys.executable, "-c", code, *words, "--resolution", "32x32", "--rows", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)  # noqa: S603 - our own
     assert done.returncode == 1, done.stderr[-2000:]
