@@ -33,15 +33,13 @@ from engines.build.console import (
     Display,
     JsonDisplay,
     display_on,
-    inspect_tables,
-    plan_table,
-    serve_command,
-    summary_table,
     terminal,
 )
-from engines.cli import CommandLine, Metavar, Repeatable, RepeatableList, parse, split_command
+from engines.build.tables import inspect_tables, plan_table, serve_command, summary_table
+from engines.cli import CommandLine, Metavar, Repeatable, RepeatableList, parse, split_command, suggestion
 from engines.errors import EngineError
-from engines.manifest import Precision, Size, Storage
+from engines.limits import LONGEST_NAME, MAX_GUIDANCE, MAX_ROWS, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
+from engines.manifest import Manifest, Precision, Size, Storage
 
 _PROGRAM = "build_engines.py"
 _ROWS_HELP = "row buckets; the largest bounds a step: a guided image takes two rows"
@@ -87,14 +85,17 @@ def _by(read: Callable[[str], _T]) -> BeforeValidator:
 
 
 def _size(text: str) -> Size:
-    if not (match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)) or "0" in match.groups():
+    if not (match := re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)):
         raise ValueError(f"{text!r} is not a size: write WIDTHxHEIGHT, such as 512x512")
-    return Size(width=int(match[1]), height=int(match[2]))
+    width, height = int(match[1]), int(match[2])
+    if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise ValueError(f"{text!r} is not a size that can be served: sides have {MIN_SIDE} to {MAX_SIDE} pixels")
+    return Size(width=width, height=height)
 
 
 def _rows(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
-        raise ValueError(f"{text!r} is not a list of row counts: write 2,4,8,16")
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text) or max(map(int, text.split(","))) > MAX_ROWS:
+        raise ValueError(f"{text!r} is not a list of row counts from 1 to {MAX_ROWS}: write 2,4,8,16")
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
@@ -104,9 +105,27 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _variant(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"\w{1,32}", text):
+        raise ValueError(f"{text!r} is not a variant: write the part of the files' names, such as fp16 or non_ema")
+    return text
+
+
+def _name(text: str | None) -> str | None:
+    if text is not None and not (text.strip() and len(text) <= LONGEST_NAME and text.isprintable()):
+        raise ValueError(f"a name has 1 to {LONGEST_NAME} printable characters")
+    return text
+
+
+def _example(text: str) -> str:
+    if not 0 < len(text) <= PROMPT_LENGTH:
+        raise ValueError(f"a prompt has 1 to {PROMPT_LENGTH} characters")
+    return text
+
+
 def _backend(text: str) -> str:
     if text not in SPECS:
-        raise ValueError(f"there is no backend {text!r}: choose one of {', '.join(SPECS)}")
+        raise ValueError(f"there is no backend {text!r}{suggestion(text, BACKENDS)} ({', '.join(SPECS)})")
     return text
 
 
@@ -171,12 +190,21 @@ class _SourceFlags(CommandLine):
     )
     name: str | None = Field(None, description="the model's name in the API (default: the checkpoint's name)")
     steps: int | None = Field(
+    variant: Annotated[str | None, Metavar("V"), AfterValidator(_variant)] = Field(
+        None,
+        description="which weights of a folder or hub id to read, where it has several, such as fp16 or non_ema "
+        "(default: those without a variant in their names)",
+    )
+    name: Annotated[str | None, AfterValidator(_name)] = Field(
+        None, description="the model's name in the API (default: the checkpoint's name)"
+    )
+    steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = Field(
         None, description="default denoising steps of requests (default: 50; 4 for latent consistency models)"
     )
-    guidance: float | None = Field(
+    guidance: Annotated[float | None, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = Field(
         None, description="default guidance scale of requests (default: 7.5; 8.5 for latent consistency models)"
     )
-    example: Annotated[Repeatable[str], Metavar("PROMPT")] = Field(
+    example: Annotated[Repeatable[Annotated[str, AfterValidator(_example)]], Metavar("PROMPT")] = Field(
         (), description="a prompt that shows what the model can draw, repeatable"
     )
     weights: Storage | None = Field(
@@ -195,6 +223,7 @@ class _SourceFlags(CommandLine):
             decoder=self.decoder,
             vae=self.vae,
             allow_pickle=self.allow_pickle,
+            variant=self.variant,
         )
 
 
@@ -249,6 +278,7 @@ class BuildCommand(_Command, _CompileFlags, _ExportFlags):
     __doc__ = __doc__  # the module's, which lists the commands
 
     def run(self, display: Display, console: Console) -> None:
+        report = _Report(display, console)
         api.build(
             self.source(),
             self.out,
@@ -257,9 +287,9 @@ class BuildCommand(_Command, _CompileFlags, _ExportFlags):
             options=self.options(),
             verify=self.verify,
             force=self.force,
-            reporter=_reporter(display, console),
+            reporter=report.reporter,
         )
-        _print_serve_command(console, self.out)
+        report.print(self.out)
 
 
 class ExportCommand(_Command, _PrecisionFlags, _ExportFlags):
@@ -270,6 +300,7 @@ class ExportCommand(_Command, _PrecisionFlags, _ExportFlags):
     )
 
     def run(self, display: Display, console: Console) -> None:
+        report = _Report(display, console)
         api.export(
             self.source(),
             self.out,
@@ -277,8 +308,9 @@ class ExportCommand(_Command, _PrecisionFlags, _ExportFlags):
             precision=self.precision,
             options=self.options(),
             force=self.force,
-            reporter=_reporter(display, console),
+            reporter=report.reporter,
         )
+        report.print()
 
 
 class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
@@ -301,6 +333,7 @@ class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
         return JsonDisplay(sys.stdout)
 
     def run(self, display: Display, console: Console) -> None:
+        report = _Report(display, console)
         api.compile(
             self.bundle,
             backends=self.backends(),
@@ -308,9 +341,9 @@ class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
             shapes=api.ShapeOptions(resolutions=self.resolution, rows=self.rows, decode_batch=self.decode_batch),
             verify=self.verify,
             force=self.force,
-            reporter=_reporter(display, console),
+            reporter=report.reporter,
         )
-        _print_serve_command(console, self.bundle)
+        report.print(self.bundle)
 
 
 class VerifyCommand(_Command, _BundleFlags):
@@ -321,7 +354,9 @@ class VerifyCommand(_Command, _BundleFlags):
     )
 
     def run(self, display: Display, console: Console) -> None:
-        api.verify(self.bundle, backends=self.backend, reporter=_reporter(display, console))
+        report = _Report(display, console)
+        api.verify(self.bundle, backends=self.backend, reporter=report.reporter)
+        report.print()
 
 
 class InspectCommand(_Command, _BundleFlags):
@@ -340,16 +375,31 @@ COMMANDS: dict[str, type[_Command]] = {
 }
 
 
-def _reporter(display: Display, console: Console) -> api.Reporter:
-    return api.Reporter(
-        progress=display,
-        on_plan=lambda plan: console.print(plan_table(plan)),
-        on_built=lambda manifest, backend: console.print(summary_table(manifest, backend)),
-    )
+class _Report:
+    """What a build reports. Results are kept and printed once it has ended, so that they are what a terminal shows."""
 
+    def __init__(self, display: Display, console: Console) -> None:
+        self._console = console
+        self._built: list[tuple[Manifest, str]] = []
+        self._not_followed: list[str] = []
+        self.reporter = api.Reporter(
+            progress=display,
+            on_plan=lambda plan: console.print(plan_table(plan)),
+            on_built=lambda manifest, backend: self._built.append((manifest, backend)),
+            on_not_followed=self._not_followed.extend,
+        )
 
-def _print_serve_command(console: Console, bundle: Path) -> None:
-    console.print(f"Serve it: {serve_command(bundle)}", highlight=False, soft_wrap=True, markup=False)
+    def print(self, bundle: Path | None = None) -> None:
+        """Print the results, and the command that serves `bundle` as the last line."""
+        for manifest, backend in self._built:
+            self._console.print(summary_table(manifest, backend))
+        for line in self._not_followed:
+            self._print_line(f"warning: {line}")
+        if bundle:
+            self._print_line(f"Serve it: {serve_command(bundle)}")
+
+    def _print_line(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _cancel_with_standard_input() -> None:

@@ -113,7 +113,7 @@ def parse(command: type[_Command], words: Sequence[str], *, prog: str | None = N
     except ValidationError as error:
         usage_error(*(_explained(command, item) for item in error.errors()))
     except SettingsError as error:
-        usage_error(_with_suggestion(str(error).removeprefix("error parsing CLI: "), flags))
+        usage_error(_with_suggestion(str(error).removeprefix("error parsing CLI: "), words, flags))
 
 
 def split_command(words: Sequence[str], commands: Sequence[str], *, default: str) -> tuple[str, list[str]]:
@@ -126,7 +126,7 @@ def split_command(words: Sequence[str], commands: Sequence[str], *, default: str
     if first in commands:
         return first, rest
     if not first.startswith("-"):
-        usage_error(f"there is no command {first!r}{_suggestion(first, commands)} ({', '.join(commands)})")
+        usage_error(f"there is no command {first!r}{suggestion(first, commands)} ({', '.join(commands)})")
     return default, list(words)
 
 
@@ -191,12 +191,17 @@ def _flag(command: type[BaseSettings], name: str) -> str:
     return "--" + name.replace("_", "-") if name in command.model_fields else name
 
 
-def _with_suggestion(message: str, flags: Sequence[str]) -> str:
-    """`message` with the flags that the unknown ones in it may have been meant for."""
-    unknown = message.partition("unrecognized arguments: ")[2].split()
-    return message + next(filter(None, (_suggestion(word.split("=")[0], flags) for word in unknown)), "")
+def _with_suggestion(message: str, words: Sequence[str], flags: Sequence[str]) -> str:
+    """`message`, or what is wrong with the flags among `words` that do not exist, with those they may stand for."""
+    given = [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+    unknown = next((word for word in given if word not in {*flags, "-h", "--help"}), None)
+    if unknown is None or not re.search("unrecognized|are required", message):
+        return message
+    meant = suggestion("--" + unknown.lstrip("-"), flags)
+    return f"there is no flag {unknown}{meant or ': --help lists them'}"
 
 
-def _suggestion(word: str, known: Sequence[str]) -> str:
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """`: did you mean …?` with the one of `known` that `word` was meant for; empty where none is like it."""
     close = get_close_matches(word, known, n=1)
     return f": did you mean {close[0]}?" if close else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -20,6 +20,9 @@ class Progress(Protocol):
     def stage(self, name: str) -> AbstractContextManager[Stage]:
         """Begin a stage, which ends with the context. Stages may be nested."""
 
+    def expect(self, stages: Sequence[str]) -> None:
+        """Announce the outermost stages to come, in order. Some may be skipped, and others may come."""
+
     def note(self, text: str) -> None:
         """Report a warning, or the reason for a choice. Notes stay visible when their stage has ended."""
 
@@ -32,5 +35,7 @@ class NullProgress:
         yield self
 
     def update(self, done: float, total: float) -> None: ...
+
+    def expect(self, stages: Sequence[str]) -> None: ...
 
     def note(self, text: str) -> None: ...

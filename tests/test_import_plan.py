@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.contract",
         "engines.errors",
         "engines.files",
+        "engines.limits",
         "engines.manifest",
         "engines.progress",
     },
@@ -103,7 +104,13 @@ ONLY_IN: dict[str, set[str]] = {
     "onnx": {"engines.export", "engines.demo"},
     "cuda": {"engines.backends.cuda"},
     "openvino": {"engines.backends.openvino"},  # which keeps it from sending statistics of its use
-    "rich": {"build_engines", "engines.build.console", "engines.build.quantize", "engines.demo"},
+    "rich": {
+        "build_engines",
+        "engines.build.console",
+        "engines.build.quantize",
+        "engines.build.tables",
+        "engines.demo",
+    },
     "fastapi": {"server.api", "server.app", "server.startup.http_server"},
 }
 # Policy and numbers: no device, no HTTP.

@@ -18,11 +18,11 @@ compiling needs no torch, and for TensorRT it needs the GPU. `build_engines.py` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
-from engines.backends.available import check_fits, choose, unavailable_reason
+from engines.backends.available import Choice, check_fits, choose, probe, unavailable_reason
 from engines.backends.registry import ON_CPU, SPECS
 from engines.build import verify as verification
 from engines.build.bundle import (
@@ -35,7 +35,9 @@ from engines.build.bundle import (
     updated,
 )
 from engines.build.bundle import export as export_bundle
-from engines.build.compile import compile_backend, engine_precisions, prefers_bf16, required_dtypes
+from engines.build.checks import check_compilers, check_export, check_options, check_shapes
+from engines.build.compile import check_precision, compile_backend, engine_precisions, prefers_bf16, required_dtypes
+from engines.build.stages import compile_stages, export_stages
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.embedding import Embedding
 from engines.checkpoints.find import find_checkpoint
@@ -79,6 +81,7 @@ class CheckpointSource:
         decoder: folder, hub id or .safetensors file of an `AutoencoderTiny` that decodes in place of the VAE.
         vae: folder or .safetensors file of a VAE that replaces the checkpoint's own.
         allow_pickle: whether pickled weights may be read, which can run code.
+        variant: weights of a folder or hub id to read, such as fp16; parts that lack it have their plain weights.
     """
 
     model: str
@@ -90,6 +93,7 @@ class CheckpointSource:
     decoder: str | None = None
     vae: str | None = None
     allow_pickle: bool = False
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +126,13 @@ class Reporter:
         progress: receives stages and notes.
         on_plan: called for each backend before it is compiled; before the export, where there is one.
         on_built: called with the manifest and the backend once engines are compiled and verified.
+        on_not_followed: called at the end with what the configs ask for and latentd does not do, if there is any.
     """
 
     progress: Progress = field(default_factory=NullProgress)
     on_plan: Callable[[BackendPlan], None] = _ignore
     on_built: Callable[[Manifest, str], None] = _ignore
+    on_not_followed: Callable[[Sequence[str]], None] = _ignore
 
 
 _SILENT = Reporter()
@@ -166,15 +172,25 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
             does not compute in `precision`, or engines differ from the graphs by more than their precision explains.
     """
     names = _resolved(backends, reporter.progress)
-    checkpoint = _find(source, reporter.progress)
+    check_compilers(names, precision)
+    checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
-    for backend in names:
-        precisions = engine_precisions(backend, precision, prefers_bf16=checkpoint.config.prefers_bf16)
-        geometry = geometry_of(checkpoint, options)
-        reporter.on_plan(BackendPlan(backend, geometry, precisions, count_parameters(checkpoint)))
+    geometry, parameters = geometry_of(checkpoint, options), count_parameters(checkpoint)
+    plans = [
+        BackendPlan(
+            backend,
+            geometry,
+            engine_precisions(backend, precision, prefers_bf16=checkpoint.config.prefers_bf16),
+            parameters,
+        )
+        for backend in names
+    ]
+    _announce(plans, reporter, before=export_stages(checkpoint, spec.dtypes, geometry.resolutions[0]), verify=verify)
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
     compiler = _BundleCompiler(out, precision=precision, verify=verify, force=force, reporter=reporter)
-    return compiler.run(manifest, names)
+    manifest = compiler.run(manifest, names)
+    _report_not_followed(checkpoint, reporter)
+    return manifest
 
 
 def export(  # noqa: PLR0913 - the options of an export, by keyword
@@ -205,9 +221,16 @@ def export(  # noqa: PLR0913 - the options of an export, by keyword
         EngineError: torch is not installed, the checkpoint is not one that can be built, a size does not fit it, or a
             backend does not compute in `precision`.
     """
-    checkpoint = _find(source, reporter.progress)
-    spec = _spec(checkpoint, out, [_known(backend) for backend in backends], precision, options)
-    return export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
+    names = [_known(backend) for backend in backends]
+    for backend in names:
+        check_precision(backend, precision)
+    checkpoint = _find(source, out, options, reporter.progress)
+    spec = _spec(checkpoint, out, names, precision, options)
+    size = geometry_of(checkpoint, options).resolutions[0]
+    _announce((), reporter, before=export_stages(checkpoint, spec.dtypes, size))
+    manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
+    _report_not_followed(checkpoint, reporter)
+    return manifest
 
 
 def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
@@ -241,10 +264,15 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
         EngineError: as in `build`.
     """
     names = _resolved(backends, reporter.progress)
+    check_compilers(names, precision)
     manifest = _with_shapes(load_intact(bundle), shapes)
-    for backend in names:
-        precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16(manifest))
-        reporter.on_plan(BackendPlan(backend, manifest, precisions, manifest.parameters))
+    check_shapes(manifest)
+    bf16 = prefers_bf16(manifest)
+    plans = [
+        BackendPlan(backend, manifest, engine_precisions(backend, precision, prefers_bf16=bf16), manifest.parameters)
+        for backend in names
+    ]
+    _announce(plans, reporter, before=(), verify=verify)
     compiler = _BundleCompiler(bundle, precision=precision, verify=verify, force=force, reporter=reporter)
     return compiler.run(manifest, names)
 
@@ -329,7 +357,23 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress
     return manifest
 
 
-def _find(source: CheckpointSource, progress: Progress) -> Checkpoint:
+def _announce(plans: Sequence[BackendPlan], reporter: Reporter, *, before: Iterable[str], verify: bool = False) -> None:
+    """Report the plans, and the names of all stages: those `before` compiling, and of each backend."""
+    stages = list(before)
+    for plan in plans:
+        reporter.on_plan(plan)
+        verifies = verify and unavailable_reason(plan.backend) is None
+        stages += compile_stages(plan.backend, plan.precisions, verify=verifies)
+    reporter.progress.expect(stages)
+
+
+def _report_not_followed(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    if lines := checkpoint.config.not_followed:
+        reporter.on_not_followed(lines)
+
+
+def _find(source: CheckpointSource, out: Path, options: ExportOptions, progress: Progress) -> Checkpoint:
+    check_export(source.model, out)
     return find_checkpoint(
         source.model,
         revision=source.revision,
@@ -339,6 +383,8 @@ def _find(source: CheckpointSource, progress: Progress) -> Checkpoint:
         embeddings=source.embeddings,
         decoder=source.decoder,
         vae=source.vae,
+        variant=source.variant,
+        check=lambda checkpoint: check_options(checkpoint, options),
         progress=progress,
     )
 
@@ -360,11 +406,18 @@ def _resolved(backends: Sequence[str], progress: Progress) -> list[str]:
     for backend in backends:
         if backend == AUTO:
             choice = choose()
-            progress.note(f"backend {choice.backend} ({choice.reason})")
+            progress.note(f"backend {choice.backend} ({_reason_of(choice)})")
             names.append(choice.backend)
         else:
             names.append(_known(backend))
     return list(dict.fromkeys(names))
+
+
+def _reason_of(choice: Choice) -> str:
+    """Why the backend was chosen. Where there is no GPU, that says all: what CUDA says of it helps nobody."""
+    if choice.backend in ON_CPU and probe().gpu is None:
+        return "no usable NVIDIA GPU"
+    return choice.reason
 
 
 def _known(backend: str) -> str:

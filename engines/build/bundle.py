@@ -164,12 +164,12 @@ def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
         resolutions=options.resolutions or (manifest.trained_size,),
         rows=options.rows,
         decode_batch=options.decode_batch,
-        defaults=_request_defaults(manifest.defaults.scheduler, options),
+        defaults=request_defaults(manifest.defaults.scheduler, options),
         examples=options.examples,
     )
 
 
-def _request_defaults(scheduler: str, options: ExportOptions) -> Defaults:
+def request_defaults(scheduler: str, options: ExportOptions) -> Defaults:
     """The defaults of requests: those of the options, or of diffusers' own pipelines."""
     steps, guidance = (4, 8.5) if scheduler == "lcm" else (50, 7.5)
     return Defaults(
@@ -265,13 +265,18 @@ class _Exporter:
             defaults=Defaults(scheduler=config.scheduler),
             graphs=graphs,
             builds=self._earlier.builds if self._earlier else {},
-            versions={package: version(package) for package in _EXPORTERS},
+            versions=exporter_versions(),
             export_key=self._key,
         )
 
 
+def exporter_versions() -> dict[str, str]:
+    """The versions of the packages that export. Raises EngineError, with the install command, if one is missing."""
+    return {package: _version(package) for package in _EXPORTERS}
+
+
 def _export_key(checkpoint: Checkpoint, weights: Storage) -> str:
-    return export_key(checkpoint.source, weights, {package: _version(package) for package in _EXPORTERS})
+    return export_key(checkpoint.source, weights, exporter_versions())
 
 
 def _version(package: str) -> str:

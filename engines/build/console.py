@@ -1,48 +1,46 @@
-"""The display of a build: progress as bars on a terminal, lines in a log or JSON for a program, and tables."""
+"""The display of a build: progress as bars on a terminal, as lines in a log, or as JSON for a program."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column
 
-from engines.accuracy import IDENTICAL
-from engines.build.api import BackendPlan
-from engines.build.profiles import shapes
-from engines.contract import GRAPHS, INPAINT_LANES, LANES, STEPS, GraphName
-from engines.manifest import Build, Compiled, FusionReport, Geometry, Manifest, Precision
+from engines.build.outline import Outline
 from engines.progress import Stage
 
-_ROOT = Path(__file__).parents[2]
-# Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
-_ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810}
-_BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
+_NARROW = 90  # columns, below which bars are short, so that the names of stages fit
 
 
 class BarDisplay:
-    """Progress on a terminal: a spinner or a bar per stage. A context manager."""
+    """Progress on a terminal: a bar per stage in progress, and one for the whole build. A context manager.
 
-    def __init__(self, console: Console) -> None:
+    Stages that have ended become lines above the bars, which vanish at the end: what is printed last stays last.
+    """
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars = Progress(
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
-            BarColumn(),
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
+            BarColumn(bar_width=10 if console.width < _NARROW else 40),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             console=console,
+            transient=True,
         )
-        self._depth = 0
+        self._outline = Outline(clock)
+        self._whole: TaskID | None = None
+        self._clock = clock
+        self._stages: list[_NestedStage] = []  # from the outermost to the innermost
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -53,38 +51,50 @@ class BarDisplay:
     ) -> None:
         self._bars.stop()
 
+    def expect(self, stages: Sequence[str]) -> None:
+        self._outline.expect(stages)
+        if self._whole is None:
+            self._whole = self._bars.add_task("in all", total=1)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        task = self._bars.add_task("  " * self._depth + name, total=None)
-        self._depth += 1
+        began, task = self._clock(), self._bars.add_task("  " * len(self._stages) + escape(name), total=None)
+        begun = _NestedStage(name, lambda: self._on_update(task, begun))
+        self._stages.append(begun)
+        if len(self._stages) == 1:
+            self._outline.begin(name)
+            self._show_whole()
         try:
-            yield _Bar(self._bars, task)
-        except BaseException:
-            self._bars.stop_task(task)
-            raise
+            yield begun
+            begun.ended = True
         finally:
-            self._depth -= 1
-        self._finish(task)
-
-    def _finish(self, task: TaskID) -> None:
-        """Complete the bar of an outermost stage, which stays visible; remove that of a nested one."""
-        if self._depth:
+            self._stages.pop()
             self._bars.remove_task(task)
-        else:
-            total = self._bars.tasks[self._bars.task_ids.index(task)].total or 1
-            self._bars.update(task, total=total, completed=total)
+            if self._stages:
+                self._stages[-1].end_nested(begun)
+            else:
+                self._end(begun, self._clock() - began)
 
     def note(self, text: str) -> None:
         self._bars.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def _on_update(self, task: TaskID, begun: _NestedStage) -> None:
+        self._bars.update(task, completed=begun.done, total=begun.total)
+        self._show_whole()
 
-class _Bar:
-    def __init__(self, bars: Progress, task: TaskID) -> None:
-        self._bars = bars
-        self._task = task
+    def _show_whole(self) -> None:
+        if self._whole is not None:
+            fraction = self._outline.fraction(_fraction(self._stages))
+            left = self._outline.time_left(fraction)
+            self._bars.update(self._whole, completed=fraction, description=f"in all{left and f', {left}'}")
 
-    def update(self, done: float, total: float) -> None:
-        self._bars.update(self._task, completed=done, total=total)
+    def _end(self, stage: _NestedStage, seconds: float) -> None:
+        self._outline.end()
+        self._bars.refresh()
+        mark = "[green]✓[/]" if stage.ended else "[red]✗[/]"
+        self._bars.console.print(
+            f"{mark} {escape(stage.name)} [dim]{seconds:.1f} s[/]", highlight=False, soft_wrap=True
+        )
 
 
 class LogDisplay:
@@ -92,6 +102,7 @@ class LogDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._outline = Outline(time.monotonic)
         self._depth = 0
 
     def __enter__(self) -> Self:
@@ -102,17 +113,22 @@ class LogDisplay:
     ) -> None:
         """Do nothing: a log holds no resources."""
 
+    def expect(self, stages: Sequence[str]) -> None:
+        self._outline.expect(stages)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         began = time.monotonic()
         if self._depth == 0:
-            self.note(f"{name} ...")
+            self._outline.begin(name)
+            self.note(" ".join((*self._outline.position(), name, "...")))
         self._depth += 1
         try:
             yield self
         finally:
             self._depth -= 1
         if self._depth == 0:
+            self._outline.end()
             self.note(f"{name}: {time.monotonic() - began:.1f} s")
 
     def update(self, done: float, total: float) -> None:
@@ -151,8 +167,11 @@ class JsonDisplay:
             yield self._stages[-1]
         finally:
             ended = self._stages.pop()
-            if self._stages and ended.total:
-                self._stages[-1].end_nested()
+            if self._stages:
+                self._stages[-1].end_nested(ended)
+
+    def expect(self, stages: Sequence[str]) -> None:
+        """Do nothing: the other program knows what it started."""
 
     def note(self, text: str) -> None:
         self._write({"note": text})
@@ -183,6 +202,7 @@ class _NestedStage:
     done: float = 0
     total: float = 0  # 0: not yet known
     within: float = 0
+    ended: bool = False  # without an error
 
     def update(self, done: float, total: float) -> None:
         if done != self.done:
@@ -190,8 +210,9 @@ class _NestedStage:
         self.done, self.total = done, total
         self.on_update()
 
-    def end_nested(self) -> None:
-        self.within = self.within_at(1)
+    def end_nested(self, nested: _NestedStage) -> None:
+        if nested.total:
+            self.within = self.within_at(1)
 
     def within_at(self, nested: float) -> float:
         """The finished fraction of the unit in progress, when the fraction `nested` of a nested stage is finished."""
@@ -219,168 +240,3 @@ def terminal() -> Console:
 def display_on(console: Console) -> BarDisplay | LogDisplay:
     """Bars if the console is a terminal, lines if it is a log."""
     return BarDisplay(console) if console.is_terminal else LogDisplay(console)
-
-
-def serve_command(bundle: Path) -> str:
-    """The command that serves a bundle, from a source checkout or from the installed package."""
-    script = _ROOT / "scripts" / "serve"
-    if not script.is_file():
-        return shlex.join(["latentd", "--bundle", str(bundle)])
-    here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    return shlex.join([str(here), "--bundle", str(bundle)])
-
-
-def plan_table(plan: BackendPlan) -> RenderableType:
-    """What will be compiled for a backend, and the memory it will take."""
-    table = _table(
-        f"To build for {plan.backend}", "graph", "precision", "profiles", "weights MB", "activations MB, about"
-    )
-    for name, precision in plan.precisions.items():
-        weights = _BYTES[precision] * plan.parameters.get(name, 0)
-        activations = _activations(plan.geometry, name)
-        table.add_row(name, precision, _planned_profiles(plan.geometry, name), _mb(weights or None), _mb(activations))
-    table.caption = f"state pools: {_mb(_state_bytes(plan.geometry))} MB; activations as in FP16, twice that in FP32"
-    return table
-
-
-def summary_table(manifest: Manifest, backend: str) -> RenderableType:
-    """The engines of a backend: sizes, build times, memory, and differences from FP32."""
-    build = manifest.builds[backend]
-    table = _table(
-        f"{manifest.name} for {backend} {build.version}",
-        *("graph", "precision", "MB", "profiles", "activations MB", "built in", "peak MB", "largest error"),
-    )
-    for name in GRAPHS:
-        table.add_row(name, *_engine_cells(build.engines[name]))
-    table.caption = verdict(build)
-    return table
-
-
-def _engine_cells(engine: Compiled) -> tuple[str, ...]:
-    return (
-        engine.precision,
-        _mb(sum(file.size for file in engine.files)),
-        _profiles(engine),
-        _profile_activations(engine),
-        f"{engine.seconds:.1f} s" if engine.seconds else "-",
-        _mb(engine.memory) if engine.memory else "-",
-        f"{engine.difference.largest:.1e}" if engine.difference else "-",
-    )
-
-
-def inspect_tables(manifest: Manifest) -> RenderableType:
-    """The contents of a manifest: its properties, its graphs, and the engines of each backend."""
-    properties = _table(manifest.name, "", "")
-    properties.show_header = False
-    for key, value in (*_source_properties(manifest), *_model_properties(manifest)):
-        properties.add_row(key, value)
-    parts: list[RenderableType] = [properties, _graph_table(manifest)]
-    for backend, build in manifest.builds.items():
-        parts.append(summary_table(manifest, backend))
-        if any(engine.layers for engine in build.engines.values()):
-            parts.append(_layer_table(backend, build))
-    return Group(*parts)
-
-
-def verdict(build: Build) -> str:
-    """The result of the verification, in one sentence."""
-    if not build.verification:
-        return "not yet verified: run build_engines.py verify on a machine that runs it"
-    found = build.verification
-    similarity = "the same image" if found.psnr >= IDENTICAL else f"{found.psnr:.1f} dB"
-    return f"verified against FP32 in ONNX Runtime: {similarity} at {found.size}, {found.steps} steps"
-
-
-def _source_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    source = manifest.source
-    yield "source", f"{source.name} (sha256 {source.sha256[:12]})"
-    yield from (("LoRA", lora) for lora in source.loras)
-    yield from (("embedding", embedding) for embedding in source.embeddings)
-    if source.decoder:
-        yield "decoder", source.decoder
-
-
-def _model_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    context, defaults = manifest.context, manifest.defaults
-    requests = f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}"
-    yield "resolutions", ", ".join(map(str, manifest.resolutions))
-    yield "row buckets", ", ".join(map(str, manifest.rows))
-    yield "prediction", manifest.noise_schedule.prediction_type
-    yield "context", f"{context.tokens} tokens of {context.width}, {context.layers} layers"
-    yield "defaults", requests
-    yield "weights", f"stored in {manifest.weights}"
-    yield "exported by", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
-
-
-def _graph_table(manifest: Manifest) -> Table:
-    table = _table("ONNX graphs", "graph", "computes in", "file", "MB with weights", "largest error against torch")
-    for name, graph in manifest.graphs.items():
-        for precision, onnx in graph.onnx.items():
-            size = sum(file.size for file in onnx.files)
-            table.add_row(name, precision, onnx.files[0].path, _mb(size), f"{onnx.difference.largest:.1e}")
-    return table
-
-
-def _layer_table(backend: str, build: Build) -> Table:
-    table = _table(f"Layers of {backend}", "graph", "layers", "attentions fused", "GroupNorms fused", "layers by type")
-    for name, engine in build.engines.items():
-        if layers := engine.layers:
-            table.add_row(name, str(layers.total), *_fused(layers), _layer_types(layers))
-    return table
-
-
-def _fused(layers: FusionReport) -> tuple[str, str]:
-    return (
-        f"{layers.fused_attentions} of {layers.attentions}",
-        f"{layers.fused_group_norms} of {layers.group_norms}",
-    )
-
-
-def _layer_types(layers: FusionReport) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(layers.precisions.items(), key=lambda item: -item[1]))
-
-
-def _profiles(engine: Compiled) -> str:
-    if not engine.profiles:
-        return "any shape"
-    return ", ".join(f"{profile.size or 'prompt'}×{profile.batch}" for profile in engine.profiles)
-
-
-def _profile_activations(engine: Compiled) -> str:
-    """Activation memory by profile, where a GPU has measured it."""
-    known = [_mb(profile.activations) for profile in engine.profiles if profile.activations is not None]
-    return ", ".join(known) or "-"
-
-
-def _planned_profiles(geometry: Geometry, name: GraphName) -> str:
-    return ", ".join(f"{one.profile.size or 'prompt'}×{one.profile.batch}" for one in shapes(geometry, name))
-
-
-def _activations(geometry: Geometry, name: GraphName) -> float:
-    """Bytes of activations of the largest profile, which contain those of the others."""
-    if name == "encode_prompt":
-        return geometry.context.tokens * geometry.context.width * 32
-    profiles = [shape.profile for shape in shapes(geometry, name)]
-    unit = geometry.latent.downscale**2 if name in STEPS else 1
-    areas = [one.size.width * one.size.height / unit * one.batch for one in profiles if one.size]
-    return max(areas) * _ACTIVATIONS[name]
-
-
-def _state_bytes(geometry: Geometry) -> int:
-    """Bytes of two state pools and of the inpainting latents per size, f32."""
-    latent = geometry.latent
-    pixels = sum(size.width * size.height for size in geometry.resolutions) // latent.downscale**2
-    return 4 * geometry.slots * (2 * LANES + INPAINT_LANES) * latent.channels * pixels
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in columns:
-        table.add_column(Text(column))
-    return table
-
-
-def _mb(size: float | None) -> str:
-    if size is None:
-        return "-"
-    return f"{size / 1e6:.1f}" if size < 100e6 else f"{size / 1e6:,.0f}"

@@ -42,6 +42,7 @@ class Checkpoint:
     embeddings: tuple[Embedding, ...] = ()
     decoder: Decoder | None = None  # None: the VAE's own
     vae: Vae | None = None  # None: the checkpoint's own
+    variant: str | None = None  # of the weights in a folder, such as fp16
 
     @property
     def single_file(self) -> bool:
@@ -50,7 +51,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> CheckpointConfig:
         """The configs. Their folder holds the weights too, unless those are in a single file."""
-        return CheckpointConfig(folder=self.config_folder or self.path, name=self.name)
+        return CheckpointConfig(folder=self.config_folder or self.path, name=self.name, variant=self.variant)
 
     @cached_property
     def source(self) -> Source:

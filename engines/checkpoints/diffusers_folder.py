@@ -1,19 +1,35 @@
-"""A diffusers folder: its configs, and the files that its weights are in. Reads no weights."""
+"""A diffusers folder: its configs as diffusers' pipeline reads them, and the files of its weights. Reads no weights."""
 
 from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel
 
+from engines.checkpoints.configs import (
+    TOKENIZER_FILES,
+    ModelIndex,
+    SchedulerConfig,
+    TextEncoderConfig,
+    UnetConfig,
+    VaeConfig,
+    parse_config,
+)
 from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.published_scheduler import published_scheduler
+from engines.checkpoints.published_scheduler import (
+    ignored_options,
+    noise_schedule,
+    published_scheduler,
+    unsupported_reason,
+)
+from engines.limits import MAX_SIDE
 from engines.manifest import Context, Latent, NoiseSchedule, Size
 
 # Stems of the weight files of each part that has weights: as safetensors, and pickled.
@@ -25,139 +41,240 @@ _WEIGHT_STEMS = {
 PARTS = tuple(_WEIGHT_STEMS)  # those that have weights
 # Patterns of every file but weights.
 CONFIG_PATTERNS = ("model_index.json", *(f"{part}/config.json" for part in PARTS), "scheduler/*.json", "tokenizer/*")
+_INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+_MAX_JSON = 64 << 20  # bytes; the largest tokenizers have a tenth of that
+# Pipelines of diffusers that correct outdated configs when they are made.
+_CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_CORRECTED_SAMPLE_SIZE = 64  # the size of a UNet that was published with a smaller one, before version 0.9
+_Config = TypeVar("_Config", bound=BaseModel)
 
 
-def weights_name(part: str) -> str:
+def weights_name(part: str, variant: str | None = None) -> str:
     """Return the name of the file in folder `part` that diffusers writes its weights to."""
-    return f"{_WEIGHT_STEMS[part][0]}.safetensors"
+    return f"{_WEIGHT_STEMS[part][0]}.{variant}.safetensors" if variant else f"{_WEIGHT_STEMS[part][0]}.safetensors"
 
 
-def weight_patterns(parts: Sequence[str] = PARTS, *, pickled: bool) -> tuple[str, ...]:
+def weight_patterns(parts: Sequence[str] = PARTS, *, pickled: bool, variant: str | None = None) -> tuple[str, ...]:
     """Return patterns of the weight files of `parts`, whole or in shards."""
-    suffix = "bin" if pickled else "safetensors"
+    suffix, infix = "bin" if pickled else "safetensors", f".{variant}" if variant else ""
     stems = [f"{part}/{_WEIGHT_STEMS[part][pickled]}" for part in parts]
-    endings = (f".{suffix}", f"-*-of-*.{suffix}", f".{suffix}.index.json")
-    return tuple(f"{stem}{ending}" for stem in stems for ending in endings)
+    endings = (
+        f"{infix}.{suffix}",
+        f"{infix}-*-of-*.{suffix}",
+        f"-*-of-*{infix}.{suffix}",
+        f".{suffix}.index{infix}.json",
+    )
+    return tuple(dict.fromkeys(f"{stem}{ending}" for stem in stems for ending in endings))
+
+
+def variants_among(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the variants of weights in a list of paths such as `unet/diffusion_pytorch_model.fp16.safetensors`."""
+    stems = "|".join(f"{part}/{stem}" for part, both in _WEIGHT_STEMS.items() for stem in sorted(set(both)))
+    named = re.compile(rf"({stems})(-\d+-of-\d+)?\.(?P<variant>\w+?)(-\d+-of-\d+)?\.(safetensors|bin)")
+    return tuple(sorted({found["variant"] for name in names if (found := named.fullmatch(name))}))
 
 
 def read_json(path: Path, if_missing: str) -> Mapping[str, Any]:
     """Read a config. Raises CheckpointError, with `if_missing` as the reason where there is no such file."""
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {if_missing}.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return config
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again.") from error
+    if not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else json.dumps(content)[:20]
+        raise CheckpointError(f"{path} should hold a JSON object, and holds {kind}: download it again.")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    """Read a file of at most `_MAX_JSON` bytes. Raises OSError, ValueError."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is a folder or a device, not a file")
+    if about.st_size > _MAX_JSON:
+        raise ValueError(f"it has {about.st_size:,} bytes, and a config has far fewer")
+    return path.read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PartWeights:
+    """The files that a part is loaded from."""
+
+    files: tuple[Path, ...] = ()
+    variant: str | None = None
+    pickled: bool = False
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """The configs of a diffusers folder with a model of the Stable Diffusion 1.x and 2.x family.
 
-    Its properties raise CheckpointError where a config is missing or cannot be read.
+    They are read as the folder's pipeline in diffusers reads them: with the defaults of its classes, and with the
+    corrections that `StableDiffusionPipeline` makes to outdated ones. The properties raise CheckpointError where a
+    config is missing or malformed.
     """
 
     folder: Path
     name: str
+    variant: str | None = None  # of the weights, such as fp16; parts without it have their plain weights
 
     def read(self, part: str, file: str = "config.json") -> Mapping[str, Any]:
         """Read the config of `part`, a folder of the checkpoint."""
         return read_json(self.folder / part / file, f"{self.name} is not a complete diffusers checkpoint")
 
     @cached_property
+    def index(self) -> ModelIndex:
+        return self._parsed(ModelIndex, _INDEX)
+
+    @cached_property
+    def unet(self) -> UnetConfig:
+        return self._parsed(UnetConfig, "unet/config.json")
+
+    @cached_property
+    def vae(self) -> VaeConfig:
+        return self._parsed(VaeConfig, "vae/config.json")
+
+    @cached_property
+    def text_encoder(self) -> TextEncoderConfig:
+        return self._parsed(TextEncoderConfig, "text_encoder/config.json")
+
+    @cached_property
     def latent(self) -> Latent:
-        unet, vae = self.read("unet"), self.read("vae")
-        downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+        downscale = 2 ** (len(self.vae.block_out_channels) - 1)
         return Latent(
-            channels=unet["in_channels"],
+            channels=self.unet.in_channels,
             downscale=downscale,
-            multiple=downscale * 2 ** (len(unet["block_out_channels"]) - 1),
-            scaling_factor=vae.get("scaling_factor", 0.18215),  # AutoencoderKL's default: the oldest configs omit it
+            multiple=downscale * 2 ** (len(self.unet.block_out_channels) - 1),
+            scaling_factor=self.vae.scaling_factor,
         )
 
     @cached_property
     def context(self) -> Context:
-        text = self.read("text_encoder")
-        return Context(
-            tokens=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            layers=text.get("num_hidden_layers", 12),  # CLIPTextConfig's default
-        )
+        text = self.text_encoder
+        return Context(tokens=text.max_position_embeddings, width=text.hidden_size, layers=text.num_hidden_layers)
 
     @property
     def size(self) -> Size:
         """The image size the model was trained at."""
-        sample = self.read("unet")["sample_size"]
-        height, width = sample if isinstance(sample, list) else (sample, sample)
+        sample = self.unet.sample_size
+        if self._corrects and isinstance(sample, int) and self.unet.precedes_0_9:
+            sample = max(sample, _CORRECTED_SAMPLE_SIZE)
+        height, width = sample if isinstance(sample, tuple) else (sample, sample)
+        if (side := max(height, width) * self.latent.downscale) > MAX_SIDE:
+            path = self.folder / "unet" / "config.json"
+            raise CheckpointError(
+                f"{path}: sample_size {max(height, width)} gives images of {side} pixels: correct it."
+            )
         return Size(width=width * self.latent.downscale, height=height * self.latent.downscale)
 
-    @property
+    @cached_property
     def noise_schedule(self) -> NoiseSchedule:
-        config = self._scheduler_config()
-        known = {key: value for key, value in config.items() if key in NoiseSchedule.model_fields}
-        try:
-            return NoiseSchedule.model_validate(known)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the schedule"
-            raise CheckpointError(
-                f"The scheduler config of {self.name} is not supported: {where}: {first['msg']}."
-            ) from error
+        config = parse_config(SchedulerConfig, self._scheduler_config, self.folder / _SCHEDULER)
+        return noise_schedule(config, self._scheduler_class, corrected=self._corrects)
 
     @property
     def scheduler(self) -> str:
-        """The scheduler of the checkpoint's own pipeline, or `pndm`, that of SD 1.x, where it is not supported."""
-        return published_scheduler(self._scheduler_config()) or "pndm"
+        """The scheduler of the checkpoint's own pipeline; where it is not supported, one that is."""
+        fallback = "ddim" if self.noise_schedule.prediction_type == "sample" else "pndm"
+        return published_scheduler(self._scheduler_class, self._scheduler_config) or fallback
+
+    @property
+    def not_followed(self) -> tuple[str, ...]:
+        """What the configs ask for and latentd does not do: a sentence for each."""
+        kind, config = self._scheduler_class, self._scheduler_config
+        asked = [f"{_SCHEDULER} asks for {option}" for option in ignored_options(kind, config)]
+        if reason := unsupported_reason(kind, config):
+            asked.append(f"{_SCHEDULER} asks for {reason}, and requests use {self.scheduler} by default")
+        if self.index.class_of("safety_checker"):
+            asked.append(f"{_INDEX} asks for a safety checker, and images are not filtered")
+        return tuple(f"{one}: this is not followed." for one in asked)
 
     @property
     def guidance_embedding(self) -> int | None:
         """Width of the guidance embedding that the UNet takes, as in latent consistency models; None without one."""
-        width: int | None = self.read("unet").get("time_cond_proj_dim")
-        return width
+        return self.unet.time_cond_proj_dim
 
     @property
     def prefers_bf16(self) -> bool:
         """Whether attention scores overflow FP16, as they do in the UNets of SD 2.x."""
-        unet = self.read("unet")
-        return bool(unet.get("upcast_attention")) or unet["cross_attention_dim"] == 1024
+        return self.unet.upcast_attention or self.unet.cross_attention_dim == 1024
 
-    @property
+    @cached_property
     def vocabulary(self) -> frozenset[str]:
         """Every token of the tokenizer, in whichever of its files it is defined."""
-        files = {path.name: self.read("tokenizer", path.name) for path in (self.folder / "tokenizer").glob("*.json")}
-        fast = files.get("tokenizer.json", {})
-        decoder = files.get("tokenizer_config.json", {}).get("added_tokens_decoder", {})
+        folder = self.folder / "tokenizer"
+        files = {path.name: self.read("tokenizer", path.name) for path in sorted(folder.glob("*.json"))}
         return frozenset(
-            (
-                *files.get("vocab.json", ()),
-                *files.get("added_tokens.json", ()),
-                *fast.get("model", {}).get("vocab", ()),
-                *(added["content"] for added in (*fast.get("added_tokens", ()), *decoder.values())),
-            )
+            token
+            for name, model in TOKENIZER_FILES.items()
+            if name in files
+            for token in parse_config(model, files[name], folder / name).tokens
         )
 
+    def check_complete(self) -> None:
+        """Raise CheckpointError where a config that only the end of the build would need is missing or malformed."""
+        _ = self.size, self.noise_schedule, self.vocabulary
+        folder = self.folder / "tokenizer"
+        names = {path.name for path in folder.glob("*") if path.is_file()}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise CheckpointError(
+                f"{folder} should hold tokenizer.json, or vocab.json and merges.txt, and holds "
+                f"{', '.join(sorted(names)) or 'no files'}: download the tokenizer again."
+            )
+
+    def part_weights(self, part: str) -> PartWeights:
+        """Return the files that `part` is loaded from: those of the variant if there are any, safetensors first."""
+        for variant in dict.fromkeys((self.variant, None)):
+            for pickled in (False, True):
+                if files := self.files_of(part, pickled=pickled, variant=variant):
+                    return PartWeights(files, variant, pickled)
+        return PartWeights()
+
+    def files_of(self, part: str, *, pickled: bool, variant: str | None) -> tuple[Path, ...]:
+        """Return the weight files of `part` in one format and variant; None: the plain ones."""
+        patterns = [pattern.partition("/")[2] for pattern in weight_patterns([part], pickled=pickled, variant=variant)]
+        named = re.compile("|".join(re.escape(pattern).replace(r"\*", r"\d+") for pattern in patterns))
+        return tuple(path for path in sorted((self.folder / part).glob("*")) if named.fullmatch(path.name))
+
     def weights(self, part: str) -> tuple[Path, ...]:
-        """Return the files that `part` is loaded from: safetensors if there are any. No variants (fp16, non_ema)."""
-        return self._weights(part, pickled=False) or self._weights(part, pickled=True)
+        """Return the files that `part` is loaded from."""
+        return self.part_weights(part).files
 
     def pickled(self, part: str) -> bool:
         """Return whether the weights of `part` exist only as pickles."""
-        return not self._weights(part, pickled=False) and bool(self._weights(part, pickled=True))
+        return self.part_weights(part).pickled
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants of weights that the folder holds."""
+        files = [path for part in PARTS for path in (self.folder / part).glob("*")]
+        return variants_among([path.relative_to(self.folder).as_posix() for path in files])
 
     def files(self) -> tuple[Path, ...]:
         """Return every config and tokenizer file that decides what is exported."""
         tokenizer = sorted((self.folder / "tokenizer").glob("*"))
         return (
+            self.folder / _INDEX,
             *(self.folder / part / "config.json" for part in PARTS),
-            self.folder / "scheduler" / "scheduler_config.json",
+            self.folder / _SCHEDULER,
             *(path for path in tokenizer if path.suffix in {".json", ".txt"}),
         )
 
+    @property
+    def _corrects(self) -> bool:
+        return self.index.pipeline in _CORRECTING
+
+    @cached_property
     def _scheduler_config(self) -> Mapping[str, Any]:
         return self.read("scheduler", "scheduler_config.json")
 
-    def _weights(self, part: str, *, pickled: bool) -> tuple[Path, ...]:
-        stem, suffix = _WEIGHT_STEMS[part][pickled], "bin" if pickled else "safetensors"
-        named = re.compile(rf"{stem}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?")
-        return tuple(path for path in sorted((self.folder / part).glob(f"{stem}*")) if named.fullmatch(path.name))
+    @property
+    def _scheduler_class(self) -> str:
+        """The class in diffusers: the one that the index names, and only without one that of the scheduler's config."""
+        return self.index.class_of("scheduler") or str(self._scheduler_config.get("_class_name"))
+
+    def _parsed(self, model: type[_Config], file: str) -> _Config:
+        content = read_json(self.folder / file, f"{self.name} is not a complete diffusers checkpoint")
+        return parse_config(model, content, self.folder / file)

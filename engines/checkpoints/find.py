@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from engines.checkpoints.diffusers_folder import (
     CONFIG_PATTERNS,
     PARTS,
     CheckpointConfig,
+    variants_among,
     weight_patterns,
     weights_name,
 )
 from engines.checkpoints.embedding import Embedding, check_tokens_distinct
 from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.hub import download
+from engines.checkpoints.hub import check_hub_id, download, list_files
 from engines.checkpoints.lora import Lora, check_lora, embeddings_in
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
@@ -41,6 +42,8 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     embeddings: Sequence[Embedding] = (),
     decoder: str | None = None,
     vae: str | None = None,
+    variant: str | None = None,
+    check: Callable[[Checkpoint], None] = lambda _: None,
     progress: Progress = _SILENT,
 ) -> Checkpoint:
     """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
@@ -48,7 +51,8 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x there is
     a default. `revision` is the hub's: of the model, or of `config` for a single file. `decoder` is the folder or hub
     id of a decoder that replaces the VAE's, or its file; `vae` is the file or folder of a VAE that replaces the
-    checkpoint's own.
+    checkpoint's own. `variant` selects weights such as `model.fp16.safetensors`; parts without it have their plain
+    weights, as in diffusers. `check` is called with what the configs say, before weights are downloaded, and may raise.
 
     Raises:
         CheckpointError: there is none, the hub cannot be reached, its architecture is not supported, or a LoRA, an
@@ -67,6 +71,8 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
         embeddings=tuple(embeddings),
         decoder=_find_decoder(decoder, progress) if decoder else None,
         vae=find_vae(vae) if vae else None,
+        variant=variant,
+        check=check,
         progress=progress,
     )
     if path.suffix.lower() in {".safetensors", *_PICKLES} and not path.is_dir():
@@ -75,7 +81,10 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
         raise CheckpointError(f"{path} is not a checkpoint: pass a diffusers folder, a hub id or a .safetensors file.")
     if config:
         raise CheckpointError(f"--config describes a single file, and {model} is not one: leave --config out.")
-    return search.in_folder(path) if path.is_dir() else search.on_hub(model)
+    if path.is_dir():
+        return search.in_folder(path)
+    check_hub_id(model)
+    return search.on_hub(model)
 
 
 def _trained_with(loras: Sequence[Lora], embeddings: Sequence[Embedding], progress: Progress) -> list[Embedding]:
@@ -99,6 +108,8 @@ class _Search:
     embeddings: tuple[Embedding, ...]
     decoder: Decoder | None
     vae: Vae | None
+    variant: str | None
+    check: Callable[[Checkpoint], None]
     progress: Progress
 
     def in_folder(self, path: Path) -> Checkpoint:
@@ -110,23 +121,42 @@ class _Search:
         """Download the configs, and only once they are found to be supported the gigabytes, of the same commit."""
         folder = self._download(model, CONFIG_PATTERNS, self.revision)
         checkpoint = self._supported(model, folder)
-        commit = folder.name
-        self._download_weights(model, weight_patterns(pickled=False), commit)
-        lacking = [part for part in PARTS if not checkpoint.config.weights(part)]
-        if lacking and not self.allow_pickle:
-            raise CheckpointError(
-                f"{model} has no .safetensors weights for {', '.join(lacking)}. If it has pickled ones, which can run "
-                "code, pass --allow-pickle to read them as plain tensors, or --revision with a branch that has "
-                ".safetensors."
-            )
-        if lacking:
-            self._download_weights(model, weight_patterns(lacking, pickled=True), commit)
+        self._download_weights(model, checkpoint.config, commit=folder.name)
         self._check_weights(checkpoint.config)
         return checkpoint
+
+    def _download_weights(self, model: str, config: CheckpointConfig, *, commit: str) -> None:
+        """Download the weights of every part: of the variant, or plain ones where the part lacks it."""
+        remaining: Sequence[str] = PARTS
+        for variant in dict.fromkeys((self.variant, None)):
+            for pickled in (False, True)[: 1 + self.allow_pickle]:
+                # The index is in the cache already: without it, the hub client warns of patterns that match nothing.
+                patterns = ("model_index.json", *weight_patterns(remaining, pickled=pickled, variant=variant))
+                self._download(model, patterns, commit)
+                remaining = [part for part in remaining if not config.files_of(part, pickled=pickled, variant=variant)]
+                if not remaining:
+                    return
+            if variant is None or len(remaining) == len(PARTS):
+                raise CheckpointError(self._lacking(model, remaining, list_files(model, commit)))
+
+    def _lacking(self, model: str, parts: Sequence[str], files: Sequence[str]) -> str:
+        """Why the hub's model cannot be built, which has no weights for `parts`."""
+        kind = f"weights of the variant {self.variant}" if self.variant else ".safetensors weights"
+        text = f"{model} has no {kind} for {', '.join(parts)}."
+        if others := [name for name in variants_among(files) if name != self.variant]:
+            return f"{text} It has the variants {', '.join(others)}: pass one as --variant {others[0]}."
+        return (
+            f"{text} If it has pickled ones, which can run code, pass --allow-pickle to read them as plain tensors, or "
+            "--revision with a branch that has .safetensors."
+        )
 
     def in_file(self, path: Path) -> Checkpoint:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: check the path.")
+        if self.variant:
+            raise CheckpointError(
+                f"--variant chooses among the weights of a folder, and {path} is one file: leave it out."
+            )
         pickled = path.suffix.lower() in _PICKLES
         if pickled:
             self._check_pickle_allowed(str(path))
@@ -142,6 +172,7 @@ class _Search:
             return Path(self.config)
         if not self.config and layout and layout.version == 2:
             raise CheckpointError(_needs_config(path))
+        check_hub_id(self.config or _SD1_CONFIG)
         try:
             return self._download(self.config or _SD1_CONFIG, CONFIG_PATTERNS, self.revision)
         except CheckpointError as error:
@@ -160,15 +191,19 @@ class _Search:
             embeddings=self.embeddings,
             decoder=self.decoder,
             vae=self.vae,
+            variant=self.variant,
         )
         check_supported(checkpoint)
+        self.check(checkpoint)
         return checkpoint
 
     def _check_weights(self, config: CheckpointConfig) -> None:
+        if self.variant and not any(config.part_weights(part).variant for part in PARTS):
+            raise CheckpointError(_lacks_variant(config, self.variant))
         for part in PARTS:
             folder = config.folder / part
             if not config.weights(part):
-                raise CheckpointError(_lacks_weights(folder, part))
+                raise CheckpointError(_lacks_weights(config, part))
             if config.pickled(part):
                 self._check_pickle_allowed(str(folder))
 
@@ -183,13 +218,19 @@ class _Search:
     def _download(self, model: str, patterns: Sequence[str], revision: str | None) -> Path:
         return download(model, patterns, revision=revision, progress=self.progress)
 
-    def _download_weights(self, model: str, patterns: Sequence[str], commit: str) -> None:
-        # The index is in the cache already: without it, the hub client warns of patterns that match nothing.
-        self._download(model, ("model_index.json", *patterns), commit)
+
+def _lacks_variant(config: CheckpointConfig, variant: str) -> str:
+    others = ", ".join(config.variants) or "none"
+    return f"{config.folder} holds no weights of the variant {variant} (it has {others}): choose another --variant."
 
 
-def _lacks_weights(folder: Path, part: str) -> str:
-    expected = weights_name(part)
+def _lacks_weights(config: CheckpointConfig, part: str) -> str:
+    folder, expected = config.folder / part, weights_name(part)
+    if variants := variants_among([f"{part}/{path.name}" for path in folder.glob("*")]):
+        return (
+            f"{folder} holds no {expected}, and weights of the variants {', '.join(variants)}: pass one as "
+            f"--variant {variants[0]}."
+        )
     if other := next(folder.glob("*.safetensors"), None):
         return (
             f"{folder} holds {other.name} but no {expected}: if those are the weights to build from, rename the file."
@@ -219,6 +260,7 @@ def _find_decoder(decoder: str, progress: Progress) -> Decoder:
         found = Decoder(name=path.resolve().name, folder=path)
         check_decoder_kind(found)
     else:
+        check_hub_id(decoder)
         found = Decoder(name=decoder, folder=download(decoder, [DECODER_CONFIG], revision=None, progress=progress))
         check_decoder_kind(found)
         files = [DECODER_CONFIG, DECODER_WEIGHTS]

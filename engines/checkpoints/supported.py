@@ -32,6 +32,7 @@ def check_supported(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the configs are those of a supported model, and its additions fit it."""
     _check_classes(checkpoint.config)
     _check_unet(checkpoint.config)
+    checkpoint.config.check_complete()
     for lora in checkpoint.loras:
         check_lora_fits(lora, checkpoint.config)
     for embedding in checkpoint.embeddings:
@@ -50,24 +51,33 @@ def check_channels(name: str, channels: int, latent: int) -> None:
 
 
 def _check_classes(config: CheckpointConfig) -> None:
-    index = config.read(".", "model_index.json")
-    if (pipeline := index.get("_class_name")) not in _PIPELINES:
-        raise CheckpointError(f"{config.name} is a {pipeline}. {SUPPORTED} ({_PIPELINES[0]}).")
+    index = config.index
+    if index.pipeline not in _PIPELINES:
+        raise CheckpointError(
+            f"{config.name} is a {index.pipeline} (_class_name in model_index.json). {SUPPORTED} ({_PIPELINES[0]})."
+        )
     for part, classes in _CLASSES.items():
-        published = (index.get(part) or [None, None])[1]
-        if published not in classes:
-            raise CheckpointError(f"{config.name} has a {published} as {part}. {SUPPORTED} ({classes[0]}).")
+        if (published := index.class_of(part)) not in classes:
+            raise CheckpointError(
+                f"{config.name} has {f'a {published}' if published else 'nothing'} as {part} (in model_index.json). "
+                f"{SUPPORTED} ({classes[0]})."
+            )
 
 
 def _check_unet(config: CheckpointConfig) -> None:
-    unet = config.read("unet")
-    check_channels(config.name, unet["in_channels"], config.read("vae")["latent_channels"])
+    unet, latent = config.unet, config.vae.latent_channels
+    check_channels(config.name, unet.in_channels, latent)
+    if unet.out_channels != latent:
+        raise CheckpointError(
+            f"{config.name} has a UNet with {unet.out_channels} output channels (out_channels in unet/config.json), "
+            f"and its latents have {latent}: it predicts more than the noise. {SUPPORTED}."
+        )
     for key in _CONDITIONS:
-        if (value := unet.get(key)) is not None:
+        if (value := getattr(unet, key)) is not None:
             raise CheckpointError(
                 f"{config.name} has a UNet with {key} {value!r}, an input that is not supported. {SUPPORTED}."
             )
-    if (width := unet["cross_attention_dim"]) != config.context.width:
+    if (width := unet.cross_attention_dim) != config.context.width:
         raise CheckpointError(
             f"The parts of {config.name} do not fit each other: its UNet takes prompt embeddings {width} wide, its "
             f"text encoder returns {config.context.width}. Take both parts from the same checkpoint."

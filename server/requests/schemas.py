@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import core_schema
 
-from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, PROMPT_LENGTH
+from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests import base64_file
 from server.requests.images import ImageFormat
@@ -41,7 +41,9 @@ ImageFile = Annotated[
     BeforeValidator(base64_file.decode),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
 ]
-Side = Annotated[int, Field(ge=8, le=MAX_SIDE, description="in pixels; default: the first resolution of the model")]
+Side = Annotated[
+    int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="in pixels; default: the first resolution of the model")
+]
 
 
 class _StrictModel(BaseModel):

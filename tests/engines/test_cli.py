@@ -90,8 +90,11 @@ def test_environment_variables_configure_nothing(monkeypatch: pytest.MonkeyPatch
         (["here", "--model", "m", "--prompt"], "error: argument --prompt: expected one argument"),
         (
             ["here", "--model", "m", "--promt", "a"],
-            "error: unrecognized arguments: --promt a: did you mean --prompt?",
+            "error: there is no flag --promt: did you mean --prompt?",
         ),
+        (["here", "--modle", "m"], "error: there is no flag --modle: did you mean --model?"),
+        (["here", "-model", "m"], "error: there is no flag -model: did you mean --model?"),
+        (["here", "--model", "m", "--zzz=1"], "error: there is no flag --zzz: --help lists them"),
     ],
 )
 def test_an_error_is_one_line_that_names_the_flag(

@@ -91,8 +91,9 @@ def _check_finite(modules: Modules, config: CheckpointConfig, checkpoint: Checkp
 
 def _load_part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -> Any:
     """Load one part. Pickles are read by torch's weights_only loading, which both libraries use."""
-    folder, safe = config.folder / part, not config.pickled(part)
-    return _load(kind, folder, name=config.name, part=part, use_safetensors=safe, **options)
+    weights = config.part_weights(part)
+    options |= {"use_safetensors": not weights.pickled, "variant": weights.variant}
+    return _load(kind, config.folder / part, name=config.name, part=part, **options)
 
 
 def _load_decoder(decoder: Decoder) -> Any:

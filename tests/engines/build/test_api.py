@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from engines.build import verify as verification
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import BundleError, Manifest, Size
-from engines.progress import NullProgress
+from engines.progress import NullProgress, Stage
 
 
 class Notes(NullProgress):
@@ -23,6 +25,26 @@ class Notes(NullProgress):
 
     def note(self, text: str) -> None:
         self.texts.append(text)
+
+
+class Stages(NullProgress):
+    """Progress that collects the names of the outermost stages, and of those that were announced."""
+
+    def __init__(self) -> None:
+        self.expected: list[str] = []
+        self.begun: list[str] = []
+        self._depth = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        if not self._depth:
+            self.begun.append(name)
+        self._depth += 1
+        yield self
+        self._depth -= 1
+
+    def expect(self, stages: Sequence[str]) -> None:
+        self.expected = list(stages)
 
 
 @pytest.fixture
@@ -37,7 +59,10 @@ def test_the_example_of_the_docstring_builds_a_bundle(
     code = "\n".join(line[4:] for line in (api.__doc__ or "").splitlines() if line.startswith("    "))
     hub_id = "OFA-Sys/small-stable-diffusion-v0"
     assert hub_id in code
-    exec(compile(code.replace(hub_id, str(checkpoint)), "example", "exec"), {})  # noqa: S102 - our own
+    stages = Stages()
+    code = code.replace(hub_id, str(checkpoint)).replace("    options=", "    reporter=reporter, options=")
+    exec(compile(code, "example", "exec"), {"reporter": api.Reporter(progress=stages)})  # noqa: S102 - our own
+    assert stages.begun == stages.expected
     assert "psnr=999" in capsys.readouterr().out
     manifest = api.inspect(tmp_path / "bundles" / "small-sd")
     assert manifest.name == "tiny-sd"

@@ -101,13 +101,16 @@ def test_a_hub_id_without_a_network_fails_in_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = complaint(capsys, "--model", "OFA-Sys/small-stable-diffusion-v0", "--out", str(tmp_path / "out"))
     assert len(text.splitlines()) == 1
-    assert "OFA-Sys/small-stable-diffusion-v0 could not be downloaded" in text
+    assert text.startswith(
+        "OFA-Sys/small-stable-diffusion-v0 is no folder here, and as a hub id it is not in the hub's"
+    )
+    assert "HF_HUB_OFFLINE" in text
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_neither_a_folder_nor_a_hub_id_is_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = complaint(capsys, "--model", str(tmp_path / "no such folder"), "--out", str(tmp_path / "out"))
-    assert "neither a folder here nor a hub id" in text
+    assert "does not exist: check the path, or pass a hub id" in text
 
 
 def test_a_size_the_unet_cannot_halve_is_refused(
@@ -117,9 +120,7 @@ def test_a_size_the_unet_cannot_halve_is_refused(
     assert "multiples of 4" in text
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--resolution", "big"], ["--resolution", "0x64"], ["--rows", "2,x"], ["--rows", "0"]]
-)
+@pytest.mark.parametrize("wrong", [["--resolution", "big"], ["--rows", "2,x"], ["--rows", "0"]])
 def test_malformed_flags_are_explained(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         build_engines.main(["--model", str(tmp_path), "--out", str(tmp_path), *wrong])
@@ -134,7 +135,7 @@ def test_flags_become_the_options_of_the_api() -> None:
     words += ["--decoder", "d", "--vae", "v", "--steps", "3", "--guidance", "1.5", "--weights", "fp16", "--rows", "4,2"]
     words += ["--resolution", "512x512", "768x768", "--resolution", "64x32", "--decode-batch", "2"]
     words += ["--example", 'a cat, "oil"', "--example", "a dog", "--backend", "auto", "--backend", "openvino"]
-    words += ["--precision", "int8", "--force", "--no-verify"]
+    words += ["--precision", "int8", "--force", "--no-verify", "--variant", "fp16"]
     arguments = parse(build_engines.BuildCommand, words)
     assert arguments.source() == api.CheckpointSource(
         "m",
@@ -145,6 +146,7 @@ def test_flags_become_the_options_of_the_api() -> None:
         decoder="d",
         vae="v",
         allow_pickle=True,
+        variant="fp16",
     )
     assert arguments.options() == api.ExportOptions(
         weights="fp16",

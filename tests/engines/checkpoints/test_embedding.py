@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import build_engines
-from engines.build.console import inspect_tables
+from engines.build.tables import inspect_tables
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.embedding import Embedding
 from engines.checkpoints.errors import CheckpointError
@@ -254,9 +254,11 @@ def test_known_tokens_are_read_from_every_tokenizer_file(checkpoint: Path, tmp_p
     contents: dict[str, Any] = {
         "vocab.json": {"<a>": 0},
         "added_tokens.json": {"<a>": 0},
-        "tokenizer.json": {"added_tokens": [added]},
+        "tokenizer.json": {"model": {"vocab": {}}, "added_tokens": [added]},
         "tokenizer_config.json": {"added_tokens_decoder": {"0": added}},
     }
+    (kept / "vocab.json").write_text("{}")
+    (kept / "merges.txt").touch()
     (kept / file).write_text(json.dumps(contents[file]))
     path = written(tmp_path / "a.safetensors", {"<a>": torch.zeros(WIDTH)})
     with pytest.raises(CheckpointError, match=r"<a> of a\.safetensors is already a token of copy"):

@@ -19,5 +19,5 @@ def test_paths_without_a_checkpoint_are_explained(tmp_path: Path, families: Fami
         find_checkpoint(str(tmp_path / "model.onnx"))
     with pytest.raises(CheckpointError, match="--config describes a single file"):
         find_checkpoint(str(families("sd1")), config=str(families("sd1")))
-    with pytest.raises(CheckpointError, match="neither a folder here nor a hub id"):
+    with pytest.raises(CheckpointError, match="does not exist: check the path, or pass a hub id"):
         find_checkpoint(str(tmp_path / "no such folder"))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +21,7 @@ import pytest
 
 from engines.checkpoints.find import find_checkpoint
 from tests import ROOT
-from tests.support.checkpoints import Families, edit, pickle_weights
+from tests.support.checkpoints import PARTS, Families, edit, pickle_weights
 from tests.support.ldm import write_single_file
 from tests.support.tiny import make_decoder
 
@@ -156,9 +156,10 @@ print(json.dumps(outcomes))
 def ask(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Run `find_checkpoint` with each set of arguments, in one process that knows the hub at a URL."""
 
-    def ask(url: str, *calls: dict[str, Any], token: str = "") -> list[dict[str, Any]]:
+    def ask(url: str, *calls: dict[str, Any], token: str = "", offline: bool = False) -> list[dict[str, Any]]:
         environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
         environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
+        environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         command = [sys.executable, "-c", FIND, json.dumps(calls)]
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own
         assert ended.returncode == 0, ended.stderr
@@ -261,6 +262,62 @@ def test_a_decoder_comes_from_the_hub(hub: Hub, ask: Ask, copied: Path, tmp_path
     (outcome,) = ask(hub.url, {"model": str(copied), "decoder": "us/vae"})
     assert "us/vae is of class AutoencoderKL" in outcome["error"]
     assert hub.fetched[2:] == ["config.json"]
+
+
+def as_variant(folder: Path, variant: str, parts: Sequence[str] = PARTS) -> None:
+    """Rename the weights of `parts` to those of a variant."""
+    for part in parts:
+        for path in (folder / part).glob("*model.safetensors"):
+            path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
+
+
+def test_only_the_weights_of_the_variant_are_downloaded(hub: Hub, ask: Ask, copied: Path) -> None:
+    """Parts that lack it have their plain weights, as in diffusers."""
+    shutil.copy(copied / "unet/diffusion_pytorch_model.safetensors", copied / "unet/plain")
+    as_variant(copied, "non_ema", ["unet"])
+    (copied / "unet/plain").rename(copied / "unet/diffusion_pytorch_model.safetensors")
+    hub.models["us/tiny"] = {"main": copied}
+    (found,) = ask(hub.url, {"model": "us/tiny", "variant": "non_ema"})
+    assert found["sha256"] == find_checkpoint(str(copied), variant="non_ema").source.sha256
+    assert sorted(file for file in hub.fetched if file.endswith(".safetensors")) == [
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_variants_that_the_hub_has_are_named(hub: Hub, ask: Ask, copied: Path) -> None:
+    as_variant(copied, "fp16")
+    hub.models["us/half"] = {"main": copied}
+    plain, other, half = ask(
+        hub.url,
+        {"model": "us/half"},
+        {"model": "us/half", "variant": "bf16"},
+        {"model": "us/half", "variant": "fp16"},
+    )
+    assert "us/half has no .safetensors weights for text_encoder, unet, vae" in plain["error"]
+    assert "us/half has no weights of the variant bf16" in other["error"]
+    for refused in (plain, other):
+        assert "It has the variants fp16: pass one as --variant fp16." in refused["error"]
+    assert half["sha256"] == find_checkpoint(str(copied), variant="fp16").source.sha256
+
+
+def test_without_the_network_the_cache_is_used(hub: Hub, ask: Ask, published: Path) -> None:
+    hub.models |= {"us/tiny": {"main": published}, "us/other": {"main": published}}
+    (found,) = ask(hub.url, {"model": "us/tiny"})
+    fetched = len(hub.fetched)
+    cached, variant, other = ask(
+        hub.url,
+        {"model": "us/tiny"},
+        {"model": "us/tiny", "variant": "fp16"},
+        {"model": "us/other"},
+        offline=True,
+    )
+    assert cached["sha256"] == found["sha256"]
+    assert cached["stages"] == ["looking up us/tiny"] * 2
+    for model, refused in (("us/tiny", variant), ("us/other", other)):
+        assert refused["error"].startswith(f"{model} is no folder here, and the hub's cache, to which HF_HUB_OFFLINE")
+    assert len(hub.fetched) == fetched
 
 
 def test_an_unreachable_hub_is_explained(ask: Ask, families: Families, tmp_path: Path) -> None:

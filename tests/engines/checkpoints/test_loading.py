@@ -24,8 +24,8 @@ def test_damaged_or_missing_weights_name_the_part(copied: Path) -> None:
     save_file(whole, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"text_encoder lacks 1 .* final_layer_norm\.weight"):
         load(find_checkpoint(str(copied)))
-    path.rename(path.with_suffix(".fp16.safetensors"))
-    with pytest.raises(CheckpointError, match=r"holds model\.fp16\.safetensors but no model\.safetensors: .* rename"):
+    path.rename(path.with_name("other.safetensors"))
+    with pytest.raises(CheckpointError, match=r"holds other\.safetensors but no model\.safetensors: .* rename"):
         find_checkpoint(str(copied))
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 import build_engines
 from engines.backends.registry import ON_CPU
 from engines.build.bundle import _export_key
-from engines.build.console import inspect_tables
+from engines.build.tables import inspect_tables
 from engines.checkpoints.checkpoint import count_parameters
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,8 @@ class Recorder:
         finally:
             assert self._open.pop() is stage
             stage.ended = True
+
+    def expect(self, stages: Sequence[str]) -> None: ...
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -1,0 +1,87 @@
+"""What is checked before the work of a build begins: before anything large is downloaded, read or exported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from engines.backends.available import gpu_here, installed
+from engines.backends.registry import install_command
+from engines.build.bundle import ExportOptions, exporter_versions, geometry_of, request_defaults
+from engines.build.compile import check_precision
+from engines.checkpoints.checkpoint import Checkpoint
+from engines.errors import EngineError
+from engines.limits import LONGEST_NAME
+from engines.manifest import Defaults, Manifest, NoiseSchedule, Precision
+from engines.schedulers import find, table
+
+
+def check_compilers(backends: Sequence[str], precision: Precision | None) -> None:
+    """Raise EngineError, with the command that installs it, for a backend that cannot compile here."""
+    for backend in backends:
+        check_precision(backend, precision)
+        installed(backend)
+        if backend == "tensorrt":
+            gpu_here()
+    if precision == "int8" and find_spec("nncf") is None:
+        raise EngineError(f"INT8 needs the package nncf: {install_command('int8')}")
+
+
+def check_export(model: str, out: Path) -> None:
+    """Raise EngineError unless the packages of an export are installed, and `out` is a place for a bundle."""
+    exporter_versions()
+    check_out(out)
+    if Path(model).exists() and out.resolve().is_relative_to(Path(model).resolve()):
+        raise EngineError(f"--out {out} lies in the model's own folder, which is left as it is: choose another --out.")
+
+
+def check_out(out: Path) -> None:
+    """Raise EngineError unless a bundle can be written to `out`."""
+    if out.is_symlink() and not out.exists():
+        raise EngineError(f"--out {out} is a link to nothing: choose another --out.")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise EngineError(f"--out {out}: {existing} is a file, not a folder: choose another --out.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise EngineError(
+            f"--out {out}: {existing} cannot be written: change its permissions, or choose another --out."
+        )
+
+
+def check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Raise EngineError unless the options fit the checkpoint, and requests that name no options can be served."""
+    config = checkpoint.config
+    geometry_of(checkpoint, options)
+    name = options.name or checkpoint.name
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise EngineError(
+            f"{name[:40]!r}… is no name for the API, which has at most {LONGEST_NAME} printable characters: pass "
+            "another --name."
+        )
+    _check_requests(
+        request_defaults(config.scheduler, options),
+        options.rows,
+        config.noise_schedule,
+        embeds_guidance=config.guidance_embedding is not None,
+    )
+
+
+def check_shapes(manifest: Manifest) -> None:
+    """Raise EngineError unless requests that name no options can be served by engines of these shapes."""
+    _check_requests(manifest.defaults, manifest.rows, manifest.noise_schedule, embeds_guidance=manifest.embeds_guidance)
+
+
+def _check_requests(defaults: Defaults, rows: Sequence[int], schedule: NoiseSchedule, *, embeds_guidance: bool) -> None:
+    if defaults.guidance_scale > 1 and not embeds_guidance and max(rows) < 2:
+        raise EngineError(
+            f"--rows {max(rows)} leaves no room for a guided image, which takes two rows, and requests have guidance "
+            f"{defaults.guidance_scale:g} by default: add 2 to --rows, or export with --guidance 1."
+        )
+    try:
+        table(find(defaults.scheduler), defaults.num_inference_steps, schedule)
+    except ValueError as error:
+        raise EngineError(
+            f"Requests have {defaults.num_inference_steps} steps of {defaults.scheduler} by default (--steps): {error}"
+        ) from error

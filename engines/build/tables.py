@@ -1,0 +1,193 @@
+"""Tables about builds and bundles: what will be built, what was built, and what a bundle holds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+
+from engines.accuracy import IDENTICAL
+from engines.build.api import BackendPlan
+from engines.build.profiles import shapes
+from engines.contract import GRAPHS, INPAINT_LANES, LANES, STEPS, GraphName
+from engines.manifest import Build, Compiled, File, FusionReport, Geometry, Manifest, Precision
+
+_ROOT = Path(__file__).parents[2]
+# Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
+_ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810}
+_BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
+_UNKNOWN = "-"
+
+
+def serve_command(bundle: Path) -> str:
+    """The command that serves a bundle, from a source checkout or from the installed package."""
+    script = _ROOT / "scripts" / "serve"
+    if not script.is_file():
+        return shlex.join(["latentd", "--bundle", str(bundle)])
+    here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return shlex.join([str(here), "--bundle", str(bundle)])
+
+
+def plan_table(plan: BackendPlan) -> RenderableType:
+    """What will be compiled for a backend, and the memory it will take."""
+    columns = ("graph", "precision", "profiles", "weights MB", "activations MB, about")
+    rows = []
+    for name, precision in plan.precisions.items():
+        weights = _BYTES[precision] * plan.parameters.get(name, 0)
+        activations = _activations(plan.geometry, name)
+        rows.append((name, precision, _planned_profiles(plan.geometry, name), _mb(weights or None), _mb(activations)))
+    table = _table(f"To build for {plan.backend}", columns, rows)
+    table.caption = f"state pools: {_mb(_state_bytes(plan.geometry))} MB; activations as in FP16, twice that in FP32"
+    return table
+
+
+def summary_table(manifest: Manifest, backend: str) -> RenderableType:
+    """The engines of a backend: sizes, build times, memory, and differences from FP32."""
+    build = manifest.builds[backend]
+    columns = ("graph", "precision", "MB", "profiles", "activations MB", "built in", "peak MB", "largest error")
+    rows = [(name, *_engine_cells(build.engines[name])) for name in GRAPHS]
+    table = _table(f"{manifest.name} for {backend} {build.version}", columns, rows)
+    table.caption = verdict(build)
+    return table
+
+
+def _engine_cells(engine: Compiled) -> tuple[str, ...]:
+    return (
+        engine.precision,
+        _mb(_size(engine.files)),
+        _profiles(engine),
+        _profile_activations(engine),
+        f"{engine.seconds:.1f} s" if engine.seconds else _UNKNOWN,
+        _mb(engine.memory) if engine.memory else _UNKNOWN,
+        f"{engine.difference.largest:.1e}" if engine.difference else _UNKNOWN,
+    )
+
+
+def inspect_tables(manifest: Manifest) -> RenderableType:
+    """The contents of a manifest: its properties, its graphs, and the engines of each backend."""
+    properties = _table(manifest.name, ("", ""), [*_source_properties(manifest), *_model_properties(manifest)])
+    properties.show_header = False
+    parts: list[RenderableType] = [properties, _graph_table(manifest)]
+    for backend, build in manifest.builds.items():
+        parts.append(summary_table(manifest, backend))
+        if any(engine.layers for engine in build.engines.values()):
+            parts.append(_layer_table(backend, build))
+    return Group(*parts)
+
+
+def verdict(build: Build) -> str:
+    """The result of the verification, in one sentence."""
+    if not build.verification:
+        return "not yet verified: run build_engines.py verify on a machine that runs it"
+    found = build.verification
+    similarity = "the same image" if found.psnr >= IDENTICAL else f"{found.psnr:.1f} dB"
+    return f"verified against FP32 in ONNX Runtime: {similarity} at {found.size}, {found.steps} steps"
+
+
+def _source_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    source = manifest.source
+    yield "source", f"{source.name} (sha256 {source.sha256[:12]})"
+    yield from (("LoRA", lora) for lora in source.loras)
+    yield from (("embedding", embedding) for embedding in source.embeddings)
+    if source.decoder:
+        yield "decoder", source.decoder
+
+
+def _model_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    context, defaults = manifest.context, manifest.defaults
+    requests = f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}"
+    yield "resolutions", ", ".join(map(str, manifest.resolutions))
+    yield "row buckets", ", ".join(map(str, manifest.rows))
+    yield "prediction", manifest.noise_schedule.prediction_type
+    yield "context", f"{context.tokens} tokens of {context.width}, {context.layers} layers"
+    yield "defaults", requests
+    yield "weights", f"stored in {manifest.weights}"
+    yield "exported by", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+
+
+def _graph_table(manifest: Manifest) -> Table:
+    columns = ("graph", "computes in", "file", "MB with weights", "largest error against torch")
+    rows = [
+        (name, precision, onnx.files[0].path, _mb(_size(onnx.files)), f"{onnx.difference.largest:.1e}")
+        for name, graph in manifest.graphs.items()
+        for precision, onnx in graph.onnx.items()
+    ]
+    return _table("ONNX graphs", columns, rows)
+
+
+def _layer_table(backend: str, build: Build) -> Table:
+    columns = ("graph", "layers", "attentions fused", "GroupNorms fused", "layers by type")
+    rows = [
+        (name, str(engine.layers.total), *_fused(engine.layers), _layer_types(engine.layers))
+        for name, engine in build.engines.items()
+        if engine.layers
+    ]
+    return _table(f"Layers of {backend}", columns, rows)
+
+
+def _fused(layers: FusionReport) -> tuple[str, str]:
+    return (
+        f"{layers.fused_attentions} of {layers.attentions}",
+        f"{layers.fused_group_norms} of {layers.group_norms}",
+    )
+
+
+def _layer_types(layers: FusionReport) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(layers.precisions.items(), key=lambda item: -item[1]))
+
+
+def _profiles(engine: Compiled) -> str:
+    if not engine.profiles:
+        return "any shape"
+    return ", ".join(f"{profile.size or 'prompt'}×{profile.batch}" for profile in engine.profiles)
+
+
+def _profile_activations(engine: Compiled) -> str:
+    """Activation memory by profile, where a GPU has measured it."""
+    known = [_mb(profile.activations) for profile in engine.profiles if profile.activations is not None]
+    return ", ".join(known) or _UNKNOWN
+
+
+def _planned_profiles(geometry: Geometry, name: GraphName) -> str:
+    return ", ".join(f"{one.profile.size or 'prompt'}×{one.profile.batch}" for one in shapes(geometry, name))
+
+
+def _activations(geometry: Geometry, name: GraphName) -> float:
+    """Bytes of activations of the largest profile, which contain those of the others."""
+    if name == "encode_prompt":
+        return geometry.context.tokens * geometry.context.width * 32
+    profiles = [shape.profile for shape in shapes(geometry, name)]
+    unit = geometry.latent.downscale**2 if name in STEPS else 1
+    areas = [one.size.width * one.size.height / unit * one.batch for one in profiles if one.size]
+    return max(areas) * _ACTIVATIONS[name]
+
+
+def _state_bytes(geometry: Geometry) -> int:
+    """Bytes of two state pools and of the inpainting latents per size, f32."""
+    latent = geometry.latent
+    pixels = sum(size.width * size.height for size in geometry.resolutions) // latent.downscale**2
+    return 4 * geometry.slots * (2 * LANES + INPAINT_LANES) * latent.channels * pixels
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table without the columns of which nothing is known. The first column is never cut; others wrap."""
+    known = [index for index in range(len(columns)) if index == 0 or any(row[index] != _UNKNOWN for row in rows)]
+    heads = [Column(columns[index], no_wrap=index == 0, overflow="fold") for index in known]
+    table = Table(*heads, title=title, title_justify="left", caption_justify="left")
+    for row in rows:
+        table.add_row(*(escape(row[index]) for index in known))
+    return table
+
+
+def _size(files: Sequence[File]) -> int:
+    return sum(file.size for file in files)
+
+
+def _mb(size: float | None) -> str:
+    if size is None:
+        return _UNKNOWN
+    return f"{size / 1e6:.1f}" if size < 100e6 else f"{size / 1e6:,.0f}"
