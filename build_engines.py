@@ -13,37 +13,43 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_settings import CliPositionalArg, CliToggleFlag, NoDecode
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, CliToggleFlag
 from rich.console import Console
 from rich.markup import escape
 
-from engines.backends.registry import BACKENDS, SPECS
 from engines.build import api
-from engines.build.console import (
-    Display,
-    JsonDisplay,
-    display_on,
-    terminal,
-)
+from engines.build.console import Display, JsonDisplay, display_on, terminal
 from engines.build.tables import inspect_tables, plan_table, serve_command, summary_table
-from engines.cli import CommandLine, Metavar, Repeatable, RepeatableList, parse, split_command, suggestion
+from engines.build.values import (
+    AUTO_OR_BACKEND,
+    ONE_OF_BACKENDS,
+    Backend,
+    BackendOrAuto,
+    Count,
+    Guidance,
+    Name,
+    Prompt,
+    Resolution,
+    RowBuckets,
+    Steps,
+    Variant,
+    parsed_by,
+)
+from engines.cli import CommandLine, Metavar, Repeatable, RepeatableList, parse, split_command
 from engines.errors import EngineError
-from engines.limits import LONGEST_NAME, MAX_GUIDANCE, MAX_ROWS, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
-from engines.manifest import Manifest, Precision, Size, Storage
+from engines.manifest import Manifest, Precision, Storage
 
 _PROGRAM = "build_engines.py"
 _ROWS_HELP = "row buckets; the largest bounds a step: a guided image takes two rows"
-_T = TypeVar("_T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,78 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(console: Console, message: str) -> int:
     console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return 1
-
-
-# Values
-
-
-def _by(read: Callable[[str], _T]) -> BeforeValidator:
-    """Read a value from the command line; the default, and values from Python, are taken as they are."""
-
-    def validate(value: object) -> object:
-        try:
-            return read(value) if isinstance(value, str) else value
-        except EngineError as error:
-            raise ValueError(str(error)) from None
-
-    return BeforeValidator(validate)
-
-
-def _size(text: str) -> Size:
-    if not (match := re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)):
-        raise ValueError(f"{text!r} is not a size: write WIDTHxHEIGHT, such as 512x512")
-    width, height = int(match[1]), int(match[2])
-    if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
-        raise ValueError(f"{text!r} is not a size that can be served: sides have {MIN_SIDE} to {MAX_SIDE} pixels")
-    return Size(width=width, height=height)
-
-
-def _rows(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text) or max(map(int, text.split(","))) > MAX_ROWS:
-        raise ValueError(f"{text!r} is not a list of row counts from 1 to {MAX_ROWS}: write 2,4,8,16")
-    return tuple(sorted({int(part) for part in text.split(",")}))
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d?", text):
-        raise ValueError(f"{text!r} is not a count: write 1 to 99")
-    return int(text)
-
-
-def _variant(text: str | None) -> str | None:
-    if text is not None and not re.fullmatch(r"\w{1,32}", text):
-        raise ValueError(f"{text!r} is not a variant: write the part of the files' names, such as fp16 or non_ema")
-    return text
-
-
-def _name(text: str | None) -> str | None:
-    if text is not None and not (text.strip() and len(text) <= LONGEST_NAME and text.isprintable()):
-        raise ValueError(f"a name has 1 to {LONGEST_NAME} printable characters")
-    return text
-
-
-def _example(text: str) -> str:
-    if not 0 < len(text) <= PROMPT_LENGTH:
-        raise ValueError(f"a prompt has 1 to {PROMPT_LENGTH} characters")
-    return text
-
-
-def _backend(text: str) -> str:
-    if text not in SPECS:
-        raise ValueError(f"there is no backend {text!r}{suggestion(text, BACKENDS)} ({', '.join(SPECS)})")
-    return text
-
-
-def _backend_or_auto(text: str) -> str:
-    return text if text == api.AUTO else _backend(text)
-
-
-RowBuckets = Annotated[tuple[int, ...], NoDecode, _by(_rows), Metavar("N,N")]
-Count = Annotated[int, _by(_count), Metavar("N")]
-Backend = Annotated[str, AfterValidator(_backend)]
-BackendOrAuto = Annotated[str, AfterValidator(_backend_or_auto)]
-_ONE_OF_BACKENDS = Metavar("{" + ",".join(BACKENDS) + "}")
-_AUTO_OR_BACKEND = Metavar("{" + ",".join((api.AUTO, *BACKENDS)) + "}")
 
 
 # Flags
@@ -171,12 +105,12 @@ class _SourceFlags(CommandLine):
     config: Annotated[str | None, Metavar("DIR")] = Field(
         None, description="for a single file: a diffusers folder or hub id whose configs describe it"
     )
-    lora: Annotated[Repeatable[Annotated[api.Lora, _by(api.Lora.parse)]], Metavar("FILE[:SCALE]")] = Field(
+    lora: Annotated[Repeatable[Annotated[api.Lora, parsed_by(api.Lora.parse)]], Metavar("FILE[:SCALE]")] = Field(
         (), description="a LoRA to fuse into the weights, repeatable"
     )
-    embedding: Annotated[Repeatable[Annotated[api.Embedding, _by(api.Embedding.parse)]], Metavar("FILE[:TOKEN]")] = (
-        Field((), description="a textual inversion whose tokens are added, repeatable")
-    )
+    embedding: Annotated[
+        Repeatable[Annotated[api.Embedding, parsed_by(api.Embedding.parse)]], Metavar("FILE[:TOKEN]")
+    ] = Field((), description="a textual inversion whose tokens are added, repeatable")
     decoder: Annotated[str | None, Metavar("D")] = Field(
         None,
         description="a folder or hub id of a distilled decoder (AutoencoderTiny) such as madebyollin/taesd, which "
@@ -188,23 +122,19 @@ class _SourceFlags(CommandLine):
     vae: Annotated[str | None, Metavar("V")] = Field(
         None, description="a VAE that replaces the checkpoint's own: a .safetensors file, or a diffusers folder"
     )
-    name: str | None = Field(None, description="the model's name in the API (default: the checkpoint's name)")
-    steps: int | None = Field(
-    variant: Annotated[str | None, Metavar("V"), AfterValidator(_variant)] = Field(
+    variant: Annotated[Variant | None, Metavar("VARIANT")] = Field(
         None,
         description="which weights of a folder or hub id to read, where it has several, such as fp16 or non_ema "
         "(default: those without a variant in their names)",
     )
-    name: Annotated[str | None, AfterValidator(_name)] = Field(
-        None, description="the model's name in the API (default: the checkpoint's name)"
-    )
-    steps: Annotated[int | None, Field(ge=1, le=MAX_STEPS)] = Field(
+    name: Name | None = Field(None, description="the model's name in the API (default: the checkpoint's name)")
+    steps: Steps | None = Field(
         None, description="default denoising steps of requests (default: 50; 4 for latent consistency models)"
     )
-    guidance: Annotated[float | None, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)] = Field(
+    guidance: Guidance | None = Field(
         None, description="default guidance scale of requests (default: 7.5; 8.5 for latent consistency models)"
     )
-    example: Annotated[Repeatable[Annotated[str, AfterValidator(_example)]], Metavar("PROMPT")] = Field(
+    example: Annotated[Repeatable[Prompt], Metavar("PROMPT")] = Field(
         (), description="a prompt that shows what the model can draw, repeatable"
     )
     weights: Storage | None = Field(
@@ -228,7 +158,7 @@ class _SourceFlags(CommandLine):
 
 
 class _ResolutionFlag(CommandLine):
-    resolution: Annotated[RepeatableList[Annotated[Size, _by(_size)]], Metavar("WxH")] = Field(
+    resolution: Annotated[RepeatableList[Resolution], Metavar("WxH")] = Field(
         (),
         description="an image size to serve, repeatable; the first is the default of requests "
         "(default: the model's own)",
@@ -262,7 +192,7 @@ class _PrecisionFlags(CommandLine):
 
 
 class _CompileFlags(_PrecisionFlags):
-    backend: Annotated[Repeatable[BackendOrAuto], _AUTO_OR_BACKEND] = Field(
+    backend: Annotated[Repeatable[BackendOrAuto], AUTO_OR_BACKEND] = Field(
         (), description="what will run the graphs, repeatable; auto takes the best that runs here (default: auto)"
     )
     verify: bool = Field(True, description="compare the engines with the FP32 graphs, where they run")
@@ -295,7 +225,7 @@ class BuildCommand(_Command, _CompileFlags, _ExportFlags):
 class ExportCommand(_Command, _PrecisionFlags, _ExportFlags):
     """Export a checkpoint to ONNX graphs; needs torch and no GPU."""
 
-    backend: Annotated[Repeatable[Backend], _ONE_OF_BACKENDS] = Field(
+    backend: Annotated[Repeatable[Backend], ONE_OF_BACKENDS] = Field(
         (), description="what the graphs are for, repeatable (default: tensorrt)"
     )
 
@@ -349,7 +279,7 @@ class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
 class VerifyCommand(_Command, _BundleFlags):
     """Compare the engines of a bundle with its FP32 graphs, where they run."""
 
-    backend: Annotated[Repeatable[Backend], _ONE_OF_BACKENDS] = Field(
+    backend: Annotated[Repeatable[Backend], ONE_OF_BACKENDS] = Field(
         (), description="whose engines, repeatable (default: all that run here)"
     )
 

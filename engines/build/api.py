@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
-from engines.backends.available import Choice, check_fits, choose, probe, unavailable_reason
-from engines.backends.registry import ON_CPU, SPECS
+from engines.backends.available import check_fits, unavailable_reason
+from engines.backends.registry import ON_CPU
 from engines.build import verify as verification
 from engines.build.bundle import (
     DEFAULT_ROWS,
@@ -35,9 +35,9 @@ from engines.build.bundle import (
     updated,
 )
 from engines.build.bundle import export as export_bundle
-from engines.build.checks import check_compilers, check_export, check_options, check_shapes
+from engines.build.checks import AUTO, check_compilers, check_export, check_options, check_shapes, resolved_backends
 from engines.build.compile import check_precision, compile_backend, engine_precisions, prefers_bf16, required_dtypes
-from engines.build.stages import compile_stages, export_stages
+from engines.build.outline import compile_stages, export_stages
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.embedding import Embedding
 from engines.checkpoints.find import find_checkpoint
@@ -64,8 +64,6 @@ __all__ = [
     "inspect",
     "verify",
 ]
-
-AUTO = "auto"  # in place of a backend's name: the best that runs here
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,7 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
         EngineError: the checkpoint is not one that can be built, a size does not fit it, a backend is unavailable or
             does not compute in `precision`, or engines differ from the graphs by more than their precision explains.
     """
-    names = _resolved(backends, reporter.progress)
+    names = resolved_backends(backends, reporter.progress)
     check_compilers(names, precision)
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
@@ -221,7 +219,7 @@ def export(  # noqa: PLR0913 - the options of an export, by keyword
         EngineError: torch is not installed, the checkpoint is not one that can be built, a size does not fit it, or a
             backend does not compute in `precision`.
     """
-    names = [_known(backend) for backend in backends]
+    names = resolved_backends(backends, reporter.progress)
     for backend in names:
         check_precision(backend, precision)
     checkpoint = _find(source, out, options, reporter.progress)
@@ -263,7 +261,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
         BundleError: there is no bundle, or its graphs are missing or altered.
         EngineError: as in `build`.
     """
-    names = _resolved(backends, reporter.progress)
+    names = resolved_backends(backends, reporter.progress)
     check_compilers(names, precision)
     manifest = _with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
@@ -398,32 +396,6 @@ def _spec(
     gpus_alone = not set(backends) & set(ON_CPU) and precision != "fp32"
     weights = options.weights or stored_weights(out) or ("fp16" if gpus_alone else "fp32")
     return BundleSpec(options=options, weights=weights, dtypes=frozenset().union(*dtypes))
-
-
-def _resolved(backends: Sequence[str], progress: Progress) -> list[str]:
-    """The names of the backends, in order and each once, with `AUTO` replaced by the best that runs here."""
-    names: list[str] = []
-    for backend in backends:
-        if backend == AUTO:
-            choice = choose()
-            progress.note(f"backend {choice.backend} ({_reason_of(choice)})")
-            names.append(choice.backend)
-        else:
-            names.append(_known(backend))
-    return list(dict.fromkeys(names))
-
-
-def _reason_of(choice: Choice) -> str:
-    """Why the backend was chosen. Where there is no GPU, that says all: what CUDA says of it helps nobody."""
-    if choice.backend in ON_CPU and probe().gpu is None:
-        return "no usable NVIDIA GPU"
-    return choice.reason
-
-
-def _known(backend: str) -> str:
-    if backend not in SPECS:
-        raise EngineError(f"There is no backend {backend!r}: choose {AUTO} or one of {', '.join(SPECS)}.")
-    return backend
 
 
 def _with_shapes(manifest: Manifest, shapes: ShapeOptions) -> Manifest:

@@ -1,4 +1,4 @@
-"""What is checked before the work of a build begins: before anything large is downloaded, read or exported."""
+"""What is decided and checked before a build begins: before anything large is downloaded, read or exported."""
 
 from __future__ import annotations
 
@@ -7,15 +7,44 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from engines.backends.available import gpu_here, installed
-from engines.backends.registry import install_command
+from engines.backends.available import Choice, choose, gpu_here, installed, probe
+from engines.backends.registry import ON_CPU, SPECS, install_command
 from engines.build.bundle import ExportOptions, exporter_versions, geometry_of, request_defaults
 from engines.build.compile import check_precision
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import EngineError
 from engines.limits import LONGEST_NAME
 from engines.manifest import Defaults, Manifest, NoiseSchedule, Precision
+from engines.progress import Progress
 from engines.schedulers import find, table
+
+AUTO = "auto"  # in place of a backend's name: the best that runs here
+
+
+def resolved_backends(backends: Sequence[str], progress: Progress) -> list[str]:
+    """The names of the backends, in order and each once, with `AUTO` replaced by the best that runs here."""
+    names: list[str] = []
+    for backend in backends:
+        if backend == AUTO:
+            choice = choose()
+            progress.note(f"backend {choice.backend} ({_reason_of(choice)})")
+            names.append(choice.backend)
+        else:
+            names.append(_known(backend))
+    return list(dict.fromkeys(names))
+
+
+def _reason_of(choice: Choice) -> str:
+    """Why the backend was chosen. Where there is no GPU, that says all: what CUDA says of it helps nobody."""
+    if choice.backend in ON_CPU and probe().gpu is None:
+        return "no usable NVIDIA GPU"
+    return choice.reason
+
+
+def _known(backend: str) -> str:
+    if backend not in SPECS:
+        raise EngineError(f"There is no backend {backend!r}: choose {AUTO} or one of {', '.join(SPECS)}.")
+    return backend
 
 
 def check_compilers(backends: Sequence[str], precision: Precision | None) -> None:
