@@ -206,5 +206,4 @@ def _server_timing(timings: Timings) -> str:
 
 
 def _warnings(request: Request) -> list[str]:
-    prompts = {"prompt": request.params.prompt, "negative_prompt": request.params.negative_prompt}
-    return [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]
+    return request.params.warnings

@@ -12,13 +12,17 @@ from engines.manifest import Manifest, Size
 from engines.schedulers import Scheduler, Table, find, table
 from server.requests import uploads
 from server.requests.errors import FieldError, InvalidRequest
-from server.requests.request import Cache, Event, GenerationParams, InitImage, Request
+from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request
 from server.requests.schemas import MAX_SEED, GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 
 Listener = Callable[[Request, Event], None]
 
 _STRENGTH = 0.8  # of image to image, as in diffusers
+_BY_TRANSPARENCY = (
+    "mask: Its transparent areas are regenerated and its colours are ignored: send it without transparency to have its "
+    "white areas regenerated."
+)
 
 
 class Intake:
@@ -88,12 +92,19 @@ class Intake:
             raise InvalidRequest(message, fields=fields) from None
 
     def _init_image(self, body: GenerateRequest, image: PIL.Image.Image, size: Size) -> InitImage:
-        mask = None
-        if body.mask is not None:
-            downscale = self._manifest.latent.downscale
-            mask = uploads.fit_mask(uploads.read(body.mask, field="mask"), size, downscale=downscale)
+        mask, warnings = (None, ()) if body.mask is None else self._mask(body.mask, size)
         usual = _STRENGTH if mask is None else 1.0
-        return InitImage(uploads.fit(image, size), usual if body.strength is None else body.strength, mask)
+        return InitImage(uploads.fit(image, size), usual if body.strength is None else body.strength, mask, warnings)
+
+    def _mask(self, file: bytes, size: Size) -> tuple[Mask, tuple[str, ...]]:
+        """The mask, and a warning if it is read by its transparency although its colours are another mask."""
+        image, downscale = uploads.read(file, field="mask"), self._manifest.latent.downscale
+        by_colours = uploads.fit_mask(image, size, downscale=downscale)
+        area = uploads.transparent_area(image)
+        if area is None:
+            return by_colours, ()
+        mask = uploads.fit_mask(area, size, downscale=downscale)
+        return mask, () if (mask == by_colours).all() else (_BY_TRANSPARENCY,)
 
     def _scheduler(self, body: GenerateRequest) -> Scheduler:
         try:

@@ -35,6 +35,7 @@ class InitImage:
     image: Image
     strength: float  # the share of the steps that are taken; 1 keeps next to nothing of the image
     mask: Mask | None = None
+    warnings: tuple[str, ...] = ()  # sentences, each after the name of its field
 
     @property
     def starts_from_noise(self) -> bool:
@@ -66,6 +67,13 @@ class GenerationParams:
     def guided(self) -> bool:
         """Whether classifier-free guidance applies, as in diffusers: not at a scale of 1 or less."""
         return self.guidance_scale > 1 and not self.embeds_guidance
+
+    @property
+    def warnings(self) -> list[str]:
+        """How the images deviate from the request: sentences, each after the name of its field."""
+        prompts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        found = [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]
+        return found + list(self.init_image.warnings if self.init_image else ())
 
 
 @dataclass(frozen=True, slots=True)

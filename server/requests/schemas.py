@@ -137,8 +137,8 @@ class GenerateRequest(_StrictModel):
     mask: ImageFile | None = Field(
         None,
         repr=False,
-        description="inpainting mask: a PNG, JPEG or WebP file; white areas are regenerated, black areas are kept, "
-        "transparency is ignored; requires image",
+        description="inpainting mask: a PNG, JPEG or WebP file; white areas are regenerated, black areas are kept; "
+        "if it has transparent pixels, those are regenerated, whatever the colours; requires image",
     )
     strength: float | None = Field(
         None,

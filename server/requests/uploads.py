@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 
 import numpy as np
 import PIL.Image
+import PIL.TiffImagePlugin  # which the first EXIF would import
 from numpy.typing import NDArray
+from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
+from PIL.ImageOps import exif_transpose
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from engines.manifest import Size
 from server.requests.errors import FieldError, InvalidRequest
+from server.requests.jpeg import too_many_scans
 
 MAX_FILE = 12 * 1024 * 1024  # bytes
 MAX_PIXELS = 16_777_216
@@ -27,22 +32,12 @@ _READERS: tuple[tuple[bytes, int, type[ImageFile]], ...] = (  # signature, its o
     (b"\xff\xd8\xff", 0, JpegImageFile),
     (b"WEBP", 8, WebPImageFile),
 )
-_START_OF_SCAN = b"\xff\xda"  # cannot occur within the pixel data of a JPEG file
 # The exceptions that PIL raises on damaged files.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error)
 _TOO_LARGE = f"The image is too large: send at most {MAX_SIDE} pixels per side and {MAX_PIXELS} in total."
 
-_ORIENTATION = 0x0112  # EXIF tag
-_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
-_UPRIGHT = {  # the transposition that undoes each orientation; 1 is upright
-    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-    3: PIL.Image.Transpose.ROTATE_180,
-    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-    5: PIL.Image.Transpose.TRANSPOSE,
-    6: PIL.Image.Transpose.ROTATE_270,
-    7: PIL.Image.Transpose.TRANSVERSE,
-    8: PIL.Image.Transpose.ROTATE_90,
-}
+# Of what a hostile file has in its EXIF: one line of the log for each text, and the text is the caller's.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 class _Bytes(io.BytesIO):
@@ -75,7 +70,7 @@ def read(content: bytes, *, field: str) -> PIL.Image.Image:
         file = reader(_Bytes(content))  # reads the header; PIL.Image.open would also warn about large images
         if reason := _rejection(file, content):
             raise _refuse(field, reason)
-        return _upright(_plain(file), file.info.get("exif", b""))
+        return _upright(_plain(file), file)
     except PIL.Image.DecompressionBombError:
         raise _refuse(field, _TOO_LARGE) from None
     except _DAMAGED as error:
@@ -102,6 +97,16 @@ def fit_mask(image: PIL.Image.Image, size: Size, *, downscale: int) -> NDArray[n
     return (brightness[::downscale, ::downscale] >= 128).astype(np.float32)
 
 
+def transparent_area(image: PIL.Image.Image) -> PIL.Image.Image | None:
+    """The fully transparent pixels of `image` in white on black, or None if there are none: the mask of OpenAI's edits.
+
+    Such a mask is the image with a hole in it, so its colours mean nothing.
+    """
+    if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] != 0:
+        return None
+    return image.getchannel("A").point([255] + [0] * 255)
+
+
 def _refuse(field: str, message: str) -> InvalidRequest:
     return InvalidRequest(f"{field}: {message}", fields=(FieldError(field, message),))
 
@@ -113,7 +118,7 @@ def _rejection(file: ImageFile, content: bytes) -> str | None:
         return _TOO_LARGE
     if getattr(file, "n_frames", 1) != 1:
         return "The file is an animation: send a single image."
-    if isinstance(file, JpegImageFile) and content.count(_START_OF_SCAN) > MAX_SCANS:
+    if isinstance(file, JpegImageFile) and too_many_scans(content, MAX_SCANS):
         return f"The JPEG file has more than {MAX_SCANS} scans: save it as a baseline JPEG, or as PNG."
     return None
 
@@ -121,36 +126,33 @@ def _rejection(file: ImageFile, content: bytes) -> str | None:
 def _plain(file: ImageFile) -> PIL.Image.Image:
     """Decode `file` from any colour mode."""
     file.load()
-    if file.mode.startswith("I"):  # 16-bit greyscale, of which PIL would keep the wrong bits
-        return PIL.Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+    if file.mode.startswith("I"):
+        return _of_16_bits(np.asarray(file), file.info.get("transparency"))
     transparent = file.mode in ("LA", "RGBA") or "transparency" in file.info
     return file.convert("RGBA" if transparent else "RGB")
 
 
-def _upright(image: PIL.Image.Image, exif: bytes) -> PIL.Image.Image:
-    transposition = _UPRIGHT.get(_orientation(exif))
-    return image if transposition is None else image.transpose(transposition)
+def _of_16_bits(greys: NDArray[np.uint16], transparent: object) -> PIL.Image.Image:
+    """The upper eight bits of 16-bit greyscale, where PIL would show all but the darkest as white."""
+    image = PIL.Image.fromarray((greys >> 8).astype(np.uint8))
+    if not isinstance(transparent, int):
+        return image.convert("RGB")
+    image.putalpha(PIL.Image.fromarray(np.where(greys == transparent, 0, 255).astype(np.uint8)))
+    return image.convert("RGBA")
 
 
-def _orientation(exif: bytes) -> int:
-    """The orientation in an EXIF block, or 0 (EXIF 2.3, section 4.6.4; the directory format is TIFF 6.0).
-
-    PIL's `exif_transpose` would parse and rewrite every other tag as well.
-    """
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = _BYTE_ORDERS.get(tiff[:4])
-    if order is None:
-        return 0
+def _upright(image: PIL.Image.Image, file: ImageFile) -> PIL.Image.Image:
+    """`image` as the EXIF or XMP of its `file` says; what cannot be read says nothing."""
     try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for index in range(entries):
-            tag, _kind, _count, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * index)
-            if tag == _ORIENTATION:
-                return int(value)
-    except struct.error:  # truncated
-        pass
-    return 0
+        orientation = file.getexif().get(Base.Orientation)
+    except _DAMAGED:
+        return image
+    if orientation not in range(2, 9):
+        return image
+    only = PIL.Image.Exif()  # PIL would write every other tag of the file's again, and fail at some
+    only[Base.Orientation] = int(orientation)
+    image.info = {"exif": only.tobytes()}
+    return exif_transpose(image)
 
 
 def _resize(image: PIL.Image.Image, size: Size) -> PIL.Image.Image:

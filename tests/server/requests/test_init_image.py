@@ -157,3 +157,21 @@ def test_contradictory_fields_are_rejected(serving: Serving, fields: dict[str, A
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == field
     assert words in answer.json()["errors"][0]["message"]
+
+
+def test_a_transparent_hole_is_regenerated_as_the_same_mask_in_white(serving: Serving) -> None:
+    """OpenAI's edits send the image itself with a hole in it."""
+    where = mask(32, 32)
+    holed = picture(32, 32).convert("RGBA")
+    holed.putalpha(where.point(lambda value: 255 - value))
+    sent = {**BODY, "image": text_of(picture(32, 32)), "seed": 4, "scheduler": "euler", "guidance_scale": 1.0}
+    by_white, by_hole = (serving.generate(**sent, mask=text_of(one)) for one in (where, holed))
+    assert pictures(by_white)[0].tolist() == pictures(by_hole)[0].tolist()
+    assert by_white.json()["warnings"] == []
+    assert by_hole.json()["warnings"] == [
+        "mask: Its transparent areas are regenerated and its colours are ignored: send it without transparency to have "
+        "its white areas regenerated."
+    ]
+    alone = where.convert("RGBA")
+    alone.putalpha(where.point(lambda value: 255 - value))  # colours and transparency say the same
+    assert serving.generate(**sent, mask=text_of(alone)).json()["warnings"] == []

@@ -21,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from engines.manifest import Size
 from server.requests.errors import InvalidRequest
 from server.requests.uploads import MAX_FILE, MAX_SCANS, fit, fit_mask, read
+from tests.support.image_files import chunk, noise, png, saved
 
 DOWNSCALE = 8
 SIZES = [Size(width=48, height=32), Size(width=32, height=64), Size(width=56, height=40)]
@@ -31,26 +32,6 @@ image_processor = VaeImageProcessor(vae_scale_factor=DOWNSCALE)
 mask_processor = VaeImageProcessor(
     vae_scale_factor=DOWNSCALE, do_normalize=False, do_binarize=True, do_convert_grayscale=True
 )
-
-
-def noise(width: int = 61, height: int = 37) -> PIL.Image.Image:
-    """An RGB picture of odd size, with every value in it somewhere."""
-    return PIL.Image.fromarray(np.random.default_rng(7).integers(0, 256, (height, width, 3), np.uint8))
-
-
-def saved(picture: PIL.Image.Image, image_format: str = "png", **options: Any) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, image_format, **options)
-    return file.getvalue()
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width: int, height: int, *chunks: bytes, depth: int = 8, colours: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 def jpeg_header(width: int, height: int) -> bytes:
@@ -120,21 +101,6 @@ def test_a_mask_is_prepared_as_in_diffusers(content: bytes, size: Size) -> None:
     assert set(np.unique(ours)) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("downscale", [2, 4, 8])
-def test_the_first_pixel_of_a_mask_block_decides(downscale: int) -> None:
-    size = Size(width=64, height=48)
-    picture = noise(size.width, size.height)
-    full = mask_processor.preprocess(picture, height=size.height, width=size.width)
-    expected = torch.nn.functional.interpolate(full, size=(size.height // downscale, size.width // downscale))
-    assert torch.equal(torch.from_numpy(fit_mask(picture, size, downscale=downscale)), expected[0, 0])
-
-
-def test_the_mask_threshold_is_half_of_white() -> None:
-    greys = PIL.Image.fromarray(np.repeat(np.array([[0, 127, 128, 255]], np.uint8), 8, axis=0).repeat(8, axis=1))
-    mask = fit_mask(read(saved(greys), field="mask"), Size(width=32, height=8), downscale=8)
-    assert mask.tolist() == [[0, 0, 1, 1]]
-
-
 TRANSPARENT = {
     "RGBA": saved(PIL.Image.new("RGBA", (8, 8), (255, 0, 0, 0))),
     "grey and alpha": saved(PIL.Image.new("LA", (8, 8), (0, 0))),
@@ -159,43 +125,15 @@ def test_half_transparent_pixels_become_half_white() -> None:
     assert np.abs(pixels - [227, 177, 127]).max() <= 1
 
 
-def test_the_transparency_of_a_mask_is_ignored() -> None:
-    content = saved(PIL.Image.new("RGBA", (8, 8), (255, 255, 255, 0)))
-    assert fit_mask(read(content, field="mask"), Size(width=16, height=16), downscale=8).all()
-
-
 def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
     values = np.array([[0, 255, 256, 0x80FF, 0xFFFF]], np.uint16)
     picture = read(saved(PIL.Image.fromarray(values)), field="image")
     assert np.asarray(picture.convert("L")).tolist() == [[0, 0, 1, 0x80, 0xFF]]
+    half = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">2H", 0x1234, 0x8000)))
+    clear = png(2, 1, chunk(b"tRNS", b"\x12\x34"), half, depth=16, colours=0)
+    assert np.asarray(read(clear, field="image")).tolist() == [[[0x12] * 3 + [0], [0x80] * 3 + [255]]]
     colours = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">3H", 0x10FF, 0x20FF, 0x30FF)))
     assert read(png(1, 1, colours, depth=16), field="image").getpixel((0, 0)) == (0x10, 0x20, 0x30)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-def test_exif_orientation_is_applied(image_format: str, order: str, orientation: int) -> None:
-    exif = PIL.Image.Exif()
-    exif.endian = order
-    exif[0x010E] = "a description, which lies elsewhere"
-    exif[ORIENTATION] = orientation
-    content = saved(noise(), image_format, exif=exif)
-    expected = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(content)))
-    assert np.array_equal(np.asarray(read(content, field="image")), np.asarray(expected))
-
-
-@pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_invalid_orientation_is_ignored(orientation: int) -> None:
-    exif = PIL.Image.Exif()
-    exif[ORIENTATION] = orientation
-    assert read(saved(noise(), exif=exif), field="image").size == noise().size
-
-
-@given(exif=st.binary(max_size=80) | st.builds(bytes.__add__, st.sampled_from([b"II*\0", b"MM\0*"]), st.binary()))
-@settings(deadline=None, derandomize=True, database=None)
-def test_no_exif_block_causes_an_error(exif: bytes) -> None:
-    assert sorted(read(saved(noise(), exif=exif), field="image").size) == sorted(noise().size)
 
 
 HEADERS = {"PNG": (png, 30_000), "JPEG": (jpeg_header, 30_000), "WebP": (webp_header, 30_000)}
