@@ -29,8 +29,24 @@ _BREAK = re.compile(r"(?:(?<!\s)\s++)?\bBREAK\b\s*+")
 
 _SCHEDULES = re.compile(rf"\\.|[()\[|]|(?P<step>:\s*+{_NUMBER}\s*+)?\]", re.DOTALL)
 _AND = re.compile(r"\bAND\b")
-_LORA = re.compile(r"<(?:lora|lyco):[^<>]*+>", re.IGNORECASE)
-_HYPERNET = re.compile(r"<hypernet:[^<>]*+>", re.IGNORECASE)
+# What AUTOMATIC1111 and its relatives take out of a prompt, <lora:name:1>, and ComfyUI's names of embeddings.
+_TAG = re.compile(
+    r"<(?P<kind>[a-z]\w{0,30}+):(?:[^<>]++|<[^<>]*+>){1,9}+>|\bembedding:[^\s,:()<>]{1,99}+", re.IGNORECASE
+)
+_LORAS = "add LoRAs to the bundle with build_engines.py --lora"
+_EMBEDDINGS = "write the token of the embedding, as the bundle has it"
+_ADVICE = {
+    "lora": _LORAS,
+    "lyco": _LORAS,
+    "lycoris": _LORAS,
+    "locon": _LORAS,
+    "loha": _LORAS,
+    "hypernet": "hypernetworks are not supported",
+    "embedding": _EMBEDDINGS,
+    "embed": _EMBEDDINGS,
+    "ti": _EMBEDDINGS,
+}
+_OTHER_TAG = "tags of other programs are not followed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +128,17 @@ def unsupported(text: str) -> tuple[str, ...]:
     sentences = _unsupported_schedules(text)
     if _AND.search(text):
         sentences.append("AND is treated as text and does not combine prompts: describe everything in one prompt.")
-    if lora := _LORA.search(text):
-        sentences.append(
-            f'"{excerpt(lora[0])}" is treated as text: add LoRAs to the bundle with build_engines.py --lora.'
-        )
-    if hypernet := _HYPERNET.search(text):
-        sentences.append(f'"{excerpt(hypernet[0])}" is treated as text: hypernetworks are not supported.')
+    sentences.extend(_unsupported_tags(text))
     return tuple(sentences)
+
+
+def _unsupported_tags(text: str) -> list[str]:
+    """Warnings about tags, one for each piece of advice, quoting the first occurrence."""
+    first: dict[str, str] = {}
+    for tag in _TAG.finditer(text):
+        kind = (tag["kind"] or "embedding").lower()
+        first.setdefault(_ADVICE.get(kind, _OTHER_TAG), excerpt(tag[0]))
+    return [f'"{tag}" is treated as text: {advice}.' for advice, tag in first.items()]
 
 
 def _unsupported_schedules(text: str) -> list[str]:

@@ -147,7 +147,7 @@ def _upright(image: PIL.Image.Image, file: ImageFile) -> PIL.Image.Image:
         orientation = file.getexif().get(Base.Orientation)
     except _DAMAGED:
         return image
-    if orientation not in range(2, 9):
+    if orientation is None or orientation not in range(2, 9):
         return image
     only = PIL.Image.Exif()  # PIL would write every other tag of the file's again, and fail at some
     only[Base.Orientation] = int(orientation)

@@ -218,6 +218,7 @@ PATTERNS = [
     "[a:1]",
     " BREAK ",
     "<lora:",
+    "<a:b>",
     "AND ",
 ]
 
@@ -248,12 +249,14 @@ def lines_run(text: str) -> int:
     return count
 
 
-@pytest.mark.parametrize("opening", ["(", " " * 20, ":" + " " * 20, ":" + "1" * 20, "<lora:"])
+@pytest.mark.parametrize(
+    "opening", ["(", " " * 20, ":" + " " * 20, ":" + "1" * 20, "<lora:", "<a:<b>", "<" * 20, "embedding:"]
+)
 def test_long_text_is_parsed_in_time(opening: str) -> None:
     """A pattern that backtracks would take minutes over it."""
     text = opening * (100_000 // len(opening))
     assert sum(len(span.text) for spans in parse(text) for span in spans) <= len(text)
-    assert len(unsupported(text)) <= 4
+    assert len(unsupported(text)) <= 5
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,14 @@ def test_long_text_is_parsed_in_time(opening: str) -> None:
         ("[(a:1.2)|b]", "[(a:1.2)|b]"),
         ("a <lora:some style:0.8> cat", "<lora:some style:0.8>"),
         ("<LYCO:style:1>", "<LYCO:style:1>"),
+        ("<lora:<x>:1>", '"<lora:<x>:1>" is treated as text: add LoRAs'),
+        ("<lora:a <b> c:1> d", '"<lora:a <b> c:1>"'),
+        ("<lora:one\ntwo:1>", "<lora:one two:1>"),
+        ("<LyCORIS:style:1:0.5>", "<LyCORIS:style:1:0.5>"),
         ("<hypernet:style:1>", "<hypernet:style:1>"),
+        ("(embedding:style.pt:1.2)", '"embedding:style.pt" is treated as text: write the token of the embedding'),
+        ("<embed:style>", "write the token of the embedding"),
+        ("<wildcard:animals> in a <random:a,b>", '"<wildcard:animals>" is treated as text: tags of other programs'),
         ("a cat AND a dog", "AND"),
         ("a cat AND\na dog :1.2", "AND"),
     ],
@@ -292,7 +302,11 @@ def test_unsupported_syntax_is_warned_of(text: str, quoted: str) -> None:
         "[cat:0.5",
         "sand AND_ and BRAND",
         "<lora:unfinished",
+        "<lora:>",
         "a < b > c",
+        "<3:2>",
+        "<cat> and <cat_1>",
+        "embedding: how words become vectors",
     ],
 )
 def test_ordinary_text_is_not_warned_of(text: str) -> None:
@@ -300,7 +314,7 @@ def test_ordinary_text_is_not_warned_of(text: str) -> None:
 
 
 def test_each_kind_is_warned_of_once_with_an_alternative() -> None:
-    text = "[a:b:0.5] [c:1] AND [a|b] [c|d|e] AND <lora:a:1> <lora:b:1> <hypernet:c:1>"
+    text = "[a:b:0.5] [c:1] AND [a|b] [c|d|e] AND <lora:a:1> <lyco:b:1> <hypernet:c:1>"
     assert unsupported(text) == (
         'Prompt editing such as "[a:b:0.5]" is treated as text: use one prompt for all steps.',
         'Alternation such as "[a|b]" is treated as text: use one prompt for all steps.',
