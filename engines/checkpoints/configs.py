@@ -104,7 +104,8 @@ class UnetConfig(_Weights):
     transformer_layers_per_block: LayerCounts = 1
     cross_attention_dim: Counts = 1280
     attention_head_dim: Counts = 8
-    norm_num_groups: Width | None = 32
+    num_attention_heads: None = None  # diffusers refuses it: what it means is under attention_head_dim
+    norm_num_groups: Width = 32
     norm_eps: Positive = 1e-5
     act_fn: str = "silu"
     only_cross_attention: bool | tuple[bool, ...] = False
@@ -294,6 +295,6 @@ def _check_levels(config: UnetConfig | VaeConfig, *keys: str) -> None:
             raise ValueError(f"{key} should have {levels} entries, one for each of block_out_channels")
 
 
-def _check_groups(groups: int | None, channels: tuple[int, ...]) -> None:
-    if groups and (odd := next((one for one in channels if one % groups), None)):
+def _check_groups(groups: int, channels: tuple[int, ...]) -> None:
+    if odd := next((one for one in channels if one % groups), None):
         raise ValueError(f"norm_num_groups should divide block_out_channels, and {groups} does not divide {odd}")

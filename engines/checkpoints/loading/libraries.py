@@ -25,6 +25,10 @@ LOAD_ERRORS = (
     KeyError,
     AttributeError,
     NotImplementedError,
+    ArithmeticError,
+    AssertionError,
+    IndexError,
+    TypeError,
     SafetensorError,
     pickle.UnpicklingError,
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import Modules
-from tests.support.checkpoints import PARTS, Harmful, NoteRecorder, assert_same, load, pickle_weights
+from tests.support.checkpoints import PARTS, Harmful, NoteRecorder, assert_same, edit, load, pickle_weights
 
 
 def test_damaged_or_missing_weights_name_the_part(copied: Path) -> None:
@@ -84,3 +84,24 @@ def test_truncated_weights_say_how_much_is_missing(copied: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"is incomplete \([\d,]+ of [\d,]+ bytes\): download it again\.$"):
         load(find_checkpoint(str(copied)))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"down_block_types": ["Other", "DownBlock2D"]}),
+        ("unet/config.json", {"conv_in_kernel": "x"}),
+        ("unet/config.json", {"dropout": "x"}),
+        ("unet/config.json", {"only_cross_attention": [True]}),
+        ("vae/config.json", {"act_fn": "other"}),
+        ("text_encoder/config.json", {"hidden_act": "other"}),
+    ],
+)
+def test_a_config_that_the_library_refuses_is_explained_in_one_line(
+    copied: Path, file: str, changes: dict[str, object]
+) -> None:
+    """Keys that are not checked in advance, since no checkpoint of this family differs in them."""
+    edit(copied / file, **changes)
+    with pytest.raises(CheckpointError, match=f"weights of copy cannot be loaded: {file.split('/', maxsplit=1)[0]}") as refused:
+        load(find_checkpoint(str(copied)))
+    assert len(str(refused.value).splitlines()) == 1
