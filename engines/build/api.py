@@ -124,7 +124,7 @@ class Reporter:
         progress: receives stages and notes.
         on_plan: called for each backend before it is compiled; before the export, where there is one.
         on_built: called with the manifest and the backend once engines are compiled and verified.
-        on_not_followed: called at the end with what the configs ask for and latentd does not do, if there is any.
+        on_not_followed: called at the end with what the configs ask for and latentd does not do, a sentence for each.
     """
 
     progress: Progress = field(default_factory=NullProgress)
@@ -173,21 +173,13 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
     check_compilers(names, precision)
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
-    geometry, parameters = geometry_of(checkpoint, options), count_parameters(checkpoint)
-    plans = [
-        BackendPlan(
-            backend,
-            geometry,
-            engine_precisions(backend, precision, prefers_bf16=checkpoint.config.prefers_bf16),
-            parameters,
-        )
-        for backend in names
-    ]
+    geometry, bf16 = geometry_of(checkpoint, options), checkpoint.config.prefers_bf16
+    plans = _plans(names, precision, geometry, count_parameters(checkpoint), prefers_bf16=bf16)
     _announce(plans, reporter, before=export_stages(checkpoint, spec.dtypes, geometry.resolutions[0]), verify=verify)
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
     compiler = _BundleCompiler(out, precision=precision, verify=verify, force=force, reporter=reporter)
     manifest = compiler.run(manifest, names)
-    _report_not_followed(checkpoint, reporter)
+    reporter.on_not_followed(checkpoint.config.not_followed)
     return manifest
 
 
@@ -227,7 +219,7 @@ def export(  # noqa: PLR0913 - the options of an export, by keyword
     size = geometry_of(checkpoint, options).resolutions[0]
     _announce((), reporter, before=export_stages(checkpoint, spec.dtypes, size))
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
-    _report_not_followed(checkpoint, reporter)
+    reporter.on_not_followed(checkpoint.config.not_followed)
     return manifest
 
 
@@ -265,11 +257,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     check_compilers(names, precision)
     manifest = _with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
-    bf16 = prefers_bf16(manifest)
-    plans = [
-        BackendPlan(backend, manifest, engine_precisions(backend, precision, prefers_bf16=bf16), manifest.parameters)
-        for backend in names
-    ]
+    plans = _plans(names, precision, manifest, manifest.parameters, prefers_bf16=prefers_bf16(manifest))
     _announce(plans, reporter, before=(), verify=verify)
     compiler = _BundleCompiler(bundle, precision=precision, verify=verify, force=force, reporter=reporter)
     return compiler.run(manifest, names)
@@ -355,6 +343,18 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress
     return manifest
 
 
+def _plans(
+    names: Sequence[str],
+    precision: Precision | None,
+    geometry: Geometry,
+    parameters: Mapping[GraphName, int],
+    *,
+    prefers_bf16: bool,
+) -> list[BackendPlan]:
+    precisions = {name: engine_precisions(name, precision, prefers_bf16=prefers_bf16) for name in names}
+    return [BackendPlan(name, geometry, precisions[name], parameters) for name in names]
+
+
 def _announce(plans: Sequence[BackendPlan], reporter: Reporter, *, before: Iterable[str], verify: bool = False) -> None:
     """Report the plans, and the names of all stages: those `before` compiling, and of each backend."""
     stages = list(before)
@@ -363,11 +363,6 @@ def _announce(plans: Sequence[BackendPlan], reporter: Reporter, *, before: Itera
         verifies = verify and unavailable_reason(plan.backend) is None
         stages += compile_stages(plan.backend, plan.precisions, verify=verifies)
     reporter.progress.expect(stages)
-
-
-def _report_not_followed(checkpoint: Checkpoint, reporter: Reporter) -> None:
-    if lines := checkpoint.config.not_followed:
-        reporter.on_not_followed(lines)
 
 
 def _find(source: CheckpointSource, out: Path, options: ExportOptions, progress: Progress) -> Checkpoint:
