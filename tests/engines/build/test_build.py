@@ -101,9 +101,7 @@ def test_a_hub_id_without_a_network_fails_in_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = complaint(capsys, "--model", "OFA-Sys/small-stable-diffusion-v0", "--out", str(tmp_path / "out"))
     assert len(text.splitlines()) == 1
-    assert text.startswith(
-        "OFA-Sys/small-stable-diffusion-v0 is no folder here, and as a hub id it is not in the hub's"
-    )
+    assert text.startswith("OFA-Sys/small-stable-diffusion-v0 is no folder here, and the hub's cache, to which")
     assert "HF_HUB_OFFLINE" in text
     assert not (tmp_path / "out").exists()
 
@@ -238,3 +236,23 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
             build_engines.main([word, "--help"])
         assert ended.value.code == 0
         assert f"build_engines.py {word}" in capsys.readouterr().out
+
+
+def test_results_and_warnings_come_before_the_command_that_serves(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Which is the last line, whatever was reported in between."""
+
+    def build(*_: object, reporter: api.Reporter, **__: object) -> None:
+        reporter.on_built(manifest, "onnxruntime")
+        reporter.on_not_followed(["the config asks for a [thing]: this is not followed."])
+        with reporter.progress.stage("the last stage"):
+            reporter.progress.note("a note")
+
+    monkeypatch.setattr(api, "build", build)
+    assert build_engines.main(["--model", "m", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    order = ["the last stage: ", "tiny-sd for onnxruntime", "warning: the config asks for a [thing]", "Serve it: "]
+    found = [next(index for index, line in enumerate(lines) if line.startswith(start)) for start in order]
+    assert found == sorted(found)
+    assert found[-1] == len(lines) - 1
