@@ -52,6 +52,7 @@ def _routes(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # see `Paths`
         lifespan=lifespan,
+        responses=openapi.everywhere(),
         **openapi.DESCRIPTION,
     )
     app.include_router(generate.routes(service))

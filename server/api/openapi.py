@@ -70,7 +70,23 @@ def generate_extra(body: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of `POST /generate` that its endpoint reads by itself, with examples."""
     examples = {name: {"value": value} for name, value in _BODIES.items()}
     content = {kind: {**media, "examples": examples} for kind, media in body["content"].items()}
+    form = content["multipart/form-data"]
+    properties = {name: _without_null(field) for name, field in form["schema"]["properties"].items()}
+    form["schema"] = {**form["schema"], "properties": properties}
     return {"requestBody": {**body, "content": content}, "parameters": [_REQUEST_ID]}
+
+
+def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a field of a form, which has text and files only: what is null in JSON is left out."""
+    kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+    described = {name: value for name, value in field.items() if name not in ("anyOf", "default")}
+    return described | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds}) if kinds else dict(field)
+
+
+def everywhere() -> dict[int | str, dict[str, Any]]:
+    """The error response that any operation may have: of the transport, which no route sees."""
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    return {int(status): {**_problem(status), "description": "The headers are too large, or too many."}}
 
 
 def problems() -> dict[int | str, dict[str, Any]]:

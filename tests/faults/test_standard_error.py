@@ -78,6 +78,5 @@ def test_a_flood_of_malformed_requests_is_a_few_lines() -> None:
             send_malformed(port)
         process.send_signal(signal.SIGTERM)
         assert process.stderr
-        lines = process.stderr.read().decode().splitlines()
-    assert sum("Invalid HTTP request received." in line for line in lines) < MALFORMED / 10
-    assert any("Invalid HTTP request received. (repeated " in line for line in lines)
+        lines = process.stderr.read().splitlines()
+    assert len(lines) < MALFORMED / 10

@@ -48,7 +48,7 @@ def test_every_operation_is_named_tagged_and_summarised_once(document: dict[str,
 
 def test_errors_are_problem_details(document: dict[str, Any]) -> None:
     responses = document["paths"]["/generate"]["post"]["responses"]
-    assert set(responses) == {"200", *(str(status) for status in STATUS.values() if status != 499)}
+    assert set(responses) == {"200", "431", *(str(status) for status in STATUS.values() if status != 499)}
     for status in set(responses) - {"200"}:
         content = responses[status]["content"]["application/problem+json"]
         assert responses[status]["content"].keys() == {"application/problem+json"}
@@ -70,6 +70,14 @@ def test_examples_of_requests_fit_their_schema(document: dict[str, Any]) -> None
     for example in content["application/json"]["examples"].values():
         validator.validate(example["value"])
         GenerateRequest.model_validate(example["value"])
+
+
+def test_a_form_has_no_null(document: dict[str, Any]) -> None:
+    content = document["paths"]["/generate"]["post"]["requestBody"]["content"]
+    fields = content["multipart/form-data"]["schema"]["properties"]
+    assert fields.keys() == content["application/json"]["schema"]["properties"].keys()
+    assert "null" not in str(fields)
+    assert (fields["eta"]["type"], fields["image"]["format"]) == ("number", "binary")
 
 
 def test_answers_fit_what_is_described(serving: Serving, document: dict[str, Any]) -> None:
