@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import binascii
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from server.api.body_limits import SMALL, Lease
 from server.api.forms import read_form
 from server.api.problems import explain, shorten
 from server.middleware.cross_origin import TRUSTED
@@ -30,29 +33,34 @@ _A_FILE = {"type": "string", "format": "binary"}
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-async def read_body(http: HttpRequest, model: type[ModelT]) -> ModelT:
+async def read_body(http: HttpRequest, model: type[ModelT], lease: Lease) -> ModelT:
     """Read the body into `model`: strict JSON, or a form with the same fields, where images may be files.
 
+    `lease` takes the memory; large bodies are parsed in a worker thread.
+
     Raises:
-        UnsupportedMediaType, ForeignOrigin, BodyTooLarge, MalformedBody: the body cannot be read.
+        UnsupportedMediaType, ForeignOrigin, BodyTooLarge, TooManyBodies, MalformedBody: the body cannot be read.
         InvalidRequest: fields are invalid; validation errors are reported per field.
         Cancelled: the caller disconnected before the body was complete.
     """
     content_type = http.headers.get("content-type", "")
+    parse: Callable[[bytearray], ModelT]
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
-            validate = partial(model.model_validate_json, await _receive_json(http))
+            parse = partial(_parse_json, model)
         case "multipart/form-data":
             _check_origin(http)
-            validate = partial(model.model_validate_strings, _texts(await _receive(http), content_type, model))
+            parse = partial(_parse_form, model, content_type)
         case _:
             raise UnsupportedMediaType(
                 "Send JSON with Content-Type: application/json, or a form as multipart/form-data."
             )
-    try:
-        return validate()
-    except ValidationError as error:
-        raise explain(error) from None
+    _check_encoding(http)
+    body = await _receive(http, lease)
+    if len(body) <= SMALL:
+        return parse(body)
+    async with lease.limits.parsers:
+        return await run_in_threadpool(parse, body)
 
 
 def describe_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -65,23 +73,50 @@ def describe_body(model: type[BaseModel]) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
-async def _receive(http: HttpRequest) -> bytearray:
+def _check_encoding(http: HttpRequest) -> None:
+    encoding = http.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaType(
+            f"Content-Encoding {shorten(encoding)} is not supported: send the body uncompressed."
+        )
+
+
+async def _receive(http: HttpRequest, lease: Lease) -> bytearray:
+    length = http.headers.get("content-length", "")
+    if length.isdecimal():
+        _check_size(int(length))
+        lease.grow_to(int(length))
     body = bytearray()
     try:
         async for chunk in http.stream():
+            _check_size(len(body) + len(chunk))
+            lease.grow_to(len(body) + len(chunk))
             body += chunk
-            if len(body) > MAX_BODY:
-                raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes.")
     except ClientDisconnect:
         raise Cancelled("The caller disconnected before the body was complete.") from None
     return body
 
 
-async def _receive_json(http: HttpRequest) -> bytearray:
-    body = await _receive(http)
+def _check_size(size: int) -> None:
+    if size > MAX_BODY:
+        raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes: send smaller files.")
+
+
+def _parse_json(model: type[ModelT], body: bytearray) -> ModelT:
     if body.count(b",") > MAX_COMMAS:
         raise BodyTooLarge(f"The body has more than {MAX_COMMAS} values.")
-    return body
+    return _validate(partial(model.model_validate_json, body))
+
+
+def _parse_form(model: type[ModelT], content_type: str, body: bytearray) -> ModelT:
+    return _validate(partial(model.model_validate_strings, _texts(body, content_type, model)))
+
+
+def _validate(validate: Callable[[], ModelT]) -> ModelT:
+    try:
+        return validate()
+    except ValidationError as error:
+        raise explain(error) from None
 
 
 def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[str, str]:

@@ -74,20 +74,27 @@ def routes(service: Service) -> APIRouter:
     )
     async def generate(http: HttpRequest) -> Response:
         wanted = negotiate(http.headers.getlist("accept"))
-        body = await read_body(http, GenerateRequest)
-        if wanted in images.FORMATS and body.num_images > 1:
-            message = "An image file holds one image: set num_images to 1, or accept application/json."
-            raise InvalidRequest(message, fields=(FieldError("num_images", message),))
-        image_format = body.image_format
-        accepted = await service.accept(
-            body, request_id=_request_id(http), caller=caller_of(http), follows=wanted == "events"
-        )
-        del body  # free the uploaded files, which may be megabytes, before the wait
+        caller = caller_of(http)
+        service.check(caller)
+        with service.bodies.lease() as lease:  # until the files are decoded to pixels
+            body = await read_body(http, GenerateRequest, lease)
+            _check_count(body, wanted)
+            image_format = body.image_format
+            accepted = await service.accept(
+                body, request_id=_request_id(http), caller=caller, follows=wanted == "events"
+            )
+            del body  # free the uploaded files, which may be megabytes, before the wait
         if wanted == "events":
             return _stream(service, accepted, image_format)
         return await _respond(service, accepted, http, wanted=wanted, image_format=image_format)
 
     return router
+
+
+def _check_count(body: GenerateRequest, wanted: ResponseFormat) -> None:
+    if wanted in images.FORMATS and body.num_images > 1:
+        message = "An image file holds one image: set num_images to 1, or accept application/json."
+        raise InvalidRequest(message, fields=(FieldError("num_images", message),))
 
 
 def _request_id(http: HttpRequest) -> str | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from starlette.concurrency import run_in_threadpool
 
 from engines.manifest import Manifest
+from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
 from server.requests import images
 from server.requests.errors import NotReady
@@ -70,9 +71,21 @@ class Service:
 
     model: ServedModel
     runtime: Runtime
+    bodies: BodyLimits = field(default_factory=BodyLimits)
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
+
+    def check(self, caller: str) -> None:
+        """Raise what `accept` would raise now for any body: to be asked before it is read.
+
+        Raises:
+            NotReady, QueueFull
+        """
+        executor = self.runtime.executor
+        if not executor.ready:
+            raise NotReady(f"The server is not ready ({executor.status}): try again soon.", retry_after=5)
+        self.runtime.batcher.check(caller)
 
     async def accept(self, body: GenerateRequest, *, request_id: str | None, caller: str, follows: bool) -> Accepted:
         """Queue the request that `body` describes. From here on it has exactly one outcome.
@@ -82,9 +95,8 @@ class Service:
         Raises:
             NotReady, InvalidRequest, QueueFull
         """
+        self.check(caller)
         runtime = self.runtime
-        if not runtime.executor.ready:
-            raise NotReady(f"The server is not ready ({runtime.executor.status}): try again soon.", retry_after=5)
         queue = EventQueue(follows=follows)
         listeners = queue.on_event, runtime.metrics.observe
         make = partial(runtime.intake.request, body, *listeners, request_id=request_id, caller=caller)

@@ -12,6 +12,7 @@ from server.requests.uploads import MAX_FILE
 # RFC 2397: the media type may be missing or wrong and have parameters; the file's first bytes decide what it is.
 _DATA_URL = re.compile(r"data:[^,]{0,1000};base64,", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
+_PIECE = 1024 * 1024  # characters
 _STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 
 
@@ -37,11 +38,21 @@ def decode(text: object) -> bytes:
 
 
 def _decode(text: str) -> bytes:
+    """Decode piece by piece, so that other threads get the interpreter's lock in between."""
+    content, rest = bytearray(), b""
     try:
-        digits = text.encode("ascii").translate(_STANDARD, b"\r\n")
-        if not digits.endswith(b"="):
-            digits += b"=" * (-len(digits) % 4)
-        return binascii.a2b_base64(digits, strict_mode=True)
+        for start in range(0, len(text), _PIECE):
+            digits = rest + text[start : start + _PIECE].encode("ascii").translate(_STANDARD, b"\r\n")
+            end = max(len(digits) - 4, 0) // 4 * 4  # the last ones may be padding
+            if b"=" in digits[:end]:
+                raise ValueError("padding within the text")
+            content += binascii.a2b_base64(digits[:end], strict_mode=True)
+            rest = digits[end:]
+            if len(content) > MAX_FILE:
+                return bytes(content)  # which is refused
+        if not rest.endswith(b"="):
+            rest += b"=" * (-len(rest) % 4)
+        return bytes(content + binascii.a2b_base64(rest, strict_mode=True))
     except ValueError:
         raise _refuse("Input should be valid base64 (RFC 4648)") from None
 

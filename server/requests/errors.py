@@ -36,7 +36,7 @@ class BodyTooLarge(ServerError):
 
 
 class UnsupportedMediaType(ServerError):
-    """The Content-Type is neither JSON nor a form."""
+    """The Content-Type is neither JSON nor a form, or the body is compressed."""
 
 
 class NotAcceptable(ServerError):
@@ -53,6 +53,10 @@ class QueueFull(ServerError):
 
 class NotReady(ServerError):
     """The model is loading, or the server is draining."""
+
+
+class TooManyBodies(ServerError):
+    """The bodies of other requests take all the memory that there is for them."""
 
 
 class StepFailed(ServerError):
@@ -79,4 +83,5 @@ STATUS: dict[type[ServerError], int] = {
     StepFailed: 500,
     BrokenPicture: 500,
     NotReady: 503,
+    TooManyBodies: 503,
 }

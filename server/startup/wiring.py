@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engines.backends.registry import open_device
 from engines.manifest import Manifest
+from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.trace import Trace
@@ -57,4 +58,4 @@ def make_service(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    return Service(model, runtime)
+    return Service(model, runtime, BodyLimits(settings.max_body_memory * 2**20))

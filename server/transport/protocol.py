@@ -20,7 +20,7 @@ _RATE = 1024  # bytes per second: callers who send or read more slowly are disco
 _LINGER_SECONDS = 1.0  # between our end of a connection and its reset, so that the caller can read the response
 _DRAIN_SECONDS = 2.0  # in which callers must read on while the server stops
 _OLD_GRACE = 1.0  # seconds for the response to an HTTP/1.0 caller that has closed its end
-_FIRST_PROBE, _LAST_PROBE = 0.05, 5.0  # seconds between probes, doubled each time
+_FIRST_PROBE, _LAST_PROBE = 0.2, 5.0  # seconds between probes, doubled each time; a quick response comes before them
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -292,7 +292,7 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._answering or self.cycle.more_body or self._refused:
             return False
         self._half_closed = True
-        self._probe(_FIRST_PROBE)
+        self.loop.call_later(_FIRST_PROBE, self._probe, _FIRST_PROBE)
         return True
 
     def _probe(self, delay: float) -> None:

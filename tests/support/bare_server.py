@@ -65,6 +65,8 @@ class BareServer:
                 return Response(BLOB)
             case "/events":
                 return StreamingResponse(self.events(), media_type="text/event-stream")
+            case "/flood":
+                return StreamingResponse(self.flood(), media_type="text/event-stream")
             case "/wait":
                 await request.body()
                 return await self.wait(request)
@@ -80,6 +82,14 @@ class BareServer:
             self.left.append("wait")
         leaving.cancel()
         return PlainTextResponse("done")
+
+    async def flood(self) -> Any:
+        """Events without an end, for readers who are slower."""
+        try:
+            while True:
+                yield b"data: " + bytes(100_000) + b"\n\n"
+        finally:
+            self.left.append("flood")
 
     async def events(self) -> Any:
         try:

@@ -18,6 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from server.api.bodies import MAX_BODY, MAX_COMMAS, describe_body, read_body
+from server.api.body_limits import BodyLimits
 from server.api.forms import MAX_FIELDS
 from server.api.problems import problem, problem_response
 from server.requests.errors import ServerError
@@ -38,7 +39,8 @@ def described(file: bytes) -> str:
 
 @app.post("/")
 async def echo(http: HttpRequest) -> JSONResponse:
-    body = await read_body(http, GenerateRequest)
+    with BodyLimits().lease() as lease:
+        body = await read_body(http, GenerateRequest, lease)
     return JSONResponse(
         {name: described(value) if isinstance(value, bytes) else value for name, value in body.model_dump().items()}
     )
@@ -395,7 +397,7 @@ def test_a_disconnect_within_a_form_is_not_an_error() -> None:
             "path": "/",
             "headers": [(b"content-type", FORM["Content-Type"].encode())],
         }
-        await read_body(HttpRequest(scope, receive), GenerateRequest)
+        await read_body(HttpRequest(scope, receive), GenerateRequest, BodyLimits().lease())
 
     with pytest.raises(ServerError, match="disconnected"):
         asyncio.run(read())

@@ -8,7 +8,7 @@ import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.api.event_queue import EventQueue
+from server.api.event_queue import BACKLOG, EventQueue
 from server.requests.errors import Cancelled
 from server.requests.request import Event, Failed, GenerationParams, Request, Started, Stepped
 from server.requests.tokenizer import Prompt
@@ -59,3 +59,16 @@ def test_who_waits_for_the_ending_alone_is_woken_once(monkeypatch: pytest.Monkey
         return len(calls)
 
     assert asyncio.run(wait()) == 1
+
+
+def test_who_reads_slowly_misses_steps_and_nothing_else() -> None:
+    async def follow() -> list[Event | None]:
+        event_queue = EventQueue(follows=True)
+        request = make_request(event_queue)
+        for event in (Started(), *(Stepped(step, 200) for step in range(1, 201)), EVENTS[-1]):
+            request.notify(event)
+        return [event async for event in event_queue.events(keepalive=60)]
+
+    started, *steps, ending = asyncio.run(follow())
+    assert (started, ending) == (Started(), EVENTS[-1])
+    assert steps == [Stepped(step, 200) for step in range(201 - BACKLOG, 201)]

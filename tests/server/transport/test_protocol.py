@@ -316,6 +316,13 @@ def test_who_does_not_read_is_disconnected(hasty: BareServer) -> None:
         assert len(read_all(connection)) < len(BLOB)
 
 
+def test_who_does_not_read_events_is_disconnected(hasty: BareServer) -> None:
+    with hasty.connect() as connection:
+        connection.sendall(b"GET /flood HTTP/1.1\r\nHost: here\r\n\r\n")
+        wait_until(lambda: hasty.left == ["flood"])
+        assert len(read_all(connection)) < 64 * 2**20, "what the kernel buffers"
+
+
 # Many connections
 
 

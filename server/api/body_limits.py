@@ -1,0 +1,81 @@
+"""What the bodies of all callers may take together: memory until they are decoded, and threads that parse them."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from types import TracebackType
+from typing import Self
+
+from server.requests.errors import TooManyBodies
+
+SMALL = 64 * 1024  # bytes: smaller bodies are not counted, and are parsed on the event loop
+_MEMORY = 512 * 1024 * 1024  # bytes
+_PARSERS = 2  # bodies that are parsed at once: each takes the interpreter's lock for milliseconds at a time
+_WORTH_TRIMMING = 32 * 1024 * 1024  # bytes
+_LIBC = ctypes.CDLL(None)
+
+
+class BodyLimits:
+    """The memory that bodies may take, and how many are parsed at once. For the event loop alone."""
+
+    def __init__(self, memory: int = _MEMORY) -> None:
+        self.parsers = asyncio.Semaphore(_PARSERS)
+        self._memory = memory
+        self._leased = 0
+        self._released = 0  # since the last trim
+
+    @property
+    def leased(self) -> int:
+        """Bytes that the bodies in flight take."""
+        return self._leased
+
+    def lease(self) -> Lease:
+        """The share of one body; a context manager."""
+        return Lease(self)
+
+    def take(self, size: int) -> None:
+        """Count `size` more bytes. Raises TooManyBodies."""
+        if self._leased + size > self._memory:
+            raise TooManyBodies(
+                f"Other requests' bodies take the {self._memory >> 20} MiB that this server has for them: "
+                "try again soon, or send smaller files.",
+                retry_after=1,
+            )
+        self._leased += size
+
+    def give_back(self, size: int) -> None:
+        self._leased -= size
+        self._released += size
+        idle = self._leased == 0 and self._released >= _WORTH_TRIMMING
+        if idle or self._released >= self._memory:
+            self._released = 0
+            asyncio.get_running_loop().run_in_executor(None, _trim)
+
+
+class Lease:
+    """What one body takes of the limits, until its context ends."""
+
+    def __init__(self, limits: BodyLimits) -> None:
+        self.limits = limits
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: object, _traceback: TracebackType | None) -> None:
+        if self._size:
+            self.limits.give_back(self._size)
+            self._size = 0
+
+    def grow_to(self, size: int) -> None:
+        """Take `size` bytes in all. Raises TooManyBodies."""
+        if size > max(self._size, SMALL):
+            self.limits.take(size - self._size)
+            self._size = size
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc would keep holes between large blocks (musl keeps none)."""
+    if trim := getattr(_LIBC, "malloc_trim", None):
+        trim(0)
