@@ -88,6 +88,7 @@ class BareServer:
         try:
             while True:
                 yield b"data: " + bytes(100_000) + b"\n\n"
+                await asyncio.sleep(0)
         finally:
             self.left.append("flood")
 
