@@ -63,10 +63,9 @@ class BareServer:
                 return PlainTextResponse("no", 413)
             case "/blob":
                 return Response(BLOB)
-            case "/events":
-                return StreamingResponse(self.events(), media_type="text/event-stream")
-            case "/flood":
-                return StreamingResponse(self.flood(), media_type="text/event-stream")
+            case "/events" | "/flood" as path:
+                events = self.events() if path == "/events" else self.flood()
+                return StreamingResponse(events, media_type="text/event-stream")
             case "/wait":
                 await request.body()
                 return await self.wait(request)
