@@ -19,15 +19,16 @@ from benchmarks.process import ROOT
 
 _PERIOD = 0.05  # seconds between probes: 20 a second cost the server next to nothing
 _TIMEOUT = 30.0  # seconds
+_START = 200  # bytes of an answer that are shown
 _REQUEST = b"GET /v2/health/live HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """What a prober saw: seconds of each answer 200, in the order of asking, and how many probes got none."""
+    """What a prober saw: seconds of each answer 200, in the order of asking, and what became of the other probes."""
 
     seconds: tuple[float, ...]
-    failures: int
+    failures: tuple[str, ...]
 
     @property
     def slowest(self) -> float:
@@ -42,7 +43,7 @@ class Prober:
         self._process = subprocess.Popen(  # noqa: S603 - our own command
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.probes = Probes((), 0)
+        self.probes = Probes((), ())
 
     def __enter__(self) -> Self:
         """Wait for the first probe, so that the whole of what follows is probed."""
@@ -52,31 +53,32 @@ class Prober:
 
     def __exit__(self, *_: object) -> None:
         found = json.loads(self._process.communicate(timeout=2 * _TIMEOUT)[0])
-        self.probes = Probes(tuple(found["seconds"]), found["failures"])
+        self.probes = Probes(tuple(found["seconds"]), tuple(found["failures"]))
 
 
-def probe(host: str, port: int) -> float | None:
-    """Ask once, over a new connection; the seconds until the whole answer, or None unless it is 200."""
+def probe(host: str, port: int) -> float | str:
+    """Ask once, over a new connection; the seconds until the whole answer, or what came in place of a 200."""
     began, answer = time.perf_counter(), b""
     try:
         with socket.create_connection((host, port), timeout=_TIMEOUT) as connection:
             connection.sendall(_REQUEST)
             while received := connection.recv(4096):
                 answer += received
-    except OSError:
-        return None
-    return time.perf_counter() - began if answer.startswith(b"HTTP/1.1 200") else None
+    except OSError as error:
+        return f"{error!r} after {time.perf_counter() - began:.2f} s, {answer[:_START]!r}"
+    return time.perf_counter() - began if answer.startswith(b"HTTP/1.1 200") else repr(answer[:_START])
 
 
 def main(url: str) -> None:
     parts = urlsplit(url)
-    probes: list[float | None] = []
+    probes: list[float | str] = []
     while not probes or not select.select([sys.stdin], [], [], _PERIOD)[0]:
         probes.append(probe(parts.hostname or "", parts.port or 80))
         if len(probes) == 1:
             _print("probing")
-    seconds = [one for one in probes if one is not None]
-    _print(json.dumps({"seconds": seconds, "failures": len(probes) - len(seconds)}))
+    seconds = [one for one in probes if isinstance(one, float)]
+    failures = [one for one in probes if isinstance(one, str)]
+    _print(json.dumps({"seconds": seconds, "failures": failures}))
 
 
 def _print(text: str) -> None:

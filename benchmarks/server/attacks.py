@@ -55,7 +55,7 @@ class AttackResult(ResultModel):
     refusals: Spread | None = Field(description="times of the refusals (429)")
     polite: Spread | None = Field(description="times until a well-behaved caller beside it had its picture")
     live: Spread = Field(description="times of /v2/health/live")
-    live_failures: int
+    live_failures: tuple[str, ...] = Field(description="what came in place of a 200")
     before: int = Field(description="memory of the server (PSS), bytes")
     peak: int
     after: int
@@ -179,7 +179,7 @@ def table(found: AttackResults) -> Table:
         polite = f"; polite: {one.polite.text}" if one.polite else ""
         memory = ", ".join(f"{value / _MEBI:.0f}" for value in (one.before, one.peak, one.after))
         refusals = one.refusals.text if one.refusals else "–"
-        failures = f" ({one.live_failures} failed)" if one.live_failures else ""
+        failures = f" ({len(one.live_failures)} failed)" if one.live_failures else ""
         holds = "yes" if one.holds else "[red]no[/]"
         result.add_row(one.name, answers + polite, refusals, one.live.text + failures, f"{memory} MiB", holds)
     return result

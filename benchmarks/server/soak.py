@@ -128,7 +128,7 @@ class _Soak:
             samples=tuple(samples),
             same_bytes=same,
             slowest_live=prober.probes.slowest,
-            faults=tuple(self._faults(ledger, samples, same, prober.probes.failures)),
+            faults=tuple(self._faults(ledger, samples, same, len(prober.probes.failures))),
         )
 
     def _faults(self, ledger: Ledger, samples: Sequence[SoakSample], same: bool, unanswered: int) -> list[str]:

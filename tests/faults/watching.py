@@ -48,10 +48,10 @@ def watched(*arguments: str, bundle: Path = DEMO, live: float = _LIVE, memory: i
         with Prober(serving.url) as prober:
             yield one
             after, holds = settle(serving.url, serving.process.pid, held, seconds=_SETTLE)
-        assert not prober.probes.failures, f"{prober.probes.failures} of /live failed"
+        assert prober.probes.failures == ()
         assert prober.probes.slowest < live, f"/live took {prober.probes.slowest:.2f} s"
-        assert not list(after.since(account).faults(one.tally))
-        assert not list(holds.growth(held, memory=memory))
+        assert list(after.since(account).faults(one.tally)) == []
+        assert list(holds.growth(held, memory=memory)) == []
         assert serving.generate(**SHORT).status_code == 200, "nobody is served any more"
         assert fills_the_batch(serving), "rows of requests that have ended are still taken"
 
