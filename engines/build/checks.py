@@ -68,9 +68,10 @@ def check_export(model: str, out: Path) -> None:
 
 def check_out(out: Path) -> None:
     """Raise EngineError unless a bundle can be written to `out`."""
-    if out.is_symlink() and not out.exists():
-        raise EngineError(f"--out {out} is a link to nothing: choose another --out.")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    places = (out, *out.absolute().parents)
+    if broken := next((place for place in places if place.is_symlink() and not place.exists()), None):
+        raise EngineError(f"--out {out}: {broken} is a link to nothing: choose another --out.")
+    existing = next(place for place in places if place.exists())
     if not existing.is_dir():
         raise EngineError(f"--out {out}: {existing} is a file, not a folder: choose another --out.")
     if not os.access(existing, os.W_OK | os.X_OK):

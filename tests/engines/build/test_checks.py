@@ -131,7 +131,9 @@ def test_places_that_cannot_hold_a_bundle(refused: Callable[..., str], checkpoin
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert "is a file, not a folder" in refused("a/b", out=tmp_path / "file")
     assert "is a file, not a folder" in refused("a/b", out=tmp_path / "file" / "below")
-    assert "is a link to nothing" in refused("a/b", out=tmp_path / "link")
+    (tmp_path / "loop").symlink_to("loop")
+    for link in ("link", "link/below", "loop", "loop/below"):
+        assert "is a link to nothing" in refused(checkpoint, out=tmp_path / link)
     assert "lies in the model's own folder" in refused(checkpoint, out=checkpoint / "bundle")
     assert "lies in the model's own folder" in refused(checkpoint, out=checkpoint)
     check_out(tmp_path / "new" / "folder")
