@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
+import time
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -295,3 +298,23 @@ def test_no_file_causes_a_server_error(data: st.DataObject) -> None:
     assert picture.mode in ("RGB", "RGBA")
     assert fit(picture, SIZES[0]).shape == (32, 48, 3)
     assert fit_mask(picture, SIZES[0], downscale=8).shape == (4, 6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("seed", range(4))
+def test_no_mutation_anywhere_in_a_file_causes_a_server_error(seed: int) -> None:
+    """Flipped, repeated, missing and foreign bytes, and any bytes after a signature."""
+    dice = random.Random(seed)
+    begin = time.process_time()
+    for _ in range(400):
+        content = bytearray(dice.choice(SOUND))
+        for _ in range(dice.choice((1, 2, 8))):
+            at, length = dice.randrange(len(content)), dice.randrange(1, 40)
+            other = dice.choice(SOUND)
+            spliced = other[dice.randrange(len(other)) :][:length]
+            content[at : at + dice.choice((0, 1, length))] = dice.choice((dice.randbytes(1), bytes(length), spliced))
+        if dice.random() < 0.1:
+            content = bytearray(dice.choice(SOUND)[:16] + dice.randbytes(300))
+        with suppress(InvalidRequest):
+            fit(read(checked(bytes(content)) if dice.random() < 0.5 else bytes(content), field="image"), SIZES[0])
+    assert time.process_time() - begin < 30
