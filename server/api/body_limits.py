@@ -11,7 +11,7 @@ from server.requests.errors import TooManyBodies
 
 SMALL = 64 * 1024  # bytes: smaller bodies are not counted, and are parsed on the event loop
 _MEMORY = 512 * 1024 * 1024  # bytes
-_PARSERS = 2  # bodies that are parsed at once: each takes the interpreter's lock for milliseconds at a time
+_PARSERS = 1  # bodies that are parsed at once: each holds the interpreter's lock for up to 50 ms at a time
 _WORTH_TRIMMING = 32 * 1024 * 1024  # bytes
 _LIBC = ctypes.CDLL(None)
 

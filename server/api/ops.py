@@ -27,7 +27,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Response,
         responses={200: {"description": "The process works."}, 503: {"description": "Restart the process."}},
     )
-    def live() -> Response:
+    async def live() -> Response:
         return Response(status_code=200 if service.runtime.executor.alive else 503)
 
     @router.get(
@@ -40,7 +40,7 @@ def routes(service: Service) -> APIRouter:
             503: {"description": "Not now; the body says why.", "model": Readiness, "content": _LOADING},
         },
     )
-    def ready(response: Response) -> Readiness:
+    async def ready(response: Response) -> Readiness:
         executor = service.runtime.executor
         response.status_code = 200 if executor.ready else 503
         return Readiness(ready=executor.ready, detail=executor.status)
