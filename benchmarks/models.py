@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,12 +110,20 @@ def is_built(model: BenchmarkModel, backend: str, rows: Sequence[int]) -> bool:
 
 
 def adapted(bundle: Path, folder: Path, **fields: Any) -> Path:
-    """A copy of the bundle in the empty `folder`, by symbolic links, with other `fields` in its manifest."""
-    for path in bundle.iterdir():
-        if path.name != MANIFEST:
-            (folder / path.name).symlink_to(path.resolve())
+    """A copy of the bundle in the empty `folder`, by hard links where it can, with other `fields` in its manifest."""
+    shutil.copytree(
+        bundle, folder, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True
+    )
     Manifest.read(bundle).model_copy(update=fields).save(folder)
     return folder
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copy2(source, target)
+    return target
 
 
 def write_checkpoint(folder: Path, *, layers_per_block: int) -> None:

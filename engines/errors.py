@@ -9,3 +9,7 @@ class EngineError(Exception):
 
 class DeviceLost(EngineError):
     """The device computes nothing more for this process, which has to end: another one may start anew."""
+
+
+class BundleError(EngineError):
+    """A bundle is missing, altered, or of a format this version does not read."""

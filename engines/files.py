@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
+
+
+def open_regular(path: Path, *, max_size: int | None = None) -> int:
+    """A descriptor for reading the regular file at `path`, which is no link.
+
+    Nothing is waited for, as opening a pipe would, and no device is read.
+
+    Raises:
+        OSError: it is missing, unreadable, something other than a regular file, or larger than `max_size` bytes.
+    """
+    # Windows has none of the first three, and needs the last.
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, f"it is {_kind(found.st_mode)}, and a regular file is expected")
+        if max_size is not None and found.st_size > max_size:
+            raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, and at most {max_size} are expected")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def sha256_of(path: Path) -> str:

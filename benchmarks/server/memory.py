@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks.cli import complain
 from benchmarks.inprocess import Served
 from engines.backends.available import engine_path, precision_of
-from engines.backends.device import Buffer, Device, Engine, Stream
+from engines.backends.device import Buffer, Device, Engine, Reader, Stream
 from engines.backends.registry import ON_CPU, open_device
 from engines.cli import CommandLine, parse
 from engines.contract import GRAPHS, GraphName
@@ -84,8 +84,8 @@ class _LoggedDevice:
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike, *, purpose: str = "other") -> Buffer:
         return self._device.allocate(shape, dtype, purpose=purpose)
 
-    def load(self, path: Path, stream: Stream) -> Engine:
-        loaded = self._device.load(path, stream)
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> Engine:
+        loaded = self._device.load(path, stream, read=read)
         self._log.add(*self._engines[path])
         return loaded
 

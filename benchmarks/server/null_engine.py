@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.backends.device import Buffer, Stream
+from engines.backends.device import Buffer, Reader, Stream
 from engines.backends.host import HostDevice, host_array
 from engines.backends.registry import SPECS, register
 from engines.contract import Array
@@ -45,7 +45,7 @@ class NullDevice(HostDevice):
     name = "no engine"
     pads = True
 
-    def load(self, path: Path, stream: Stream) -> NullEngine:  # noqa: ARG002 - the same for every file
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> NullEngine:  # noqa: ARG002 - the same for every file
         return NullEngine()
 
 

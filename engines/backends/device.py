@@ -25,7 +25,7 @@ Everything is called from one thread, the one that opened the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from numpy.typing import DTypeLike
 
 from engines.contract import Array
 
+Reader = Callable[[Path], bytes]  # the contents of the file at a path
 ALIGNMENT = 256  # bytes; offsets of views are multiples of it, as TensorRT requires of addresses
 
 
@@ -147,10 +148,15 @@ class Device(Protocol):
             EngineError: memory is full; the message lists what uses how much, and what to do.
         """
 
-    def load(self, path: Path, stream: Stream) -> Engine:
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> Engine:
         """Load the graph or engine at `path` to run on `stream`.
 
-        Loading may execute code in the file: check its hash first.
+        Loading may execute code in the file: check its hash first, and have `read` return the bytes that were hashed.
+        Weights of a graph are opened by their paths, and on CPUs they stay mapped: check afterwards that those are the
+        files that were hashed, and now and then that they still are. OpenVINO opens the graph by its path as well.
+
+        Raises:
+            EngineError: also what `read` raises.
         """
 
     def end_warm_up(self) -> None:

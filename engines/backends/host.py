@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -14,6 +15,22 @@ from numpy.typing import DTypeLike
 from engines.backends.device import ALIGNMENT, Buffer, Event
 from engines.contract import Array
 from engines.errors import EngineError
+
+
+class GraphPort(NamedTuple):
+    """An input or output of a loaded graph, as the runtime that loaded it describes it."""
+
+    dtype: str  # numpy's name; empty for one that numpy has not
+    shape: tuple[int | None, ...]  # None where any size goes
+
+    def takes(self, array: Array) -> bool:
+        """Whether `array` may be bound to it."""
+        sizes = zip(self.shape, array.shape, strict=False)
+        fits = len(self.shape) == array.ndim and all(size in (None, given) for size, given in sizes)
+        return fits and self.dtype == array.dtype.name
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join('?' if size is None else str(size) for size in self.shape)}]"
 
 
 class HostBuffer:
@@ -143,11 +160,19 @@ def host_array(buffer: Buffer) -> Array:
     return buffer.array
 
 
-def bound_arrays(buffers: Mapping[str, Buffer], names: set[str]) -> dict[str, Array]:
-    """The arrays behind `buffers`. Raises EngineError unless their names are exactly `names`, those of the graph."""
-    if names != buffers.keys():
-        raise EngineError(f"This graph takes {sorted(names)}, was given {sorted(buffers)}.")
-    return {name: host_array(buffer) for name, buffer in buffers.items()}
+def bound_arrays(buffers: Mapping[str, Buffer], ports: Mapping[str, GraphPort], graph: str) -> dict[str, Array]:
+    """The arrays behind `buffers`, for the `ports` of a graph that messages call `graph`.
+
+    Raises:
+        EngineError: names, dtypes or shapes differ, as where another graph has this one's name.
+    """
+    if ports.keys() != buffers.keys():
+        raise EngineError(f"{graph} has the ports {', '.join(sorted(ports))}; {', '.join(sorted(buffers))} are bound.")
+    arrays = {name: host_array(buffer) for name, buffer in buffers.items()}
+    for name, array in arrays.items():
+        if not ports[name].takes(array):
+            raise EngineError(f"{graph}: {name} is {ports[name]}; {array.dtype} {list(array.shape)} is bound.")
+    return arrays
 
 
 def _entry(buffer: Buffer, at: int | None) -> Array:

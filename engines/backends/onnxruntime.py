@@ -10,11 +10,13 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.backends import cores
-from engines.backends.device import Buffer, Stream
-from engines.backends.host import HostDevice, HostStream, bound_arrays
+from engines.backends.device import Buffer, Reader, Stream
+from engines.backends.host import GraphPort, HostDevice, HostStream, bound_arrays
 from engines.contract import Array
 from engines.errors import EngineError
 
+FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
+_DTYPES = {f"tensor({name})": name for name in ("int64", "int32", "uint8", "float16")} | {"tensor(float)": "float32"}
 _PROVIDER = "CPUExecutionProvider"
 
 
@@ -43,16 +45,22 @@ def _location(array: Array) -> tuple[str, int, np.dtype[Any], tuple[int, ...], i
     return "cpu", 0, array.dtype, array.shape, array.ctypes.data
 
 
+def _port(tensor: ort.NodeArg) -> GraphPort:
+    dtype = _DTYPES.get(tensor.type, "")
+    return GraphPort(dtype, tuple(size if isinstance(size, int) else None for size in tensor.shape))
+
+
 class OnnxRuntimeEngine:
     """An ONNX graph in an ONNX Runtime session."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
-        self._inputs = [tensor.name for tensor in session.get_inputs()]
-        self._outputs = [tensor.name for tensor in session.get_outputs()]
+    def __init__(self, session: ort.InferenceSession, graph: str) -> None:
+        """`graph` is the name for messages."""
+        self._session, self._graph = session, graph
+        self._inputs = {tensor.name: _port(tensor) for tensor in session.get_inputs()}
+        self._outputs = {tensor.name: _port(tensor) for tensor in session.get_outputs()}
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OnnxRuntimeCall:
-        arrays = bound_arrays(buffers, {*self._inputs, *self._outputs})
+        arrays = bound_arrays(buffers, self._inputs | self._outputs, self._graph)
         inputs, outputs = ({name: arrays[name] for name in names} for names in (self._inputs, self._outputs))
         return OnnxRuntimeCall(self._session, inputs, outputs)
 
@@ -65,7 +73,7 @@ class OnnxRuntimeDevice(HostDevice):
         self.name = f"cpu, ONNX Runtime {ort.__version__}"
         self._threads = threads or cores.limit()
 
-    def load(self, path: Path, stream: Stream) -> OnnxRuntimeEngine:
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         # A memory pattern keeps a run's activations in one block, in addition to the arena: a quarter to a half more
@@ -75,11 +83,15 @@ class OnnxRuntimeDevice(HostDevice):
             # Each session has its own threads, which spin for a while after each run to start the next one sooner. That
             # makes steps a quarter faster, but the spinning of other sessions slows them down.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(path.parent))
         options.log_severity_level = 3  # errors only: operators cannot act on the optimiser's warnings
         try:
-            return OnnxRuntimeEngine(ort.InferenceSession(path, options, providers=[_PROVIDER]))
+            session = ort.InferenceSession(read(path), options, providers=[_PROVIDER])
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
+        return OnnxRuntimeEngine(session, path.name)
 
 
 def open_device(*, threads: int) -> OnnxRuntimeDevice:

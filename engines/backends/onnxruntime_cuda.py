@@ -31,7 +31,8 @@ from engines.backends.cuda import (
     as_device_buffer,
     open_cuda,
 )
-from engines.backends.device import Buffer, Stream
+from engines.backends.device import Buffer, Reader, Stream
+from engines.backends.onnxruntime import FOLDER_OF_WEIGHTS
 from engines.backends.registry import install_command
 from engines.errors import DeviceLost, EngineError
 
@@ -131,35 +132,41 @@ class OnnxRuntimeCudaDevice(CudaDevice):
         super().__init__(cuda, name=f"cuda, ONNX Runtime {runtime.__version__}")
         self._runtime = runtime
 
-    def load(self, path: Path, stream: Stream) -> OnnxRuntimeCudaEngine:
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> OnnxRuntimeCudaEngine:
         cuda_stream, capture = as_cuda_stream(stream), GraphCapture(path.name)
         free = self._cuda.free_memory()
-        session = self._session(path, cuda_stream, capture)
+        session = self._session(path, read, cuda_stream, capture)
         # ONNX Runtime allocates memory for weights by itself. What it allocates in a step is not counted.
         self._cuda.track(session, f"{path.stem} weights", free - self._cuda.free_memory())
         return OnnxRuntimeCudaEngine(session, path.name, stream=cuda_stream, capture=capture)
 
-    def _session(self, path: Path, stream: CudaStream, capture: GraphCapture) -> Any:
+    def _session(self, path: Path, read: Reader, stream: CudaStream, capture: GraphCapture) -> Any:
         """A session with CUDA graphs, or one without them if ONNX Runtime refuses the first."""
         try:
-            return self._start_session(path, stream, captures=True)
+            return self._start_session(path, read, stream, captures=True)
         except DeviceLost:
             raise
         except EngineError as error:
             refusal = error
-        session = self._start_session(path, stream, captures=False)
+        session = self._start_session(path, read, stream, captures=False)
         capture.disable(str(refusal))
         return session
 
-    def _start_session(self, path: Path, stream: CudaStream, *, captures: bool) -> Any:
+    def _start_session(self, path: Path, read: Reader, stream: CudaStream, *, captures: bool) -> Any:
         """Raises EngineError if the session does not start, or would compute on the CPU."""
         options = self._runtime.SessionOptions()
+        options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(path.parent))
         options.log_severity_level = 3  # errors only: operators cannot act on the optimiser's warnings
         try:
             # With the fallback it would print the error, and compute on the CPU.
             session = self._runtime.InferenceSession(
-                path, options, providers=[(PROVIDER, _provider_options(stream, captures=captures))], enable_fallback=0
+                read(path),
+                options,
+                providers=[(PROVIDER, _provider_options(stream, captures=captures))],
+                enable_fallback=0,
             )
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             stream.check_alive()
             raise EngineError(self._not_loaded(path, str(error))) from error

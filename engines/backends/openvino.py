@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.backends import cores
-from engines.backends.device import Buffer, Stream
-from engines.backends.host import HostDevice, bound_arrays
+from engines.backends.device import Buffer, Reader, Stream
+from engines.backends.host import GraphPort, HostDevice, bound_arrays
 from engines.backends.mapped import release_pages
 from engines.contract import Array
 from engines.errors import EngineError
@@ -49,6 +49,13 @@ class OpenVinoCall:
             self._files = None
 
 
+def _port(port: openvino.Output) -> GraphPort:
+    sizes = port.get_partial_shape()
+    return GraphPort(
+        port.get_element_type().to_dtype().name, tuple(size.get_length() if size.is_static else None for size in sizes)
+    )
+
+
 class OpenVinoEngine:
     """An ONNX graph compiled by OpenVINO.
 
@@ -56,13 +63,13 @@ class OpenVinoEngine:
     graph and the names of its outputs with them, but keeps the order.
     """
 
-    def __init__(self, read: openvino.Model, compiled: openvino.CompiledModel, *, files: Path) -> None:
-        self._compiled, self._files = compiled, files
-        self._inputs = [port.any_name for port in read.inputs]
-        self._outputs = [port.any_name for port in read.outputs]
+    def __init__(self, read: openvino.Model, compiled: openvino.CompiledModel, path: Path) -> None:
+        self._compiled, self._files, self._graph = compiled, path.parent, path.name
+        self._inputs = {port.any_name: _port(port) for port in read.inputs}
+        self._outputs = {port.any_name: _port(port) for port in read.outputs}
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OpenVinoCall:
-        arrays = bound_arrays(buffers, {*self._inputs, *self._outputs})
+        arrays = bound_arrays(buffers, self._inputs | self._outputs, self._graph)
         inputs, outputs = ([arrays[name] for name in names] for names in (self._inputs, self._outputs))
         return OpenVinoCall(self._compiled.create_infer_request(), inputs, outputs, files=self._files)
 
@@ -78,15 +85,21 @@ class OpenVinoDevice(HostDevice):
         if threads := threads or cores.limit():
             self._options["INFERENCE_NUM_THREADS"] = str(threads)
 
-    def load(self, path: Path, stream: Stream) -> OpenVinoEngine:  # noqa: ARG002 - the host's streams are all alike
+    def load(
+        self,
+        path: Path,
+        stream: Stream,  # noqa: ARG002 - the host's streams are all alike
+        *,
+        read: Reader = Path.read_bytes,  # noqa: ARG002 - OpenVINO finds weights only beside a graph that it opens
+    ) -> OpenVinoEngine:
         try:
-            read = self._core.read_model(path)
-            options = self._options | ({} if read.has_rt_info(TAKES_BF16) else _IN_FP32)
-            compiled = self._core.compile_model(read, "CPU", options)
+            model = self._core.read_model(path)
+            options = self._options | ({} if model.has_rt_info(TAKES_BF16) else _IN_FP32)
+            compiled = self._core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {path}: {error}") from error
         release_pages(path.parent)
-        return OpenVinoEngine(read, compiled, files=path.parent)
+        return OpenVinoEngine(model, compiled, path)
 
 
 def open_device(*, threads: int) -> OpenVinoDevice:

@@ -23,7 +23,7 @@ from engines.backends.cuda import (
     open_cuda,
     probe,
 )
-from engines.backends.device import Buffer, Stream
+from engines.backends.device import Buffer, Reader, Stream
 from engines.backends.registry import install_command
 from engines.backends.tensorrt_compatibility import title
 from engines.backends.tensorrt_log import logger_for, require
@@ -260,11 +260,11 @@ class TensorRtDevice(CudaDevice):
                 f"TensorRT does not start: {self._log.take() or error}. Is the driver new enough?"
             ) from error
 
-    def load(self, path: Path, stream: Stream) -> TensorRtEngine:
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> TensorRtEngine:
         """Deserialise the engine at `path`. That runs code in the file, so check its hash first."""
         cuda_stream = as_cuda_stream(stream)
         free = self._cuda.free_memory()
-        contexts = self._contexts(self._deserialise(path), path, trt=self._trt)
+        contexts = self._contexts(self._deserialise(path, read), path, trt=self._trt)
         self._loaded.add(contexts)
         # TensorRT allocates memory for weights by itself: the difference counts until the last call is garbage.
         self._cuda.track(contexts, f"{path.stem} weights", free - self._cuda.free_memory())
@@ -275,9 +275,9 @@ class TensorRtDevice(CudaDevice):
         for contexts in self._loaded:
             contexts.end_warm_up()
 
-    def _deserialise(self, path: Path) -> Any:
+    def _deserialise(self, path: Path, read: Reader) -> Any:
         try:
-            content = path.read_bytes()
+            content = read(path)
         except OSError as error:
             raise EngineError(f"{path} cannot be read: {error}") from error
         engine = self._runtime.deserialize_cuda_engine(content)

@@ -16,6 +16,7 @@ from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import GraphName
 from engines.errors import EngineError
+from engines.held import are_intact
 from engines.manifest import Build, BundleError, ComputeDtype, Defaults, Geometry, Graph, Manifest, Size, Storage
 from engines.progress import Progress
 
@@ -107,9 +108,9 @@ def updated(manifest: Manifest, **fields: Any) -> Manifest:
     Raises:
         EngineError: a size does not fit the model.
     """
+    for size in fields.get("resolutions", ()):
+        _check_size(size, manifest.latent.multiple)
     changed = Manifest.model_validate({**dict(manifest), **fields})
-    for size in changed.resolutions:
-        _check_size(size, changed.latent.multiple)
     builds = {backend: build for backend, build in changed.builds.items() if _covers(build, changed)}
     return Manifest.model_validate({**dict(changed), "builds": builds})
 
@@ -142,7 +143,7 @@ def _covers(build: Build, manifest: Manifest) -> bool:
 
 
 def _is_intact(build: Build, bundle: Path) -> bool:
-    return all(file.matches(bundle / file.path) for engine in build.engines.values() for file in engine.files)
+    return are_intact(bundle, {file for engine in build.engines.values() for file in engine.files})
 
 
 def _earlier_export(out: Path, key: str) -> Manifest | None:

@@ -21,6 +21,7 @@ from engines.build.trt.parent import build_engine
 from engines.contract import GRAPHS, STEPS, Array, GraphName
 from engines.errors import EngineError
 from engines.files import write_atomically
+from engines.held import are_intact
 from engines.manifest import Build, Compiled, ComputeDtype, File, FusionReport, Gpu, Manifest, Onnx, Precision, Profile
 from engines.progress import Progress
 
@@ -218,5 +219,4 @@ def _cached(record_file: Path, key: str, bundle: Path) -> Compiled | None:
         compiled = Compiled.model_validate_json(record_file.read_bytes())
     except (OSError, ValidationError):
         return None
-    intact = all(file.matches(bundle / file.path) for file in compiled.files)
-    return compiled if compiled.key == key and intact else None
+    return compiled if compiled.key == key and are_intact(bundle, compiled.files) else None

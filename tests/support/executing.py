@@ -13,7 +13,7 @@ from typing import Any, Self
 from numpy.typing import DTypeLike
 
 from engines.backends.available import engine_path
-from engines.backends.device import Buffer, Call, Device, Engine, Stream
+from engines.backends.device import Buffer, Call, Device, Engine, Reader, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
@@ -45,8 +45,8 @@ class Faulty:
         """Do `act` before the given launch, from 1, of any call of `graph`."""
         self._faults[graph, launch] = act
 
-    def load(self, path: Path, stream: Stream) -> Engine:
-        return _FaultyEngine(self._device.load(path, stream), self._graphs[path.name], self)
+    def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> Engine:
+        return _FaultyEngine(self._device.load(path, stream, read=read), self._graphs[path.name], self)
 
     def stream(self, name: str, *, urgent: bool = False) -> Stream:
         return self._device.stream(name, urgent=urgent)

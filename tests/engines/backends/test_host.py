@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engines.backends.device import ALIGNMENT, Buffer, Event
-from engines.backends.host import HostBuffer, HostDevice, HostStream, bound_arrays
+from engines.backends.host import GraphPort, HostBuffer, HostDevice, HostStream, bound_arrays
 from engines.errors import EngineError
 
 
@@ -121,13 +121,28 @@ def test_events_are_passed_when_they_are_recorded(device: HostDevice, stream: Ho
     assert first.seconds_since(second) == -second.seconds_since(first)
 
 
-def test_other_devices_things_are_refused(device: HostDevice, stream: HostStream) -> None:
+def test_other_devices_things_are_refused(stream: HostStream) -> None:
     foreign = cast(Buffer, object())
     with pytest.raises(EngineError, match="works on host memory, was given object"):
         stream.read(foreign)
     with pytest.raises(EngineError, match="works on host memory, was given object"):
-        bound_arrays({"x": foreign}, {"x"})
-    with pytest.raises(EngineError, match=r"takes \['x', 'y'\], was given \['x'\]"):
-        bound_arrays({"x": filled(device, 1)}, {"x", "y"})
+        bound_arrays({"x": foreign}, {"x": GraphPort("float32", ())}, "decode.onnx")
     with pytest.raises(EngineError, match="was given object"):
         stream.record().seconds_since(cast(Event, object()))
+
+
+@pytest.mark.parametrize(
+    ("ports", "words"),
+    [
+        ({"x": GraphPort("float32", (None, 2)), "y": GraphPort("float32", ())}, "has the ports x, y; x are bound"),
+        ({"x": GraphPort("float32", (None, 3))}, r"x is float32 \[\?, 3\]; float32 \[1, 2\] is bound"),
+        ({"x": GraphPort("float32", (None,))}, r"x is float32 \[\?\]; float32 \[1, 2\] is bound"),
+        ({"x": GraphPort("int64", (1, 2))}, r"x is int64 \[1, 2\]; float32"),
+        ({"x": GraphPort("", (1, 2))}, "x is "),
+    ],
+)
+def test_only_what_the_graph_takes_is_bound(device: HostDevice, ports: dict[str, GraphPort], words: str) -> None:
+    buffers = {"x": device.allocate((1, 2), np.float32)}
+    with pytest.raises(EngineError, match=f"^decode.onnx:? {words}"):
+        bound_arrays(buffers, ports, "decode.onnx")
+    assert bound_arrays(buffers, {"x": GraphPort("float32", (None, 2))}, "decode.onnx")["x"].shape == (1, 2)
