@@ -185,14 +185,16 @@ class Manifest(Geometry):
     @property
     def pool_bytes(self) -> int:
         """Bytes of the pools that a server allocates when it starts."""
-        step = {port.name: port for port in (*inputs_of("denoise_shallow"), *OUTPUTS["denoise"]) if port.role == "pool"}
-        context, state = step.pop("context"), step["state"]
+        pools = [port for port in (*inputs_of("denoise_shallow"), *OUTPUTS["denoise"]) if port.role == "pool"]
+        staging = [port for port in pools if port.name == "state"]
+        shared = [port for port in pools if port.name == "context"]
         each = sum(
             _bytes(port, {**self.dims(size), "R": self.max_rows, "n": self.decode_batch})
             for size in self.resolutions
-            for port in (*step.values(), state, *OUTPUTS["decode"])
+            for port in (*pools, *staging, *OUTPUTS["decode"])
+            if port not in shared
         )
-        return each + _bytes(context, self.dims(self.resolutions[0]))
+        return each + sum(_bytes(port, self.dims(self.resolutions[0])) for port in shared)
 
     @property
     def parameters(self) -> dict[GraphName, int]:

@@ -87,6 +87,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.demo",
         "engines.errors",
         "engines.files",
+        "engines.held",
         "engines.manifest",
         "server.api",
         "server.middleware",

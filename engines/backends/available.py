@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.backends import memory
 from engines.backends.registry import BACKENDS, ON_CPU, SPECS, install_command, missing_package
 from engines.backends.tensorrt_compatibility import check_fits as check_tensorrt_fits
 from engines.backends.tensorrt_compatibility import supported_capabilities
@@ -94,6 +95,28 @@ def engine_path(manifest: Manifest, backend: str, graph: GraphName) -> str:
     if backend in ON_CPU:
         return manifest.graphs[graph].onnx["fp32"].files[0].path
     raise BundleError(f"{manifest.name} holds no engines for {backend}: build_engines.py compile makes them.")
+
+
+def files_of(manifest: Manifest, backend: str, bundle: Path) -> set[Path]:
+    """The paths of all files that `backend` loads from the bundle in folder `bundle`. Raises BundleError."""
+    build = manifest.builds.get(backend)
+    if build is None and backend not in ON_CPU:
+        raise BundleError(f"{manifest.name} holds no engines for {backend}: build_engines.py compile makes them.")
+    loaded = build.engines.values() if build else [graph.onnx["fp32"] for graph in manifest.graphs.values()]
+    return {bundle / file.path for engine in loaded for file in engine.files}
+
+
+def check_pools_fit(manifest: Manifest, backend: str) -> None:
+    """Raise EngineError if the model's pools alone exceed the memory of this machine, before they are allocated.
+
+    A GPU's memory is not looked at here: there, allocating them says so.
+    """
+    present = memory.limit()
+    if backend in ON_CPU and manifest.pool_bytes > present:
+        raise EngineError(
+            f"{manifest.max_rows} rows at {len(manifest.resolutions)} sizes take {manifest.pool_bytes / 2**30:.0f} GiB "
+            f"of memory, and {present / 2**30:.0f} GiB are here: build with fewer --rows or a smaller --resolution."
+        )
 
 
 def precision_of(manifest: Manifest, backend: str) -> Precision:

@@ -60,7 +60,15 @@ class _Piece(NamedTuple):
 class PromptTokenizer:
     """Tokenizes prompts of up to MAX_CHUNKS chunks. A prompt of one chunk has the same ids as in diffusers."""
 
-    def __init__(self, file: Path, *, tokens: int, pad: int, embeddings: Mapping[str, int] = _NONE) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        tokens: int,
+        pad: int,
+        embeddings: Mapping[str, int] = _NONE,
+        content: bytes | None = None,
+    ) -> None:
         """Load the tokenizer.
 
         Args:
@@ -69,15 +77,19 @@ class PromptTokenizer:
             pad: id of the padding token.
             embeddings: number of vectors of each textual inversion; those after the first of "<cat>" are the tokens
                 "<cat>_1", "<cat>_2", …
+            content: of the file, if it has been read.
 
         Raises:
-            EngineError: an embedding is missing from the tokenizer, or longer than a chunk.
+            EngineError: the file is no tokenizer that begins and ends a prompt, or has no token `pad`; an embedding is
+                missing from the tokenizer, or longer than a chunk.
         """
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer = _load(file, file.read_bytes() if content is None else content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._begin, self._end = self._tokenizer.encode("").ids
+        self._begin, self._end = _ends(self._tokenizer, file)
         self._pad = pad
+        if self._tokenizer.id_to_token(pad) is None:
+            raise EngineError(f"{file} has no token {pad}, with which prompts are padded: build the bundle again.")
         self._capacity = tokens - 2
         self._comma = (self._tokenizer.token_to_id(_COMMA),)
         self._comma_reach = min(_COMMA_REACH, self._capacity // 3)  # at most a third of a small chunk
@@ -167,6 +179,21 @@ class PromptTokenizer:
             f'The prompt was truncated before "{beginning}": its last {_size(dropped)} tokens do not fit in '
             f"{MAX_CHUNKS} chunks of {self._capacity} tokens."
         )
+
+
+def _load(file: Path, content: bytes) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises no narrower class
+        raise EngineError(f"{file} is no tokenizer.json ({error}): build the bundle again.") from error
+
+
+def _ends(tokenizer: tokenizers.Tokenizer, file: Path) -> tuple[int, int]:
+    """The tokens that begin and end each prompt."""
+    ids = tokenizer.encode("").ids
+    if len(ids) != 2:
+        raise EngineError(f"{file} adds {len(ids)} tokens to a prompt, not a begin and an end: build the bundle again.")
+    return ids[0], ids[1]
 
 
 def _size(content: Iterable[_Piece]) -> int:

@@ -66,6 +66,7 @@ class Executor:
         self.status = "starting"
         self.ready = False
         self.hangs = False
+        self._fault: EngineError | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -75,6 +76,12 @@ class Executor:
         self._batcher.close()
         while not self.hangs and self._thread.is_alive():
             self._thread.join(timeout=0.1)
+
+    def fail(self, error: EngineError) -> None:
+        """End after a fault that another thread has found: nobody gets an image any more."""
+        self._fault = error
+        self.ready = False
+        self._batcher.close()
 
     @property
     def alive(self) -> bool:
@@ -109,6 +116,8 @@ class Executor:
     def _loop(self) -> None:
         while True:
             batch = self._batcher.next_batch(timeout=self._timeout)
+            if self._fault:
+                raise self._fault
             if batch is None and not self._in_flight and not self._pending_decodes:
                 return
             launched = batch is not None and self._start(batch)

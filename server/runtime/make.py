@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from engines.backends.device import Device
+from engines.backends.device import Device, Reader
 from engines.manifest import Manifest
 from server.requests.intake import Intake
 from server.requests.request import Cache
@@ -61,6 +61,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     cache: Cache = "off",
     decode_chunk: int = 1,
     overlap_decode: bool = True,
+    read: Reader = Path.read_bytes,
     on_loaded: Callable[[LoadedModel], None] = lambda _model: None,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
@@ -74,6 +75,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         cache: the step cache of requests that do not set it.
         decode_chunk: images decoded in one call.
         overlap_decode: decode on a stream of its own, in parallel with steps.
+        read: gives the contents of a file of the bundle.
         on_loaded, on_ready, on_failure: called in the executor's thread.
     """
     trace = trace or Trace()
@@ -94,6 +96,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
             trace=trace,
             decode_chunk=decode_chunk,
             overlap_decode=overlap_decode,
+            read=read,
             on_lookup=metrics.prompt_lookup,
         )
         on_loaded(LoadedModel(opened.manifest, opened.backend, pipeline))
@@ -110,7 +113,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_failure=on_failure,
     )
     metrics.watch(_gauges(batcher, executor), step_times)
-    return Runtime(_intake(manifest, bundle, cache), batcher, executor, metrics, step_times)
+    return Runtime(_intake(manifest, bundle, cache, read), batcher, executor, metrics, step_times)
 
 
 def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Callable[[], float]]]:
@@ -122,9 +125,10 @@ def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Cal
     }
 
 
-def _intake(manifest: Manifest, bundle: Path, cache: Cache) -> Intake:
+def _intake(manifest: Manifest, bundle: Path, cache: Cache, read: Reader) -> Intake:
     tokenizer = PromptTokenizer(
-        bundle / manifest.tokenizer.file.path,
+        path := bundle / manifest.tokenizer.file.path,
+        content=read(path),
         tokens=manifest.context.tokens,
         pad=manifest.tokenizer.pad,
         embeddings=manifest.tokenizer.embeddings,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engines.backends.available import engine_path
-from engines.backends.device import Device, Engine, Event, Reading, Stream
+from engines.backends.device import Device, Engine, Event, Reader, Reading, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Depth, Image, Request
@@ -119,9 +119,12 @@ class Pipeline:
         trace: Trace,
         decode_chunk: int = 1,
         overlap_decode: bool = True,
+        read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
         """Load the engines of the verified bundle in folder `bundle`; decode in parallel with steps, or between them.
+
+        `read` gives the contents of a file of the bundle.
 
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.
@@ -140,7 +143,7 @@ class Pipeline:
             "encode_image": streams.encode,
         }
         engines = {
-            name: device.load(bundle / engine_path(manifest, backend, name), stream)
+            name: device.load(bundle / engine_path(manifest, backend, name), stream, read=read)
             for name, stream in stream_of.items()
         }
         return cls(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 
-from engines.backends.available import check_fits
 from engines.cli import parse
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.startup import logs
 from server.startup.autotune import MeasuringStopped
-from server.startup.candidates import candidate_backends
 from server.startup.compiling import CompilingStopped
 from server.startup.http_server import listen, make_http_server, url_of
+from server.startup.served_files import OpenedBundle, open_bundle
 from server.startup.settings import ServerSettings, unknown_variables
 from server.startup.wiring import make_service
 
@@ -30,26 +31,24 @@ def run(argv: Sequence[str]) -> int:
     logs.start(settings.log_level)
     for sentence in unknown_variables(os.environ):
         _log.warning("%s", sentence)
+    with suppress(RuntimeError, OSError, ValueError):  # without a standard error that has a descriptor
+        faulthandler.enable()  # a bus error, say, of a file that was cut while it is mapped, is not silent
     try:
-        manifest = Manifest.load(settings.bundle)
-        backends = candidate_backends(settings, manifest)
-        if not settings.compile:
-            for backend in backends:
-                check_fits(manifest, backend, settings.bundle)
+        opened = open_bundle(settings)
     except EngineError as error:
         _print_error(str(error))
         return _FAILED_START
-    return _serve(settings, manifest, backends)
+    return _serve(settings, opened)
 
 
-def _serve(settings: ServerSettings, manifest: Manifest, backends: Sequence[str]) -> int:
+def _serve(settings: ServerSettings, opened: OpenedBundle) -> int:
     exit_code = _FAILED_START
 
     def on_ready() -> None:
         nonlocal exit_code
         exit_code = 0
         if not server.should_exit:  # else it is ready too late, and its socket is closed
-            _print(_ready_message(manifest, url_of(listener)))
+            _print(_ready_message(opened.manifest, url_of(listener)))
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
@@ -64,14 +63,11 @@ def _serve(settings: ServerSettings, manifest: Manifest, backends: Sequence[str]
         exit_code = exit_code or _FAULT
         server.should_exit = True
 
-    service = make_service(
-        manifest,
-        settings.bundle,
-        backends=backends,
-        settings=settings,
-        on_ready=on_ready,
-        on_failure=on_failure,
-    )
+    try:
+        service = make_service(opened, settings=settings, on_ready=on_ready, on_failure=on_failure)
+    except EngineError as error:
+        _print_error(str(error))
+        return _FAILED_START
     service.runtime.metrics.add_counter("latentd_log_messages_lost", "Log messages that were not written.", logs.lost)
     server = make_http_server(service, settings)
     try:

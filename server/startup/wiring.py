@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from engines.backends.registry import open_device
-from engines.manifest import Manifest
 from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
+from server.startup.served_files import OpenedBundle
 from server.startup.settings import ServerSettings
 
 
 def make_service(
-    manifest: Manifest,
-    bundle: Path,
+    opened: OpenedBundle,
     *,
-    backends: Sequence[str],
     settings: ServerSettings,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Service:
-    """Assemble the service of the verified bundle in folder `bundle`.
+    """Assemble the service of an opened bundle.
 
-    Once its executor is started, the fastest of `backends` is chosen and its engines are loaded.
+    Once its executor is started, the fastest of the backends is chosen and its engines are loaded.
+
+    Raises:
+        EngineError: the tokenizer cannot be used.
     """
+    manifest, bundle, backends, files = opened.manifest, settings.bundle, opened.backends, opened.files
     model = ServedModel(manifest, backends[0])
 
     def open_model(on_status: OnStatus, stopped: Callable[[], bool]) -> OpenedModel:
@@ -39,9 +41,12 @@ def make_service(
         compiled = manifest
         if settings.compile:
             compiled = compile_missing(manifest, bundle, backend, on_status=on_status, stopped=stopped)
+        if compiled is not manifest:
+            files.replace(compiled)
         return OpenedModel(compiled, backend, open_device(backend, threads=settings.threads))
 
     def on_loaded(loaded: LoadedModel) -> None:
+        files.loaded(loaded.manifest, loaded.backend, runtime.executor.fail)
         model.update(loaded.manifest, loaded.backend)
 
     runtime = make_runtime(
@@ -54,6 +59,7 @@ def make_service(
         cache=settings.cache,
         decode_chunk=settings.decode_chunk,
         overlap_decode=settings.overlap_decode,
+        read=files.read,
         on_loaded=on_loaded,
         on_ready=on_ready,
         on_failure=on_failure,

@@ -1,0 +1,88 @@
+"""The bundle's files from the check at the start to the end: what is served is what was hashed, or nothing is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.backends.available import check_fits, check_pools_fit, files_of
+from engines.backends.registry import ON_CPU, TENSORRT
+from engines.errors import BundleError
+from engines.held import HeldFiles
+from engines.manifest import Manifest
+from server.startup.candidates import candidate_backends
+from server.startup.settings import ServerSettings
+
+_log = logging.getLogger(__name__)
+_EVERY = 2.0  # seconds between looks at the files that stay mapped
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedBundle:
+    """A bundle whose files are verified, and the backends that may serve it."""
+
+    manifest: Manifest
+    backends: Sequence[str]
+    files: ServedFiles
+
+
+def open_bundle(settings: ServerSettings) -> OpenedBundle:
+    """Read and verify the bundle. Raises EngineError where it is not served here, and says why."""
+    bundle = settings.bundle
+    manifest = Manifest.read(bundle)
+    files = manifest.hold(bundle)
+    backends = candidate_backends(settings, manifest)
+    for backend in backends:
+        check_pools_fit(manifest, backend)
+        if not settings.compile:
+            check_fits(manifest, backend, bundle)
+    only = backends[0] if len(backends) == 1 else None
+    # TensorRT reads its engines whole: they are hashed then, and not twice.
+    files.verify(later=files_of(manifest, only, bundle) if only in TENSORRT else ())
+    return OpenedBundle(manifest, backends, ServedFiles(bundle, files))
+
+
+class ServedFiles:
+    """Gives out what was hashed, and notices when a file that stays mapped no longer is that."""
+
+    def __init__(self, bundle: Path, files: HeldFiles) -> None:
+        self._bundle = bundle
+        self._files = files
+
+    def read(self, path: Path) -> bytes:
+        """The contents of a file of the bundle, which have its hash. Raises BundleError."""
+        return self._files.read(path)
+
+    def replace(self, manifest: Manifest) -> None:
+        """Give out the files of `manifest`, after engines were compiled. Raises BundleError."""
+        self._files.close()
+        self._files = manifest.hold(self._bundle)
+
+    def loaded(self, manifest: Manifest, backend: str, on_change: Callable[[BundleError], None]) -> None:
+        """Check that the engines were loaded from the verified files, and go on watching those that stay mapped.
+
+        `on_change` is called once, in a thread of its own, when one of them was altered.
+
+        Raises:
+            BundleError: a file was replaced or written to since its hash was taken.
+        """
+        self._files.keep(files_of(manifest, backend, self._bundle))
+        self._files.check_unchanged()
+        if backend in ON_CPU:
+            threading.Thread(target=self._watch, args=(on_change,), name="files", daemon=True).start()
+        else:  # GPUs have a copy of the weights
+            self._files.close()
+
+    def _watch(self, on_change: Callable[[BundleError], None]) -> None:
+        while True:
+            time.sleep(_EVERY)
+            try:
+                self._files.check_contents()
+            except BundleError as error:
+                _log.critical("%s", error)
+                on_change(error)
+                return
