@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -17,6 +18,8 @@ from typing import NamedTuple, Self
 from engines.errors import BundleError
 from engines.files import open_regular
 from engines.manifest_fields import File
+
+_TICK = 20_000_000  # nanoseconds; file systems stamp with the kernel's tick, 10 ms at most
 
 
 class _State(NamedTuple):
@@ -48,6 +51,7 @@ class HeldFile:
                 f"{self.path} has {self._state.size} bytes, and {file.size} were built: "
                 "copy the whole bundle again, or build it again."
             )
+        _wait_for_the_next_tick(self._state.changed)
 
     def verify(self) -> None:
         """Raise BundleError unless the file has the hash of the one that was built."""
@@ -157,6 +161,13 @@ class HeldFiles:
 
     def close(self) -> None:
         self.keep(())
+
+
+def _wait_for_the_next_tick(changed: int) -> None:
+    """Return when a write to a file that was `changed` then, in nanoseconds, gets another time."""
+    age = time.time_ns() - changed
+    if 0 <= age < _TICK:
+        time.sleep((_TICK - age) / 1e9)
 
 
 def are_intact(bundle: Path, files: Iterable[File]) -> bool:

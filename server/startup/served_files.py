@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from engines.manifest import Manifest
 from server.startup.candidates import candidate_backends
 from server.startup.settings import ServerSettings
 
-_log = logging.getLogger(__name__)
 _EVERY = 2.0  # seconds between looks at the files that stay mapped
 
 
@@ -49,9 +47,11 @@ def open_bundle(settings: ServerSettings) -> OpenedBundle:
 class ServedFiles:
     """Gives out what was hashed, and notices when a file that stays mapped no longer is that."""
 
-    def __init__(self, bundle: Path, files: HeldFiles) -> None:
+    def __init__(self, bundle: Path, files: HeldFiles, *, every: float = _EVERY) -> None:
+        """`files` of `bundle` that stay mapped are looked at `every` so many seconds."""
         self._bundle = bundle
         self._files = files
+        self._every = every
 
     def read(self, path: Path) -> bytes:
         """The contents of a file of the bundle, which have its hash. Raises BundleError."""
@@ -79,10 +79,9 @@ class ServedFiles:
 
     def _watch(self, on_change: Callable[[BundleError], None]) -> None:
         while True:
-            time.sleep(_EVERY)
+            time.sleep(self._every)
             try:
                 self._files.check_contents()
             except BundleError as error:
-                _log.critical("%s", error)
                 on_change(error)
                 return
