@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 from xml.etree import ElementTree
 
@@ -179,7 +180,13 @@ def _write(model: Model, path: Path, *, exact: Collection[str] = ()) -> tuple[Pa
     """Write the graph and its weights. Nodes named `exact` compute in FP32 wherever they run."""
     weights, graph = path.with_suffix(".bin"), path.with_suffix(".xml")
     with replacing_all(weights, graph) as folder:
-        openvino.save_model(model, folder / graph.name, compress_to_fp16=False)
+        try:
+            openvino.save_model(model, folder / graph.name, compress_to_fp16=False)
+        except RuntimeError as error:  # on a full disk it says "iostream error"
+            room = f"{disk_usage(path.parent).free / 1e6:.0f} MB are free there"
+            raise EngineError(
+                f"OpenVINO cannot write {graph} ({error}); {room}: make room, or choose another --out."
+            ) from error
         _mark(folder / graph.name, exact)
     return graph, weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import stat
 from pathlib import Path
 
@@ -90,3 +91,18 @@ def test_a_hash_over_code_names_files_and_their_contents(tmp_path: Path) -> None
     changed = sha256_of_code([tmp_path / "package"])
     module.rename(module.with_name("other.py"))
     assert len({before, changed, sha256_of_code([tmp_path / "package"])}) == 3
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_other(tmp_path: Path) -> None:
+    """As on a full disk: the size of files is limited for a moment."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(path, bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
