@@ -38,10 +38,16 @@ def open_bundle(settings: ServerSettings) -> OpenedBundle:
         check_pools_fit(manifest, backend)
         if not settings.compile:
             check_fits(manifest, backend, bundle)
-    only = backends[0] if len(backends) == 1 else None
-    # TensorRT reads its engines whole: they are hashed then, and not twice.
-    files.verify(later=files_of(manifest, only, bundle) if only in TENSORRT else ())
+    files.verify(later=_read_whole(manifest, backends, bundle))
     return OpenedBundle(manifest, backends, ServedFiles(bundle, files))
+
+
+def _read_whole(manifest: Manifest, backends: Sequence[str], bundle: Path) -> set[Path]:
+    """Files that are hashed when they are read, and not twice: TensorRT's engines, if only they can be served."""
+    (backend, *others) = backends
+    if others or backend not in TENSORRT or backend not in manifest.builds:
+        return set()
+    return files_of(manifest, backend, bundle)
 
 
 class ServedFiles:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,9 +39,19 @@ def pictures(answer: httpx.Response) -> list[NDArray[np.float64]]:
 class Serving:
     """`python -m server` on a free port. A context manager; `client` speaks to it."""
 
-    def __init__(self, bundle: Path, *arguments: str, start_seconds: float = 60, module: str = "server") -> None:
-        command = [sys.executable, "-m", module, "--bundle", str(bundle), "--port", "0", "--threads", "1", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
+    def __init__(
+        self,
+        bundle: Path,
+        *arguments: str,
+        start_seconds: float = 60,
+        module: str = "server",
+        within: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`within` is a command that runs the server, and `environment` replaces this process's."""
+        options = ["--bundle", str(bundle), "--port", "0", "--threads", "1", *arguments]
+        command = [*within, sys.executable, "-m", module, *options]
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
         self.stderr: list[str] = []
         self._url = ""
         self._ready = threading.Event()
