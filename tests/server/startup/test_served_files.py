@@ -10,6 +10,7 @@ import pytest
 
 from engines.errors import BundleError, EngineError
 from engines.manifest import MANIFEST, Manifest
+from server.startup import served_files
 from server.startup.served_files import OpenedBundle, ServedFiles, open_bundle
 from server.startup.settings import ServerSettings
 from tests import ROOT
@@ -76,3 +77,20 @@ def test_a_bundle_without_engines_for_the_backend_is_refused(copied: Path) -> No
     bundle = opened(copied)
     with pytest.raises(EngineError, match="holds no engines for tensorrt"):
         bundle.files.loaded(bundle.manifest, "tensorrt", lambda _error: None)
+
+
+def test_engines_of_tensorrt_are_hashed_when_they_are_read(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.read(copied)
+    engines = manifest.model_copy(update={"builds": {"tensorrt": manifest.builds["onnxruntime"]}})
+    engines.save(copied)
+    monkeypatch.setattr(served_files, "candidate_backends", lambda _settings, _manifest: ["tensorrt"])
+    flip(copied / "onnx/decode.onnx")
+    bundle = open_bundle(ServerSettings(bundle=copied, compile=True))
+    with pytest.raises(BundleError, match=r"decode\.onnx is not the file that was built"):
+        bundle.files.read(copied / "onnx/decode.onnx")
+    bundle.files.read(copied / "onnx/denoise.onnx")
+
+
+def test_engines_that_are_yet_to_be_compiled_are_not_missed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_files, "candidate_backends", lambda _settings, _manifest: ["tensorrt"])
+    assert open_bundle(ServerSettings(bundle=copied, compile=True)).backends == ["tensorrt"]
