@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,10 +170,21 @@ def _read(path: Path) -> dict[str, Tensor]:
     }
 
 
+def _is_cut(path: Path) -> bool:
+    """Whether a pickle is empty, or its zip archive lacks the directory at the end."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return not start or (start == b"PK\x03\x04" and not zipfile.is_zipfile(path))
+
+
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (*LOAD_ERRORS, EOFError, TypeError, IndexError) as error:
+        if _is_cut(path):
+            raise CheckpointError(
+                f"{path} is incomplete ({path.stat().st_size:,} bytes): download it again."
+            ) from error
         raise CheckpointError(
             f"{path} cannot be read as plain tensors ({first_sentence(error)}): convert it to .safetensors "
             "where you trust it."

@@ -122,11 +122,24 @@ def test_pickles_that_are_no_state_dict_are_refused(
     assert len(str(raised.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02}q\x00"], ids=["empty", "text", "cut"])
-def test_pickles_that_are_damaged_are_refused(families: Families, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "one.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read as plain tensors") as raised:
-        load(find(tmp_path / "one.ckpt", families, allow_pickle=True))
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", r"is incomplete \(0 bytes\): download it again"),
+        (b"\x80\x02}q\x00", "cannot be read as plain tensors"),
+        (b"not a pickle", "cannot be read as plain tensors"),
+        (None, r"is incomplete \([\d,]+ bytes\): download it again"),
+    ],
+    ids=["empty", "cut", "text", "cut archive"],
+)
+def test_pickles_that_are_damaged_are_refused(
+    families: Families, tmp_path: Path, content: bytes | None, complaint: str
+) -> None:
+    path = tmp_path / "one.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(CheckpointError, match=complaint) as raised:
+        load(find(path, families, allow_pickle=True))
     assert len(str(raised.value).splitlines()) == 1
 
 
