@@ -18,8 +18,8 @@ from typing import ClassVar
 import dockerfile
 import pytest
 
-from server.startup.http_server import CANCEL_SECONDS
 from server.startup.settings import ServerSettings
+from server.startup.stopping import GRACE_SECONDS
 from tests import ROOT
 from tests.tools.docker_image import STOP_SECONDS, DockerfileStage, needed, stages, text_of
 
@@ -98,7 +98,7 @@ def test_a_target_hears_signals_itself(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_drains_before_docker_kills(target: str) -> None:
-    assert int(variables(target)["LATENTD_DRAIN_SECONDS"]) + CANCEL_SECONDS < STOP_SECONDS
+    assert int(variables(target)["LATENTD_DRAIN_SECONDS"]) + GRACE_SECONDS < STOP_SECONDS
 
 
 @pytest.mark.parametrize("target", TARGETS)

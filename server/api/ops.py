@@ -34,16 +34,16 @@ def routes(service: Service) -> APIRouter:
         "/v2/health/ready",
         operation_id="ready",
         tags=[openapi.OPERATION],
-        summary="Readiness: 200 while requests are accepted, 503 otherwise",
+        summary="Readiness: 200 while requests are accepted and succeed, 503 otherwise",
         responses={
-            200: {"description": "Requests are accepted.", "content": _READY},
+            200: {"description": "Requests are accepted, and images succeed.", "content": _READY},
             503: {"description": "Not now; the body says why.", "model": Readiness, "content": _LOADING},
         },
     )
     async def ready(response: Response) -> Readiness:
-        executor = service.runtime.executor
-        response.status_code = 200 if executor.ready else 503
-        return Readiness(ready=executor.ready, detail=executor.status)
+        ready, detail = service.runtime.executor.readiness
+        response.status_code = 200 if ready else 503
+        return Readiness(ready=ready, detail=detail)
 
     @router.get(
         "/metrics",

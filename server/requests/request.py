@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from engines.manifest import Size
 from engines.schedulers import Scheduler, Table
 from server.requests.errors import ServerError
 from server.requests.tokenizer import Prompt
+
+_log = logging.getLogger(__name__)
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
@@ -218,9 +221,12 @@ class Request:
         self._mark = now
 
     def notify(self, event: Event) -> None:
-        """Call every listener with `event`."""
+        """Call every listener with `event`. One that fails is logged: neither the others nor the request suffer."""
         for listener in self.listeners:
-            listener(self, event)
+            try:
+                listener(self, event)
+            except Exception:
+                _log.exception("a listener of request %s failed", self.id)
 
     def finish(self, outcome: Outcome) -> None:
         """Give the request its outcome. The first call counts, later ones change nothing."""

@@ -6,14 +6,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from engines.errors import DeviceLost, EngineError
-from server.requests.errors import BrokenPicture, Cancelled, NotReady, StepFailed
+from server.requests.errors import BrokenPicture, Cancelled, NotReady, ServerError, StepFailed
 from server.requests.request import Completed, Failed, Outcome, Request, Started, Stepped
 from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement
 from server.runtime.batcher import Batch, Batcher
+from server.runtime.health import Health
 from server.runtime.metrics import Metrics
 from server.runtime.pipeline import InFlightStep, Pipeline
 from server.runtime.plan import Plan
@@ -26,6 +27,11 @@ _log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 2  # steps: one that the device computes, and one that it finds when it is done
 _POLL = 0.001  # seconds between checks for decoded images, while no step can be launched
+_TEST_EVERY = 5.0  # seconds between test images, while nothing succeeds
+
+
+class StartStopped(EngineError):
+    """The server was told to stop before it was ready."""
 
 
 class Executor:
@@ -40,6 +46,7 @@ class Executor:
         batcher: Batcher,
         load: Callable[[Callable[[str], None]], Pipeline],
         *,
+        test_request: Callable[[], Request],
         step_times: StepTimeModel,
         trace: Trace,
         metrics: Metrics,
@@ -47,9 +54,14 @@ class Executor:
         on_ready: Callable[[], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
-        """`load` is called in the thread, with a callback for its status; for `hang_factor` see `Watchdog`."""
+        """`load` is called in the thread, with a callback for its status; for `hang_factor` see `Watchdog`.
+
+        `test_request` makes a request that should succeed: it is run before the executor is ready, and while others
+        fail. It raises ServerError where the model's defaults allow none.
+        """
         self._batcher = batcher
         self._load = load
+        self._test_request = test_request
         self._step_times = step_times
         self._trace = trace
         self._metrics = metrics
@@ -63,8 +75,11 @@ class Executor:
         self._pending_decodes: deque[PendingDecode] = deque()
         self._plan: Plan | None = None  # the last one
         self._step_began = 0.0  # when the device was last known to begin a step
+        self._health = Health()
+        self._next_test = 0.0
         self.status = "starting"
         self.ready = False
+        self.was_ready = False
         self.hangs = False
         self._fault: EngineError | None = None
 
@@ -83,9 +98,28 @@ class Executor:
         self.ready = False
         self._batcher.close()
 
+    def stop_accepting(self) -> None:
+        """Accept no more requests. What is not loaded yet is not loaded any more."""
+        self._batcher.close()
+
+    def cancel_everyone(self) -> None:
+        """Cancel what was accepted: callers are answered when the steps that are launched have completed."""
+        self._batcher.cancel()
+
+    def answer_everyone(self) -> None:
+        """Answer those who still wait, without waiting for the device. Called in another thread."""
+        self._finish_everyone(Cancelled("The server stopped before this image was done: ask another one."))
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self.hangs
+
+    @property
+    def readiness(self) -> tuple[bool, str]:
+        """Whether requests are accepted and may be expected to succeed; and the status, or the reason why not."""
+        if self.ready and self._health.reason:
+            return False, f"accepting requests, but {self._health.reason}"
+        return self.ready, self.status
 
     @property
     def decoding(self) -> int:
@@ -94,13 +128,17 @@ class Executor:
 
     def _run(self) -> None:
         try:
-            self._pipeline = self._load(self._set_status)
-            self._pipeline.warm_up(self._set_status)
+            self._pipeline = self._load(self._begin)
+            self._pipeline.warm_up(self._begin)
             self._watchdog.start()
-            self.ready = True
+            self._begin("drawing a test image")
+            self._prove()
+            self._pipeline.start_trace()
+            self.ready = self.was_ready = True
             self._set_status("ready")
             self._on_ready()
-            self._loop()
+            while self._turn():
+                self._test_if_failing()
             del self._pipeline  # here and now: only the thread that opened the device may free its memory
             self._set_status("stopped")
         except Exception as error:  # whatever it is, no caller may wait for a thread that is gone
@@ -113,24 +151,56 @@ class Executor:
     def _set_status(self, status: str) -> None:
         self.status = status
 
-    def _loop(self) -> None:
-        while True:
-            batch = self._batcher.next_batch(timeout=self._timeout)
-            if self._fault:
-                raise self._fault
-            if batch is None and not self._in_flight and not self._pending_decodes:
-                return
-            launched = batch is not None and self._start(batch)
-            self._complete_steps(wait=not launched)
-            self._complete_decodes(wait=batch is None and not self._in_flight)
-            self._trace.collect()
+    def _begin(self, stage: str) -> None:
+        """Begin a stage of the start. Raises StartStopped."""
+        if self._batcher.closed:
+            raise StartStopped(f"The server was told to stop before it was ready: it was {self.status}.")
+        self._set_status(stage)
+
+    def _prove(self) -> None:
+        """Draw an image as a request does. Raises EngineError: it failed, so every request would."""
+        try:
+            request = self._test_request()
+            self._batcher.submit(request)
+        except ServerError as error:
+            self._begin("stopping")
+            raise EngineError(f"No request can be served by this bundle's defaults: {error}") from error
+        while request.outcome is None:
+            self._turn()
+        if isinstance(request.outcome, Failed):
+            self._begin("stopping")
+            reason = request.outcome.error.__cause__ or request.outcome.error
+            raise EngineError(f"A test image failed, so every request would: {reason}")
+
+    def _test_if_failing(self) -> None:
+        """Draw a test image now and then while nothing succeeds: its success makes the server ready again."""
+        if not self._health.reason or time.monotonic() < self._next_test:
+            return
+        self._next_test = time.monotonic() + _TEST_EVERY
+        with suppress(ServerError):  # the queue is full of requests that tell as much
+            self._batcher.submit(self._test_request())
+
+    def _turn(self) -> bool:
+        """Launch a step, and complete what is done; returns whether there is, or may be, more to do."""
+        batch = self._batcher.next_batch(timeout=self._timeout)
+        if self._fault:
+            raise self._fault
+        if batch is None and not self._in_flight and not self._pending_decodes:
+            return False
+        launched = batch is not None and self._start(batch)
+        self._complete_steps(wait=not launched)
+        self._complete_decodes(wait=batch is None and not self._in_flight)
+        self._trace.collect()
+        return True
 
     @property
     def _timeout(self) -> float | None:
         """How long to wait for work: not at all while steps are in flight, and briefly while images are decoded."""
         if self._in_flight:
             return 0
-        return _POLL if self._pending_decodes else None
+        if self._pending_decodes:
+            return _POLL
+        return _TEST_EVERY if self._health.reason else None
 
     def _start(self, batch: Batch) -> bool:
         """Admit newcomers and launch a step; returns whether one was launched."""
@@ -163,10 +233,20 @@ class Executor:
 
     def _admit(self, request: Request) -> None:
         request.finish_stage("queue")
+        with self._fails_alone(request), self._trace.span("admit"), self._limit_of(request):
+            self._owned[request] = self._pipeline.admit(request)
+
+    @contextmanager
+    def _fails_alone(self, request: Request) -> Iterator[None]:
+        """What is done for `request` alone: whatever goes wrong, only that request fails, unless the device is lost.
+
+        The pipeline holds nothing of a call that failed, so the others go on as if it had not been made.
+        """
         try:
-            with self._trace.span("admit"), self._limit_of(request):
-                self._owned[request] = self._pipeline.admit(request)
-        except EngineError as error:
+            yield
+        except DeviceLost:
+            raise
+        except Exception as error:
             self._fail([request], error)
 
     def _placed(self, request: Request) -> Placement | None:
@@ -178,14 +258,12 @@ class Executor:
 
     def _place(self, admission: Admission) -> Placement | None:
         request = admission.request
-        try:
+        with self._fails_alone(request):
             placement = self._owned[request] = self._pipeline.place(admission)
-        except EngineError as error:
-            self._fail([request], error)
-            return None
-        request.finish_stage("encode")
-        request.notify(Started())
-        return placement
+            request.finish_stage("encode")
+            request.notify(Started())
+            return placement
+        return None
 
     def _launch(self, placements: list[Placement]) -> bool:
         with self._trace.span("plan"):
@@ -231,8 +309,9 @@ class Executor:
         self._step_times.observe(step.kind, step.plan.shape.rows, seconds)
         for request, number, preview in step.moves:
             if request.outcome is None:
-                shown = self._pipeline.to_rgb(preview) if preview else None
-                request.notify(Stepped(number, request.steps, shown))
+                with self._fails_alone(request):
+                    shown = self._pipeline.to_rgb(preview) if preview else None
+                    request.notify(Stepped(number, request.steps, shown))
         for finished in step.finished:
             if finished.request.outcome is None:
                 self._decode(finished)
@@ -240,12 +319,8 @@ class Executor:
     def _decode(self, finished: Finished) -> None:
         request = finished.request
         request.finish_stage("denoise")
-        try:
-            with self._trace.span("decode"), self._limit_of(request):
-                pending = self._owned[request] = self._pipeline.decode(finished)
-        except EngineError as error:
-            self._fail([request], error)
-        else:
+        with self._fails_alone(request), self._trace.span("decode"), self._limit_of(request):
+            pending = self._owned[request] = self._pipeline.decode(finished)
             self._pending_decodes.append(pending)
 
     def _complete_decodes(self, *, wait: bool) -> None:
@@ -265,32 +340,40 @@ class Executor:
         except BrokenPicture as error:
             _log.error("request %s: %s", pending.request.id, error)
             return Failed(error)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return Failed(_failure(error, pending.request.id))
 
     def _finish(self, request: Request, outcome: Outcome) -> None:
         """Release what `request` holds, and give it its outcome."""
         if owned := self._owned.get(request):
             owned.release()
+        self._health.observe(outcome)
         request.finish(outcome)
         self._owned.pop(request, None)  # not before: `_fail_everything` finds here the requests without an outcome
 
-    def _fail(self, requests: Sequence[Request], error: EngineError) -> None:
-        """Finish those whose engine call failed. A lost device ends the process instead."""
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """Finish those whose call failed. A lost device ends the process instead."""
         if isinstance(error, DeviceLost):
             raise error
-        _log.error("%d requests failed with their engine call: %s", len(requests), error)
+        failed = Failed(_failure(error, ", ".join(request.id for request in requests)))
         for request in requests:
             self._batcher.leave(request)
-            self._finish(request, Failed(StepFailed("The engine failed while this image was made: try again.")))
+            self._finish(request, failed)
 
     def _fail_everything(self, error: Exception) -> None:
         """Give every request that waits, wherever it is, its outcome."""
         self.ready = False
         self._set_status(f"stopped after a fault: {error}")
         self._batcher.close()
+        self._finish_everyone(NotReady("The server is stopping after a fault: ask another one.", retry_after=5))
+        self._on_failure(error)
+
+    def _finish_everyone(self, error: ServerError) -> None:
         batch = self._batch
         for request in (*batch.left, *batch.joined, *batch.requests, *tuple(self._owned), *self._batcher.evict()):
-            request.finish(Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=5)))
-        self._on_failure(error)
+            request.finish(Failed(error))
 
     def _on_hang(self, what: str) -> None:
         """The device hangs, and this thread with it. Called in the watchdog's thread."""
@@ -307,3 +390,15 @@ class Executor:
         return (
             f"of {ids}: { ({name: array.tolist() for name, array in self._plan.arrays.items() if array.size <= 64}) }"
         )
+
+
+def _failure(error: Exception, ids: str) -> StepFailed:
+    """What callers are told of `error`, which the log describes."""
+    if isinstance(error, EngineError):
+        _log.error("the engine failed for %s: %s", ids, error)
+        failure = StepFailed("The engine failed while this image was made: try again.")
+    else:
+        _log.error("an unexpected error ended %s", ids, exc_info=error)
+        failure = StepFailed("An unexpected error ended this request, which the server's log describes: try again.")
+    failure.__cause__ = error
+    return failure

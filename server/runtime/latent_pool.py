@@ -164,10 +164,10 @@ class LatentPool:
         if inpaint:
             keep_mask = np.broadcast_to(1 - inpaint.mask, self.latent_shape)
             kept[:] = inpaint.latents, inpaint.noise, keep_mask
-        slot = self._slots.pop()
+        slot = self._slots[-1]
         self._streams.steps.write(self._states[self._parity], lanes, at=slot)
         self._streams.steps.write(self._pools["inpaint"], kept, at=slot)
-        return slot
+        return self._slots.pop()  # not before: a write that fails takes none
 
     def take_feature_place(self) -> int:
         """Take a free place for the features of a row."""
@@ -218,7 +218,7 @@ class LatentPool:
         starts = range(0, len(staged.entries), chunk)
         try:
             return [self._decode_some(staged.entries[start : start + chunk]) for start in starts]
-        except EngineError:
+        except Exception:
             self._streams.decode.record().wait()  # for the chunks before it: their entries are about to be freed
             raise
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from engines.backends.device import Device, Reader
 from engines.manifest import Manifest
 from server.requests.intake import Intake
-from server.requests.request import Cache
+from server.requests.request import Cache, Request
+from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher, Line
 from server.runtime.executor import Executor
@@ -18,6 +20,8 @@ from server.runtime.metrics import Metrics
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import StepTimeModel
 from server.runtime.trace import Trace
+
+_TEST_STEPS = 2
 
 OnStatus = Callable[[str], None]  # called with what the runtime is doing, in a few words
 
@@ -102,9 +106,11 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_loaded(LoadedModel(opened.manifest, opened.backend, pipeline))
         return pipeline
 
+    intake = _intake(manifest, bundle, cache, read)
     executor = Executor(
         batcher,
         load,
+        test_request=partial(_test_request, intake, manifest),
         step_times=step_times,
         trace=trace,
         metrics=metrics,
@@ -113,7 +119,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_failure=on_failure,
     )
     metrics.watch(_gauges(batcher, executor), step_times)
-    return Runtime(_intake(manifest, bundle, cache, read), batcher, executor, metrics, step_times)
+    return Runtime(intake, batcher, executor, metrics, step_times)
 
 
 def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Callable[[], float]]]:
@@ -121,8 +127,16 @@ def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Cal
         "latentd_requests_waiting": ("Requests that wait for their first step.", lambda: batcher.waiting),
         "latentd_requests_running": ("Requests that take steps.", lambda: batcher.running),
         "latentd_requests_decoding": ("Requests whose images are being decoded.", lambda: executor.decoding),
-        "latentd_ready": ("1 when requests are accepted.", lambda: float(executor.ready)),
+        "latentd_ready": ("1 when requests are accepted.", lambda: float(executor.readiness[0])),
     }
+
+
+def _test_request(intake: Intake, manifest: Manifest) -> Request:
+    """A short request by the model's defaults, which should succeed. Raises ServerError where they allow none."""
+    prompt = next(iter(manifest.examples), "")
+    intake.request(GenerateRequest(prompt=prompt))  # with the default number of steps
+    steps = min(manifest.defaults.num_inference_steps, _TEST_STEPS)
+    return intake.request(GenerateRequest(prompt=prompt, seed=0, num_inference_steps=steps))
 
 
 def _intake(manifest: Manifest, bundle: Path, cache: Cache, read: Reader) -> Intake:

@@ -103,7 +103,7 @@ class Metrics:
             return
         self._requests.labels("generate", _outcome(event)).inc()
         self._duration.observe(sum(request.timings.values()))
-        for stage, seconds in request.timings.items():
+        for stage, seconds in tuple(request.timings.items()):
             self.stage(stage, seconds)
         if isinstance(event, Failed) and isinstance(event.error, BrokenPicture):
             self._broken.inc()

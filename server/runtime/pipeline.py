@@ -167,13 +167,16 @@ class Pipeline:
         self._device.end_warm_up()
         taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
         _log.info("%s: memory in use: %s", self._device.name, taken)
+
+    def start_trace(self) -> None:
+        """Begin the trace: what is done from here on is done for requests."""
         self._trace.start(self._streams.steps)
 
     def admit(self, request: Request) -> Admission:
         """Launch the encoding of the prompts and the init image of `request`.
 
         Raises:
-            EngineError: and nothing is held.
+            EngineError: and nothing is held, as with any other exception.
         """
         params = request.params
         pool = self._latent_pools[params.size]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 
 from engines.backends.device import Device, Engine, Event, Stream
-from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.requests.tokenizer import Chunk, Prompt
 
@@ -55,16 +55,15 @@ class PromptPool:
         since steps that read a released row may still be in flight.
 
         Raises:
-            EngineError: and no row is held.
+            EngineError: and no row is held, as with any other exception.
         """
         held: list[_Key] = []
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._release, held)
             for chunk in prompt.chunks:
                 self._hold((chunk, clip_skip), after)
                 held.append((chunk, clip_skip))
-        except EngineError:
-            self._release(held)
-            raise
+            undo.pop_all()
         return tuple(self._rows[key] for key in held)
 
     def release(self, prompt: Prompt, *, clip_skip: int = 0) -> None:
@@ -91,9 +90,12 @@ class PromptPool:
     def _encoded(self, key: _Key, after: Event | None) -> int:
         self._launch(*key)
         row = self._free.pop() if self._free else self._evict()
-        if after:
-            self._stream.follow(after)
-        self._stream.copy(self._embeddings, self.context, at=row)
+        with ExitStack() as undo:
+            undo.callback(self._free.append, row)
+            if after:
+                self._stream.follow(after)
+            self._stream.copy(self._embeddings, self.context, at=row)
+            undo.pop_all()
         return row
 
     def _launch(self, chunk: Chunk, clip_skip: int) -> None:

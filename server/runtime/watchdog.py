@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,10 +18,8 @@ class _Limit:
     watchdog: Watchdog
     seconds: float
     what: object
-    deadline: float = 0.0
 
     def __enter__(self) -> None:
-        self.deadline = time.monotonic() + self.seconds
         self.watchdog.current = self
 
     def __exit__(self, *_: object) -> None:
@@ -30,7 +27,11 @@ class _Limit:
 
 
 class Watchdog:
-    """Calls `on_hang` once if a piece of the device's work takes many times longer than expected."""
+    """Calls `on_hang` once if a piece of the device's work takes many times longer than expected.
+
+    It counts its own polls instead of reading a clock: while a process is stopped, or its machine paused, clocks go on,
+    and neither the device's work nor the watchdog does.
+    """
 
     def __init__(self, on_hang: Callable[[str], None], *, factor: float) -> None:
         """Work may take `factor` times its expected duration, and at least 10 seconds; 0 disables the watchdog.
@@ -54,8 +55,10 @@ class Watchdog:
         return _Limit(self, max(self._factor * expected, _MIN_LIMIT), what)
 
     def _watch(self) -> None:
+        watched, polls = None, 0  # how many polls have found that work
         while not self._closed.wait(_POLL):
             limit = self.current
-            if limit and time.monotonic() > limit.deadline:
+            watched, polls = limit, polls + 1 if limit is watched else 0
+            if limit and polls * _POLL > limit.seconds:
                 self._on_hang(f"{limit.what} took longer than {limit.seconds:.0f} s.")
                 return

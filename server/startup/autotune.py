@@ -23,6 +23,7 @@ from engines.backends.registry import open_device
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
+from server.runtime.executor import StartStopped
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import Kind, StepTimeModel
 from server.runtime.trace import Trace
@@ -34,7 +35,7 @@ _RUNS, _ENOUGH = 5, 0.5  # a backend's process measures so often, unless so many
 OnStatus = Callable[[str], None]
 
 
-class MeasuringStopped(EngineError):
+class MeasuringStopped(StartStopped):
     """The server was stopped before it knew which backend to serve with."""
 
 

@@ -13,19 +13,20 @@ from contextlib import suppress
 from engines.cli import parse
 from engines.errors import EngineError
 from engines.manifest import Manifest
+from server.runtime.executor import StartStopped
 from server.startup import logs
-from server.startup.autotune import MeasuringStopped
-from server.startup.compiling import CompilingStopped
 from server.startup.http_server import listen, make_http_server, url_of
 from server.startup.served_files import OpenedBundle, open_bundle
 from server.startup.settings import ServerSettings, unknown_variables
+from server.startup.signals import StopSignals
+from server.startup.stopping import Stopping
 from server.startup.wiring import make_service
 
 _log = logging.getLogger("latentd")
 _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor should start another
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], signals: StopSignals) -> int:
     """Serve as `argv` says; returns the exit code."""
     settings = parse(ServerSettings, argv)
     logs.start(settings.log_level)
@@ -38,30 +39,27 @@ def run(argv: Sequence[str]) -> int:
     except EngineError as error:
         _print_error(str(error))
         return _FAILED_START
-    return _serve(settings, opened)
+    return _serve(settings, opened, signals)
 
 
-def _serve(settings: ServerSettings, opened: OpenedBundle) -> int:
-    exit_code = _FAILED_START
+def _serve(settings: ServerSettings, opened: OpenedBundle, signals: StopSignals) -> int:
+    exit_code = 0
 
     def on_ready() -> None:
-        nonlocal exit_code
-        exit_code = 0
         if not server.should_exit:  # else it is ready too late, and its socket is closed
             _print(_ready_message(opened.manifest, url_of(listener)))
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
-        if isinstance(error, CompilingStopped | MeasuringStopped):
-            exit_code = 0  # stopped on request
-            _print(str(error))
+        if isinstance(error, StartStopped):
+            _log.info("%s", error)
             return
         if isinstance(error, EngineError):
             _print_error(str(error))
         else:
             _log.critical("the executor ended", exc_info=error)
-        exit_code = exit_code or _FAULT
-        server.should_exit = True
+        exit_code = _FAULT if service.runtime.executor.was_ready else _FAILED_START
+        stopping.after_fault()
 
     try:
         service = make_service(opened, settings=settings, on_ready=on_ready, on_failure=on_failure)
@@ -75,9 +73,12 @@ def _serve(settings: ServerSettings, opened: OpenedBundle) -> int:
     except OSError as error:
         _print_error(f"{error.strerror}: choose another --host or --port.")
         return _FAILED_START
-    service.runtime.executor.start()
+    executor = service.runtime.executor
+    stopping = Stopping(signals, server, executor, drain_seconds=settings.drain_seconds, exit_code=lambda: exit_code)
+    stopping.start()
+    executor.start()
     server.run(sockets=[listener])
-    if service.runtime.executor.hangs:
+    if executor.hangs:
         logging.shutdown()
         os._exit(exit_code)  # an interpreter that ends in order would wait for the thread that hangs in the driver
     return exit_code

@@ -27,6 +27,7 @@ from engines.backends.registry import ON_CPU, build_command, install_command
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import Manifest
+from server.runtime.executor import StartStopped
 
 _log = logging.getLogger(__name__)
 _LOCK = ".compiling"  # in the bundle's folder; the file stays, since removing it would let two hold the lock
@@ -37,7 +38,7 @@ _TAIL = 5  # lines of output in the error of a build that ended without one
 OnStatus = Callable[[str], None]
 
 
-class CompilingStopped(EngineError):
+class CompilingStopped(StartStopped):
     """The server was stopped before its engines were compiled."""
 
 

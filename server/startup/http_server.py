@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,20 +19,32 @@ if TYPE_CHECKING:
 
     from server.api.service import Service
 
-CANCEL_SECONDS = 2  # in which cancelled requests are answered
-
 
 class HttpServer(uvicorn.Server):
-    """Cancels requests that outlast the drain, so that their callers get an answer; uvicorn would disconnect them."""
+    """A server that handles no signals, and closes its connections when it is told to, not by a timer of its own.
 
-    def __init__(self, config: uvicorn.Config, *, drain_seconds: int, cancel: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._drain_seconds = drain_seconds
-        self._cancel = cancel
+    uvicorn cancels the tasks of requests when its timer runs out, who then get 500, and raises signals anew at its end.
+    """
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(self._drain_seconds, self._cancel)
-        await super().shutdown(sockets)
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def disconnect(self) -> None:
+        """Close all connections, whatever their requests wait for. For any thread."""
+        if self._loop:
+            with suppress(RuntimeError):  # the loop is closed, and they with it
+                self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        for connection in tuple(self.server_state.connections):
+            connection.transport.abort()
 
 
 def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
@@ -51,9 +64,8 @@ def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
         log_config=None,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=settings.drain_seconds + CANCEL_SECONDS,
     )
-    return HttpServer(config, drain_seconds=settings.drain_seconds, cancel=service.runtime.batcher.cancel)
+    return HttpServer(config)
 
 
 def _app(service: Service, settings: ServerSettings) -> ASGIApp:

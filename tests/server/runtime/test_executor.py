@@ -151,8 +151,8 @@ def test_a_fault_while_places_are_freed_leaves_nobody_waiting(
     def fail(_owned: Owned) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Owned, "release", fail)
     with cpu.running() as running:
+        monkeypatch.setattr(Owned, "release", fail)
         asked = [Asked() for _ in range(5)]
         requests = [running.request(one, num_inference_steps=50, num_images=2) for one in asked]
         with running.batcher._changed:
