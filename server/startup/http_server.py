@@ -34,6 +34,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        await _use_first()
         await super().startup(sockets)
 
     def disconnect(self) -> None:
@@ -45,6 +46,14 @@ class HttpServer(uvicorn.Server):
     def _abort(self) -> None:
         for connection in tuple(self.server_state.connections):
             connection.transport.abort()
+
+
+async def _use_first() -> None:
+    """Load what libraries import at first use, by using it: a request must not fail because an import does."""
+    from PIL import Image  # noqa: PLC0415 - while the engines are loaded
+    from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - as above
+
+    await run_in_threadpool(Image.preinit)  # the formats of uploads, and the threads that decode them
 
 
 def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:

@@ -6,11 +6,15 @@ import base64
 import http.client
 import io
 import json
+import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -176,17 +180,60 @@ def connects(serving: Serving) -> bool:
         return False
 
 
-def test_a_server_told_to_stop_finishes_what_it_accepted(bundle: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_server_told_to_stop_finishes_what_it_accepted(bundle: Path, how: signal.Signals) -> None:
     with Serving(bundle) as serving, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(serving.generate, **{**FULL, "num_inference_steps": 100})
         wait_until(lambda: unended(serving) == 1)
-        serving.process.send_signal(signal.SIGTERM)
+        serving.process.send_signal(how)
         wait_until(lambda: not connects(serving))
         assert not accepted.done(), "it ended before the server refused others: this proves nothing"
         answer = accepted.result()
         assert answer.status_code == 200
         assert [decoded(image["image"]).size for image in answer.json()["images"]] == [(32, 32)] * 4
-        assert serving.process.wait(10) in (0, -signal.SIGTERM)
+        assert serving.process.wait(10) == 0
+        assert not [line for line in serving.stderr if "Traceback" in line]
+
+
+def test_a_second_signal_ends_sooner_with_everyone_answered(bundle: Path) -> None:
+    with Serving(bundle, "--drain-seconds", "600") as serving, ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(serving.generate, **FULL) for _ in range(16)]
+        wait_until(lambda: unended(serving) == 16)
+        serving.process.send_signal(signal.SIGINT)
+        wait_until(lambda: not connects(serving))
+        serving.process.send_signal(signal.SIGHUP)  # whoever hangs up does so beside other signals
+        assert not [answer for answer in answers if answer.done()]
+        serving.process.send_signal(signal.SIGINT)
+        assert Counter(answer.result().status_code for answer in answers) == {499: 16}
+        assert serving.process.wait(20) == 0
+        assert not [line for line in serving.stderr if "Traceback" in line]
+
+
+def test_a_third_signal_ends_at_once(bundle: Path) -> None:
+    with Serving(bundle, "--drain-seconds", "600") as serving, closing(post_and_hang(serving, **FULL)):
+        wait_until(lambda: unended(serving) == 1)
+        serving.process.send_signal(signal.SIGSTOP)  # so that nothing happens between the three
+        for how in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCONT):
+            serving.process.send_signal(how)
+        assert serving.process.wait(20) == 0
+
+
+def test_a_drain_ends_whatever_clients_do(bundle: Path) -> None:
+    """A half-sent body, and a stream that nobody reads."""
+    with Serving(bundle, "--drain-seconds", "0") as serving, ExitStack() as open_ones:
+        address = (serving.client.base_url.host, serving.client.base_url.port)
+        half = open_ones.enter_context(socket.create_connection(address))
+        half.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+        unread = open_ones.enter_context(socket.create_connection(address))
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = json.dumps({**LONG, "preview_every": 1}).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
+        unread.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        wait_until(lambda: unended(serving) == 1)
+        assert serving.stop(seconds=20) == 0
+        assert not [line for line in serving.stderr if "Traceback" in line]
 
 
 def test_a_server_told_to_stop_while_it_loads_ends_without_a_word(bundle: Path) -> None:
@@ -196,9 +243,25 @@ def test_a_server_told_to_stop_while_it_loads_ends_without_a_word(bundle: Path) 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
         wait_until(lambda: accepts(port))  # the engines' turn to be loaded
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == -signal.SIGTERM
+        assert process.wait(60) == 0
         assert process.stderr
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_server_told_to_stop_before_anything_else_ends_in_order(bundle: Path, how: signal.Signals) -> None:
+    """While it imports and checks its bundle."""
+    command = [sys.executable, "-X", "importtime", "-m", "server", "--bundle", str(bundle), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+        assert process.stderr
+        for line in process.stderr:
+            if line.endswith("| numpy\n"):
+                break
+        process.send_signal(how)
+        output = process.stderr.read()
+        assert process.wait(60) == 0
+        assert "Traceback" not in output
+        assert "is ready" not in output
 
 
 def accepts(port: int) -> bool:
@@ -215,12 +278,65 @@ def test_a_server_that_may_not_drain_for_long_tells_those_who_wait(bundle: Path)
         streams = [pool.submit(last_event) for _ in range(8)]
         answers = [pool.submit(serving.generate, **FULL) for _ in range(8)]
         wait_until(lambda: unended(serving) == 16)
-        assert serving.stop(seconds=10) in (0, -signal.SIGTERM)
+        assert serving.stop(seconds=10) == 0
         documents = [problem for _, problem in (future.result() for future in streams)]
         documents += [future.result().json() for future in answers]
         assert {document["title"] for document in documents} == {"Cancelled"}
         assert {future.result()[0] for future in streams} == {"error"}
         assert not [line for line in serving.stderr if "Traceback" in line]
+
+
+def test_the_first_request_of_each_kind_imports_nothing(bundle: Path) -> None:
+    """With few descriptors left an import fails, and with it the request."""
+    image = io.BytesIO()
+    PIL.Image.new("RGB", (32, 32)).save(image, "webp")
+    with Serving(bundle, module="tests.support.importing_server") as serving:
+        for kind in ("png", "jpeg", "webp"):
+            assert serving.generate(**SHORT, image_format=kind).status_code == 200
+        with stream(serving, **SHORT, preview_every=1) as answer:
+            wait_for_event(events(answer), "completed")
+        uploaded = {"image": image.getvalue(), "mask": image.getvalue()}
+        assert serving.client.post("/generate", data=SHORT, files=uploaded).status_code == 200
+        encoded = base64.b64encode(image.getvalue()).decode()
+        assert serving.generate(**SHORT, image=encoded).status_code == 200
+        assert serving.generate(prompt="(a:1.2) cat " * 40, cache="fast", num_inference_steps=3).status_code == 200
+        assert serving.generate(num_inference_steps=0).status_code == 422
+        for path in ("/", "/metrics", "/models", "/schedulers", "/docs", "/openapi.json", "/v2/health/ready", "/none"):
+            serving.client.get(path)
+        serving.stop()
+        ready = next(number for number, line in enumerate(serving.stderr) if "is ready" in line)
+        assert not [line for line in serving.stderr[ready:] if line.startswith("imported ")]
+
+
+def test_a_server_without_descriptors_serves_its_connections(bundle: Path) -> None:
+    with Serving(bundle) as serving:
+        serving.metrics()  # the client keeps this connection
+        used = len(os.listdir(f"/proc/{serving.process.pid}/fd"))
+        resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE, (used, used))
+        assert serving.generate(**SHORT).status_code == 200
+        assert serving.generate(**SHORT, image_format="webp").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"defaults": {"scheduler": "no-such"}}, "scheduler"),
+        ({"noise_schedule": {"beta_start": 3.0}}, "NaN"),
+    ],
+)
+def test_a_bundle_whose_every_request_fails_is_refused(
+    bundle: Path, tmp_path: Path, change: dict[str, dict[str, Any]], reason: str
+) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(bundle, copied)
+    document = json.loads((copied / "manifest.json").read_text())
+    for part, values in change.items():
+        document[part].update(values)
+    (copied / "manifest.json").write_text(json.dumps(document))
+    ended = run_server("--bundle", str(copied), "--port", "0")
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert reason in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("how", ["hangs", "is-lost"])
