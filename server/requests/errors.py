@@ -68,7 +68,11 @@ class BrokenPicture(ServerError):
 
 
 class Cancelled(ServerError):
-    """The caller disconnected, or the server stopped, before the request was complete."""
+    """The caller disconnected before the request was complete."""
+
+
+class ServerStopping(Cancelled):
+    """The server stopped before the request was complete."""
 
 
 STATUS: dict[type[ServerError], int] = {
@@ -84,4 +88,5 @@ STATUS: dict[type[ServerError], int] = {
     BrokenPicture: 500,
     NotReady: 503,
     TooManyBodies: 503,
+    ServerStopping: 503,
 }

@@ -7,11 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 
 from engines.errors import DeviceLost, EngineError
-from server.requests.errors import BrokenPicture, Cancelled, NotReady, ServerError, StepFailed
+from server.requests.errors import BrokenPicture, ServerError
 from server.requests.request import Completed, Failed, Outcome, Request, Started, Stepped
+from server.runtime import failures
 from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement
 from server.runtime.batcher import Batch, Batcher
 from server.runtime.health import Health
@@ -27,7 +28,6 @@ _log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 2  # steps: one that the device computes, and one that it finds when it is done
 _POLL = 0.001  # seconds between checks for decoded images, while no step can be launched
-_TEST_EVERY = 5.0  # seconds between test images, while nothing succeeds
 
 
 class StartStopped(EngineError):
@@ -75,8 +75,8 @@ class Executor:
         self._pending_decodes: deque[PendingDecode] = deque()
         self._plan: Plan | None = None  # the last one
         self._step_began = 0.0  # when the device was last known to begin a step
-        self._health = Health()
-        self._next_test = 0.0
+        self._health = Health(lambda: batcher.submit(test_request()))
+        self._cancelling = False  # everyone, since the server stops
         self.status = "starting"
         self.ready = False
         self.was_ready = False
@@ -104,11 +104,12 @@ class Executor:
 
     def cancel_everyone(self) -> None:
         """Cancel what was accepted: callers are answered when the steps that are launched have completed."""
+        self._cancelling = True
         self._batcher.cancel()
 
     def answer_everyone(self) -> None:
         """Answer those who still wait, without waiting for the device. Called in another thread."""
-        self._finish_everyone(Cancelled("The server stopped before this image was done: ask another one."))
+        self._finish_everyone(failures.stopping())
 
     @property
     def alive(self) -> bool:
@@ -138,7 +139,7 @@ class Executor:
             self._set_status("ready")
             self._on_ready()
             while self._turn():
-                self._test_if_failing()
+                self._health.test()
             del self._pipeline  # here and now: only the thread that opened the device may free its memory
             self._set_status("stopped")
         except Exception as error:  # whatever it is, no caller may wait for a thread that is gone
@@ -172,14 +173,6 @@ class Executor:
             reason = request.outcome.error.__cause__ or request.outcome.error
             raise EngineError(f"A test image failed, so every request would: {reason}")
 
-    def _test_if_failing(self) -> None:
-        """Draw a test image now and then while nothing succeeds: its success makes the server ready again."""
-        if not self._health.reason or time.monotonic() < self._next_test:
-            return
-        self._next_test = time.monotonic() + _TEST_EVERY
-        with suppress(ServerError):  # the queue is full of requests that tell as much
-            self._batcher.submit(self._test_request())
-
     def _turn(self) -> bool:
         """Launch a step, and complete what is done; returns whether there is, or may be, more to do."""
         batch = self._batcher.next_batch(timeout=self._timeout)
@@ -200,13 +193,13 @@ class Executor:
             return 0
         if self._pending_decodes:
             return _POLL
-        return _TEST_EVERY if self._health.reason else None
+        return self._health.test_every if self._health.reason else None
 
     def _start(self, batch: Batch) -> bool:
         """Admit newcomers and launch a step; returns whether one was launched."""
         self._batch = batch
         for request in batch.left:
-            self._finish(request, Failed(Cancelled("The request was cancelled before its image was done.")))
+            self._finish(request, failures.stopping() if self._cancelling else failures.cancelled())
         for request in batch.joined:
             self._admit(request)
         placements = [placement for request in batch.requests if (placement := self._placed(request))]
@@ -343,7 +336,7 @@ class Executor:
         except DeviceLost:
             raise
         except Exception as error:
-            return Failed(_failure(error, pending.request.id))
+            return failures.failed(error, pending.request.id)
 
     def _finish(self, request: Request, outcome: Outcome) -> None:
         """Release what `request` holds, and give it its outcome."""
@@ -357,7 +350,7 @@ class Executor:
         """Finish those whose call failed. A lost device ends the process instead."""
         if isinstance(error, DeviceLost):
             raise error
-        failed = Failed(_failure(error, ", ".join(request.id for request in requests)))
+        failed = failures.failed(error, ", ".join(request.id for request in requests))
         for request in requests:
             self._batcher.leave(request)
             self._finish(request, failed)
@@ -367,13 +360,13 @@ class Executor:
         self.ready = False
         self._set_status(f"stopped after a fault: {error}")
         self._batcher.close()
-        self._finish_everyone(NotReady("The server is stopping after a fault: ask another one.", retry_after=5))
+        self._finish_everyone(failures.after_fault())
         self._on_failure(error)
 
-    def _finish_everyone(self, error: ServerError) -> None:
+    def _finish_everyone(self, outcome: Failed) -> None:
         batch = self._batch
         for request in (*batch.left, *batch.joined, *batch.requests, *tuple(self._owned), *self._batcher.evict()):
-            request.finish(Failed(error))
+            request.finish(outcome)
 
     def _on_hang(self, what: str) -> None:
         """The device hangs, and this thread with it. Called in the watchdog's thread."""
@@ -390,15 +383,3 @@ class Executor:
         return (
             f"of {ids}: { ({name: array.tolist() for name, array in self._plan.arrays.items() if array.size <= 64}) }"
         )
-
-
-def _failure(error: Exception, ids: str) -> StepFailed:
-    """What callers are told of `error`, which the log describes."""
-    if isinstance(error, EngineError):
-        _log.error("the engine failed for %s: %s", ids, error)
-        failure = StepFailed("The engine failed while this image was made: try again.")
-    else:
-        _log.error("an unexpected error ended %s", ids, exc_info=error)
-        failure = StepFailed("An unexpected error ended this request, which the server's log describes: try again.")
-    failure.__cause__ = error
-    return failure

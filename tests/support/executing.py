@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -185,6 +186,13 @@ class Running(AbstractContextManager["Running"]):
         asked = Asked()
         self.batcher.submit(self.request(asked, **fields))
         return asked
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Until `condition` holds, which no event tells of."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.01)
 
     def metric(self, name: str) -> float:
         """The sum over a metric's labels."""

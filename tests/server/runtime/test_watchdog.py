@@ -45,6 +45,30 @@ def test_work_within_its_limit_is_not_reported() -> None:
     assert not reports
 
 
+def test_a_pause_of_the_process_counts_as_one_poll() -> None:
+    """As after SIGSTOP, or where a machine is paused: the clock has gone on, and nobody has worked."""
+    polls: list[float] = []
+    reported_after: list[int] = []
+    hung = threading.Event()
+
+    class Paused(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            time.sleep(0.2 if len(polls) == 2 else 0)  # four times the limit
+            polls.append(timeout or 0)
+            return hung.is_set()
+
+    def on_hang(_what: str) -> None:
+        reported_after.append(len(polls))
+        hung.set()
+
+    dog = Watchdog(on_hang, factor=1)
+    dog._closed = Paused()
+    with dog.limit(0, "A step"):
+        dog.start()
+        assert hung.wait(30)
+    assert reported_after[0] >= watchdog._MIN_LIMIT / watchdog._POLL
+
+
 def test_factor_zero_disables_it() -> None:
     reports: list[str] = []
     dog = Watchdog(reports.append, factor=0)

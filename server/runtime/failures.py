@@ -1,0 +1,37 @@
+"""What callers are told when their requests do not end with images; what operators need to know is logged."""
+
+from __future__ import annotations
+
+import logging
+
+from engines.errors import EngineError
+from server.requests.errors import Cancelled, NotReady, ServerStopping, StepFailed
+from server.requests.request import Failed
+
+_log = logging.getLogger(__name__)
+_RETRY_AFTER = 5  # seconds, in which another server is asked, or this one has started again
+
+
+def cancelled() -> Failed:
+    return Failed(Cancelled("The request was cancelled before its image was done."))
+
+
+def stopping() -> Failed:
+    error = ServerStopping("The server stopped before this image was done: ask another one.", retry_after=_RETRY_AFTER)
+    return Failed(error)
+
+
+def after_fault() -> Failed:
+    return Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=_RETRY_AFTER))
+
+
+def failed(error: Exception, ids: str) -> Failed:
+    """The outcome of the requests `ids`, whose call raised `error`; it is the cause of what callers are told."""
+    if isinstance(error, EngineError):
+        _log.error("the engine failed for %s: %s", ids, error)
+        failure = StepFailed("The engine failed while this image was made: try again.")
+    else:
+        _log.error("an unexpected error ended %s", ids, exc_info=error)
+        failure = StepFailed("An unexpected error ended this request, which the server's log describes: try again.")
+    failure.__cause__ = error
+    return Failed(failure)
