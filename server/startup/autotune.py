@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,12 @@ def _measure_in_process(bundle: Path, backend: str, *, threads: int, stopped: Ca
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # imports what we do
     command = [sys.executable, "-P", "-m", __name__, str(bundle), backend, str(threads)]
     with subprocess.Popen(  # noqa: S603 - our own command
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+        process_group=0,  # a terminal's Ctrl-C is for the server, which ends the child
     ) as child:
         try:
             output, errors = _output_of(child, stopped)
@@ -218,6 +224,7 @@ def _write_cache(file: Path | None, seconds: Mapping[str, float]) -> str:
 
 
 def main() -> int:
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     bundle, backend, threads = sys.argv[1:]
     try:
         sys.stdout.write(f"{seconds_of_picture(Path(bundle), backend, threads=int(threads))}\n")
@@ -225,6 +232,13 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End when the server is gone, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(_POLL)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ def _running(command: list[str], lock: IO[bytes]) -> Iterator[subprocess.Popen[s
         encoding="utf-8",
         errors="replace",
         pass_fds=(lock.fileno(),),
+        process_group=0,  # a terminal's Ctrl-C is for the server, which ends the build
     )
     try:
         yield child

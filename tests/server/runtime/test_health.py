@@ -8,7 +8,7 @@ import pytest
 
 from engines.errors import EngineError
 from server.requests.errors import BrokenPicture, Cancelled, InvalidRequest, QueueFull, StepFailed
-from server.requests.request import Completed, Failed
+from server.requests.request import Completed, Failed, Outcome
 from server.runtime.admission import PendingDecode
 from server.runtime.health import Health
 from tests.support.machines import Machine
@@ -22,32 +22,34 @@ def ignore() -> None:
 
 def test_eight_faults_in_a_row_are_a_reason_until_an_image_succeeds() -> None:
     health = Health(ignore)
-    for outcome in [BROKEN, Failed(StepFailed("no")), Failed(Cancelled("left"))] * 3 + [BROKEN]:
-        health.observe(outcome)
-    assert not health.reason
-    health.observe(BROKEN)
-    assert health.reason == "the last 8 requests failed, of which the last said: NaN"
-    health.observe(Failed(Cancelled("left")))
-    assert health.reason
-    health.observe(Completed(()))
-    assert not health.reason
+
+    def reason_after(*outcomes: Outcome) -> str:
+        for outcome in outcomes:
+            health.observe(outcome)
+        return health.reason
+
+    assert not reason_after(*[BROKEN, Failed(StepFailed("no")), Failed(Cancelled("left"))] * 3, BROKEN)
+    assert reason_after(BROKEN) == "the last 8 requests failed, of which the last said: NaN"
+    assert reason_after(Failed(Cancelled("left")))
+    assert not reason_after(Completed(()))
 
 
 def test_a_test_image_is_drawn_now_and_then_while_nothing_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
-    now = 100.0
-    monkeypatch.setattr("server.runtime.health.time.monotonic", lambda: now)
+    times = [100.0, 101.0, 104.9, 105.0, 109.0, 111.0]
+    monkeypatch.setattr("server.runtime.health.time.monotonic", lambda: times[0])
 
     def submit() -> None:
-        drawn.append(now)
+        drawn.append(times[0])
         raise QueueFull("full of requests that tell as much")
 
     health = Health(submit)
     health.test()
     for _ in range(8):
         health.observe(BROKEN)
-    for now in (100.0, 101.0, 104.9, 105.0, 109.0, 111.0):
+    while times:
         health.test()
+        times.pop(0)
     assert drawn == [100.0, 105.0, 111.0]
 
 

@@ -106,7 +106,7 @@ def test_a_listener_that_fails_harms_nobody(cpu: Machine) -> None:
 
     with cpu.running() as running:
         asked = Asked()
-        request = running.request(asked, num_inference_steps=2)
+        request = running.request(asked, num_inference_steps=2, scheduler="ddim")
         request.listeners = (fail, *request.listeners)
         running.batcher.submit(request)
         assert asked.outcome_name() == "Completed"
@@ -150,13 +150,13 @@ ENDS: list[Callable[[Running], None]] = [
 
 
 @pytest.mark.parametrize("end", ENDS, ids=["drains", "cancels", "answers", "loses-device", "fails-a-step"])
-def test_accepted_is_the_sum_of_the_outcomes(machine: Machine, end: Callable[[Running], None]) -> None:
+def test_accepted_is_the_sum_of_the_outcomes(cpu: Machine, end: Callable[[Running], None]) -> None:
     """While callers come and leave from several threads, and then the executor ends."""
     everyone: list[tuple[Asked, bool]] = []  # and whether they were accepted
     ending = threading.Event()
 
     def call(running: Running, number: int) -> None:
-        for seed in range(30):
+        for seed in range(12):
             asked = Asked()
             request = running.request(asked, seed=seed, num_inference_steps=3 + seed % 3, num_images=1 + number % 2)
             try:
@@ -165,13 +165,13 @@ def test_accepted_is_the_sum_of_the_outcomes(machine: Machine, end: Callable[[Ru
                 everyone.append((asked, False))
                 continue
             everyone.append((asked, True))
-            if seed % 4 == number % 4:
+            if seed % 4 == number:
                 request.cancel()
-            if seed == 10:
+            if seed == 4:
                 ending.set()
 
-    with machine.running() as running:
-        callers = [threading.Thread(target=call, args=(running, number)) for number in range(4)]
+    with cpu.running() as running:
+        callers = [threading.Thread(target=call, args=(running, number)) for number in range(3)]
         for caller in callers:
             caller.start()
         assert ending.wait(60)
@@ -179,8 +179,8 @@ def test_accepted_is_the_sum_of_the_outcomes(machine: Machine, end: Callable[[Ru
         for caller in callers:
             caller.join()
     accepted = [asked for asked, was_accepted in everyone if was_accepted]
-    assert len(everyone) == 4 * 30
-    assert len(accepted) >= 11
+    assert len(everyone) == 3 * 12
+    assert len(accepted) >= 5
     assert {len(asked.endings) for asked in accepted} == {1}
     assert not [asked for asked, was_accepted in everyone if not was_accepted and asked.events]
     assert outcomes(running) == len(accepted), Counter(asked.outcome_name() for asked in accepted)

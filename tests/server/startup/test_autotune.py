@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +86,26 @@ def test_who_is_stopped_while_measuring_leaves_no_process(bundle: Path, manifest
         autotune.choose_fastest(manifest, bundle, CONTENDERS, threads=1, on_status=ignore, stopped=lambda: True)
     assert not caches.exists()
     assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 0), (signal.SIGKILL, -9)])
+def test_a_server_that_ends_while_it_measures_takes_its_child_along(
+    bundle: Path, caches: Path, how: signal.Signals, code: int
+) -> None:
+    """As Ctrl-C does, which a terminal sends to every process of the group."""
+    command = [sys.executable, "-m", "server", "--bundle", str(bundle), "--port", "0", "--backend", "auto"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:  # noqa: S603 - our own command
+        while not (children := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, how)
+        assert process.stderr
+        output = process.stderr.read()
+        assert process.wait(60) == code
+        assert "Traceback" not in output
+        assert "is passed over" not in output
+        assert not psutil.wait_procs(children, timeout=30)[1]
+    assert not caches.exists()
 
 
 def test_what_crashes_is_passed_over_and_asked_again_next_time(
