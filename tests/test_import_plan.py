@@ -96,6 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "server.startup.command": {"engines", "server"},
     "server.startup.http_server": {"server"},
+    "server.startup.stopping": {"server"},
     "server.__main__": {"server"},
     "loadtest": {"engines.backends", "engines.cli", "engines.errors", "engines.files", "engines.manifest"},
     "benchmarks": {"engines", "loadtest", "server"},
