@@ -24,7 +24,7 @@ from server.requests.errors import BrokenPicture, Cancelled, NotReady
 from server.requests.request import Completed, Event, Failed, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import OnStatus, OpenedModel, make_runtime
-from server.runtime.trace import Trace
+from server.runtime.monitoring.trace import Trace
 
 _HANG_FACTOR = 20  # as in the server's settings
 _MAX_WAITING = 100_000  # no request is rejected

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-HOST, STEPS, DECODES = "executor", "steps", "decode"  # the tracks of server.runtime.trace
+HOST, STEPS, DECODES = "executor", "steps", "decode"  # the tracks of server.runtime.monitoring.trace
 _WORK = ("plan", "launch", "complete")  # the host's work for every step
 
 
@@ -31,7 +31,7 @@ Window = tuple[float, float]  # seconds since the trace began
 
 
 def read_trace(path: Path) -> tuple[TraceSpan, ...]:
-    """The spans in a file that `server.runtime.trace` wrote, in the order in which they began."""
+    """The spans in a file that `server.runtime.monitoring.trace` wrote, in the order in which they began."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     spans = (

@@ -38,10 +38,10 @@ from engines.build.bundle import export as export_bundle
 from engines.build.checks import AUTO, check_compilers, check_export, check_options, check_shapes, resolved_backends
 from engines.build.compile import check_precision, compile_backend, engine_precisions, prefers_bf16, required_dtypes
 from engines.build.outline import compile_stages, export_stages
+from engines.checkpoints.adapters.embedding import Embedding
+from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
-from engines.checkpoints.embedding import Embedding
 from engines.checkpoints.find import find_checkpoint
-from engines.checkpoints.lora import Lora
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.manifest import Geometry, Manifest, Precision, Size

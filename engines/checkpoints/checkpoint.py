@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from engines.checkpoints.adapters.embedding import Embedding, LearnedToken
+from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.decoder import Decoder
 from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
-from engines.checkpoints.embedding import Embedding, LearnedToken
-from engines.checkpoints.lora import Lora
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.vae import Vae, vae_name

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.checkpoints.adapters.embedding import Embedding, check_tokens_distinct
+from engines.checkpoints.adapters.lora import Lora, check_lora, embeddings_in
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import DECODER_CONFIG, DECODER_WEIGHTS, Decoder, check_decoder_kind
 from engines.checkpoints.diffusers_folder import (
@@ -16,10 +18,8 @@ from engines.checkpoints.diffusers_folder import (
     weight_patterns,
     weights_name,
 )
-from engines.checkpoints.embedding import Embedding, check_tokens_distinct
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.hub import check_hub_id, download, list_files
-from engines.checkpoints.lora import Lora, check_lora, embeddings_in
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from engines.checkpoints.adapters.embedding import check_embedding_fits
+from engines.checkpoints.adapters.lora import check_lora_fits
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import check_decoder_fits
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.embedding import check_embedding_fits
 from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.lora import check_lora_fits
 from engines.checkpoints.vae import check_vae_fits
 
 SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from engines.accuracy import AccuracyError, check_finite, tolerance, worst_difference
 from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
+from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.embedding import LearnedToken
 from engines.checkpoints.loading.modules import Modules, load_tokenizer
 from engines.contract import GRAPHS, Array, GraphName
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs

@@ -15,14 +15,14 @@ from server.requests.request import Completed, Failed, Outcome, Request, Started
 from server.runtime import failures
 from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement
 from server.runtime.batcher import Batch, Batcher
-from server.runtime.health import Health
-from server.runtime.metrics import Metrics
+from server.runtime.monitoring.health import Health
+from server.runtime.monitoring.metrics import Metrics
+from server.runtime.monitoring.stacks import stacks
+from server.runtime.monitoring.trace import Trace
+from server.runtime.monitoring.watchdog import Watchdog
 from server.runtime.pipeline import InFlightStep, Pipeline
 from server.runtime.plan import Plan
-from server.runtime.stacks import stacks
 from server.runtime.step_times import StepTimeModel
-from server.runtime.trace import Trace
-from server.runtime.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher, Line
 from server.runtime.executor import Executor
-from server.runtime.metrics import Metrics
+from server.runtime.monitoring.metrics import Metrics
+from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import StepTimeModel
-from server.runtime.trace import Trace
 
 _TEST_STEPS = 2
 

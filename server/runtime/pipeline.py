@@ -18,11 +18,11 @@ from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Depth, Image, Request
 from server.runtime.admission import Admission, Finished, PendingDecode, Placement
 from server.runtime.latent_pool import InpaintLatents, LatentPool, Latents, Streams, encoded
+from server.runtime.monitoring.trace import Trace
 from server.runtime.noise import NoiseGenerator
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.step_times import Kind, StepTimeModel
-from server.runtime.trace import Trace
 
 _log = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
 from server.runtime.executor import StartStopped
+from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import Kind, StepTimeModel
-from server.runtime.trace import Trace
 
 _log = logging.getLogger(__name__)
 _POLL = 0.1  # seconds between checks of whether to stop

@@ -10,7 +10,7 @@ from engines.backends.registry import open_device
 from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
-from server.runtime.trace import Trace
+from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
 from server.startup.served_files import OpenedBundle

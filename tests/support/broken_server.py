@@ -14,7 +14,7 @@ import numpy as np
 from engines.backends.onnxruntime import OnnxRuntimeCall
 from engines.errors import DeviceLost
 from server.__main__ import main
-from server.runtime import watchdog
+from server.runtime.monitoring import watchdog
 
 _LAST = 100
 

@@ -20,7 +20,7 @@ from engines.manifest import Manifest
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
-from server.runtime.trace import Trace
+from server.runtime.monitoring.trace import Trace
 
 SECONDS = 60  # that a test waits for what must come
 

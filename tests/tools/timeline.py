@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 
 from benchmarks.spans import TraceSpan, read_trace
 from engines.demo import BUNDLE as DEMO
-from server.runtime.trace import Trace
+from server.runtime.monitoring.trace import Trace
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device, write_bundle
 from tests.support.executing import Running

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.checkpoints.embedding import Embedding, LearnedToken
+from engines.checkpoints.adapters.embedding import Embedding, LearnedToken
 from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.libraries import load_tensors, quiet
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from engines.checkpoints.adapters.lora import Lora, embeddings_in
+from engines.checkpoints.adapters.lora_scaling import read_scaling
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.finite import check_finite, is_finite
 from engines.checkpoints.loading.libraries import load_tensors
 from engines.checkpoints.loading.lora_layers import layers_by_name, read_name
-from engines.checkpoints.lora import Lora, embeddings_in
-from engines.checkpoints.lora_scaling import read_scaling
 from engines.checkpoints.safetensors_header import read_header
 
 _OTHER_MODEL = "it was made for another model"

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import Decoder, decoder_layer
 from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
-from engines.checkpoints.embedding import LearnedToken
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.convert import load_vae

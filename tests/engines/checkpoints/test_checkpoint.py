@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.find import find_checkpoint
-from engines.checkpoints.lora import Lora
 from tests.support.checkpoints import edit
 from tests.support.ldm import write_single_file
 

@@ -16,9 +16,9 @@ from engines.accuracy import psnr
 from engines.contract import GraphName
 from engines.errors import DeviceLost, EngineError
 from server.requests.request import DEPTHS, Image
-from server.runtime import watchdog
 from server.runtime.admission import Owned, Placement
-from server.runtime.trace import Trace
+from server.runtime.monitoring import watchdog
+from server.runtime.monitoring.trace import Trace
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
 

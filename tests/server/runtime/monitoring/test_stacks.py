@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from server.runtime.stacks import stacks
+from server.runtime.monitoring.stacks import stacks
 
 
 def test_every_thread_is_named_with_the_function_it_is_in() -> None:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from server.runtime import watchdog
-from server.runtime.watchdog import Watchdog
+from server.runtime.monitoring import watchdog
+from server.runtime.monitoring.watchdog import Watchdog
 
 
 @pytest.fixture(autouse=True)

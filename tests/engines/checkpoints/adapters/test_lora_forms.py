@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from engines.checkpoints.embedding import Embedding
+from engines.checkpoints.adapters.embedding import Embedding
+from engines.checkpoints.adapters.lora import Lora, check_lora
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.lora_layers import layers_by_name
 from engines.checkpoints.loading.modules import Modules
-from engines.checkpoints.lora import Lora, check_lora
 from engines.checkpoints.safetensors_header import read_header
 from engines.demo.tokenizer import write_tokenizer
 from tests import ROOT

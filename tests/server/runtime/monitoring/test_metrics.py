@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.requests.errors import STATUS, BrokenPicture, QueueFull, StepFailed
-from server.runtime.metrics import Metrics
+from server.runtime.monitoring.metrics import Metrics
 from tests import ROOT
 from tests.support.serving import Serving
 

@@ -11,7 +11,7 @@ from benchmarks.spans import read_trace
 from engines.backends.host import HostDevice, HostEvent
 from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.errors import DeviceLost
-from server.runtime.trace import Trace
+from server.runtime.monitoring.trace import Trace
 
 
 @pytest.fixture

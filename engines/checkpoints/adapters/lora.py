@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from engines.checkpoints.adapters.embedding import TRAINED_WITH, Embedding
+from engines.checkpoints.adapters.lora_scaling import adapter_config_file
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.embedding import TRAINED_WITH, Embedding
 from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.lora_scaling import adapter_config_file
 from engines.checkpoints.safetensors_header import TensorShapes, read_header
 
 # Tensor names by which files that cannot be fused are recognised.

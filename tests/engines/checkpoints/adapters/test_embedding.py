@@ -18,8 +18,8 @@ from torch import Tensor
 
 import build_engines
 from engines.build.tables import inspect_tables
+from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.embedding import Embedding
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import Modules, load_modules

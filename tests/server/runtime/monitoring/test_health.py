@@ -10,7 +10,7 @@ from engines.errors import EngineError
 from server.requests.errors import BrokenPicture, Cancelled, InvalidRequest, QueueFull, StepFailed
 from server.requests.request import Completed, Failed, Outcome
 from server.runtime.admission import PendingDecode
-from server.runtime.health import Health
+from server.runtime.monitoring.health import Health
 from tests.support.machines import Machine
 
 BROKEN = Failed(BrokenPicture("NaN"))
@@ -37,7 +37,7 @@ def test_eight_faults_in_a_row_are_a_reason_until_an_image_succeeds() -> None:
 def test_a_test_image_is_drawn_now_and_then_while_nothing_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
     times = [100.0, 101.0, 104.9, 105.0, 109.0, 111.0]
-    monkeypatch.setattr("server.runtime.health.time.monotonic", lambda: times[0])
+    monkeypatch.setattr("server.runtime.monitoring.health.time.monotonic", lambda: times[0])
 
     def submit() -> None:
         drawn.append(times[0])

@@ -1,0 +1,1 @@
+"""What is added to a checkpoint when it is exported: LoRAs and textual inversions."""

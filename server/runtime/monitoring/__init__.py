@@ -1,0 +1,1 @@
+"""What an operator sees of a runtime: metrics, traces, health, and hangs."""
