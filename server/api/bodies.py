@@ -85,7 +85,7 @@ async def _receive(http: HttpRequest, lease: Lease) -> bytearray:
     length = http.headers.get("content-length", "")
     if length.isdecimal():
         _check_size(int(length))
-        lease.grow_to(int(length))
+        lease.expect(int(length))
     body = bytearray()
     try:
         async for chunk in http.stream():

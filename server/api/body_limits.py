@@ -34,14 +34,18 @@ class BodyLimits:
         """The share of one body; a context manager."""
         return Lease(self)
 
-    def take(self, size: int) -> None:
-        """Count `size` more bytes. Raises TooManyBodies."""
+    def check(self, size: int) -> None:
+        """Raise TooManyBodies where there is no memory for `size` more bytes."""
         if self._leased + size > self._memory:
             raise TooManyBodies(
                 f"Other requests' bodies take the {self._memory >> 20} MiB that this server has for them: "
                 "try again soon, or send smaller files.",
                 retry_after=1,
             )
+
+    def take(self, size: int) -> None:
+        """Count `size` more bytes. Raises TooManyBodies."""
+        self.check(size)
         self._leased += size
 
     def give_back(self, size: int) -> None:
@@ -68,8 +72,16 @@ class Lease:
             self.limits.give_back(self._size)
             self._size = 0
 
+    def expect(self, size: int) -> None:
+        """A body of `size` bytes is announced. Raises TooManyBodies where there is no memory for it now.
+
+        None is kept for it: callers who announce much and send little would keep it from others.
+        """
+        if size > SMALL:
+            self.limits.check(size)
+
     def grow_to(self, size: int) -> None:
-        """Take `size` bytes in all. Raises TooManyBodies."""
+        """Take as much as has arrived, `size` bytes in all. Raises TooManyBodies."""
         if size > max(self._size, SMALL):
             self.limits.take(size - self._size)
             self._size = size
