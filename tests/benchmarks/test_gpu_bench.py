@@ -419,8 +419,9 @@ def test_a_bundle_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bundle_that_cannot_be_built_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
     with pytest.raises(EngineError, match=r"model_index\.json is missing"):
-        models.build(BenchmarkModel("mine", tmp_path, tmp_path / "bundle"), "openvino", (2,))
+        models.build(BenchmarkModel("mine", tmp_path / "model", tmp_path / "bundle"), "openvino", (2,))
     assert not (tmp_path / "bundle").exists()
 
 

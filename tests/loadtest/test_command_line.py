@@ -35,7 +35,11 @@ def test_invalid_options_are_refused(words: list[str], message: str, capsys: pyt
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "required: --out"), (["--out", "x", "--rate"], "expected one argument"), (["--fast"], "--out")],
+    [
+        ([], "required: --out"),
+        (["--out", "x", "--rate"], "expected one argument"),
+        (["--fast"], "did you mean --format?"),
+    ],
 )
 def test_incomplete_commands_exit_with_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -390,7 +390,6 @@ def test_a_lost_device_ends_the_process_and_nobody_waits(gpu: FakeMachine) -> No
 def test_a_device_that_hangs_is_noticed(
     gpu: FakeMachine,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(watchdog, "_MIN_LIMIT", 0.5)
@@ -404,7 +403,7 @@ def test_a_device_that_hangs_is_noticed(
     assert "took longer than" in caplog.text
     assert "The last plan: of " in caplog.text
     assert "'slot': [" in caplog.text
-    assert 'executor.py", line' in capfd.readouterr().err, "no stack was dumped"
+    assert 'executor.py", line' in caplog.text, "no stack was logged"
 
 
 def test_memory_that_is_full_at_start_says_what_takes_it(gpu: FakeMachine) -> None:
