@@ -115,8 +115,9 @@ async def invalid_base64(target: Target, damage: Damage) -> None:
 
 
 async def large_bodies(target: Target, damage: Damage) -> None:
-    """Valid bodies of 30 MiB: 120 at once."""
-    await _post_bodies(target, damage, json.dumps({**SHORT, "image": noisy_picture(30 * _MEBI)}).encode(), count=120)
+    """Valid bodies of 30 MiB, an image and a mask: 120 at once."""
+    half = noisy_picture(15 * _MEBI)
+    await _post_bodies(target, damage, json.dumps({**SHORT, "image": half, "mask": half}).encode(), count=120)
 
 
 async def endless_body(target: Target, damage: Damage) -> None:
