@@ -102,7 +102,7 @@ class PendingDecode(Owned):
 
     def images(self) -> tuple[Image, ...]:
         """Return the images, once they have arrived. Raises DeviceLost; BrokenPicture for one that is not finite."""
-        if not all(chunk.is_finite.result().all() for chunk in self.decoded):
+        if not all((chunk.is_finite.result() == 1).all() for chunk in self.decoded):  # NaN counts as true
             raise BrokenPicture(
                 "The model computed NaN or infinity for this image: try another seed or a lower guidance_scale. "
                 "If it happens often, build the model with --precision bf16."
