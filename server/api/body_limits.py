@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from types import TracebackType
 from typing import Self
 
@@ -12,8 +11,6 @@ from server.requests.errors import TooManyBodies
 SMALL = 64 * 1024  # bytes: smaller bodies are not counted, and are parsed on the event loop
 _MEMORY = 512 * 1024 * 1024  # bytes
 _PARSERS = 1  # bodies that are parsed at once: each holds the interpreter's lock for up to 50 ms at a time
-_WORTH_TRIMMING = 32 * 1024 * 1024  # bytes
-_LIBC = ctypes.CDLL(None)
 
 
 class BodyLimits:
@@ -23,7 +20,6 @@ class BodyLimits:
         self.parsers = asyncio.Semaphore(_PARSERS)
         self._memory = memory
         self._leased = 0
-        self._released = 0  # since the last trim
 
     @property
     def leased(self) -> int:
@@ -50,11 +46,6 @@ class BodyLimits:
 
     def give_back(self, size: int) -> None:
         self._leased -= size
-        self._released += size
-        idle = self._leased == 0 and self._released >= _WORTH_TRIMMING
-        if idle or self._released >= self._memory:
-            self._released = 0
-            asyncio.get_running_loop().run_in_executor(None, _trim)
 
 
 class Lease:
@@ -85,9 +76,3 @@ class Lease:
         if size > max(self._size, SMALL):
             self.limits.take(size - self._size)
             self._size = size
-
-
-def _trim() -> None:
-    """Give freed memory back to the system: glibc would keep holes between large blocks (musl keeps none)."""
-    if trim := getattr(_LIBC, "malloc_trim", None):
-        trim(0)

@@ -16,6 +16,7 @@ from engines.manifest import Manifest
 from server.runtime.executor import StartStopped
 from server.startup import logs
 from server.startup.http_server import listen, make_http_server, url_of
+from server.startup.memory import return_large_blocks
 from server.startup.served_files import OpenedBundle, open_bundle
 from server.startup.settings import ServerSettings, unknown_variables
 from server.startup.signals import StopSignals
@@ -34,6 +35,7 @@ def run(argv: Sequence[str], signals: StopSignals) -> int:
         _log.warning("%s", sentence)
     with suppress(RuntimeError, OSError, ValueError):  # without a standard error that has a descriptor
         faulthandler.enable()  # a bus error, say, of a file that was cut while it is mapped, is not silent
+    return_large_blocks()
     try:
         opened = open_bundle(settings)
     except EngineError as error:
