@@ -7,19 +7,23 @@ from pydantic import BaseModel
 
 from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
+from benchmarks.server.attacks import AttackResults
 from benchmarks.server.memory import MemoryReport
 from benchmarks.server.overhead import Overhead
+from benchmarks.server.soak import SoakResults
 from benchmarks.server.startup import Startup
 from benchmarks.server.step_cache import StepCacheResults
 from tests import ROOT
 
 FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 MODELS: dict[str, type[BaseModel]] = {
+    "attacks": AttackResults,
     "memory-fp32": MemoryReport,
     "memory-int8": MemoryReport,
     "overhead": Overhead,
     "peers": PipelineResults,
     "serving": ServingResults,
+    "soak": SoakResults,
     "startup": Startup,
     "step-cache-demo": StepCacheResults,
 }

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -219,21 +219,25 @@ def test_a_third_signal_ends_at_once(bundle: Path) -> None:
 
 
 def test_a_drain_ends_whatever_clients_do(bundle: Path) -> None:
+    with Serving(bundle, "--drain-seconds", "0") as serving, slow_clients(serving):
+        wait_until(lambda: unended(serving) == 1)
+        assert serving.stop(seconds=20) == 0
+        assert not [line for line in serving.stderr if "Traceback" in line]
+
+
+@contextmanager
+def slow_clients(serving: Serving) -> Iterator[None]:
     """A half-sent body, and a stream that nobody reads."""
-    with Serving(bundle, "--drain-seconds", "0") as serving, ExitStack() as open_ones:
-        address = (serving.client.base_url.host, serving.client.base_url.port)
-        half = open_ones.enter_context(socket.create_connection(address))
+    address = (serving.client.base_url.host, serving.client.base_url.port)
+    with socket.create_connection(address) as half, socket.create_connection(address) as unread:
         half.sendall(
             b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
-        unread = open_ones.enter_context(socket.create_connection(address))
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({**LONG, "preview_every": 1}).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
         unread.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-        wait_until(lambda: unended(serving) == 1)
-        assert serving.stop(seconds=20) == 0
-        assert not [line for line in serving.stderr if "Traceback" in line]
+        yield
 
 
 def test_a_server_told_to_stop_while_it_loads_ends_without_a_word(bundle: Path) -> None:
@@ -340,7 +344,8 @@ def test_a_bundle_whose_every_request_fails_is_refused(
 
 @pytest.mark.parametrize("how", ["hangs", "is-lost"])
 def test_a_device_that_breaks_ends_the_process_with_everyone_answered(bundle: Path, how: str) -> None:
-    with Serving(bundle, "--watchdog", "0.001", how, module="tests.support.broken_server") as serving:
+    command = ("--watchdog", "0.001", "--drain-seconds", "60", how)
+    with Serving(bundle, *command, module="tests.support.broken_server") as serving, slow_clients(serving):
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(serving.generate, **{**LONG, "seed": seed}) for seed in range(6)]
             documents = [future.result() for future in answers]
@@ -348,7 +353,7 @@ def test_a_device_that_breaks_ends_the_process_with_everyone_answered(bundle: Pa
         assert {document.json()["detail"] for document in documents} == {
             "The server is stopping after a fault: ask another one."
         }
-        assert serving.process.wait(20) == 70, "the supervisor is to start another"
+        assert serving.process.wait(20) == 70, "the supervisor is to start another, whatever slow clients do"
         if how == "hangs":
             assert "took longer than" in "".join(serving.stderr)
             assert "'slot': [" in "".join(serving.stderr), "the last plan was not told"
