@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -110,20 +109,13 @@ def is_built(model: BenchmarkModel, backend: str, rows: Sequence[int]) -> bool:
 
 
 def adapted(bundle: Path, folder: Path, **fields: Any) -> Path:
-    """A copy of the bundle in the empty `folder`, by hard links where it can, with other `fields` in its manifest."""
-    shutil.copytree(
-        bundle, folder, copy_function=_link_or_copy, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True
-    )
+    """A copy of the bundle in the empty `folder`, with other `fields` in its manifest.
+
+    Not by hard links: onnx reads no weights that have several names.
+    """
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
     Manifest.read(bundle).model_copy(update=fields).save(folder)
     return folder
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk
-        shutil.copy2(source, target)
-    return target
 
 
 def write_checkpoint(folder: Path, *, layers_per_block: int) -> None:

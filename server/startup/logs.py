@@ -42,17 +42,21 @@ def lost() -> int:
 
 
 class LogHandler(logging.Handler):
-    """Hands messages to a thread that writes them. Never blocks, and never raises."""
+    """Hands messages to a thread that writes them. Never blocks, and never raises.
+
+    It writes to a duplicate of the descriptor: the number of one that others close is soon that of another file.
+    """
 
     def __init__(self, descriptor: int, *, most_waiting: int = _MOST_WAITING, repeats: Repeats | None = None) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._descriptor = os.dup(descriptor)
         self._most_waiting = most_waiting
         self._repeats = repeats or Repeats(exempt={ACCESS_LOG, _ANNOUNCEMENTS})
         # Its `put` may be interrupted by a signal's handler that logs, where `queue.Queue` would wait for itself.
-        self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[str | threading.Event | _End] = queue.SimpleQueue()
         self._refused = 0  # changed by those who log, under the handler's lock
         self._unwritten = 0  # changed by the writer
+        self._ended = False
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     @property
@@ -73,14 +77,21 @@ class LogHandler(logging.Handler):
 
     def flush(self) -> None:
         """Wait until what was logged is written, for two seconds at most."""
+        if self._ended:
+            return
         written = threading.Event()
         self._queue.put(written)
         written.wait(_FLUSH_SECONDS)
 
+    def close(self) -> None:
+        """End the thread, which closes the descriptor, when it has written what was logged before."""
+        self._ended = True
+        self._queue.put(_End())
+        super().close()
+
     def _write_all(self) -> None:
         told = 0
-        while True:
-            item = self._next()
+        while not isinstance(item := self._next(), _End):
             if isinstance(item, str) and not self._write(item):
                 self._unwritten += 1
                 continue
@@ -90,8 +101,9 @@ class LogHandler(logging.Handler):
                 told = self.lost
             if isinstance(item, threading.Event):
                 item.set()
+        os.close(self._descriptor)
 
-    def _next(self) -> str | threading.Event | None:
+    def _next(self) -> str | threading.Event | _End | None:
         try:
             return self._queue.get(timeout=_POLL_SECONDS)
         except queue.Empty:
@@ -115,6 +127,10 @@ class LogHandler(logging.Handler):
             return 0
 
 
+class _End:
+    """Ends the queue."""
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return record.getMessage() if record.name == _ANNOUNCEMENTS else super().format(record)
@@ -126,7 +142,7 @@ def _loss(count: int) -> logging.LogRecord:
 
 
 def _standard_error() -> int:
-    """A descriptor of our own of standard error; of /dev/null if that is closed.
+    """The descriptor of standard error; of /dev/null if that is closed.
 
     Then its number is taken too, or the next socket would have it and receive what libraries write there.
     """
@@ -135,4 +151,4 @@ def _standard_error() -> int:
         while descriptor < 2:
             descriptor = os.open(os.devnull, os.O_WRONLY)
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
-    return os.dup(sys.stderr.fileno())
+    return sys.stderr.fileno()

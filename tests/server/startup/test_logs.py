@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import BinaryIO
 
 import pytest
@@ -19,6 +20,16 @@ from tests import ROOT
 PIPE = 65_536  # bytes that a pipe holds
 
 
+_handlers: list[LogHandler] = []
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_closed() -> Iterator[None]:
+    yield
+    while _handlers:
+        _handlers.pop().close()
+
+
 @pytest.fixture
 def pipe() -> Iterator[tuple[BinaryIO, int]]:
     """What reads, and the descriptor that is written to."""
@@ -27,11 +38,28 @@ def pipe() -> Iterator[tuple[BinaryIO, int]]:
         yield reader, writing
 
 
+def test_a_closed_handler_writes_to_no_file_that_has_its_number(tmp_path: Path) -> None:
+    """Others close the descriptor, and the next file that is opened has its number."""
+    reading, writing = os.pipe()
+    logger, handler = log_to(writing)
+    os.close(writing)
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        assert file.fileno() == writing
+        logger.info("for the pipe")
+        handler.flush()
+        handler.close()
+        assert (tmp_path / "file").read_bytes() == b""
+    assert os.read(reading, 100) == b"for the pipe\n"
+    assert os.read(reading, 100) == b"", "its own descriptor is closed"
+    os.close(reading)
+
+
 def log_to(descriptor: int, *, most_waiting: int = 4096, burst: int = 10**9) -> tuple[logging.Logger, LogHandler]:
-    """A logger of its own. (The thread that writes for it remains, as it would in a server.)"""
+    """A logger of its own, whose handler is closed after the test."""
     logger = logging.Logger("test")
     handler = LogHandler(descriptor, most_waiting=most_waiting, repeats=Repeats(burst=burst))
     logger.addHandler(handler)
+    _handlers.append(handler)
     return logger, handler
 
 
@@ -47,7 +75,7 @@ def test_messages_arrive_in_order(pipe: tuple[BinaryIO, int]) -> None:
     logger, handler = log_to(writing)
     for number in range(100):
         logger.info("message %d", number)
-    handler.flush()
+    handler.close()
     os.close(writing)
     assert reader.read().decode() == "".join(f"message {number}\n" for number in range(100))
     assert handler.lost == 0
@@ -71,6 +99,7 @@ def test_a_flood_is_a_few_lines(pipe: tuple[BinaryIO, int]) -> None:
     for _ in range(50_000):
         logger.warning("Invalid HTTP request received.")
     handler.flush()
+    handler.close()
     os.close(writing)
     lines = reader.read().decode().splitlines()
     assert lines[:5] == ["Invalid HTTP request received."] * 5
