@@ -156,7 +156,7 @@ for line in urllib.request.urlopen(request):
 
 def test_the_queue_is_bounded(bundle: Path) -> None:
     with Serving(bundle, "--max-waiting", "1") as serving, ThreadPoolExecutor(1) as pool:
-        with stream(serving, **{**FULL, "num_inference_steps": 60}) as running:
+        with stream(serving, **{**FULL, "num_inference_steps": 200}) as running:
             output = events(running)
             wait_for_event(output, "started")
             waiting = pool.submit(serving.generate, **SHORT)
