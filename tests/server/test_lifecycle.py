@@ -159,7 +159,7 @@ def test_the_queue_is_bounded(bundle: Path) -> None:
         with stream(serving, **{**FULL, "num_inference_steps": 200}) as running:
             output = events(running)
             wait_for_event(output, "started")
-            waiting = pool.submit(serving.generate, **SHORT)
+            waiting = pool.submit(serving.generate, **{**FULL, "num_inference_steps": 150})  # too long to take turns
             wait_until(lambda: serving.metrics()["latentd_requests_waiting"] == 1)
             for _ in range(3):
                 refused = serving.generate(**SHORT)
