@@ -9,21 +9,20 @@ from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from server.api import generate, openapi, ops, pages
-from server.api.problems import problem, problem_response
+from server.api import openapi, ops, pages
+from server.api.error_responses import error_response
+from server.api.native import generate
 from server.api.service import Service
 from server.middleware.access_log import AccessLog
 from server.middleware.cross_origin import allow_origins
 from server.middleware.paths import Paths
 from server.middleware.security_headers import SecurityHeaders
-from server.requests.errors import ServerError
-from server.requests.schemas import Problem
+from server.requests.errors import InternalError, MethodNotAllowed, NotFound, ServerError
 
 _log = logging.getLogger(__name__)
 
@@ -66,18 +65,17 @@ def _routes(service: Service) -> FastAPI:
     return app
 
 
-async def _server_error(service: Service, _http: HttpRequest, error: ServerError) -> JSONResponse:
+async def _server_error(service: Service, http: HttpRequest, error: ServerError) -> Response:
     service.runtime.metrics.rejected(error)
-    return problem_response(problem(error), retry_after=error.retry_after)
+    return error_response(http, error)
 
 
-async def _http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
+async def _http_error(http: HttpRequest, error: HTTPException) -> Response:
     """Answer an unknown path or a method that is not allowed."""
     status = HTTPStatus(error.status_code)
     docs = f"{http.scope.get('root_path', '')}/docs"
-    response = problem_response(
-        Problem(title=status.phrase, status=status, detail=f"{status.description}: see {docs}.")
-    )
+    kind = MethodNotAllowed if status == HTTPStatus.METHOD_NOT_ALLOWED else NotFound
+    response = error_response(http, kind(f"{status.description}: see {docs}."))
     headers = dict(error.headers or {})
     if "GET" in headers.get("Allow", ""):
         headers["Allow"] = "GET, HEAD"  # required with 405; see `Paths`
@@ -85,8 +83,6 @@ async def _http_error(http: HttpRequest, error: HTTPException) -> JSONResponse:
     return response
 
 
-async def _unhandled(_http: HttpRequest, error: Exception) -> JSONResponse:
+async def _unhandled(http: HttpRequest, error: Exception) -> Response:
     _log.error("unhandled exception", exc_info=error)
-    return problem_response(
-        Problem(title="Internal error", status=500, detail="Unexpected server error; see the server log.")
-    )
+    return error_response(http, InternalError("Unexpected server error; see the server log."))

@@ -1,1 +1,1 @@
-"""The faces of the server over HTTP."""
+"""The HTTP APIs."""

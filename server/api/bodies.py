@@ -105,18 +105,18 @@ def _check_size(size: int) -> None:
 def _parse_json(model: type[ModelT], body: bytearray) -> ModelT:
     if body.count(b",") > MAX_COMMAS:
         raise BodyTooLarge(f"The body has more than {MAX_COMMAS} values.")
-    return _validate(partial(model.model_validate_json, body))
+    return _validate(model, partial(model.model_validate_json, body))
 
 
 def _parse_form(model: type[ModelT], content_type: str, body: bytearray) -> ModelT:
-    return _validate(partial(model.model_validate_strings, _texts(body, content_type, model)))
+    return _validate(model, partial(model.model_validate_strings, _texts(body, content_type, model)))
 
 
-def _validate(validate: Callable[[], ModelT]) -> ModelT:
+def _validate(model: type[ModelT], validate: Callable[[], ModelT]) -> ModelT:
     try:
         return validate()
     except ValidationError as error:
-        raise explain(error) from None
+        raise explain(error, model) from None
 
 
 def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import codecs
 from functools import cache
 
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.api.retry_after import spread
@@ -25,13 +25,13 @@ _BOUNDS = {  # of JSON Schema, and what pydantic calls them
 _ALTERNATIVES = {"seed": ": leave it out for a random one"}
 
 
-def explain(error: ValidationError) -> ServerError:
-    """The error that tells the caller what is wrong with which field."""
+def explain(error: ValidationError, model: type[BaseModel] = GenerateRequest) -> ServerError:
+    """The error that tells the caller what is wrong with which field of `model`."""
     found = error.errors(include_url=False, include_context=False)
     if found[0]["type"] == "json_invalid":
         return MalformedBody(_not_utf8(found[0]["input"]) or shorten(found[0]["msg"]))
     fields = tuple(
-        FieldError(shorten(".".join(map(str, item["loc"])) or "body"), shorten(_message(item)))
+        FieldError(shorten(".".join(map(str, item["loc"])) or "body"), shorten(_message(item, model)))
         for item in found[:_MOST_ERRORS]
     )
     return InvalidRequest(f"{fields[0].field}: {fields[0].message}", fields=fields)
@@ -51,22 +51,24 @@ def _not_utf8(body: bytes | bytearray | str) -> str | None:
     return None
 
 
-def _message(item: ErrorDetails) -> str:
+def _message(item: ErrorDetails, model: type[BaseModel]) -> str:
     """What is wrong with one field, and what to send instead."""
     field = str(item["loc"][0]) if item["loc"] else ""
     match item["type"]:
         case "extra_forbidden":
-            return f"Unknown field: {hint(field, GenerateRequest.model_fields)}"
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal" if bounds := _bounds().get(field):
+            return f"Unknown field: {hint(field, model.model_fields)}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal" if bounds := _bounds(model).get(
+            field
+        ):
             return f"Input should be {bounds}{_ALTERNATIVES.get(field, '')}"
         case _:
             return item["msg"]
 
 
 @cache
-def _bounds() -> dict[str, str]:
+def _bounds(model: type[BaseModel]) -> dict[str, str]:
     """Both bounds of each numeric field, in pydantic's words."""
-    schemas = GenerateRequest.model_json_schema()["properties"]
+    schemas = model.model_json_schema()["properties"]
     found = {}
     for field, schema in schemas.items():
         number = schema.get("anyOf", [schema])[0]

@@ -16,6 +16,7 @@ from engines.manifest import Manifest
 from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
 from server.requests import images
+from server.requests.context import Caller, RequestContext
 from server.requests.errors import NotReady
 from server.requests.images import ImageFormat
 from server.requests.request import Completed, Request
@@ -76,7 +77,7 @@ class Service:
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
-    def check(self, caller: str) -> None:
+    def check(self, caller: Caller) -> None:
         """Raise what `accept` would raise now for any body: to be asked before it is read.
 
         Raises:
@@ -85,9 +86,9 @@ class Service:
         executor = self.runtime.executor
         if not executor.ready:
             raise NotReady(f"The server is not ready ({executor.status}): try again soon.", retry_after=5)
-        self.runtime.batcher.check(caller)
+        self.runtime.batcher.check(caller.name)
 
-    async def accept(self, body: GenerateRequest, *, request_id: str | None, caller: str, follows: bool) -> Accepted:
+    async def accept(self, body: GenerateRequest, context: RequestContext, *, follows: bool) -> Accepted:
         """Queue the request that `body` describes. From here on it has exactly one outcome.
 
         Only a caller that `follows` its steps receives events of them.
@@ -95,11 +96,11 @@ class Service:
         Raises:
             NotReady, InvalidRequest, QueueFull
         """
-        self.check(caller)
+        self.check(context.caller)
         runtime = self.runtime
         queue = EventQueue(follows=follows)
         listeners = queue.on_event, runtime.metrics.observe
-        make = partial(runtime.intake.request, body, *listeners, request_id=request_id, caller=caller)
+        make = partial(runtime.intake.request, body, *listeners, context=context)
         if body.image is None:
             request = make()
         else:
@@ -107,11 +108,19 @@ class Service:
                 request = await run_in_threadpool(make)
         return Accepted(request, queue, runtime.batcher.submit(request))
 
-    async def encode_images(self, completed: Completed, image_format: ImageFormat) -> Files:
-        """Encode the images in worker threads, off the event loop."""
+    async def encode_images(
+        self,
+        request: Request,  # noqa: ARG002
+        completed: Completed,
+        image_format: ImageFormat,
+        *,
+        quality: int | None = None,
+    ) -> Files:
+        """Encode the images of `request` in worker threads, off the event loop; for `quality` see `images.encode`."""
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        jobs = [loop.run_in_executor(self.writers, images.encode, image, image_format) for image in completed.images]
+        encode = partial(images.encode, image_format=image_format, quality=quality)
+        jobs = [loop.run_in_executor(self.writers, encode, image) for image in completed.images]
         contents = tuple([await job for job in jobs])
         seconds = time.perf_counter() - started
         self.runtime.metrics.stage("image", seconds)

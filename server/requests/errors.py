@@ -27,6 +27,14 @@ class MalformedBody(ServerError):
     """The body is not valid JSON, or not a valid form."""
 
 
+class NotFound(ServerError):
+    """There is nothing at this path, or no longer."""
+
+
+class MethodNotAllowed(ServerError):
+    """The path does not support this method."""
+
+
 class ForeignOrigin(ServerError):
     """A form was submitted from a page of another origin."""
 
@@ -59,6 +67,10 @@ class TooManyBodies(ServerError):
     """The bodies of other requests take all the memory that there is for them."""
 
 
+class InternalError(ServerError):
+    """An unexpected error of the server, which its log describes."""
+
+
 class StepFailed(ServerError):
     """An engine failed in a step that included this request."""
 
@@ -68,7 +80,11 @@ class BrokenPicture(ServerError):
 
 
 class Cancelled(ServerError):
-    """The caller disconnected before the request was complete."""
+    """The caller disconnected, or cancelled the request, before it was complete."""
+
+
+class DeadlineExceeded(Cancelled):
+    """The time limit that the caller set passed before the request was complete."""
 
 
 class ServerStopping(Cancelled):
@@ -78,15 +94,19 @@ class ServerStopping(Cancelled):
 STATUS: dict[type[ServerError], int] = {
     MalformedBody: 400,
     ForeignOrigin: 403,
+    NotFound: 404,
+    MethodNotAllowed: 405,
     NotAcceptable: 406,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     InvalidRequest: 422,
     QueueFull: 429,
     Cancelled: 499,
+    InternalError: 500,
     StepFailed: 500,
     BrokenPicture: 500,
     NotReady: 503,
     TooManyBodies: 503,
     ServerStopping: 503,
+    DeadlineExceeded: 504,
 }

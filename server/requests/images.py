@@ -21,8 +21,14 @@ _OPTIONS: dict[ImageFormat, dict[str, int]] = {
 }
 
 
-def encode(image: Image, image_format: ImageFormat) -> bytes:
-    """Encode [H, W, 3] RGB pixels. The same pixels always give the same bytes."""
+def encode(image: Image, image_format: ImageFormat, *, quality: int | None = None) -> bytes:
+    """Encode [H, W, 3] RGB pixels. The same pixels always give the same bytes.
+
+    `quality` is that of JPEG or WebP, 0 to 100; PNG has none.
+    """
+    options = _OPTIONS[image_format]
+    if quality is not None and "quality" in options:
+        options = {**options, "quality": quality}
     file = io.BytesIO()
-    PIL.Image.fromarray(image).save(file, image_format, **_OPTIONS[image_format])
+    PIL.Image.fromarray(image).save(file, image_format, **options)
     return file.getvalue()

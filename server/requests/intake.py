@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 import uuid
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import PIL.Image
 from engines.manifest import Manifest, Size
 from engines.schedulers import Scheduler, Table, find, table
 from server.requests import uploads
+from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request
 from server.requests.schemas import MAX_SEED, GenerateRequest
@@ -34,9 +36,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._cache = cache
 
-    def request(
-        self, body: GenerateRequest, *listeners: Listener, request_id: str | None = None, caller: str = ""
-    ) -> Request:
+    def request(self, body: GenerateRequest, *listeners: Listener, context: RequestContext = ANONYMOUS) -> Request:
         """Fill in the defaults, tokenize, decode images, and compile the scheduler's table.
 
         Raises:
@@ -72,8 +72,15 @@ class Intake:
             isolated=body.exact,
             cache=body.cache or self._cache,
         )
+        timeouts = [seconds for seconds in (context.timeout, body.timeout_s) if seconds is not None]
         return Request(
-            params, self._table(scheduler, steps, init_image), listeners, request_id or uuid.uuid4().hex, caller
+            params,
+            self._table(scheduler, steps, init_image),
+            listeners,
+            context.request_id or uuid.uuid4().hex,
+            context,
+            priority=body.priority,
+            deadline=time.perf_counter() + min(timeouts) if timeouts else None,
         )
 
     def _size(self, body: GenerateRequest, image: PIL.Image.Image | None) -> Size:

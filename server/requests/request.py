@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from engines.manifest import Size
 from engines.schedulers import Scheduler, Table
-from server.requests.errors import ServerError
+from server.requests.context import ANONYMOUS, Priority, RequestContext
+from server.requests.errors import Cancelled, DeadlineExceeded, ServerError
 from server.requests.tokenizer import Prompt
 
 _log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Stepped(NamedTuple):
 
     step: int
     steps: int
-    preview: Image | None = None
+    previews: tuple[Image, ...] = ()  # one per image, where they were asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +122,14 @@ class Request:
     table: Table
     listeners: tuple[Callable[[Request, Event], None], ...]
     id: str
-    caller: str = ""  # whom the queue is fair to: an address
+    context: RequestContext = ANONYMOUS
+    priority: Priority = "interactive"
+    deadline: float | None = None  # on perf_counter's clock
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._cancelled = False  # only ever becomes True, so any thread may read it and write it
+        self._cancelled: ServerError | None = None  # set once, so any thread may read it and write it
         self._mark = time.perf_counter()
         self._step = 0
         self.outcome: Outcome | None = None
@@ -207,12 +210,21 @@ class Request:
         return self._step == self.steps
 
     @property
-    def cancelled(self) -> bool:
+    def caller(self) -> str:
+        """Whom the queue is fair to."""
+        return self.context.caller.name
+
+    @property
+    def cancelled(self) -> ServerError | None:
+        """Why no more steps are wanted; None while they are."""
+        if self._cancelled is None and self.deadline is not None and time.perf_counter() >= self.deadline:
+            self.cancel(DeadlineExceeded("The time limit of this request passed before its image was done."))
         return self._cancelled
 
-    def cancel(self) -> None:
-        """Ask for no more steps; the outcome follows when its rows are free."""
-        self._cancelled = True
+    def cancel(self, reason: ServerError | None = None) -> None:
+        """Ask for no more steps; the outcome, which is `reason`, follows when its rows are free."""
+        if self._cancelled is None:
+            self._cancelled = reason or Cancelled("The request was cancelled before its image was done.")
 
     def finish_stage(self, stage: Stage) -> None:
         """Add the time since the last stage ended to `stage`."""

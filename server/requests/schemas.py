@@ -11,11 +11,13 @@ from pydantic_core import core_schema
 from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests import base64_file
+from server.requests.context import Priority
 from server.requests.images import ImageFormat
 from server.requests.request import Cache, GenerationParams
 from server.requests.tokenizer import Syntax
 
 MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
+MAX_TIMEOUT = 86_400  # seconds
 
 
 def _lower(value: object) -> object:
@@ -157,6 +159,16 @@ class GenerateRequest(_StrictModel):
         description="fast: two of three steps reuse deep UNet features of the step before (DeepCache), which is faster "
         "and changes the image slightly; default: the server's --cache setting",
     )
+    priority: Annotated[Priority, _AnyCase, _NullMeans("interactive")] = Field(
+        "interactive",
+        description="batch: interactive requests are served before it, while it keeps a share of the device",
+    )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_TIMEOUT,
+        description="seconds after which the request ends with 504 where it is not complete; default: no limit",
+    )
 
 
 class GeneratedImage(BaseModel):
@@ -253,7 +265,10 @@ class StepEvent(BaseModel):
 
     step: int
     steps: int
-    preview: str | None = Field(description="the current estimate of the image, a JPEG in a data: URL")
+    preview: str | None = Field(description="the current estimate of the first image, a JPEG in a data: URL")
+    previews: list[str] = Field(
+        default=[], description="the current estimates of all images, as preview is of the first"
+    )
 
 
 class ModelInfo(BaseModel):

@@ -199,7 +199,7 @@ class Executor:
         """Admit newcomers and launch a step; returns whether one was launched."""
         self._batch = batch
         for request in batch.left:
-            self._finish(request, failures.stopping() if self._cancelling else failures.cancelled())
+            self._finish(request, _why_left(request, stopping=self._cancelling))
         for request in batch.joined:
             self._admit(request)
         placements = [placement for request in batch.requests if (placement := self._placed(request))]
@@ -300,10 +300,10 @@ class Executor:
         seconds, self._step_began = now - self._step_began, now
         self._metrics.step(step.plan.rows, seconds)
         self._step_times.observe(step.kind, step.plan.shape.rows, seconds)
-        for request, number, preview in step.moves:
+        for request, number, previews in step.moves:
             if request.outcome is None:
                 with self._fails_alone(request):
-                    shown = self._pipeline.to_rgb(preview) if preview else None
+                    shown = tuple(map(self._pipeline.to_rgb, previews))
                     request.notify(Stepped(number, request.steps, shown))
         for finished in step.finished:
             if finished.request.outcome is None:
@@ -383,3 +383,9 @@ class Executor:
         return (
             f"of {ids}: { ({name: array.tolist() for name, array in self._plan.arrays.items() if array.size <= 64}) }"
         )
+
+
+def _why_left(request: Request, *, stopping: bool) -> Failed:
+    """The outcome of a request that was cancelled, whether by its caller, its time limit or a stop of the server."""
+    reason = request.cancelled
+    return failures.stopping() if stopping or reason is None else Failed(reason)

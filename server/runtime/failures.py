@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 
 from engines.errors import EngineError
-from server.requests.errors import Cancelled, NotReady, ServerStopping, StepFailed
+from server.requests.errors import NotReady, ServerStopping, StepFailed
 from server.requests.request import Failed
 
 _log = logging.getLogger(__name__)
 _RETRY_AFTER = 5  # seconds, in which another server is asked, or this one has started again
-
-
-def cancelled() -> Failed:
-    return Failed(Cancelled("The request was cancelled before its image was done."))
 
 
 def stopping() -> Failed:

@@ -38,7 +38,7 @@ class Move(NamedTuple):
 
     request: Request
     step: int  # UNet calls done when the step has completed
-    preview: Reading | None  # lanes of the first image, where this step shows a preview
+    previews: tuple[Reading, ...]  # lanes of each image, where this step shows previews
 
 
 class InFlightStep(NamedTuple):
@@ -272,12 +272,12 @@ class Pipeline:
         return Finished(placement.request, resources, staged=staged)
 
     def _advance(self, placement: Placement, pool: LatentPool) -> Move:
-        """Count the launched step, and read the lanes of the first image where it shows a preview."""
+        """Count the launched step, and read the lanes of the images where it shows previews."""
         request = placement.request
         step = request.advance()
         every = request.params.preview_every
         shown = every and not step % every and not request.denoised
-        return Move(request, step, pool.read(placement.slots[0]) if shown else None)
+        return Move(request, step, tuple(map(pool.read, placement.slots)) if shown else ())
 
     def _padded(self, shape: StepShape, first: Request) -> StepShape:
         """The captured shape that `shape` is padded to; for an isolated request the same one every time."""

@@ -9,6 +9,8 @@ from server.requests.schemas import GenerateRequest, Parameters
 from server.requests.tokenizer import Prompt
 
 NOT_ECHOED = {
+    "priority",
+    "timeout_s",
     "guidance_rescale",  # only 0 is accepted
     "sigmas",  # part of the scheduler's name
     "image_format",  # stated with each image

@@ -11,6 +11,7 @@ import pytest
 from engines.contract import MAX_CHUNKS
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
+from server.requests.context import Caller, RequestContext
 from server.requests.errors import InvalidRequest, NotReady, QueueFull
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Chunk, Prompt
@@ -35,7 +36,7 @@ def request(
     params = GenerationParams(
         _prompt(chunks), _prompt(chunks), size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
     )
-    return Request(params, table(params.scheduler, steps, NoiseSchedule()), (), name, caller)
+    return Request(params, table(params.scheduler, steps, NoiseSchedule()), (), name, RequestContext(Caller(caller)))
 
 
 def _prompt(chunks: int) -> Prompt:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
+from server.requests.context import Caller, RequestContext
 from server.requests.request import GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.fair_queue import FairQueue
@@ -21,7 +22,7 @@ TABLES = {steps: table(EULER, steps, NoiseSchedule()) for steps in (1, 2, 5, 8, 
 def request(name: str, *, caller: str = "", steps: int = 5) -> Request:
     """An unguided image: its work is its steps."""
     params = GenerationParams(PROMPT, PROMPT, SIZE, EULER, steps, 1.0, (0,))
-    return Request(params, TABLES[steps], (), name, caller)
+    return Request(params, TABLES[steps], (), name, RequestContext(Caller(caller)))
 
 
 def queue(*requests: Request) -> FairQueue:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fastapi import Request as HttpRequest
 
-from server.api.callers import caller_of
+from server.api.context import caller_of
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from server.api.callers import caller_of
     ],
 )
 def test_a_caller_is_an_address_or_a_network_of_ipv6(client: tuple[str, int] | None, caller: str) -> None:
-    assert caller_of(HttpRequest({"type": "http", "client": client})) == caller
+    assert caller_of(HttpRequest({"type": "http", "client": client})).name == caller

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import re
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, cast
+from collections.abc import AsyncIterator
+from typing import cast
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
-from fastapi.routing import APIRoute
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from server.api import openapi
 from server.api.bodies import describe_body, read_body
-from server.api.callers import caller_of
-from server.api.negotiation import ResponseFormat, negotiate
-from server.api.problems import problem, problem_response
+from server.api.context import context_of
+from server.api.error_responses import error_response
+from server.api.native.negotiation import ResponseFormat, negotiate
+from server.api.outcomes import wait_for_outcome
+from server.api.problems import problem
+from server.api.routes import RawRoute
 from server.api.service import Accepted, Files, Service
 from server.requests import images
 from server.requests.errors import FieldError, InvalidRequest
@@ -39,19 +39,10 @@ from server.requests.schemas import (
 )
 
 KEEPALIVE_SECONDS = 15.0
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-class _RawRoute(APIRoute):
-    """A route that passes the HTTP request to its endpoint unparsed; the endpoint reads the body itself."""
-
-    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
-        handler: Callable[[HttpRequest], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
 
 
 def routes(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_RawRoute)
+    router = APIRouter(route_class=RawRoute)
 
     @router.post(
         "/generate",
@@ -74,15 +65,13 @@ def routes(service: Service) -> APIRouter:
     )
     async def generate(http: HttpRequest) -> Response:
         wanted = negotiate(http.headers.getlist("accept"))
-        caller = caller_of(http)
-        service.check(caller)
+        context = context_of(http, "generate")
+        service.check(context.caller)
         with service.bodies.lease() as lease:  # until the files are decoded to pixels
             body = await read_body(http, GenerateRequest, lease)
             _check_count(body, wanted)
             image_format = body.image_format
-            accepted = await service.accept(
-                body, request_id=_request_id(http), caller=caller, follows=wanted == "events"
-            )
+            accepted = await service.accept(body, context, follows=wanted == "events")
             del body  # free the uploaded files, which may be megabytes, before the wait
         if wanted == "events":
             return _stream(service, accepted, image_format)
@@ -97,26 +86,16 @@ def _check_count(body: GenerateRequest, wanted: ResponseFormat) -> None:
         raise InvalidRequest(message, fields=(FieldError("num_images", message),))
 
 
-def _request_id(http: HttpRequest) -> str | None:
-    given = http.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else None
-
-
 async def _respond(
     service: Service, accepted: Accepted, http: HttpRequest, *, wanted: ResponseFormat, image_format: ImageFormat
 ) -> Response:
-    """Wait for the images; cancel the request at once if the caller disconnects."""
+    """Wait for the images, and send them."""
     request = accepted.request
-    watcher = asyncio.ensure_future(_cancel_on_disconnect(request, http))
-    try:
-        outcome = await accepted.event_queue.outcome()
-    finally:
-        watcher.cancel()
-        request.cancel()
+    outcome = await wait_for_outcome(accepted, http)
     if isinstance(outcome, Failed):
-        return problem_response(problem(outcome.error), retry_after=outcome.error.retry_after)
+        return error_response(http, outcome.error)
     bare = wanted in images.FORMATS
-    files = await service.encode_images(outcome, cast(ImageFormat, wanted) if bare else image_format)
+    files = await service.encode_images(request, outcome, cast(ImageFormat, wanted) if bare else image_format)
     timings = _timings(request, files)
     headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
     if bare:
@@ -126,12 +105,6 @@ async def _respond(
         return Response(files.contents[0], headers=headers, media_type=f"image/{wanted}")
     document = _document(service, request, files, image_format=image_format)
     return Response(document.model_dump_json(), headers=headers, media_type="application/json")
-
-
-async def _cancel_on_disconnect(request: Request, http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-    request.cancel()
 
 
 def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> StreamingResponse:
@@ -163,11 +136,11 @@ async def _describe(service: Service, request: Request, event: Event, image_form
     match event:
         case Started():
             return _event("started", StartedEvent(id=request.id))
-        case Stepped(step, steps, preview):
-            url = None if preview is None else await run_in_threadpool(_data_url, preview)
-            return _event("step", StepEvent(step=step, steps=steps, preview=url))
+        case Stepped(step, steps, previews):
+            urls = [await run_in_threadpool(_data_url, preview) for preview in previews]
+            return _event("step", StepEvent(step=step, steps=steps, preview=urls[0] if urls else None, previews=urls))
         case Completed():
-            files = await service.encode_images(event, image_format)
+            files = await service.encode_images(request, event, image_format)
             return _event("completed", _document(service, request, files, image_format=image_format))
         case Failed(error):
             return _event("error", problem(error))

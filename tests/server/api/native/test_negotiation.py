@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.negotiation import ResponseFormat, negotiate
+from server.api.native.negotiation import ResponseFormat, negotiate
 from server.requests.errors import NotAcceptable
 
 TYPES: dict[str, ResponseFormat] = {

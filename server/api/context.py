@@ -1,0 +1,67 @@
+"""Who sends a request, and what its headers ask for."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+
+from fastapi import Request as HttpRequest
+
+from server.requests.context import Api, Caller, RequestContext
+from server.requests.errors import InvalidRequest
+from server.requests.schemas import MAX_TIMEOUT
+
+CALLER = "latentd.caller"  # key of the scope: the Caller whose API key was sent
+_IPV6_PREFIX = 64  # bits: one subscriber's network, in which a client may choose any address
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def context_of(http: HttpRequest, api: Api) -> RequestContext:
+    """The context of a request to `api`. Raises InvalidRequest."""
+    return RequestContext(
+        caller=caller_of(http),
+        api=api,
+        request_id=_request_id(http),
+        timeout=_timeout(http),
+        traceparent=http.headers.get("traceparent"),
+    )
+
+
+def caller_of(http: HttpRequest) -> Caller:
+    """The owner of the API key; without one the address of the client, of IPv6 its network, and "" for a Unix socket.
+
+    Behind a proxy that is listed in FORWARDED_ALLOW_IPS, uvicorn takes the address from X-Forwarded-For.
+    """
+    known: Caller | None = http.scope.get(CALLER)
+    return known or Caller(_network(http.client.host if http.client else ""))
+
+
+def _network(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:  # a name that a proxy sent
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
+    return str(address)
+
+
+def _request_id(http: HttpRequest) -> str | None:
+    given = http.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else None
+
+
+def _timeout(http: HttpRequest) -> float | None:
+    given = http.headers.get("x-request-timeout")
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise InvalidRequest(f"X-Request-Timeout is not a number of seconds up to {MAX_TIMEOUT}: send 60, for example.")
+    return seconds

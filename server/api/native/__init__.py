@@ -1,0 +1,1 @@
+"""latentd's own API."""
