@@ -137,6 +137,7 @@ PURE = (
     "engines.schedulers",
     "server.runtime.batcher",
     "server.runtime.fair_queue",
+    "server.runtime.fair_steps",
     "server.runtime.noise",
     "server.runtime.plan",
     "server.runtime.step_times",

@@ -29,6 +29,7 @@ Cache = Literal["off", "fast"]
 Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
+_WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
 _FULL_EVERY = 3  # steps with the fast cache: one full step, and two that reuse its features
 
 
@@ -109,6 +110,18 @@ class Failed:
 
 Outcome = Completed | Failed
 Event = Started | Stepped | Outcome
+
+
+class Flow(NamedTuple):
+    """What the device is shared between: the requests that a caller sends at one priority."""
+
+    caller: str
+    priority: Priority
+
+    @property
+    def weight(self) -> float:
+        """The share of the device, relative to those of other flows."""
+        return _WEIGHTS[self.priority]
 
 
 @dataclass(eq=False)
@@ -213,6 +226,11 @@ class Request:
     def caller(self) -> str:
         """Whom the queue is fair to."""
         return self.context.caller.name
+
+    @cached_property
+    def flow(self) -> Flow:
+        """What the queue is fair between."""
+        return Flow(self.caller, self.priority)
 
     @property
     def cancelled(self) -> ServerError | None:

@@ -248,10 +248,11 @@ class GenerateResponse(BaseModel):
 
 
 class QueuedEvent(BaseModel):
-    """Event `queued`: the request was accepted."""
+    """Event `queued`: the request was accepted; sent again while it waits, when its position has changed."""
 
     id: str
     position: int = Field(description="number of requests ahead in the queue")
+    estimate_s: float | None = Field(None, description="seconds, at most, until the first step; null: not known")
 
 
 class StartedEvent(BaseModel):

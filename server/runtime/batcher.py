@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 from engines.contract import MAX_CHUNKS
 from engines.manifest import Size
 from server.requests.errors import FieldError, InvalidRequest, NotReady, QueueFull
-from server.requests.request import Depth, Request
+from server.requests.request import Depth, Flow, Request
 from server.runtime.fair_queue import FairQueue
+from server.runtime.fair_steps import FairSteps, fair_rows
+from server.runtime.step_times import Kind
 
 _MAX_RETRY_AFTER = 120  # seconds; clients ignore more
 
@@ -34,35 +38,67 @@ class Line:
     def __init__(self) -> None:
         self.waiting = FairQueue()
         self.running: list[Request] = []  # in the order of their turns
+        self.rows: Counter[Flow] = Counter()  # of the running requests
+        self.turns = 0.0  # that it had, by weight
+        self._fair_steps = FairSteps()
+
+    @property
+    def weight(self) -> float:
+        """That of its flow with the greatest weight."""
+        return max(flow.weight for flow in (*self.rows, *self.waiting.flows))
 
     def join(self, max_rows: int) -> Iterator[Request]:
         """Move requests from waiting to running, in the queue's order, while the next one may join; yield each."""
         while self.waiting and self.may_join(self.waiting.peek(), max_rows):
             newcomer = self.waiting.pop()
             self.running.append(newcomer)
+            self.rows[newcomer.flow] += newcomer.rows
             yield newcomer
 
     def may_join(self, newcomer: Request, max_rows: int) -> bool:
-        """Whether there are rows for it, or memory for it to take turns with a much longer one.
+        """Whether there are rows for it, or memory for it to take turns with a much longer or a greedy one.
 
-        So a short request does not wait until long ones are done.
+        So a short request does not wait until long ones are done, and a caller not until those of another are.
         """
         everyone = [*self.running, newcomer]
         if sum([request.rows for request in everyone]) <= max_rows:
             return True
         is_short = any(newcomer.work <= request.work_left / 2 for request in self.running)
-        return is_short and _fit_in_memory(everyone, max_rows)
+        return (is_short or self._is_owed_rows(newcomer, max_rows)) and _fit_in_memory(everyone, max_rows)
 
-    def take_turn(self, max_rows: int) -> tuple[Request, ...]:
-        """The requests of the next step: the one that waited longest, and all that can share the step with it."""
-        first = self.running[0]
-        turn = (first,) if first.params.isolated else self._sharing(first.depth, max_rows)
+    def _is_owed_rows(self, newcomer: Request, max_rows: int) -> bool:
+        """Whether its flow has no rows, and another one has a request more than its share, or less weight."""
+        if newcomer.flow in self.rows:
+            return False
+        weights = sum(flow.weight for flow in (*self.rows, newcomer.flow))
+        return any(
+            flow.weight < newcomer.flow.weight
+            or rows - min(one.rows for one in self.running if one.flow == flow) >= max_rows * flow.weight / weights
+            for flow, rows in self.rows.items()
+        )
+
+    def take_turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
+        """The requests of the next step: the one that is next, and those that can share the step with it.
+
+        Where several flows run, and cannot all take it, they are at most `fair_rows`; see `FairSteps`.
+        """
+        turn = self._turn(max_rows, fair_rows)
         if len(turn) < len(self.running):
             taken = set(turn)
             self.running = [*(one for one in self.running if one not in taken), *turn]
         if self.waiting:
             self.waiting.advance(sum([request.rows for request in turn]), self.running)
         return turn
+
+    def _turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
+        first = self.running[0]
+        turn = (first,) if first.params.isolated else self._sharing(first.depth, max_rows)
+        everyone_fits = len(turn) == len(self.running) and sum(self.rows.values()) <= fair_rows
+        alone = len(self.rows) == 1 and fair_rows == max_rows
+        if alone or everyone_fits:
+            self._fair_steps.forget()
+            return turn
+        return self._fair_steps.choose(self.running, max_rows=max_rows, fair_rows=fair_rows)
 
     def _sharing(self, depth: Depth, max_rows: int) -> tuple[Request, ...]:
         """The requests that may take their next step in one call of that depth, as far as their rows fit in it."""
@@ -77,6 +113,9 @@ class Line:
     def leave(self, request: Request) -> None:
         """Remove `request` from the running."""
         self.running = [running for running in self.running if running is not request]
+        self.rows = Counter()
+        for running in self.running:
+            self.rows[running.flow] += running.rows
 
     def drop_cancelled(self) -> frozenset[Request]:
         """Remove and return the cancelled. Each is asked once, since any thread may cancel at any moment."""
@@ -112,16 +151,21 @@ class Batcher:
         max_rows: int,
         max_waiting: int,
         work: Callable[[Request], float] = lambda _request: 1.0,
+        seconds: Callable[[Kind, int], float] = lambda _kind, _rows: 0.0,
         line: Callable[[], Line] = Line,
     ) -> None:
         """At most `max_waiting` requests wait, and a quarter more of callers who have no other one waiting.
 
-        `work` estimates the seconds of a full device that a request still needs; `line` makes a size's queue.
+        Args:
+            work: estimates the seconds of a full device that a request still needs.
+            seconds: estimates what a step of a kind and number of rows takes; 0 if unknown.
+            line: makes the queue of a size.
         """
         self.max_rows = max_rows
         self._max_waiting = max_waiting
         self._reserved = math.ceil(max_waiting / 4)
         self._work = work
+        self._seconds = seconds
         self._new_line = line
         self._lines: dict[Size, Line] = {}  # in the order of their turns
         self._changed = threading.Condition()
@@ -150,34 +194,54 @@ class Batcher:
             )
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
         with self._changed:
-            before = self._check(request.caller)
+            before = self._check(request.flow)
             if request.params.size not in self._lines:
-                self._lines[request.params.size] = self._new_line()
+                line = self._lines[request.params.size] = self._new_line()
+                line.turns = min((other.turns for other in self._lines.values() if other is not line), default=0.0)
             self._lines[request.params.size].waiting.push(request)
             self._changed.notify()
         return before
 
     def check(self, caller: str) -> None:
-        """Raise what `submit` would raise now for any request of `caller`, before its body is read.
+        """Raise what `submit` would raise now for an interactive request of `caller`, before its body is read.
 
         Raises:
             QueueFull, NotReady
         """
         with self._changed:
-            self._check(caller)
+            self._check(Flow(caller, "interactive"))
 
-    def _check(self, caller: str) -> int:
-        """How many requests wait, if one more of `caller` may."""
+    def position(self, request: Request) -> int | None:
+        """How many requests are served before `request`, if no others come; None where it does not wait."""
+        with self._changed:
+            before = self._before(request)
+        return None if before is None else len(before)
+
+    def delay(self, request: Request) -> float:
+        """The seconds, at most, until `request` takes its first step, if no others come; 0 where that is unknown."""
+        with self._changed:
+            before = self._before(request)
+            if before is None:
+                return 0.0
+            running = chain.from_iterable(line.running for line in self._lines.values())
+            return sum(self._work(one) for one in (*running, *before))
+
+    def _before(self, request: Request) -> list[Request] | None:
+        line = self._lines.get(request.params.size)
+        return line.waiting.before(request) if line else None
+
+    def _check(self, flow: Flow) -> int:
+        """How many requests wait, if one more of `flow` may."""
         if self._closed:
             raise NotReady("The server is shutting down: send the request to another one.", retry_after=5)
         before = sum(len(line.waiting) for line in self._lines.values())
-        if before >= self._max_waiting and not self._has_reserved_place(caller, before):
+        if before >= self._max_waiting and not self._has_reserved_place(flow, before):
             raise QueueFull(f"{before} requests are waiting: try again later.", retry_after=self._retry_after())
         return before
 
-    def _has_reserved_place(self, caller: str, before: int) -> bool:
+    def _has_reserved_place(self, flow: Flow, before: int) -> bool:
         """A queue that one caller keeps full has places for others."""
-        first = not any(line.waiting.count(caller) for line in self._lines.values())
+        first = not any(line.waiting.count(flow) for line in self._lines.values())
         return first and before < self._max_waiting + self._reserved
 
     def next_batch(self, *, timeout: float | None = None) -> Batch | None:
@@ -192,10 +256,22 @@ class Batcher:
                 self._remove_empty_lines()
             if not self._lines:
                 return Batch(left, (), ()) if left or not self._closed else None
-            size = next(iter(self._lines))
-            line = self._lines[size] = self._lines.pop(size)  # its turn is now, the next one after all others
+            size = min(self._lines, key=lambda one: self._lines[one].turns)  # of several, the one that waited longest
+            line = self._lines[size] = self._lines.pop(size)
+            line.turns += 1 / line.weight
             joined = tuple(line.join(self.max_rows))
-            return Batch(left, joined, line.take_turn(self.max_rows))
+            return Batch(left, joined, line.take_turn(self.max_rows, self._fair_rows(size)))
+
+    def _fair_rows(self, size: Size) -> int:
+        """The most rows that a step of `size` may take, for the sake of the other flows that run; see `fair_rows`."""
+        if len({flow for line in self._lines.values() for flow in line.rows}) == 1:
+            return self.max_rows
+        alone = [
+            {flow: self._seconds((size, "full"), min(rows, self.max_rows)) for flow, rows in line.rows.items()}
+            for size, line in self._lines.items()
+        ]
+        seconds = partial(self._seconds, (size, "full"))
+        return fair_rows(self._lines[size].rows, alone, seconds, max_rows=self.max_rows)
 
     def leave(self, request: Request) -> None:
         """Remove `request` from the running: it takes no more steps."""

@@ -1,13 +1,13 @@
-"""The order of waiting requests: fair between callers, short requests early, and none waits without end."""
+"""The order of waiting requests: fair between callers, interactive before batch, short requests early; none starves."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from server.requests.request import Request
+from server.requests.request import Flow, Request
 
 
 class _Waiting(NamedTuple):
@@ -19,46 +19,63 @@ class _Waiting(NamedTuple):
 
 
 @dataclass
-class _Caller:
-    """The waiting requests of one caller as a heap, and when its next one is served from, on the callers' clock."""
+class _WaitingFlow:
+    """The waiting requests of a flow as a heap, and when its next one is served from, on the flows' clock."""
 
     start: float
+    weight: float
     waiting: list[_Waiting] = field(default_factory=list)
 
     def next(self) -> _Waiting:
-        """The request to serve next, and when the caller's share has paid for it."""
-        first = self.waiting[0]
-        return first._replace(due=self.start + first.request.work)
+        """The request to serve next, and when the flow's share has paid for it."""
+        return self._due(self.start, self.waiting[0])
+
+    def all(self) -> Iterator[_Waiting]:
+        """Every request, in order, and when the flow's share has paid for it."""
+        start = self.start
+        for entry in sorted(self.waiting):
+            paid = self._due(start, entry)
+            yield paid
+            start = paid.due
+
+    def _due(self, start: float, entry: _Waiting) -> _Waiting:
+        return entry._replace(due=start + entry.request.work / self.weight)
 
 
 class FairQueue:
     """Waiting requests in the order of weighted fair queueing (Demers, Keshav & Shenker, 1989), at two levels.
 
     A clock counts the work done for each of those who share the device. The request that would be done first, if all
-    shared it equally, is served first: first among the callers, so that one who sends hundreds delays another by one
-    request at a time, then among the requests of that caller. So a short request overtakes a long one, unless that has
-    waited long enough to be done by now if it had shared the device.
+    shared it by their weights, is served first: first among the flows, so that a caller who sends hundreds delays
+    another by one request at a time, then among the requests of that flow. So a short request overtakes a long one,
+    unless that has waited long enough to be done by now if it had shared the device; and an interactive request
+    overtakes those of a batch, which keep their share.
     """
 
     def __init__(self) -> None:
-        self._callers: dict[str, _Caller] = {}
-        self._of_callers = self._of_requests = 0.0  # the clocks, in UNet rows times steps
+        self._flows: dict[Flow, _WaitingFlow] = {}
+        self._of_flows = self._of_requests = 0.0  # the clocks, in UNet rows times steps
         self._number = 0
 
     def __len__(self) -> int:
-        return sum(len(caller.waiting) for caller in self._callers.values())
+        return sum(len(flow.waiting) for flow in self._flows.values())
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry.request for caller in self._callers.values() for entry in caller.waiting)
+        return (entry.request for flow in self._flows.values() for entry in flow.waiting)
 
-    def count(self, caller: str) -> int:
-        """How many requests of `caller` wait."""
-        return len(self._callers[caller].waiting) if caller in self._callers else 0
+    @property
+    def flows(self) -> Iterable[Flow]:
+        """Those that have requests here."""
+        return self._flows.keys()
+
+    def count(self, flow: Flow) -> int:
+        """How many requests of `flow` wait."""
+        return len(self._flows[flow].waiting) if flow in self._flows else 0
 
     def push(self, request: Request) -> None:
-        caller = self._callers.setdefault(request.caller, _Caller(self._of_callers))
+        flow = self._flows.setdefault(request.flow, _WaitingFlow(self._of_flows, request.flow.weight))
         self._number += 1
-        heapq.heappush(caller.waiting, _Waiting(self._of_requests + request.work, self._number, request))
+        heapq.heappush(flow.waiting, _Waiting(self._of_requests + request.work, self._number, request))
 
     def peek(self) -> Request:
         """The request that `pop` returns next. Raises ValueError where none waits."""
@@ -67,28 +84,34 @@ class FairQueue:
     def pop(self) -> Request:
         """Remove and return the request to serve next. Raises ValueError where none waits."""
         served = self._next()
-        caller = self._callers[served.request.caller]
-        heapq.heappop(caller.waiting)
-        caller.start = served.due
+        flow = self._flows[served.request.flow]
+        heapq.heappop(flow.waiting)
+        flow.start = served.due
         self._forget_idle()
         return served.request
 
+    def before(self, request: Request) -> list[Request] | None:
+        """The requests that are served before `request` if no others come; None where it does not wait."""
+        entries = sorted(entry for flow in self._flows.values() for entry in flow.all())
+        requests = [entry.request for entry in entries]
+        return requests[: requests.index(request)] if request in requests else None
+
     def advance(self, rows: int, running: Sequence[Request]) -> None:
         """Count a step of `rows`, while the requests `running` and those that wait share the device."""
-        callers = {request.caller for request in running} | self._callers.keys()
-        self._of_callers += rows / max(len(callers), 1)
+        flows = {request.flow for request in running} | self._flows.keys()
+        self._of_flows += rows / max(sum(flow.weight for flow in flows), 1)
         self._of_requests += rows / max(len(running) + len(self), 1)
 
     def discard(self, requests: Collection[Request]) -> None:
         """Remove those of `requests` that wait."""
-        for caller in self._callers.values():
-            caller.waiting = [entry for entry in caller.waiting if entry.request not in requests]
-            heapq.heapify(caller.waiting)
+        for flow in self._flows.values():
+            flow.waiting = [entry for entry in flow.waiting if entry.request not in requests]
+            heapq.heapify(flow.waiting)
         self._forget_idle()
 
     def _next(self) -> _Waiting:
-        return min(caller.next() for caller in self._callers.values())
+        return min(flow.next() for flow in self._flows.values())
 
     def _forget_idle(self) -> None:
-        """Forget callers without waiting requests: one who comes back starts at the clock, without credit or debt."""
-        self._callers = {name: caller for name, caller in self._callers.items() if caller.waiting}
+        """Forget flows without waiting requests: one that comes back starts at the clock, without credit or debt."""
+        self._flows = {name: flow for name, flow in self._flows.items() if flow.waiting}

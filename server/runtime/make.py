@@ -84,7 +84,13 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     """
     trace = trace or Trace()
     step_times = StepTimeModel(max_rows=manifest.max_rows)
-    batcher = Batcher(max_rows=manifest.max_rows, max_waiting=max_waiting, work=step_times.work, line=line)
+    batcher = Batcher(
+        max_rows=manifest.max_rows,
+        max_waiting=max_waiting,
+        work=step_times.work,
+        seconds=step_times.seconds,
+        line=line,
+    )
     metrics = Metrics(max_rows=manifest.max_rows)
 
     def load(on_status: OnStatus) -> Pipeline:

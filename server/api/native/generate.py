@@ -39,6 +39,7 @@ from server.requests.schemas import (
 )
 
 KEEPALIVE_SECONDS = 15.0
+_POLL_SECONDS = 1.0  # between looks at the position in the queue
 
 
 def routes(service: Service) -> APIRouter:
@@ -122,25 +123,51 @@ def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> 
 async def _sse(service: Service, accepted: Accepted, image_format: ImageFormat) -> AsyncIterator[bytes]:
     request = accepted.request
     try:
-        yield _event("queued", QueuedEvent(id=request.id, position=accepted.position))
-        async for event in accepted.event_queue.events(keepalive=KEEPALIVE_SECONDS):
-            if event is None:
-                yield KEEPALIVE_COMMENT
-            else:
-                yield await _describe(service, request, event, image_format)
+        async for update in _updates(service, accepted):
+            yield await _describe(service, request, update, image_format)
     finally:
         request.cancel()  # the caller closed the stream; without effect on a request that has ended
 
 
-async def _describe(service: Service, request: Request, event: Event, image_format: ImageFormat) -> bytes:
-    match event:
+async def _updates(service: Service, accepted: Accepted) -> AsyncIterator[Event | QueuedEvent | None]:
+    """The events of the request, its position whenever that has changed, and None after a long silence."""
+    request = accepted.request
+    queued = _queued(service, request, accepted.position)
+    yield queued
+    silent = 0.0
+    async for event in accepted.event_queue.events(keepalive=_POLL_SECONDS):
+        update: Event | QueuedEvent | None = event
+        if update is None:
+            silent += _POLL_SECONDS
+            position = service.runtime.batcher.position(request)
+            if position is not None and position != queued.position:
+                update = queued = _queued(service, request, position)
+            elif silent < KEEPALIVE_SECONDS:
+                continue
+        silent = 0.0
+        yield update
+
+
+def _queued(service: Service, request: Request, position: int) -> QueuedEvent:
+    seconds = service.runtime.batcher.delay(request)
+    return QueuedEvent(id=request.id, position=position, estimate_s=round(seconds, 1) if seconds else None)
+
+
+async def _describe(
+    service: Service, request: Request, update: Event | QueuedEvent | None, image_format: ImageFormat
+) -> bytes:
+    match update:
+        case None:
+            return KEEPALIVE_COMMENT
+        case QueuedEvent():
+            return _event("queued", update)
         case Started():
             return _event("started", StartedEvent(id=request.id))
         case Stepped(step, steps, previews):
             urls = [await run_in_threadpool(_data_url, preview) for preview in previews]
             return _event("step", StepEvent(step=step, steps=steps, preview=urls[0] if urls else None, previews=urls))
         case Completed():
-            files = await service.encode_images(request, event, image_format)
+            files = await service.encode_images(request, update, image_format)
             return _event("completed", _document(service, request, files, image_format=image_format))
         case Failed(error):
             return _event("error", problem(error))

@@ -9,45 +9,10 @@ from typing import Any
 import pytest
 
 from engines.contract import MAX_CHUNKS
-from engines.manifest import NoiseSchedule, Size
-from engines.schedulers import Scheduler, table
-from server.requests.context import Caller, RequestContext
 from server.requests.errors import InvalidRequest, NotReady, QueueFull
-from server.requests.request import Cache, GenerationParams, Request
-from server.requests.tokenizer import Chunk, Prompt
+from server.requests.request import Request
 from server.runtime.batcher import Batch, Batcher
-
-SMALL, LARGE = Size(width=64, height=64), Size(width=128, height=64)
-
-
-def request(
-    name: str,
-    *,
-    images: int = 1,
-    guided: bool = True,
-    size: Size = SMALL,
-    steps: int = 3,
-    isolated: bool = False,
-    cache: Cache = "off",
-    caller: str = "",
-    chunks: int = 1,
-) -> Request:
-    scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
-    params = GenerationParams(
-        _prompt(chunks), _prompt(chunks), size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
-    )
-    return Request(params, table(params.scheduler, steps, NoiseSchedule()), (), name, RequestContext(Caller(caller)))
-
-
-def _prompt(chunks: int) -> Prompt:
-    return Prompt("", (Chunk((), ()),) * chunks)
-
-
-def batcher(*requests: Request, max_rows: int = 8, max_waiting: int = 100) -> Batcher:
-    made = Batcher(max_rows=max_rows, max_waiting=max_waiting)
-    for item in requests:
-        made.submit(item)
-    return made
+from tests.support.batching import LARGE, SMALL, batcher, request, step
 
 
 def names(batch: Batch | None) -> list[str]:
@@ -304,12 +269,3 @@ def test_full_and_shallow_steps_take_turns() -> None:
     assert names(step(policy)) == ["plain"]
     assert names(step(policy)) == ["cached"]
     assert names(step(policy)) == ["plain", "cached"]
-
-
-def step(policy: Batcher) -> Batch | None:
-    batch = policy.next_batch()
-    for item in batch.requests if batch else ():
-        item.advance()
-        if item.denoised:
-            policy.leave(item)
-    return batch

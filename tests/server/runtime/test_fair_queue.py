@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.context import Caller, RequestContext
-from server.requests.request import GenerationParams, Request
+from server.requests.request import Flow, GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.fair_queue import FairQueue
 
@@ -97,10 +97,10 @@ def test_a_caller_who_comes_later_has_neither_debt_nor_credit() -> None:
 def test_the_count_of_a_caller_and_the_queue_are_empty_again() -> None:
     first, second = request("a", caller="x"), request("b", caller="x")
     waiting = queue(first, second)
-    assert (waiting.count("x"), waiting.count("y"), len(waiting)) == (2, 0, 2)
+    assert (waiting.count(first.flow), waiting.count(Flow("y", "interactive")), len(waiting)) == (2, 0, 2)
     waiting.discard({first})
     assert names(waiting) == ["b"]
-    assert (waiting.count("x"), len(waiting), list(waiting)) == (0, 0, [])
+    assert (waiting.count(first.flow), len(waiting), list(waiting)) == (0, 0, [])
 
 
 @given(
