@@ -23,7 +23,7 @@ PATH = re.compile(rf"(?:{'|'.join(TOPS)})(?:/[\w.-]+)*/?|[\w-]+\.(?:py|md|toml)"
 
 def documents() -> list[Path]:
     inside = [path for top in TOPS for path in (ROOT / top).rglob("*.md")]
-    return sorted([*ROOT.glob("*.md"), *inside])
+    return sorted([*ROOT.glob("*.md"), *(path for path in inside if "node_modules" not in path.parts)])
 
 
 DOCUMENTS = documents()

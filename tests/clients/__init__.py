@@ -1,0 +1,1 @@
+"""The official client of each API, against a real server."""
