@@ -57,6 +57,7 @@ def _routes(service: Service) -> FastAPI:
     app.include_router(generate.routes(service))
     app.include_router(ops.routes(service))
     app.include_router(pages.routes())
+    app.mount("/playground", pages.page_files())
     app.mount("/docs", pages.swagger_ui_files())
     openapi.describe(app)
     app.exception_handler(ServerError)(partial(_server_error, service))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from starlette.staticfiles import StaticFiles
 
 from server import playground
 
-_PAGE = Path(playground.__file__).parent / "index.html"
+_PAGE = Path(playground.__file__).parent
 _INLINE = re.compile(r"<(script|style)\b([^>]*)>(.*?)</\1>", re.DOTALL)
 
 
 def routes() -> APIRouter:
     """All links are relative, so that they work under any path prefix."""
     router = APIRouter(include_in_schema=False)
-    page = _PAGE.read_text(encoding="utf-8")
+    page = (_PAGE / "index.html").read_text(encoding="utf-8")
     docs = _swagger_ui()
     page_headers = {"Content-Security-Policy": _policy(page, images="data: blob:"), "Cache-Control": "no-cache"}
     docs_headers = {"Content-Security-Policy": _policy(docs, images="'self' data: blob:"), "Cache-Control": "no-cache"}
@@ -38,6 +39,18 @@ def routes() -> APIRouter:
         return HTMLResponse(docs, headers=docs_headers)
 
     return router
+
+
+class _PageFiles(StaticFiles):
+    """Scripts and styles of a folder, and nothing else that is in it."""
+
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
+        return super().lookup_path(path) if path.endswith((".css", ".js")) else ("", None)
+
+
+def page_files() -> StaticFiles:
+    """The files that the page links to, as `playground/…`."""
+    return _PageFiles(directory=_PAGE)
 
 
 def swagger_ui_files() -> StaticFiles:
@@ -58,7 +71,7 @@ def _swagger_ui() -> str:
 
 
 def _policy(html: str, *, images: str) -> str:
-    """The Content-Security-Policy of a page: its own inline scripts and styles, files from here, and no others."""
+    """The Content-Security-Policy of a page: its own inline scripts and styles, and files from here."""
     sources = {"script": ["'self'"], "style": ["'self'"]}
     for kind, _attributes, content in _INLINE.findall(html):
         if content:

@@ -1,1 +1,1 @@
-"""One static page: a prompt in, a picture out."""
+"""The web page: one HTML file, one style sheet, and ES modules with one concern each; no build step."""

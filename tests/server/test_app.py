@@ -17,7 +17,7 @@ from tests.support.serving import Serving
 PREFIX, PARTNER = "/tools/images", "https://app.example"
 GETS = ("/", "/docs", "/v2/health/live", "/v2/health/ready", "/metrics", "/models", "/schedulers", "/openapi.json")
 BODY = {"prompt": "a red cat", "num_inference_steps": 1, "seed": 3}
-LINK = re.compile(r"""(?:src|href)=["']([^"'#]+)["']|(?:fetch|untilGood)\("([^"]+)"|\burl: ["']([^"']+)["']""")
+LINK = re.compile(r"""(?:src|href)=["']([^"'#]+)["']|(?:fetch|untilGood|ask)\("([^"]+)"|\burl: ["']([^"']+)["']""")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,15 @@ def test_all_paths_work_behind_a_proxy(published: Serving, prefix: str) -> None:
         assert published.client.post(prefix + path, json=BODY).status_code == 200
 
 
+def links_of(text: str) -> list[str]:
+    return [link for groups in LINK.findall(text) for link in groups if link and not link.startswith("data:")]
+
+
 @pytest.mark.parametrize("page", ["/", "/docs"])
 def test_a_page_links_only_to_what_is_under_its_prefix_and_exists(published: Serving, page: str) -> None:
-    html = published.client.get(page).text
-    links = {link for groups in LINK.findall(html) for link in groups if link and not link.startswith("data:")}
+    links = set(links_of(published.client.get(page).text))
+    for script in [link for link in links if link.startswith("playground/")]:
+        links.update(links_of(published.client.get(f"/{script}").text))  # relative to the page, not to the script
     assert len(links) >= 4
     for link in links:
         path = urljoin(f"https://proxy.example{PREFIX}{page}", link).removeprefix("https://proxy.example")
@@ -87,12 +92,18 @@ def test_a_page_may_run_its_own_scripts_and_no_others(serving: Serving, page: st
             assert f"'sha256-{digest}'" in policy[f"{kind}-src"]
 
 
-def test_swagger_ui_comes_from_here_and_is_kept_after_asking(serving: Serving) -> None:
-    answer = serving.client.get("/docs/swagger-ui-bundle.js")
+@pytest.mark.parametrize("path", ["/docs/swagger-ui-bundle.js", "/playground/main.js"])
+def test_scripts_come_from_here_and_are_kept_after_asking(serving: Serving, path: str) -> None:
+    answer = serving.client.get(path)
     assert answer.headers["Content-Type"].startswith("text/javascript")
     assert answer.headers["Cache-Control"] == "no-cache"
-    again = serving.client.get("/docs/swagger-ui-bundle.js", headers={"If-None-Match": answer.headers["ETag"]})
+    again = serving.client.get(path, headers={"If-None-Match": answer.headers["ETag"]})
     assert again.status_code == 304
+
+
+@pytest.mark.parametrize("path", ["", "__init__.py", "index.html", "../app.py", "..%2fapp.py", "%2fetc%2fpasswd.js"])
+def test_only_scripts_and_styles_of_the_page_are_served(serving: Serving, path: str) -> None:
+    assert serving.client.get(f"/playground/{path}").status_code == 404
 
 
 @pytest.mark.parametrize("accept", ["application/json", "image/png"])

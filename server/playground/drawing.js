@@ -1,0 +1,62 @@
+// One request at a time, from Generate to its pictures, or to Cancel.
+
+import { generate } from "./api.js";
+import { $, say } from "./dom.js";
+import { body, remember } from "./form.js";
+import { clearProblem, complain } from "./problem.js";
+import { hangFrames, showPictures, showStep } from "./results.js";
+
+let running = null; // the AbortController of the request
+
+export const isRunning = () => running !== null;
+export const cancel = () => running?.abort();
+
+export async function draw() {
+  const request = body();
+  const { signal } = running = new AbortController();
+  clearProblem();
+  say("Sending…");
+  busy(true);
+  remember();
+  $("about").hidden = true;
+  const before = hangFrames(request);
+  $("bar").scrollIntoView({ block: "nearest" }); // no further, or Cancel leaves the pointer
+  try {
+    showPictures(await generate(request, listeners(), signal));
+    $("result").scrollIntoView({ block: "nearest" });
+    before.release();
+  } catch (error) {
+    before.restore();
+    say(signal.aborted ? "Cancelled." : "");
+    if (!signal.aborted) complain(error);
+  } finally {
+    running.abort(); // in any case, close the stream, which frees the rows
+    running = null;
+    busy(false);
+    $("about").hidden = false;
+  }
+}
+
+function listeners() {
+  let started = performance.now();
+  return {
+    waiting: say,
+    queued: ({ position }) => say(position ? `Queued: ${position} ahead of you.` : "Starting…"),
+    started: () => { started = performance.now(); say("Generating…"); },
+    step: (data) => showStep(data, (performance.now() - started) / 1000),
+  };
+}
+
+function busy(now) {
+  const focused = [$("generate"), $("cancel")].includes(document.activeElement);
+  $("generate").hidden = now;
+  $("cancel").hidden = !now;
+  if (focused) $(now ? "cancel" : "generate").focus();
+  $("bar").removeAttribute("value");
+  $("bar").classList.toggle("idle", !now);
+  $("pictures").setAttribute("aria-busy", now);
+  $("step").textContent = "";
+}
+
+$("cancel").onclick = (event) => { if (event.detail < 2) cancel(); }; // a double click on Generate ends here
+addEventListener("keydown", (event) => { if (event.key === "Escape") cancel(); });

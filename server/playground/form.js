@@ -1,0 +1,101 @@
+// The form, and the URL fragment that restores it.
+
+import { $, make } from "./dom.js";
+import { imageFields, imageChanged } from "./initial-image.js";
+import { served } from "./model.js";
+import { chooseScheduler, fillSchedulers } from "./scheduler.js";
+
+export const form = $("form");
+export const field = form.elements;
+export const NAMES = [
+  "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
+];
+
+let shown = null; // the form's values, as text, that give the pictures on the page, if those alone do
+
+/** The request that the form describes. */
+export function body() {
+  const number = (name) => field[name].value === "" ? undefined : Number(field[name].value);
+  const [width, height] = field.size.value.split("x").map(Number);
+  const steps = number("num_inference_steps");
+  return {
+    prompt: field.prompt.value, negative_prompt: field.negative_prompt.value, width, height,
+    num_inference_steps: steps, guidance_scale: number("guidance_scale"), seed: number("seed"),
+    num_images: number("num_images"), scheduler: field.scheduler.value, preview_every: Math.ceil(steps / 10),
+    ...imageFields(),
+  };
+}
+
+/** The values, as text, of a form that gives the pictures of `parameters` again. */
+export function valuesOf(parameters) {
+  const state = { ...parameters, size: `${parameters.width}x${parameters.height}` };
+  return Object.fromEntries(NAMES.map((name) => [name, String(state[name])]));
+}
+
+/** Say which values give the pictures on the page; null where values alone do not. */
+export function showing(values) {
+  shown = values;
+  seedChanged();
+  remember();
+}
+
+/** Keep the form in the address, with the seed of the pictures shown where they are what it describes. */
+export function remember() {
+  const state = Object.fromEntries(NAMES.map((name) => [name, field[name].value]));
+  const same = shown && NAMES.every((name) => state[name] === shown[name] || (name === "seed" && state.seed === ""));
+  const kept = Object.entries(same ? shown : state).filter(([, value]) => value !== "");
+  history.replaceState(null, "", "#" + new URLSearchParams(kept));
+}
+
+/** Fill the fields of these names from the address. */
+export function restore(names) {
+  const state = new URLSearchParams(location.hash.slice(1));
+  for (const name of names.filter((name) => state.has(name))) setField(name, state.get(name));
+  if (served.model) chooseScheduler(field.scheduler.value);
+  imageChanged();
+  seedChanged();
+}
+
+function setField(name, value) {
+  const before = field[name].value;
+  field[name].value = value;
+  if (field[name].value === "" && field[name].required) field[name].value = before;
+  if (field[name].selectedIndex === -1) field[name].value = before; // this model does not have it
+}
+
+export function keepSeed(seed) {
+  field.seed.value = seed;
+  seedChanged();
+  remember();
+}
+
+export function seedChanged() {
+  const kept = field.seed.value;
+  $("kept").hidden = kept === "";
+  $("seed-kept").textContent = kept;
+  for (const button of document.querySelectorAll("[data-seed]")) {
+    button.textContent = button.dataset.seed === kept ? "Random seed" : "Fix this seed";
+  }
+}
+
+/** Offer what the model has. */
+export function describe(choose) {
+  const { model } = served;
+  const most = Math.max(1, Math.min(4, Math.floor(model.max_rows / 2))); // a guided picture takes two rows
+  $("model").textContent = model.name;
+  $("model").title = `${model.backend}, ${model.precision}`;
+  fill("size", model.resolutions, model.resolutions[0]);
+  fillSchedulers();
+  fill("num_images", [1, 2, 3, 4].slice(0, most), 1);
+  for (const name of ["num_inference_steps", "guidance_scale"]) field[name].defaultValue = model[name];
+  $("examples").replaceChildren(...model.examples.slice(0, 6).map((text) => example(text, choose)));
+  $("examples").hidden = !model.examples.length;
+}
+
+function fill(name, options, chosen) {
+  const entries = options.map((option) => new Option(option, option, option === chosen, option === chosen));
+  field[name].replaceChildren(...entries);
+}
+
+const example = (text, choose) =>
+  make("li", {}, make("button", { type: "button", onclick: () => choose(text) }, text));

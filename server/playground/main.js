@@ -1,0 +1,49 @@
+// The page: what happens at its start, and on what the user does to the form.
+
+import { untilGood } from "./api.js";
+import { $, say } from "./dom.js";
+import { draw, isRunning } from "./drawing.js";
+import { describe, field, form, keepSeed, NAMES, remember, restore, seedChanged } from "./form.js";
+import { imageChanged, startFrom, take } from "./initial-image.js";
+import { served } from "./model.js";
+import { onArrival } from "./picture-file.js";
+import { hasPictures } from "./results.js";
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (served.model && !isRunning()) draw();
+});
+form.addEventListener("input", seedChanged);
+form.addEventListener("change", () => { imageChanged(); remember(); });
+form.addEventListener("invalid", ({ target }) => { $("options").open ||= $("options").contains(target); }, true);
+field.prompt.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  form.requestSubmit();
+});
+addEventListener("hashchange", () => {
+  form.reset();
+  field.scheduler.value = served.model?.scheduler ?? "";
+  startFrom(null);
+  restore(NAMES);
+});
+$("new-seed").onclick = () => { keepSeed(""); field.prompt.focus(); };
+onArrival(take, (now) => form.classList.toggle("dropping", now));
+
+function choose(text) {
+  field.prompt.value = text;
+  if (!isRunning()) form.requestSubmit();
+}
+
+const waiting = (text) => { if (!isRunning()) say(text); };
+const ask = async (path) => (await untilGood(path, waiting)).json();
+
+startFrom(null);
+restore(["prompt"]);
+served.schedulers = await ask("schedulers");
+[served.model] = await ask("models");
+describe(choose);
+$("generate").disabled = false;
+restore(NAMES.slice(1));
+await untilGood("v2/health/ready", waiting);
+if (!isRunning() && !hasPictures()) say(field.seed.value ? "Press Generate to create the image of this link." : "");

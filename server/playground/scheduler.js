@@ -1,0 +1,35 @@
+// The scheduler's whole name, such as dpmpp_2m_karras, as two choices: a method and a noise schedule.
+
+import { $ } from "./dom.js";
+import { served } from "./model.js";
+
+const field = $("form").elements;
+const whole = (name, kind) => kind === "default" ? name : `${name}_${kind}`;
+
+export function fillSchedulers() {
+  $("method").replaceChildren(...served.schedulers.map(({ name, title }) => new Option(title, name)));
+  field.scheduler.value = served.model.scheduler;
+}
+
+/** Show a scheduler by its whole name, or the model's own where there is none of that name. */
+export function chooseScheduler(wanted) {
+  const { model, schedulers } = served;
+  const pairs = schedulers.flatMap(({ name, sigmas }) => sigmas.map((kind) => [name, kind]));
+  const find = (one) => pairs.find((pair) => whole(...pair) === one);
+  const [name, kind] = find(wanted) ?? find(model.scheduler) ?? pairs[0];
+  const { sigmas, summary, calls_per_step: calls } = schedulers.find((one) => one.name === name);
+  field.scheduler.value = whole(name, kind);
+  $("method").value = name;
+  $("sigmas").replaceChildren(...sigmas.map((one) => new Option(one[0].toUpperCase() + one.slice(1), one)));
+  $("sigmas").value = kind;
+  $("sigmas").parentElement.hidden = sigmas.length < 2;
+  $("summary").textContent = summary + (calls > 1 ? ` Each step takes ${calls === 2 ? "twice" : `${calls} times`} as long.` : "");
+}
+
+function schedulerChanged() {
+  const name = $("method").value, kind = $("sigmas").value;
+  const { sigmas } = served.schedulers.find((one) => one.name === name);
+  chooseScheduler(sigmas.includes(kind) ? whole(name, kind) : name);
+}
+
+$("method").oninput = $("sigmas").oninput = schedulerChanged;
