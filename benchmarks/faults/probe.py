@@ -20,7 +20,7 @@ from benchmarks.process import ROOT
 _PERIOD = 0.05  # seconds between probes: 20 a second cost the server next to nothing
 _TIMEOUT = 30.0  # seconds
 _START = 200  # bytes of an answer that are shown
-_REQUEST = b"GET /v2/health/live HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
+_REQUEST = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
