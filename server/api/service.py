@@ -15,9 +15,9 @@ from starlette.concurrency import run_in_threadpool
 from engines.manifest import Manifest
 from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
-from server.requests import images
 from server.requests.context import Caller, RequestContext
 from server.requests.errors import NotReady
+from server.requests.image_files import ImageFiles
 from server.requests.images import ImageFormat
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
@@ -73,6 +73,7 @@ class Service:
     model: ServedModel
     runtime: Runtime
     bodies: BodyLimits = field(default_factory=BodyLimits)
+    image_files: ImageFiles = field(default_factory=ImageFiles)
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
@@ -110,7 +111,7 @@ class Service:
 
     async def encode_images(
         self,
-        request: Request,  # noqa: ARG002
+        request: Request,
         completed: Completed,
         image_format: ImageFormat,
         *,
@@ -119,8 +120,17 @@ class Service:
         """Encode the images of `request` in worker threads, off the event loop; for `quality` see `images.encode`."""
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        encode = partial(images.encode, image_format=image_format, quality=quality)
-        jobs = [loop.run_in_executor(self.writers, encode, image) for image in completed.images]
+        make_file = partial(
+            self.image_files.make,
+            params=request.params,
+            model=self.model.manifest.name,
+            image_format=image_format,
+            quality=quality,
+        )
+        jobs = [
+            loop.run_in_executor(self.writers, make_file, image, seed)
+            for image, seed in zip(completed.images, request.params.seeds, strict=True)
+        ]
         contents = tuple([await job for job in jobs])
         seconds = time.perf_counter() - started
         self.runtime.metrics.stage("image", seconds)

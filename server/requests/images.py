@@ -7,6 +7,7 @@ from typing import Literal
 
 import PIL.Image
 
+from server.requests.metadata import NO_METADATA, Metadata
 from server.requests.request import Image
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -21,14 +22,17 @@ _OPTIONS: dict[ImageFormat, dict[str, int]] = {
 }
 
 
-def encode(image: Image, image_format: ImageFormat, *, quality: int | None = None) -> bytes:
-    """Encode [H, W, 3] RGB pixels. The same pixels always give the same bytes.
+def encode(
+    image: Image, image_format: ImageFormat, *, quality: int | None = None, metadata: Metadata = NO_METADATA
+) -> bytes:
+    """Encode [H, W, 3] RGB pixels. The same pixels and metadata always give the same bytes.
 
     `quality` is that of JPEG or WebP, 0 to 100; PNG has none.
     """
     options = _OPTIONS[image_format]
     if quality is not None and "quality" in options:
         options = {**options, "quality": quality}
+    labels = metadata.png_options if image_format == "png" else metadata.exif_and_xmp
     file = io.BytesIO()
-    PIL.Image.fromarray(image).save(file, image_format, **options)
+    PIL.Image.fromarray(image).save(file, image_format, **options, **labels)
     return file.getvalue()

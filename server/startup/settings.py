@@ -136,6 +136,16 @@ class ServerSettings(BaseSettings):
         description="on a GPU, decode in parallel with denoising steps; --no-overlap-decode decodes between them. "
         "Overlapping makes steps a little slower, and no request waits for a whole decode",
     )
+    embed_parameters: bool = Field(
+        True,
+        description="write the prompt and the settings into image files, as AUTOMATIC1111's web UI does; "
+        "--no-embed-parameters leaves them out",
+    )
+    mark_ai: bool = Field(
+        True,
+        description="mark image files as made by a model, machine-readable: XMP's DigitalSourceType, of IPTC; "
+        "--no-mark-ai leaves it out",
+    )
     watchdog: float = Field(
         20,
         ge=0,

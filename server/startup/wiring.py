@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.backends.registry import open_device
 from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
+from server.requests.image_files import ImageFiles
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
@@ -64,4 +65,5 @@ def make_service(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    return Service(model, runtime, BodyLimits(settings.max_body_memory * 2**20))
+    image_files = ImageFiles(embed_parameters=settings.embed_parameters, mark_ai=settings.mark_ai)
+    return Service(model, runtime, BodyLimits(settings.max_body_memory * 2**20), image_files)
