@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 from server.api import openapi, ops, pages
 from server.api.error_responses import error_response
 from server.api.native import generate
+from server.api.openai import images as openai_images
+from server.api.openai import models as openai_models
 from server.api.service import Service
 from server.middleware.access_log import AccessLog
 from server.middleware.cross_origin import allow_origins
@@ -55,6 +57,8 @@ def _routes(service: Service) -> FastAPI:
         **openapi.DESCRIPTION,
     )
     app.include_router(generate.routes(service))
+    app.include_router(openai_images.routes(service))
+    app.include_router(openai_models.routes(service))
     app.include_router(ops.routes(service))
     app.include_router(pages.routes())
     app.mount("/playground", pages.page_files())

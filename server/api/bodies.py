@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, TypeVar
 
@@ -120,19 +120,25 @@ def _validate(model: type[ModelT], validate: Callable[[], ModelT]) -> ModelT:
 
 
 def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[str, str]:
-    """The fields of a form as text: files in base64, without known fields that are empty."""
+    """The fields of a form as text: files in base64, without known fields that are empty.
+
+    The names in the `LISTS` of a model may be sent as `name[]`, as clients do with lists.
+    """
     fields = read_form(body, content_type)
-    names = [field.name for field in fields]
+    lists: Collection[str] = getattr(model, "LISTS", ())
+    names: set[str] = set()
     texts: dict[str, str] = {}
     for field in fields:
-        if names.count(field.name) > 1:
-            raise _refuse(field.name, "Sent more than once: send it once.")
-        if field.is_file and field.name not in FILES:
-            raise _refuse(field.name, f"Sent as a file; only {' and '.join(FILES)} may be files: send it as text.")
+        name = field.name.removesuffix("[]") if field.name.removesuffix("[]") in lists else field.name
+        if name in names:
+            raise _refuse(name, "Sent more than once: send it once.")
+        names.add(name)
+        if field.is_file and name not in FILES:
+            raise _refuse(name, f"Sent as a file; only {' and '.join(FILES)} may be files: send it as text.")
         if field.is_file:
-            texts[field.name] = binascii.b2a_base64(field.content, newline=False).decode()
-        elif field.content or field.name not in model.model_fields:
-            texts[field.name] = field.text
+            texts[name] = binascii.b2a_base64(field.content, newline=False).decode()
+        elif field.content or name not in model.model_fields:
+            texts[name] = field.text
     return texts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+import uuid
 
 from fastapi import Request as HttpRequest
 
@@ -13,6 +14,7 @@ from server.requests.errors import InvalidRequest
 from server.requests.schemas import MAX_TIMEOUT
 
 CALLER = "latentd.caller"  # key of the scope: the Caller whose API key was sent
+_ID = "latentd.request_id"  # of the scope
 _IPV6_PREFIX = 64  # bits: one subscriber's network, in which a client may choose any address
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -22,7 +24,7 @@ def context_of(http: HttpRequest, api: Api) -> RequestContext:
     return RequestContext(
         caller=caller_of(http),
         api=api,
-        request_id=_request_id(http),
+        request_id=request_id_of(http),
         timeout=_timeout(http),
         traceparent=http.headers.get("traceparent"),
     )
@@ -49,9 +51,13 @@ def _network(host: str) -> str:
     return str(address)
 
 
-def _request_id(http: HttpRequest) -> str | None:
-    given = http.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else None
+def request_id_of(http: HttpRequest) -> str:
+    """The id that the caller chose, if it is valid, or a random one; the same until the response is complete."""
+    known: str | None = http.scope.get(_ID)
+    if known is None:
+        given = http.headers.get("x-request-id", "")
+        known = http.scope[_ID] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return known
 
 
 def _timeout(http: HttpRequest) -> float | None:

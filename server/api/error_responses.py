@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 import server.api.openai.errors
 import server.api.sdapi.errors
+from server.api.context import request_id_of
 from server.api.problems import problem, problem_response
 from server.api.retry_after import spread
 from server.requests.errors import ServerError
@@ -36,6 +37,7 @@ def use_shape(http: HttpRequest, shape: Shape) -> None:
 def error_response(http: HttpRequest, error: ServerError) -> Response:
     """`error` in the shape of the API that the request was sent to."""
     response = _shape_of(http)(error)
+    response.headers["X-Request-Id"] = request_id_of(http)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(spread(error.retry_after))
     return response

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
-from server.requests.errors import STATUS
+from server.requests.errors import STATUS, ServerError
 from server.requests.schemas import Problem
 
 GENERATION, MODEL, OPERATION = "generation", "model", "operation"  # tags
+OPENAI, KSERVE = "OpenAI", "KServe v2"  # tags of the APIs of other servers
 DESCRIPTION: Mapping[str, Any] = {
     "title": "latentd",
     "summary": "Stable Diffusion server that batches requests at the denoising step.",
-    "description": "Errors are problem details (RFC 9457). No authentication, unless a proxy in front asks for it.",
+    "description": "Errors are problem details (RFC 9457), except in the APIs of other servers, which have their own. "
+    "No authentication, unless a proxy in front asks for it.",
     "license_info": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
     "servers": [{"url": "/", "description": "this server"}],
     "openapi_tags": [
         {"name": GENERATION, "description": "Images from text and from other images."},
         {"name": MODEL, "description": "What is served, and what a request may ask for."},
         {"name": OPERATION, "description": "Health and metrics."},
+        {"name": OPENAI, "description": "OpenAI's Images API, for its clients; errors are in its form."},
+        {"name": KSERVE, "description": "The Open Inference Protocol's health and metadata."},
     ],
 }
 IMAGE = {"schema": {"type": "string", "format": "binary", "description": "one image file"}}
@@ -68,7 +73,12 @@ def describe(app: FastAPI) -> None:
 
 def generate_extra(body: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of `POST /generate` that its endpoint reads by itself, with examples."""
-    examples = {name: {"value": value} for name, value in _BODIES.items()}
+    return request_extra(body, _BODIES)
+
+
+def request_extra(body: Mapping[str, Any], bodies: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of an operation that its endpoint reads by itself: a body as `describe_body` has it, with examples."""
+    examples = {name: {"value": value} for name, value in bodies.items()}
     content = {kind: {**media, "examples": examples} for kind, media in body["content"].items()}
     form = content["multipart/form-data"]
     properties = {name: _without_null(field) for name, field in form["schema"]["properties"].items()}
@@ -94,13 +104,30 @@ def problems() -> dict[int | str, dict[str, Any]]:
     return {status: _problem(status) for status in sorted({*STATUS.values()} - {_CLIENT_GONE})}
 
 
+def errors(
+    model: type[BaseModel], status_of: Callable[[type[ServerError]], int] = STATUS.__getitem__
+) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route that generates images, by status, in an API whose errors are `model`."""
+    causes: dict[int, list[type[ServerError]]] = {}
+    for error in STATUS:
+        causes.setdefault(status_of(error), []).append(error)
+    return {
+        status: {"model": model, "description": " ".join(_sentences(causes[status])), **_retried(status)}
+        for status in sorted(causes.keys() - {_CLIENT_GONE})
+    }
+
+
+def _retried(status: int) -> dict[str, Any]:
+    return {"headers": {"Retry-After": _SECONDS}} if status in (429, 503) else {}
+
+
 def _problem(status: int) -> dict[str, Any]:
     causes = [error for error, its_status in STATUS.items() if its_status == status]
     response: dict[str, Any] = {
         "description": " ".join(_sentences(causes)),
         "content": {"application/problem+json": {"schema": _REFERENCE, "example": _example(status)}},
     }
-    return response | ({"headers": {"Retry-After": _SECONDS}} if status in (429, 503) else {})
+    return response | _retried(status)
 
 
 def _sentences(causes: Iterable[type[Exception]]) -> Iterator[str]:

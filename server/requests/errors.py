@@ -31,6 +31,10 @@ class NotFound(ServerError):
     """There is nothing at this path, or no longer."""
 
 
+class UnknownModel(NotFound):
+    """The server has no model of that name."""
+
+
 class MethodNotAllowed(ServerError):
     """The path does not support this method."""
 
@@ -95,6 +99,7 @@ STATUS: dict[type[ServerError], int] = {
     MalformedBody: 400,
     ForeignOrigin: 403,
     NotFound: 404,
+    UnknownModel: 404,
     MethodNotAllowed: 405,
     NotAcceptable: 406,
     BodyTooLarge: 413,

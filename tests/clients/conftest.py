@@ -1,4 +1,4 @@
-"""One server for the tests of all clients."""
+"""Two servers for the tests of all clients: one that has room, and one whose queue is soon full."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from engines.demo import BUNDLE as DEMO
+from tests.clients.load import FullQueue
 from tests.support.serving import Serving
 
 
@@ -16,3 +17,17 @@ def serving() -> Iterator[Serving]:
     with Serving(DEMO) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
+
+
+@pytest.fixture(scope="session")
+def narrow() -> Iterator[Serving]:
+    """A server process in which one request may wait."""
+    with Serving(DEMO, "--max-waiting", "1") as running:
+        yield running
+
+
+@pytest.fixture
+def full_queue(narrow: Serving) -> Iterator[FullQueue]:
+    """`narrow` with a request that runs and one that waits, so that it refuses all others until it is freed."""
+    with FullQueue(narrow) as full:
+        yield full

@@ -1,0 +1,65 @@
+"""Requests that occupy a server, and what its metrics count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Self
+
+from tests.support.bare_server import wait_until
+from tests.support.serving import Serving
+
+_LONG = {"prompt": "a red heart", "num_images": 8, "num_inference_steps": 200}  # all rows, for much of a minute
+
+
+class FullQueue:
+    """One request that runs and one that waits, until it is freed. A context manager."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        for event in ("started", "queued"):
+            lines = self._stream()
+            next(line for line in lines if line == f"event: {event}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free()
+
+    def free(self) -> None:
+        """End both requests, and wait until the server has room."""
+        self._open.close()
+        wait_until(lambda: is_idle(self.serving))
+
+    def _stream(self) -> Iterator[str]:
+        accept = {"Accept": "text/event-stream"}
+        stream = self.serving.client.stream("POST", "/generate", json=_LONG, headers=accept)
+        return self._open.enter_context(stream).iter_lines()
+
+
+def is_idle(serving: Serving) -> bool:
+    metrics = serving.metrics()
+    return metrics["latentd_requests_running"] == metrics["latentd_requests_waiting"] == 0
+
+
+def count(serving: Serving, outcome: str) -> float:
+    """How many requests to any API ended so: completed, failed or cancelled."""
+    totals = {name: value for name, value in serving.metrics().items() if name.startswith("latentd_requests_total{")}
+    return sum(value for name, value in totals.items() if f'outcome="{outcome}"' in name)
+
+
+class Cancelling:
+    """Checks that a request that is begun within it, and left early, is cancelled and frees its rows."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def __enter__(self) -> None:
+        self._before = count(self._serving, "cancelled")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            wait_until(lambda: count(self._serving, "cancelled") == self._before + 1)
+            wait_until(lambda: is_idle(self._serving))
