@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.transport": set(),
     "server.api": {
         "engines.backends.available",
+        "engines.limits",
         "engines.manifest",
         "engines.schedulers",
         "server.middleware",
