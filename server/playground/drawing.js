@@ -3,7 +3,9 @@
 import { generate } from "./api.js";
 import { $, say } from "./dom.js";
 import { body, remember } from "./form.js";
+import { keepPictures } from "./gallery.js";
 import { clearProblem, complain } from "./problem.js";
+import { rememberPrompt } from "./recent.js";
 import { hangFrames, showPictures, showStep } from "./results.js";
 
 let running = null; // the AbortController of the request
@@ -18,12 +20,14 @@ export async function draw() {
   say("Sending…");
   busy(true);
   remember();
+  rememberPrompt(request.prompt);
   $("about").hidden = true;
   const before = hangFrames(request);
   $("bar").scrollIntoView({ block: "nearest" }); // no further, or Cancel leaves the pointer
   try {
-    showPictures(await generate(request, listeners(), signal));
+    const pictures = showPictures(await generate(request, listeners(), signal));
     $("result").scrollIntoView({ block: "nearest" });
+    keepPictures(pictures);
     before.release();
   } catch (error) {
     before.restore();
@@ -37,12 +41,18 @@ export async function draw() {
   }
 }
 
+/** What the server reports, in words. Screen readers hear the status, and not the seconds beside it. */
 function listeners() {
   let started = performance.now();
+  const tell = (text, aside = "") => {
+    if ($("status").textContent !== text) say(text);
+    $("step").textContent = aside;
+  };
   return {
-    waiting: say,
-    queued: ({ position }) => say(position ? `Queued: ${position} ahead of you.` : "Starting…"),
-    started: () => { started = performance.now(); say("Generating…"); },
+    waiting: (text, seconds) => tell(text, seconds ? `Trying again in ${seconds} s` : ""),
+    queued: ({ position, estimate_s: seconds }) =>
+      tell(position ? `Queued: ${position} ahead of you.` : "Starting…", seconds ? `about ${Math.ceil(seconds)} s` : ""),
+    started: () => { started = performance.now(); tell("Generating…"); },
     step: (data) => showStep(data, (performance.now() - started) / 1000),
   };
 }
@@ -59,4 +69,6 @@ function busy(now) {
 }
 
 $("cancel").onclick = (event) => { if (event.detail < 2) cancel(); }; // a double click on Generate ends here
-addEventListener("keydown", (event) => { if (event.key === "Escape") cancel(); });
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) cancel();
+});

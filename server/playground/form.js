@@ -3,7 +3,7 @@
 import { $, make } from "./dom.js";
 import { imageFields, imageChanged } from "./initial-image.js";
 import { served } from "./model.js";
-import { chooseScheduler, fillSchedulers } from "./scheduler.js";
+import { chooseScheduler, fillSchedulers, findScheduler } from "./scheduler.js";
 
 export const form = $("form");
 export const field = form.elements;
@@ -56,11 +56,27 @@ export function restore(names) {
   seedChanged();
 }
 
+/** Set a field, if it can have the value; says whether it can. */
 function setField(name, value) {
   const before = field[name].value;
   field[name].value = value;
   if (field[name].value === "" && field[name].required) field[name].value = before;
   if (field[name].selectedIndex === -1) field[name].value = before; // this model does not have it
+  return field[name].value === value;
+}
+
+/** Fill the form with values, as text; others get their defaults. Returns the names of those that are not available. */
+export function fillForm(values) {
+  form.reset();
+  field.scheduler.value = served.model.scheduler;
+  const refused = Object.keys(values).filter((name) => name !== "scheduler" && !setField(name, values[name]));
+  const scheduler = values.scheduler && findScheduler(values.scheduler);
+  if (values.scheduler && !scheduler) refused.push("scheduler");
+  chooseScheduler(scheduler || served.model.scheduler);
+  imageChanged();
+  seedChanged();
+  remember();
+  return refused;
 }
 
 export function keepSeed(seed) {
@@ -84,6 +100,7 @@ export function describe(choose) {
   const most = Math.max(1, Math.min(4, Math.floor(model.max_rows / 2))); // a guided picture takes two rows
   $("model").textContent = model.name;
   $("model").title = `${model.backend}, ${model.precision}`;
+  $("notes").textContent = model.notes ?? "";
   fill("size", model.resolutions, model.resolutions[0]);
   fillSchedulers();
   fill("num_images", [1, 2, 3, 4].slice(0, most), 1);

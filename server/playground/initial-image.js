@@ -24,14 +24,21 @@ export function imageFields() {
   };
 }
 
-/** Start from the picture in this file. */
+/** Start from the picture in this file. Says whether that was possible. */
 export async function take(file) {
   $("start").open = true;
   taken = file;
   const picture = await readPicture(file).catch((error) => { if (taken === file) complain(error); });
-  if (!picture || taken !== file) return; // another one was chosen meanwhile
+  if (!picture || taken !== file) return false; // another one was chosen meanwhile
   clearProblem();
   startFrom(picture);
+  return true;
+}
+
+export function setStrength(value) {
+  $("strength").value = value;
+  strengthChosen = true;
+  imageChanged();
 }
 
 /** Take it, and go where it is. */
@@ -72,9 +79,5 @@ export function imageChanged() {
   $("strength-shown").value = $("strength").value;
 }
 
-$("file").onchange = ({ target }) => {
-  if (target.files.length) take(target.files[0]);
-  target.value = ""; // so that the same file can be chosen again
-};
 $("remove").onclick = () => { startFrom(null); $("file").focus(); };
 $("strength").oninput = () => { strengthChosen = true; imageChanged(); };

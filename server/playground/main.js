@@ -4,10 +4,12 @@ import { untilGood } from "./api.js";
 import { $, say } from "./dom.js";
 import { draw, isRunning } from "./drawing.js";
 import { describe, field, form, keepSeed, NAMES, remember, restore, seedChanged } from "./form.js";
-import { imageChanged, startFrom, take } from "./initial-image.js";
+import { loadGallery } from "./gallery.js";
+import { imageChanged, startFrom } from "./initial-image.js";
 import { served } from "./model.js";
 import { onArrival } from "./picture-file.js";
 import { hasPictures } from "./results.js";
+import { bring } from "./reuse.js";
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -28,7 +30,7 @@ addEventListener("hashchange", () => {
   restore(NAMES);
 });
 $("new-seed").onclick = () => { keepSeed(""); field.prompt.focus(); };
-onArrival(take, (now) => form.classList.toggle("dropping", now));
+onArrival(bring, (now) => form.classList.toggle("dropping", now));
 
 function choose(text) {
   field.prompt.value = text;
@@ -40,6 +42,7 @@ const ask = async (path) => (await untilGood(path, waiting)).json();
 
 startFrom(null);
 restore(["prompt"]);
+loadGallery();
 served.schedulers = await ask("schedulers");
 [served.model] = await ask("models");
 describe(choose);

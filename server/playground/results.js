@@ -1,14 +1,14 @@
 // The pictures of a request: empty frames, previews, then the files.
 
+import { actionsOf, link, pictureOf, veil } from "./actions.js";
 import { $, BLANK, lines, make, many, say, short, words } from "./dom.js";
 import { field, keepSeed, showing, valuesOf } from "./form.js";
-import { useAsStart } from "./initial-image.js";
 
 let figures = [];
 
 export const hasPictures = () => figures.length > 0;
 
-/** Hang up empty frames for a request; returns a function that brings the pictures before them back. */
+/** Hang up empty frames for a request; returns functions that bring the pictures before them back, or give them up. */
 export function hangFrames(request) {
   const before = figures;
   hangUp(Array.from({ length: request.num_images }, () => frame(request)));
@@ -36,38 +36,34 @@ function frame({ width, height, num_images }) {
 }
 
 /** Show a `step` event, `seconds` after the first step began. */
-export function showStep({ step, steps, preview }, seconds) {
+export function showStep({ step, steps, preview, previews = [preview] }, seconds) {
   const left = seconds / step * (steps - step);
   $("bar").value = step / steps;
   $("step").textContent = `Step ${step} of ${steps}` + (step > 2 && left > 2 ? `, ${Math.ceil(left)} s left` : "");
-  if (preview?.startsWith("data:image/")) figures[0].querySelector("img").src = preview; // of the first picture
+  previews.forEach((url, index) => {
+    if (url?.startsWith("data:image/")) figures[index].querySelector("img").src = url;
+  });
 }
 
-/** Show what `completed` says. */
-export function showPictures({ images, parameters, timings, warnings }) {
-  images.forEach((image, index) => hang(figures[index], image, parameters.prompt));
+/** Show what `completed` says; returns the pictures. */
+export function showPictures(reply) {
+  const { images, parameters, timings, warnings } = reply;
+  const pictures = images.map((image) => pictureOf(image, reply));
+  pictures.forEach((picture, index) => hang(figures[index], picture));
   showing(parameters.strength === null ? valuesOf(parameters) : null);
   say(`${images.length > 1 ? `${images.length} images` : "Done"} in ${words(timings.total)}.`);
   lines("about", [`${parameters.width} × ${parameters.height} pixels. ${spent(parameters, timings)}.`, ...warnings]);
+  return pictures;
 }
 
-function hang(figure, { seed, format, image }, prompt) {
-  const bytes = Uint8Array.from(atob(image), (letter) => letter.charCodeAt(0));
-  const file = new Blob([bytes], { type: `image/${format}` }), url = URL.createObjectURL(file);
-  const name = fileName(prompt, seed, format);
-  const keep = make("button", { type: "button", className: "link" });
+function hang(figure, picture) {
+  const { blob, seed, parameters } = picture, url = URL.createObjectURL(blob);
+  const keep = link("", () => keepSeed(field.seed.value === String(seed) ? "" : seed));
   keep.dataset.seed = seed;
-  keep.onclick = () => keepSeed(field.seed.value === String(seed) ? "" : seed);
-  const use = make("button", { type: "button", className: "link" }, "Use as initial image");
-  use.onclick = () => useAsStart(new File([file], name));
-  Object.assign(figure.querySelector("img"), { src: url, alt: prompt });
+  Object.assign(figure.querySelector("img"), { src: url, alt: parameters.prompt });
+  veil(figure.querySelector(".frame"), picture);
   figure.querySelector("figcaption").replaceChildren(
-    make("span", {}, `Seed ${seed}`), make("div", {}, keep, use, make("a", { href: url, download: name }, "Download")));
-}
-
-function fileName(prompt, seed, format) {
-  const words = prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-|-$/g, "");
-  return `${words || "image"}-${seed}.${format}`;
+    make("span", {}, `Seed ${seed}`), make("div", {}, keep, ...actionsOf(picture, url)));
 }
 
 function spent({ num_inference_steps: steps, strength }, timings) {

@@ -26,6 +26,15 @@ export function chooseScheduler(wanted) {
   $("summary").textContent = summary + (calls > 1 ? ` Each step takes ${calls === 2 ? "twice" : `${calls} times`} as long.` : "");
 }
 
+const plain = (name) => name.toLowerCase().replace(/[^a-z0-9+]/g, "");
+
+/** The whole name of what this server, diffusers or AUTOMATIC1111's web UI calls so; undefined where it is unknown. */
+export function findScheduler(wanted) {
+  const names = served.schedulers.flatMap(({ name, title, aliases, sigmas }) =>
+    [name, title, ...aliases].flatMap((alias) => sigmas.map((kind) => [whole(alias, kind), whole(name, kind)])));
+  return names.find(([alias]) => plain(alias) === plain(wanted))?.[1];
+}
+
 function schedulerChanged() {
   const name = $("method").value, kind = $("sigmas").value;
   const { sigmas } = served.schedulers.find((one) => one.name === name);

@@ -1,0 +1,64 @@
+// Earlier pictures, and picture files of any program, as the start of the next one.
+
+import { $, say } from "./dom.js";
+import { field, fillForm, form, valuesOf } from "./form.js";
+import { parseInfotext, settingsOf } from "./infotext.js";
+import { setStrength, startFrom, take } from "./initial-image.js";
+import { readParameters } from "./metadata.js";
+
+const VARIATION = 0.6; // strength: the same subject, drawn anew
+const HEAD = 1 << 20; // bytes of a file that are searched for settings
+const WORDS = {
+  num_inference_steps: "steps", guidance_scale: "guidance scale", negative_prompt: "negative prompt",
+};
+
+/** The form's values, as text, that give this one picture again. */
+const valuesOfOne = ({ parameters, seed }) => valuesOf({ ...parameters, seed, num_images: 1 });
+
+/** Fill the form with these values, and say which of them, and which `others`, it cannot have. */
+function restore(values, others, isFromImage) {
+  startFrom(null);
+  const refused = fillForm(values).map((name) => `${WORDS[name] ?? name} ${values[name]}`);
+  const missing = isFromImage ? ["the initial image"] : [];
+  const lost = [...refused, ...others, ...missing].join(", ");
+  say(`The settings are restored.${lost && ` Not available here: ${lost}.`}`);
+  field.prompt.focus();
+  form.scrollIntoView({ block: "nearest" });
+}
+
+export const restoreSettings = (picture) => restore(valuesOfOne(picture), [], picture.parameters.strength !== null);
+
+/** Generate from a picture, with its settings and a new seed. */
+export async function vary(picture) {
+  fillForm({ ...valuesOfOne(picture), seed: "" });
+  if (!await take(new File([picture.blob], picture.name))) return;
+  setStrength(VARIATION);
+  form.requestSubmit();
+}
+
+/** Start from a file that the user brings, and offer the settings that are in it. */
+export async function bring(file) {
+  $("offer").hidden = true;
+  const [, text] = await Promise.all([take(file), parametersIn(file)]);
+  const parsed = text && parseInfotext(text);
+  if (parsed) offer(parsed);
+}
+
+async function parametersIn(file) {
+  const head = await file.slice(0, HEAD).arrayBuffer().catch(() => new ArrayBuffer(0)); // `take` says that it is unreadable
+  return readParameters(new Uint8Array(head));
+}
+
+function offer(parsed) {
+  const { values, others } = settingsOf(parsed);
+  $("offer").hidden = false;
+  $("restore").onclick = () => {
+    $("offer").hidden = true;
+    restore(values, others, "Denoising strength" in parsed.fields);
+  };
+}
+
+$("file").onchange = ({ target }) => {
+  if (target.files.length) bring(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+};
