@@ -19,6 +19,7 @@ from server.api.error_responses import error_response
 from server.api.native import generate
 from server.api.openai import images as openai_images
 from server.api.openai import models as openai_models
+from server.api.sdapi import routes as sdapi
 from server.api.service import Service
 from server.middleware.access_log import AccessLog
 from server.middleware.cross_origin import allow_origins
@@ -59,6 +60,7 @@ def _routes(service: Service) -> FastAPI:
     app.include_router(generate.routes(service))
     app.include_router(openai_images.routes(service))
     app.include_router(openai_models.routes(service))
+    app.include_router(sdapi.routes(service))
     app.include_router(ops.routes(service))
     app.include_router(pages.routes())
     app.mount("/playground", pages.page_files())

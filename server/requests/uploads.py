@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.TiffImagePlugin  # which the first EXIF would import
 from numpy.typing import NDArray
-from PIL.ExifTags import Base
+from PIL.ExifTags import IFD, Base
 from PIL.ImageFile import ImageFile
 from PIL.ImageOps import exif_transpose
 from PIL.JpegImagePlugin import JpegImageFile
@@ -61,13 +61,8 @@ def read(content: bytes, *, field: str) -> PIL.Image.Image:
     Raises:
         InvalidRequest: the file in `field` is not a supported image, is damaged, or exceeds a limit.
     """
-    if len(content) > MAX_FILE:
-        raise _refuse(field, f"The file is too large: send at most {MAX_FILE} bytes.")
-    reader = next((reader for name, start, reader in _READERS if content.startswith(name, start)), None)
-    if reader is None:
-        raise _refuse(field, "The file format is not supported: send PNG, JPEG or WebP.")
     try:
-        file = reader(_Bytes(content))  # reads the header; PIL.Image.open would also warn about large images
+        file = _open(content, field)
         if reason := _rejection(file, content):
             raise _refuse(field, reason)
         return _upright(_plain(file), file)
@@ -75,6 +70,22 @@ def read(content: bytes, *, field: str) -> PIL.Image.Image:
         raise _refuse(field, _TOO_LARGE) from None
     except _DAMAGED as error:
         raise _refuse(field, "The file is damaged or truncated: send the complete file.") from error
+
+
+def read_texts(content: bytes, *, field: str) -> dict[str, str]:
+    """The texts in the header of an image file: PNG's by keyword, and what EXIF has as UserComment as `parameters`.
+
+    Pixels are not decoded. Raises InvalidRequest, as `read` does.
+    """
+    try:
+        file = _open(content, field)
+        texts = {key: value for key, value in file.info.items() if isinstance(key, str) and isinstance(value, str)}
+        comment = file.getexif().get_ifd(IFD.Exif).get(Base.UserComment)
+    except PIL.Image.DecompressionBombError:
+        raise _refuse(field, _TOO_LARGE) from None
+    except _DAMAGED as error:
+        raise _refuse(field, "The file is damaged or truncated: send the complete file.") from error
+    return texts | ({"parameters": _comment(comment)} if isinstance(comment, bytes) else {})
 
 
 def fit(image: PIL.Image.Image, size: Size) -> NDArray[np.uint8]:
@@ -109,6 +120,24 @@ def transparent_area(image: PIL.Image.Image) -> PIL.Image.Image | None:
 
 def _refuse(field: str, message: str) -> InvalidRequest:
     return InvalidRequest(f"{field}: {message}", fields=(FieldError(field, message),))
+
+
+def _open(content: bytes, field: str) -> ImageFile:
+    """The file, of which only the header is read. Raises InvalidRequest, and what PIL raises on damaged files."""
+    if len(content) > MAX_FILE:
+        raise _refuse(field, f"The file is too large: send at most {MAX_FILE} bytes.")
+    reader = next((reader for name, start, reader in _READERS if content.startswith(name, start)), None)
+    if reader is None:
+        raise _refuse(field, "The file format is not supported: send PNG, JPEG or WebP.")
+    return reader(_Bytes(content))  # PIL.Image.open would also warn about large images
+
+
+def _comment(content: bytes) -> str:
+    """An EXIF UserComment: a character code of eight bytes, and text."""
+    code, text = content[:8], content[8:]
+    if not code.startswith(b"UNICODE"):
+        return text.decode(errors="replace").strip("\0")
+    return text.decode("utf-16-le" if text[1:2] == b"\0" else "utf-16-be", errors="replace").strip("\0")
 
 
 def _rejection(file: ImageFile, content: bytes) -> str | None:

@@ -1,0 +1,127 @@
+"""What is served, in the lists that clients of the web UI read. What latentd does not have is an empty list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from engines.manifest import Manifest
+from server.api import openapi
+from server.api.sdapi.checkpoint import checkpoint_of
+from server.api.sdapi.samplers import Sampler, SchedulerItem, samplers, schedulers
+from server.api.service import Service
+
+_EMPTY = {
+    "loras": "LoRAs: they are fused when a bundle is built",
+    "hypernetworks": "Hypernetworks: there are none",
+    "sd-vae": "VAEs to choose from: the one of the bundle is used",
+    "sd-modules": "Modules to choose from: there are none",
+    "upscalers": "Upscalers: there are none",
+    "latent-upscale-modes": "Latent upscalers: there are none",
+    "face-restorers": "Face restorers: there are none",
+    "realesrgan-models": "Models of Real-ESRGAN: there are none",
+    "prompt-styles": "Styles: there are none",
+    "script-info": "Scripts: there are none",
+    "extensions": "Extensions: there are none",
+}
+_UNKNOWN_MEMORY = {"error": "not measured: see GET /metrics"}
+
+
+class SDModel(BaseModel, protected_namespaces=()):
+    """A checkpoint."""
+
+    title: str
+    model_name: str
+    hash: str | None
+    sha256: str | None
+    filename: str
+    config: str | None = None
+
+
+class Embedding(BaseModel):
+    """A textual inversion."""
+
+    step: int | None = None
+    sd_checkpoint: str | None = None
+    sd_checkpoint_name: str | None = None
+    shape: int
+    vectors: int
+
+
+class Embeddings(BaseModel):
+    """Textual inversions, by their tokens."""
+
+    loaded: dict[str, Embedding]
+    skipped: dict[str, Embedding]
+
+
+class Scripts(BaseModel):
+    """Names of scripts."""
+
+    txt2img: list[str]
+    img2img: list[str]
+
+
+class Memory(BaseModel):
+    """Memory, which is not measured here."""
+
+    ram: dict[str, Any]
+    cuda: dict[str, Any]
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=[openapi.SDAPI])
+
+    @router.get("/samplers", operation_id="sdapi_samplers", summary="The samplers")
+    async def _samplers() -> list[Sampler]:
+        return samplers(service.model.manifest)
+
+    @router.get("/schedulers", operation_id="sdapi_schedulers", summary="The noise schedules")
+    async def _schedulers() -> list[SchedulerItem]:
+        return schedulers()
+
+    @router.get("/sd-models", operation_id="sdapi_sd_models", summary="The served checkpoint")
+    async def _sd_models() -> list[SDModel]:
+        return [_sd_model(service.model.manifest)]
+
+    @router.get("/embeddings", operation_id="sdapi_embeddings", summary="The textual inversions of the bundle")
+    async def _embeddings() -> Embeddings:
+        return _embeddings_of(service.model.manifest)
+
+    @router.get("/scripts", operation_id="sdapi_scripts", summary="Scripts: there are none")
+    async def _scripts() -> Scripts:
+        return Scripts(txt2img=[], img2img=[])
+
+    @router.get("/memory", operation_id="sdapi_memory", summary="Memory, which is not measured")
+    async def _memory() -> Memory:
+        return Memory(ram=_UNKNOWN_MEMORY, cuda=_UNKNOWN_MEMORY)
+
+    for name, summary in _EMPTY.items():
+        identifier = f"sdapi_{name.replace('-', '_')}"
+        router.get(f"/{name}", operation_id=identifier, summary=summary)(_nothing)
+    return router
+
+
+async def _nothing() -> list[dict[str, Any]]:
+    return []
+
+
+def _sd_model(manifest: Manifest) -> SDModel:
+    checkpoint = checkpoint_of(manifest)
+    return SDModel(
+        title=checkpoint.title,
+        model_name=checkpoint.name,
+        hash=checkpoint.short_hash,
+        sha256=checkpoint.sha256,
+        filename=checkpoint.name,  # the paths of the server are its own
+    )
+
+
+def _embeddings_of(manifest: Manifest) -> Embeddings:
+    loaded = {
+        token: Embedding(shape=manifest.context.width, vectors=vectors)
+        for token, vectors in manifest.tokenizer.embeddings.items()
+    }
+    return Embeddings(loaded=loaded, skipped={})
