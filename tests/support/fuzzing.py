@@ -56,7 +56,7 @@ def check_operations(url: str, *, examples: int) -> set[str]:
 def _quick(body: Any) -> Any:
     """The body with few steps and one image, where it asks for more than that validly."""
     if isinstance(body, dict):
-        limits = {"num_inference_steps": _MAX_STEPS, "num_images": 1}
+        limits = {"num_inference_steps": _MAX_STEPS, "num_images": 1, "steps": _MAX_STEPS, "batch_size": 1, "n_iter": 1}
         return body | {name: most for name, most in limits.items() if _is_more(body.get(name), most)}
     return body
 

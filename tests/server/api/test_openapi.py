@@ -32,7 +32,7 @@ def test_it_is_valid_openapi(document: dict[str, Any]) -> None:
 
 def test_every_operation_is_named_tagged_and_summarised_once(document: dict[str, Any]) -> None:
     found = dict(operations(document))
-    assert set(found) == {
+    assert {name for name in found if "/sdapi/" not in name} == {
         "post /generate",
         "get /v2/health/live",
         "get /v2/health/ready",
