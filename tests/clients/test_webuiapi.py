@@ -16,6 +16,7 @@ import pytest
 import webuiapi
 from numpy.typing import NDArray
 
+from tests.clients.load import FullQueue, is_idle
 from tests.support.bare_server import wait_until
 from tests.support.serving import Serving
 
@@ -24,11 +25,6 @@ QUICK: dict[str, Any] = {"prompt": "a red heart", "width": SIZE, "height": SIZE,
 SLOW: dict[str, Any] = QUICK | {"steps": 200, "batch_size": 8, "sampler_name": "DPM++ 2M"}
 SAME = {"prompt": "a red heart", "guidance_scale": 7.0, "num_inference_steps": 4, "seed": 7}  # as QUICK, natively
 Background = Callable[..., Future[webuiapi.WebUIApiResult]]
-
-
-def is_idle(serving: Serving) -> bool:
-    metrics = serving.metrics()
-    return metrics["latentd_requests_running"] == metrics["latentd_requests_waiting"] == 0
 
 
 def connect(serving: Serving, **options: Any) -> webuiapi.WebUIApi:
@@ -284,6 +280,12 @@ def test_what_is_switched_off_is_accepted(api: webuiapi.WebUIApi) -> None:
     assert len(result.info["warnings"]) == 2
 
 
+def test_a_full_queue_is_429(full_queue: FullQueue) -> None:
+    status, text = refusal(lambda: connect(full_queue.serving).txt2img(**QUICK))
+    assert status == 429
+    assert '{"detail":"' in text
+
+
 def test_lists(api: webuiapi.WebUIApi) -> None:
     model = api.util_get_model_names()[0]
     assert api.util_get_current_model() == model
@@ -315,13 +317,25 @@ def test_options_stay_what_they_are(api: webuiapi.WebUIApi) -> None:
     assert api.refresh_checkpoints() is None
 
 
-def test_png_info_reads_the_text_of_a_picture(api: webuiapi.WebUIApi) -> None:
-    image = api.txt2img(**QUICK).image
-    text = "a cat\nNegative prompt: a dog\nSteps: 4, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64"
-    image.info = {"parameters": text}
-    result = api.png_info(image)
-    parameters = result.parameters
-    assert result.info == text
-    assert (parameters["Prompt"], parameters["Negative prompt"], parameters["Seed"]) == ("a cat", "a dog", "5")
-    assert parameters["Size-1"] == "64"
+def test_png_info_reads_what_a_picture_carries(api: webuiapi.WebUIApi) -> None:
+    made = api.txt2img(**QUICK, negative_prompt="a dog")
+    found = api.png_info(made.image)
+    assert found.info == made.info["infotexts"][0] == made.image.info["parameters"]
+    parameters = found.parameters
+    assert (parameters["Prompt"], parameters["Negative prompt"]) == ("a red heart", "a dog")
+    assert (parameters["Seed"], parameters["Size-1"], parameters["Sampler"]) == ("7", "64", "Euler a")
     assert api.png_info(PIL.Image.new("RGB", (8, 8))).info == ""
+
+
+def test_png_info_reads_jpeg_files(serving: Serving) -> None:
+    fields = {"prompt": "eine Katze für alle: 猫", "num_inference_steps": 1, "image_format": "jpeg"}
+    file = serving.generate(**fields).json()["images"][0]["image"]
+    found = serving.client.post("/sdapi/v1/png-info", json={"image": f"data:image/jpeg;base64,{file}"}).json()
+    assert found["parameters"]["Prompt"] == "eine Katze für alle: 猫"
+
+
+def test_png_info_of_what_is_no_image(serving: Serving) -> None:
+    for image in ("", "AAAA", "iVBORw0KGgo=", "http://127.0.0.1/image.png"):
+        answer = serving.client.post("/sdapi/v1/png-info", json={"image": image})
+        assert answer.status_code == 422
+        assert answer.json()["detail"][0]["loc"] == ["body", "image"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from server.api import openapi
 from server.requests.errors import STATUS, FieldError, InvalidRequest, ServerError
 
 _NAMES = {  # of fields: ours, and what the web UI calls them
@@ -22,30 +23,26 @@ _NAMES = {  # of fields: ours, and what the web UI calls them
     "clip_skip": "override_settings.CLIP_stop_at_last_layers",
 }
 _IN_TEXT = re.compile(r"\b(num_inference_steps|guidance_scale|num_images)\b")
-_ITEM = {
-    "type": "object",
-    "required": ["loc", "msg", "type"],
-    "properties": {
-        "loc": {"type": "array", "items": {"type": ["string", "integer"]}},
-        "msg": {"type": "string"},
-        "type": {"type": "string"},
-    },
-}
-_SCHEMA = {
-    "type": "object",
-    "required": ["detail"],
-    "properties": {"detail": {"anyOf": [{"type": "string"}, {"type": "array", "items": _ITEM}]}},
-}
-_EXAMPLE = {
-    "detail": [{"loc": ["body", "steps"], "msg": "Input should be less than or equal to 200", "type": "value_error"}]
-}
-_SECONDS = {"description": "seconds after which to try again", "schema": {"type": "integer", "minimum": 1}}
+_INTERRUPTED = 499
+
+
+class InvalidField(BaseModel):
+    """What is wrong with one field."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Error(BaseModel):
+    """An error, as FastAPI has it: a list where fields are invalid, and otherwise a sentence."""
+
+    detail: str | list[InvalidField]
 
 
 def error_response(error: ServerError) -> Response:
-    """`{"detail": …}`, as FastAPI has it: a list where fields are invalid, and otherwise a sentence."""
-    detail = [_item(field) for field in error.fields] or error.detail
-    return JSONResponse({"detail": detail}, STATUS[type(error)])
+    document = Error(detail=[_invalid(field) for field in error.fields] or error.detail)
+    return JSONResponse(document.model_dump(), STATUS[type(error)])
 
 
 def rejected(field: str, message: str) -> InvalidRequest:
@@ -61,22 +58,13 @@ def in_its_words(error: InvalidRequest) -> InvalidRequest:
 
 def responses() -> dict[int | str, dict[str, Any]]:
     """The error responses of a route that generates images, by status, for OpenAPI."""
-    return {status: _response(status) for status in sorted({*STATUS.values()})}
+    interrupted = {"model": Error, "description": "Interrupted before an image was complete."}
+    return {**openapi.errors(Error), _INTERRUPTED: interrupted}
 
 
-def _item(field: FieldError) -> dict[str, Any]:
-    return {"loc": ["body", *field.field.split(".")], "msg": field.message, "type": "value_error"}
+def _invalid(field: FieldError) -> InvalidField:
+    return InvalidField(loc=["body", *field.field.split(".")], msg=field.message, type="value_error")
 
 
 def _reword(text: str) -> str:
     return _IN_TEXT.sub(lambda name: _NAMES[name[0]], text)
-
-
-def _response(status: int) -> dict[str, Any]:
-    known = {one.value: one.phrase for one in HTTPStatus}
-    example = _EXAMPLE if status == HTTPStatus.UNPROCESSABLE_ENTITY else {"detail": known.get(status, "Interrupted")}
-    response: dict[str, Any] = {
-        "description": known.get(status, "Interrupted, before an image was complete"),
-        "content": {"application/json": {"schema": _SCHEMA, "example": example}},
-    }
-    return response | ({"headers": {"Retry-After": _SECONDS}} if status in (429, 503) else {})

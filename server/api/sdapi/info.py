@@ -20,9 +20,7 @@ def info(plan: Plan, task: Task, requests: Sequence[Request], manifest: Manifest
     checkpoint = checkpoint_of(manifest)
     seeds = [seed for request in requests for seed in request.params.seeds]
     texts = [
-        write(request.params, seed=seed, model=checkpoint.name, model_hash=checkpoint.short_hash)
-        for request in requests
-        for seed in request.params.seeds
+        write(request.params, seed=seed, model=checkpoint.name) for request in requests for seed in request.params.seeds
     ]
     document = {
         "prompt": params.prompt.text,
