@@ -146,6 +146,12 @@ class ServerSettings(BaseSettings):
         description="mark image files as made by a model, machine-readable: XMP's DigitalSourceType, of IPTC; "
         "--no-mark-ai leaves it out",
     )
+    c2pa_certificate: Path | None = Field(
+        None,
+        description="sign image files with content credentials (C2PA): the certificate chain, leaf first, as PEM; "
+        "needs the extra c2pa and --c2pa-key",
+    )
+    c2pa_key: Path | None = Field(None, description="private key of --c2pa-certificate, as PEM in PKCS #8")
     watchdog: float = Field(
         20,
         ge=0,

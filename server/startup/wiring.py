@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engines.backends.registry import open_device
+from engines.errors import EngineError
 from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
-from server.requests.image_files import ImageFiles
+from server.requests.image_files import ImageFiles, Sign
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
@@ -30,7 +31,7 @@ def make_service(
     Once its executor is started, the fastest of the backends is chosen and its engines are loaded.
 
     Raises:
-        EngineError: the tokenizer cannot be used.
+        EngineError: the tokenizer, or the certificate for C2PA, cannot be used.
     """
     manifest, bundle, backends, files = opened.manifest, settings.bundle, opened.backends, opened.files
     model = ServedModel(manifest, backends[0])
@@ -65,5 +66,19 @@ def make_service(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    image_files = ImageFiles(embed_parameters=settings.embed_parameters, mark_ai=settings.mark_ai)
-    return Service(model, runtime, BodyLimits(settings.max_body_memory * 2**20), image_files)
+    return Service(model, runtime, BodyLimits(settings.max_body_memory * 2**20), _image_files(settings))
+
+
+def _image_files(settings: ServerSettings) -> ImageFiles:
+    return ImageFiles(settings.embed_parameters, settings.mark_ai, _signer(settings))
+
+
+def _signer(settings: ServerSettings) -> Sign | None:
+    certificate, key = settings.c2pa_certificate, settings.c2pa_key
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise EngineError("C2PA needs both --c2pa-certificate and --c2pa-key: give the one that is missing.")
+    from server.requests.content_credentials import Signer  # noqa: PLC0415 - optional
+
+    return Signer(certificate, key)

@@ -6,15 +6,23 @@ import base64
 import io
 import shutil
 import subprocess
-from pathlib import Path
+from collections.abc import Iterator
 
 import PIL.Image
 import pytest
 from sd_parsers import ParserManager
 from sd_parsers.data import Generators
 
+from engines.demo import BUNDLE
 from server.requests.images import FORMATS, ImageFormat
 from tests.support.serving import Serving
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[Serving]:
+    with Serving(BUNDLE) as running:
+        yield running
+
 
 ASKED = {
     "prompt": "a (red:1.2) boat, café 日本\nat night",
@@ -45,7 +53,7 @@ def test_sd_parsers_reads_the_settings_of_each_image(serving: Serving, image_for
         assert sampler.parameters == {"steps": "3", "cfg_scale": "2.5", "seed": str(seed), "scheduler": "Karras"}
         assert sampler.model
         assert sampler.model.name == serving.client.get("/models").json()[0]["name"]
-        assert info.metadata["Size"] == "32x32"
+        assert info.metadata["Size"] == "64x64"
         assert info.metadata["Version"].startswith("latentd ")
 
 
@@ -72,7 +80,7 @@ def test_exiftool_reads_the_source_type(serving: Serving, image_format: ImageFor
     assert found.stdout.strip().endswith(b"digitalsourcetype/trainedAlgorithmicMedia")
 
 
-def test_metadata_can_be_switched_off(bundle: Path) -> None:
-    with Serving(bundle, "--no-embed-parameters", "--no-mark-ai") as bare:
+def test_metadata_can_be_switched_off() -> None:
+    with Serving(BUNDLE, "--no-embed-parameters", "--no-mark-ai") as bare:
         (file,) = files(bare, "png")
         assert not PIL.Image.open(io.BytesIO(file)).info
