@@ -89,7 +89,7 @@ def _library() -> ModuleType:
     try:
         import c2pa  # noqa: PLC0415 - optional, and only loaded where it is asked for
     except ImportError as error:
-        raise EngineError("C2PA needs the package c2pa-python: pip install 'latentd[c2pa]'.") from error
+        raise EngineError("C2PA needs the package c2pa-python: install the extra c2pa.") from error
     found: ModuleType = c2pa
     return found
 
