@@ -6,6 +6,7 @@ import { draw, isRunning } from "./drawing.js";
 import { describe, field, form, keepSeed, NAMES, remember, restore, seedChanged } from "./form.js";
 import { loadGallery } from "./gallery.js";
 import { imageChanged, startFrom } from "./initial-image.js";
+import "./mask-keys.js";
 import { served } from "./model.js";
 import { onArrival } from "./picture-file.js";
 import { hasPictures } from "./results.js";

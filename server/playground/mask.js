@@ -1,71 +1,97 @@
 // The inpainting mask: what is painted over the initial image. The canvas fires `change` when it has changed.
 
 import { $, make } from "./dom.js";
+import { History } from "./history.js";
 
-let stroke = null; // where on the mask the brush is, while it paints
-let isPainted = false;
+const canvas = $("mask"), ink = canvas.getContext("2d", { willReadFrequently: true }), history = new History(ink);
 
-export const hasPaint = () => isPainted;
+let stroke = null; // the last point of the stroke that is being painted
+let share = 0; // of the picture, that is painted
+
+export const hasPaint = () => share > 0;
+
+/** Pixels of the canvas for one of the screen. */
+export const scale = () => canvas.width / canvas.getBoundingClientRect().width;
 
 /** A mask with nothing painted on it, of the shape of a picture of this size. */
 export function blankMask({ width, height } = { width: 1, height: 1 }) {
   const scale = 512 / Math.max(width, height);
-  Object.assign($("mask"), { width: Math.ceil(width * scale), height: Math.ceil(height * scale) });
+  Object.assign(canvas, { width: Math.ceil(width * scale), height: Math.ceil(height * scale) });
   $("easel").style.maxWidth = `min(24rem, ${60 * width / height}vh)`;
-  Object.assign($("mask").getContext("2d"), { strokeStyle: "#4457b8", lineCap: "round", lineJoin: "round" });
-  isPainted = false;
+  history.forget();
+  measure();
 }
 
-function wipe() {
-  $("mask").getContext("2d").clearRect(0, 0, $("mask").width, $("mask").height);
-  isPainted = false;
+function measure() {
+  const { data } = ink.getImageData(0, 0, canvas.width, canvas.height), all = data.length / 4;
+  let painted = 0;
+  for (let at = 3; at < data.length; at += 4) painted += data[at] / 255;
+  share = painted / all;
+  $("share").textContent = share ? `${Math.max(1, Math.round(100 * share))} % is painted.` : "Nothing is painted.";
+}
+
+function changed() {
+  measure();
+  canvas.dispatchEvent(new Event("change", { bubbles: true }));
+}
+
+/** Begin a stroke, of paint or of the eraser. */
+export function penDown(erases = $("eraser").checked) {
+  history.keep();
+  Object.assign(ink, {
+    globalCompositeOperation: erases ? "destination-out" : "source-over", lineWidth: $("brush").value * scale(),
+    strokeStyle: "#4457b8", lineCap: "round", lineJoin: "round",
+  });
+}
+
+/** Go on to a point of the canvas. */
+export function penTo(x, y) {
+  ink.beginPath();
+  ink.moveTo(...(stroke ?? [x - 0.1, y])); // a line without length would not be drawn
+  ink.lineTo(x, y);
+  ink.stroke();
+  stroke = [x, y];
+}
+
+export function penUp() {
+  stroke = null;
   changed();
 }
 
-const changed = () => $("mask").dispatchEvent(new Event("change", { bubbles: true }));
-
-function paint(event) {
-  const brush = $("mask").getContext("2d"), box = $("mask").getBoundingClientRect(), scale = $("mask").width / box.width;
-  const moves = event.getCoalescedEvents?.() ?? [];
-  brush.lineWidth = $("brush").value * scale;
-  brush.beginPath();
-  for (const { clientX, clientY } of moves.length ? moves : [event]) {
-    const point = [(clientX - box.left) * scale, (clientY - box.top) * scale];
-    brush.moveTo(...(stroke ?? [point[0] - 0.1, point[1]])); // a line without length would not be drawn
-    brush.lineTo(...point);
-    stroke = point;
-  }
-  brush.stroke();
-  isPainted = true;
+function fill(how) {
+  history.keep();
+  Object.assign(ink, { globalCompositeOperation: how, fillStyle: "#4457b8" });
+  ink.fillRect(0, 0, canvas.width, canvas.height);
+  changed();
 }
+
+export const undo = () => { if (history.undo()) changed(); };
+export const redo = () => { if (history.redo()) changed(); };
+export const invert = () => fill("xor");
+export const clear = () => fill("destination-out");
 
 /** A PNG file as a data: URL, white where it is painted. */
 export function maskFile() {
-  const { width, height } = $("mask"), canvas = make("canvas", { width, height }), ink = canvas.getContext("2d");
-  ink.drawImage($("mask"), 0, 0);
+  const { width, height } = canvas, copy = make("canvas", { width, height }), white = copy.getContext("2d");
+  white.drawImage(canvas, 0, 0);
   for (const [how, color] of [["source-in", "#fff"], ["destination-over", "#000"]]) {
-    Object.assign(ink, { globalCompositeOperation: how, fillStyle: color });
-    ink.fillRect(0, 0, width, height);
+    Object.assign(white, { globalCompositeOperation: how, fillStyle: color });
+    white.fillRect(0, 0, width, height);
   }
-  return canvas.toDataURL("image/png");
+  return copy.toDataURL("image/png");
 }
 
-/** The pointer as large as the brush. */
-function brushChanged() {
-  const size = Number($("brush").value), at = size / 2;
-  const ring = `<circle cx='${at}' cy='${at}' r='${at - 1}' fill='none' stroke='gray' stroke-width='2'/>`;
-  const drawing = `<svg xmlns='http://www.w3.org/2000/svg' width='${size}' height='${size}'>${ring}</svg>`;
-  $("mask").style.cursor = `url("data:image/svg+xml,${drawing}") ${at} ${at}, crosshair`;
-}
-
-$("brush").oninput = brushChanged;
-$("clear").onclick = wipe;
-$("mask").onpointerdown = (event) => {
-  if (!event.isPrimary || event.button) return;
-  event.target.setPointerCapture(event.pointerId);
+canvas.onpointerdown = (event) => {
+  if (!event.isPrimary || event.button > 0 && event.button !== 5) return; // 5: a pen's eraser
+  canvas.setPointerCapture(event.pointerId);
+  penDown($("eraser").checked || event.button === 5);
   paint(event);
 };
-$("mask").onpointermove = (event) => { if (stroke && event.isPrimary) paint(event); };
-$("mask").onlostpointercapture = () => { stroke = null; changed(); };
+canvas.onpointermove = (event) => { if (stroke && event.isPrimary) paint(event); };
+canvas.onpointercancel = () => { if (stroke) history.undo(); }; // two fingers: the page is zoomed
+canvas.onlostpointercapture = penUp;
 
-brushChanged();
+function paint(event) {
+  const { left, top } = canvas.getBoundingClientRect(), moves = event.getCoalescedEvents?.() ?? [];
+  for (const { clientX, clientY } of moves.length ? moves : [event]) penTo((clientX - left) * scale(), (clientY - top) * scale());
+}

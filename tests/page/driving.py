@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 from playwright.sync_api import Locator, Page, expect
 
 PROMPT = "a red heart on a yellow background"
-_PIXELS = """image => {
+_FILE = """image => {
   const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-  const ink = canvas.getContext("2d");
-  ink.drawImage(image, 0, 0);
-  return [canvas.height, canvas.width, [...ink.getImageData(0, 0, canvas.width, canvas.height).data]];
+  [canvas.width, canvas.height] = [image.naturalWidth ?? image.width, image.naturalHeight ?? image.height];
+  canvas.getContext("2d").drawImage(image, 0, 0);
+  return canvas.toDataURL("image/png").split(",")[1];
 }"""
 
 
@@ -67,6 +69,6 @@ def open_options(page: Page) -> None:
 
 
 def pixels(image: Locator) -> NDArray[np.float64]:
-    """The pixels [H, W, 4] in 0..255 of an image on the page."""
-    height, width, values = image.evaluate(_PIXELS)
-    return np.asarray(values, np.float64).reshape(height, width, 4)
+    """The pixels [H, W, 4] in 0..255 of an image or a canvas on the page."""
+    file = base64.b64decode(image.evaluate(_FILE))
+    return np.asarray(PIL.Image.open(io.BytesIO(file)).convert("RGBA"), np.float64)
