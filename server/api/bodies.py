@@ -30,7 +30,9 @@ MAX_COMMAS = 64 * 1024  # bounds the number of values in a JSON body; base64 has
 FILES = ("image", "mask")  # fields that a form may send as files
 _A_FILE = {"type": "string", "format": "binary"}
 
+T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=BaseModel)
+OtherT = TypeVar("OtherT", bound=BaseModel)
 
 
 async def read_body(http: HttpRequest, model: type[ModelT], lease: Lease) -> ModelT:
@@ -43,14 +45,30 @@ async def read_body(http: HttpRequest, model: type[ModelT], lease: Lease) -> Mod
         InvalidRequest: fields are invalid; validation errors are reported per field.
         Cancelled: the caller disconnected before the body was complete.
     """
+    return await _read(http, lease, as_json=partial(_parse_json, model), as_form=partial(_parse_form, model))
+
+
+async def read_either(http: HttpRequest, model: type[ModelT], other: type[OtherT], lease: Lease) -> ModelT | OtherT:
+    """As `read_body`, or into `other`: JSON with all that is required of it and lacks what is required of `model`."""
+    as_json = partial(_parse_either, model, other)
+    return await _read(http, lease, as_json=as_json, as_form=partial(_parse_form, model))
+
+
+async def _read(
+    http: HttpRequest,
+    lease: Lease,
+    *,
+    as_json: Callable[[bytearray], T],
+    as_form: Callable[[str, bytearray], T],
+) -> T:
     content_type = http.headers.get("content-type", "")
-    parse: Callable[[bytearray], ModelT]
+    parse: Callable[[bytearray], T]
     match content_type.partition(";")[0].strip().lower():
         case "application/json":
-            parse = partial(_parse_json, model)
+            parse = as_json
         case "multipart/form-data":
             _check_origin(http)
-            parse = partial(_parse_form, model, content_type)
+            parse = partial(as_form, content_type)
         case _:
             raise UnsupportedMediaType(
                 "Send JSON with Content-Type: application/json, or a form as multipart/form-data."
@@ -103,9 +121,33 @@ def _check_size(size: int) -> None:
 
 
 def _parse_json(model: type[ModelT], body: bytearray) -> ModelT:
+    _check_values(body)
+    return _validate(model, partial(model.model_validate_json, body))
+
+
+def _parse_either(model: type[ModelT], other: type[OtherT], body: bytearray) -> ModelT | OtherT:
+    _check_values(body)
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:  # only then is there anything to decide: valid bodies lose no time
+        if _required(other) <= _named(error, "extra_forbidden") and _required(model) <= _named(error, "missing"):
+            return _validate(other, partial(other.model_validate_json, body))
+        raise explain(error, model) from None
+
+
+def _check_values(body: bytearray) -> None:
     if body.count(b",") > MAX_COMMAS:
         raise BodyTooLarge(f"The body has more than {MAX_COMMAS} values.")
-    return _validate(model, partial(model.model_validate_json, body))
+
+
+def _required(model: type[BaseModel]) -> set[str]:
+    return {name for name, field in model.model_fields.items() if field.is_required()}
+
+
+def _named(error: ValidationError, kind: str) -> set[str]:
+    """The top-level fields that have an error of this kind."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return {str(item["loc"][0]) for item in found if item["type"] == kind}
 
 
 def _parse_form(model: type[ModelT], content_type: str, body: bytearray) -> ModelT:

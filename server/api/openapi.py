@@ -56,6 +56,7 @@ _BODIES = {
     },
     "four images": {"prompt": "a lighthouse at night", "num_images": 4},
     "image to image": {"prompt": "an oil painting", "image": "iVBORw0KGgo=", "strength": 0.6},
+    "Hugging Face": {"inputs": "a lighthouse at night", "parameters": {"num_inference_steps": 20}},
 }
 
 

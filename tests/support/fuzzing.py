@@ -18,6 +18,11 @@ from schemathesis.specs.openapi.checks import (
 )
 
 _MAX_STEPS = 2  # of valid requests, which would otherwise take minutes each
+_LIMITS = {
+    "num_inference_steps": _MAX_STEPS,
+    "steps": _MAX_STEPS,
+    **dict.fromkeys(("num_images", "n", "batch_size", "n_iter"), 1),
+}
 # Not that every valid body is accepted: which values go together, and what the model can do, no schema says.
 _CHECKS = (
     not_a_server_error,
@@ -56,8 +61,8 @@ def check_operations(url: str, *, examples: int) -> set[str]:
 def _quick(body: Any) -> Any:
     """The body with few steps and one image, where it asks for more than that validly."""
     if isinstance(body, dict):
-        limits = {"num_inference_steps": _MAX_STEPS, "num_images": 1, "steps": _MAX_STEPS, "batch_size": 1, "n_iter": 1}
-        return body | {name: most for name, most in limits.items() if _is_more(body.get(name), most)}
+        nested = {"parameters": _quick(body["parameters"])} if "parameters" in body else {}
+        return body | nested | {name: most for name, most in _LIMITS.items() if _is_more(body.get(name), most)}
     return body
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import cast
 
 from fastapi import APIRouter, Response
@@ -15,9 +16,11 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from server.api import openapi
-from server.api.bodies import describe_body, read_body
+from server.api.bodies import describe_body, read_either
 from server.api.context import context_of
 from server.api.error_responses import error_response
+from server.api.native import huggingface
+from server.api.native.huggingface import HuggingFaceBody
 from server.api.native.negotiation import ResponseFormat, negotiate
 from server.api.outcomes import wait_for_outcome
 from server.api.problems import problem
@@ -60,16 +63,20 @@ def routes(service: Service) -> APIRouter:
                     "text/event-stream": openapi.EVENTS,
                 },
             },
-            **openapi.problems(),
+            **huggingface.describe_errors(openapi.problems()),
         },
-        openapi_extra=openapi.generate_extra(describe_body(GenerateRequest)),
+        openapi_extra=openapi.generate_extra(huggingface.describe_body(describe_body(GenerateRequest))),
     )
     async def generate(http: HttpRequest) -> Response:
         wanted = negotiate(http.headers.getlist("accept"))
         context = context_of(http, "generate")
         service.check(context.caller)
         with service.bodies.lease() as lease:  # until the files are decoded to pixels
-            body = await read_body(http, GenerateRequest, lease)
+            body = await read_either(http, GenerateRequest, HuggingFaceBody, lease)
+            if isinstance(body, HuggingFaceBody):
+                body = await huggingface.native(http, body, lease)
+                context = replace(context, api="huggingface")
+                wanted = huggingface.image_format(wanted, body)
             _check_count(body, wanted)
             image_format = body.image_format
             accepted = await service.accept(body, context, follows=wanted == "events")

@@ -55,7 +55,8 @@ def test_errors_are_problem_details(document: dict[str, Any]) -> None:
     assert set(responses) == {"200", "431", *(str(status) for status in STATUS.values() if status != 499)}
     for status in set(responses) - {"200"}:
         content = responses[status]["content"]["application/problem+json"]
-        assert responses[status]["content"].keys() == {"application/problem+json"}
+        others = set() if status == "431" else {"application/json"}  # Hugging Face's form
+        assert responses[status]["content"].keys() == {"application/problem+json", *others}
         assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
         assert Problem.model_validate(content["example"]).status == int(status)
         assert ("Retry-After" in responses[status].get("headers", {})) == (status in {"429", "503"})
@@ -73,13 +74,14 @@ def test_examples_of_requests_fit_their_schema(document: dict[str, Any]) -> None
     validator = OAS31Validator(content["application/json"]["schema"])
     for example in content["application/json"]["examples"].values():
         validator.validate(example["value"])
-        GenerateRequest.model_validate(example["value"])
+        if "inputs" not in example["value"]:
+            GenerateRequest.model_validate(example["value"])
 
 
 def test_a_form_has_no_null(document: dict[str, Any]) -> None:
     content = document["paths"]["/generate"]["post"]["requestBody"]["content"]
     fields = content["multipart/form-data"]["schema"]["properties"]
-    assert fields.keys() == content["application/json"]["schema"]["properties"].keys()
+    assert fields.keys() == content["application/json"]["schema"]["anyOf"][0]["properties"].keys()
     assert "null" not in str(fields)
     assert (fields["eta"]["type"], fields["image"]["format"]) == ("number", "binary")
 
