@@ -14,7 +14,7 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from server.api import openapi, ops, pages
+from server.api import kserve, openapi, ops, pages
 from server.api.error_responses import error_response
 from server.api.native import generate
 from server.api.openai import images as openai_images
@@ -61,6 +61,7 @@ def _routes(service: Service) -> FastAPI:
     app.include_router(openai_images.routes(service))
     app.include_router(openai_models.routes(service))
     app.include_router(sdapi.routes(service))
+    app.include_router(kserve.routes(service))
     app.include_router(ops.routes(service))
     app.include_router(pages.routes())
     app.mount("/playground", pages.page_files())

@@ -14,7 +14,7 @@ from server.requests.errors import STATUS, ServerError
 from server.requests.schemas import Problem
 
 GENERATION, MODEL, OPERATION = "generation", "model", "operation"  # tags
-OPENAI, SDAPI, KSERVE = "OpenAI", "AUTOMATIC1111", "KServe v2"  # tags of the APIs of other servers
+OPENAI, SDAPI = "OpenAI", "AUTOMATIC1111"  # tags of the APIs of other servers
 DESCRIPTION: Mapping[str, Any] = {
     "title": "latentd",
     "summary": "Stable Diffusion server that batches requests at the denoising step.",
@@ -25,9 +25,11 @@ DESCRIPTION: Mapping[str, Any] = {
     "openapi_tags": [
         {"name": GENERATION, "description": "Images from text and from other images."},
         {"name": MODEL, "description": "What is served, and what a request may ask for."},
-        {"name": OPERATION, "description": "Health and metrics."},
+        {
+            "name": OPERATION,
+            "description": "Health and metadata as in the Open Inference Protocol (KServe v2), and metrics.",
+        },
         {"name": OPENAI, "description": "OpenAI's Images API, for its clients; errors are in its form."},
-        {"name": KSERVE, "description": "The Open Inference Protocol's health and metadata."},
         {"name": SDAPI, "description": 'The API of AUTOMATIC1111\'s web UI; errors are `{"detail": …}`.'},
     ],
 }

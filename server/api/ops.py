@@ -1,4 +1,4 @@
-"""Health, metrics, and descriptions of the model and the schedulers."""
+"""Metrics, and descriptions of the model and the schedulers."""
 
 from __future__ import annotations
 
@@ -8,42 +8,14 @@ from engines.backends.available import precision_of
 from engines.schedulers import NAMES, describe
 from server.api import openapi
 from server.api.service import Service
-from server.requests.schemas import ModelInfo, Readiness, SchedulerDescription
+from server.requests.schemas import ModelInfo, SchedulerDescription
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _EXPOSITION = {"text/plain": {"schema": {"type": "string"}, "example": "latentd_ready 1.0\n"}}
-_READY = {"application/json": {"example": {"ready": True, "detail": "ready"}}}
-_LOADING = {"application/json": {"example": {"ready": False, "detail": "warming up 512x512"}}}
 
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
-
-    @router.get(
-        "/v2/health/live",
-        operation_id="live",
-        tags=[openapi.OPERATION],
-        summary="Liveness: 200 while the process works, 503 when it should be restarted",
-        response_class=Response,
-        responses={200: {"description": "The process works."}, 503: {"description": "Restart the process."}},
-    )
-    async def live() -> Response:
-        return Response(status_code=200 if service.runtime.executor.alive else 503)
-
-    @router.get(
-        "/v2/health/ready",
-        operation_id="ready",
-        tags=[openapi.OPERATION],
-        summary="Readiness: 200 while requests are accepted and succeed, 503 otherwise",
-        responses={
-            200: {"description": "Requests are accepted, and images succeed.", "content": _READY},
-            503: {"description": "Not now; the body says why.", "model": Readiness, "content": _LOADING},
-        },
-    )
-    async def ready(response: Response) -> Readiness:
-        ready, detail = service.runtime.executor.readiness
-        response.status_code = 200 if ready else 503
-        return Readiness(ready=ready, detail=detail)
 
     @router.get(
         "/metrics",

@@ -37,7 +37,7 @@ def test_the_model_describes_its_capabilities(serving: Serving) -> None:
 def test_the_api_description_names_every_field(serving: Serving) -> None:
     assert "swagger" in serving.client.get("/docs").text
     operation = serving.client.get("/openapi.json").json()["paths"]["/generate"]["post"]
-    described = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    described = operation["requestBody"]["content"]["application/json"]["schema"]["anyOf"][0]["properties"]
     assert described.keys() == GenerateRequest.model_fields.keys()
     assert {"image/png", "text/event-stream"} <= operation["responses"]["200"]["content"].keys()
     assert "429" in operation["responses"]
