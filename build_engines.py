@@ -137,6 +137,7 @@ class _SourceFlags(CommandLine):
     example: Annotated[Repeatable[Prompt], Metavar("PROMPT")] = Field(
         (), description="a prompt that shows what the model can draw, repeatable"
     )
+    notes: str = Field("", max_length=1000, description="what users should know of the model; the web page shows it")
     weights: Storage | None = Field(
         None,
         description="how weights are stored, once for all backends (default: as they are in DIR; "
@@ -179,6 +180,7 @@ class _ExportFlags(_ResolutionFlag, _SourceFlags):
             steps=self.steps,
             guidance=self.guidance,
             examples=self.example,
+            notes=self.notes,
         )
 
 

@@ -106,6 +106,7 @@ class Manifest(Geometry):
     examples: tuple[str, ...] = Field(
         default=(), max_length=1000, description="prompts that show what the model can do"
     )
+    notes: str = Field(default="", max_length=1000, description="what users should know of it, in a sentence or two")
     graphs: dict[GraphName, Graph]
     builds: dict[str, Build] = Field(
         default={}, description="by backend; the first is the one the bundle was built for"

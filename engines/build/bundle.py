@@ -43,6 +43,7 @@ class ExportOptions:
         steps: the default number of denoising steps of requests: 50, or 4 for latent consistency models.
         guidance: the default guidance scale of requests: 7.5, or 8.5 for latent consistency models.
         examples: prompts that show what the model can draw.
+        notes: what users should know of the model, in a sentence or two.
     """
 
     weights: Storage | None = None
@@ -53,6 +54,7 @@ class ExportOptions:
     steps: int | None = None
     guidance: float | None = None
     examples: tuple[str, ...] = ()
+    notes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,7 @@ def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
         decode_batch=options.decode_batch,
         defaults=request_defaults(manifest.defaults.scheduler, options),
         examples=options.examples,
+        notes=options.notes,
     )
 
 

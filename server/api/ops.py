@@ -43,6 +43,7 @@ def routes(service: Service) -> APIRouter:
                 guidance_scale=manifest.defaults.guidance_scale,
                 max_rows=manifest.max_rows,
                 examples=list(manifest.examples),
+                notes=manifest.notes,
             )
         ]
 

@@ -23,7 +23,7 @@ export async function draw() {
   rememberPrompt(request.prompt);
   $("about").hidden = true;
   const before = hangFrames(request);
-  $("bar").scrollIntoView({ block: "nearest" }); // no further, or Cancel leaves the pointer
+  reveal();
   try {
     const pictures = showPictures(await generate(request, listeners(), signal));
     $("result").scrollIntoView({ block: "nearest" });
@@ -55,6 +55,14 @@ function listeners() {
     started: () => { started = performance.now(); tell("Generating…"); },
     step: (data) => showStep(data, (performance.now() - started) / 1000),
   };
+}
+
+/** Bring the result into view: no further than needed, or Cancel leaves the pointer. A phone shows little else. */
+function reveal() {
+  const isPhone = matchMedia("(max-width: 34rem)").matches;
+  if (isPhone && document.activeElement === $("prompt")) $("prompt").blur(); // closes its keyboard
+  if (isPhone) $("result").scrollIntoView({ block: "start" });
+  else $("bar").scrollIntoView({ block: "nearest" });
 }
 
 function busy(now) {

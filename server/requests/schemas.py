@@ -287,6 +287,7 @@ class ModelInfo(BaseModel):
         description="maximum UNet rows per request; a guided image takes two rows, an unguided image one"
     )
     examples: list[str]
+    notes: str = Field(description="what users should know of the model; empty where there is nothing")
 
 
 class SchedulerDescription(BaseModel):
