@@ -51,7 +51,7 @@ function listeners() {
   return {
     waiting: (text, seconds) => tell(text, seconds ? `Trying again in ${seconds} s` : ""),
     queued: ({ position, estimate_s: seconds }) =>
-      tell(position ? `Queued: ${position} ahead of you.` : "Starting…", seconds ? `about ${Math.ceil(seconds)} s` : ""),
+      tell(position ? `Queued: ${position} ahead of you.` : "Starting…", seconds ? `at most ${Math.ceil(seconds)} s` : ""),
     started: () => { started = performance.now(); tell("Generating…"); },
     step: (data) => showStep(data, (performance.now() - started) / 1000),
   };

@@ -3,7 +3,6 @@
 import { $, make, many } from "./dom.js";
 import { storedPictures, storePicture, unstorePicture } from "./picture-store.js";
 import { openViewer } from "./viewer.js";
-import { different, zip } from "./zip.js";
 
 const MOST = 100;
 
@@ -90,6 +89,7 @@ $("thumbnails").addEventListener("keydown", (event) => {
 $("thumbnails").addEventListener("focusin", ({ target }) => reach(buttons().indexOf(target), false));
 
 $("download-all").onclick = async () => {
+  const { different, zip } = await import("./zip.js");
   const names = different(shown.map(({ picture }) => picture.name));
   const entries = shown.map(({ picture }, index) => ({ name: names[index], blob: picture.blob, date: new Date(picture.at) }));
   const href = URL.createObjectURL(await zip(entries));

@@ -113,7 +113,7 @@ def test_all_images_are_downloaded_in_one_file(page: Page) -> None:
         images = [PIL.Image.open(io.BytesIO(archive.read(name))) for name in names]
     assert sorted(names) == sorted(f"a-red-heart-on-a-yellow-background-{seed}.png" for seed in seeds(page))
     assert [image.size for image in images] == [(64, 64)] * 2
-    assert all(PROMPT in image.text["parameters"] for image in images)
+    assert all(PROMPT in image.info["parameters"] for image in images)
 
 
 def test_all_images_can_be_deleted(page: Page) -> None:
