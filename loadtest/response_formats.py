@@ -1,4 +1,4 @@
-"""The response formats of POST /generate: what is sent for each, and how its response is parsed. Pure."""
+"""The response formats of POST /generate, and OpenAI's API: what is sent for each, and how its response is parsed. Pure."""
 
 from __future__ import annotations
 
@@ -99,8 +99,7 @@ class PngFormat(ResponseFormat):
     def read(self, response: RawResponse) -> RequestResult:
         if not response.content.startswith(_PNG):
             raise ValueError("not a PNG file")
-        timings = server_timing(response.headers["server-timing"])
-        return RequestResult("completed", response.status, stages={stage: timings[stage] for stage in STAGES})
+        return _completed(response)
 
 
 class EventStreamFormat(ResponseFormat):
@@ -122,18 +121,36 @@ class EventStreamFormat(ResponseFormat):
         return RequestResult("failed", response.status, detail="the stream ended without an image or an error")
 
 
-FormatName = Literal["json", "png", "events"]
+class OpenAIFormat(ResponseFormat):
+    """OpenAI's Images API; the Server-Timing header has the timings."""
+
+    path = "/v1/images/generations"
+    accept = "application/json"
+
+    def body(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        renamed = {"n" if name == "num_images" else name: value for name, value in fields.items()}
+        return {"response_format": "b64_json", **renamed}
+
+    def read(self, response: RawResponse) -> RequestResult:
+        if not json.loads(response.content)["data"]:
+            raise ValueError("no images")
+        return _completed(response)
+
+
+FormatName = Literal["json", "png", "events", "openai"]
 RESPONSE_FORMATS: dict[FormatName, ResponseFormat] = {
     "json": JsonFormat(),
     "png": PngFormat(),
     "events": EventStreamFormat(),
+    "openai": OpenAIFormat(),
 }
 
 
 def detail_of(content: bytes) -> str:
-    """Return a problem document's `detail`, or the body itself where there is none; at most 500 characters."""
+    """Return a problem's `detail`, OpenAI's `message`, or the body itself without one; at most 500 characters."""
     try:
-        text = json.loads(content)["detail"]
+        document = json.loads(content)
+        text = document["error"]["message"] if "error" in document else document["detail"]
     except (ValueError, KeyError, TypeError):
         text = content.decode("utf-8", "replace")
     return str(text)[:_MAX_DETAIL]
@@ -161,6 +178,11 @@ def server_sent_events(parts: Sequence[BodyPart]) -> Iterator[tuple[float, str, 
     for event in EventSource(response).iter_sse():
         if event.data:
             yield arrived, event.event or "message", event.data
+
+
+def _completed(response: RawResponse) -> RequestResult:
+    timings = server_timing(response.headers["server-timing"])
+    return RequestResult("completed", response.status, stages={stage: timings[stage] for stage in STAGES})
 
 
 def _parse_document(document: Mapping[str, Any]) -> RequestResult:

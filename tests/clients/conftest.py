@@ -21,8 +21,8 @@ def serving() -> Iterator[Serving]:
 
 @pytest.fixture(scope="session")
 def narrow() -> Iterator[Serving]:
-    """A server process in which one request may wait."""
-    with Serving(DEMO, "--max-waiting", "1") as running:
+    """A server process in which one request may wait, and which takes four times as long as it needs."""
+    with Serving(DEMO, "--max-waiting", "1", "4", module="tests.support.slowed_server") as running:
         yield running
 
 

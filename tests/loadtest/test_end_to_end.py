@@ -37,7 +37,7 @@ def test_run_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert command.main([*measured, "--out", str(out / "bad")]) == 2
     shown = " ".join(capsys.readouterr().out.split())
     assert "has none of these loads, but 2/s, 200/s, 2 users" in shown
-    assert re.search(r"error: line 1: failed \(422\): .*magic", shown)
+    assert re.search(r"error: line 1: failed \((422|400)\): .*magic", shown)
 
     requests = [RequestRecord.model_validate_json(line) for line in (out / "requests.jsonl").read_text().splitlines()]
     ended = Counter((one.load, one.number) for one in requests)
@@ -83,7 +83,7 @@ def read_entries_of(out: Path) -> tuple[MixEntry, ...]:
     return LoadTestSummary.model_validate_json((out / "summary.json").read_bytes()).entries
 
 
-@pytest.mark.parametrize("response_format", ["png", "events"])
+@pytest.mark.parametrize("response_format", ["png", "events", "openai"])
 def test_other_response_formats(response_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Images arrive, stages are recorded, and an invalid mix is reported in the server's words."""
     with Serving(DEMO) as serving:
@@ -115,7 +115,7 @@ def test_other_response_formats(response_format: str, tmp_path: Path, capsys: py
             str(tmp_path / "bad"),
         ]
         assert command.main(wrong) == 2
-    assert re.search(r"error: line 1: failed \(422\): .*magic", " ".join(capsys.readouterr().out.split()))
+    assert re.search(r"error: line 1: failed \((422|400)\): .*magic", " ".join(capsys.readouterr().out.split()))
     requests = [
         RequestRecord.model_validate_json(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()
     ]

@@ -69,7 +69,7 @@ def run_words(url: str, seconds: int = 3) -> list[str]:
     return ["--host", url, "--users", "2", "--spawn-rate", "2", "--run-time", f"{seconds}s", "--stop-timeout", "60"]
 
 
-@pytest.mark.parametrize("response_format", ["json", "events"])
+@pytest.mark.parametrize("response_format", ["json", "events", "openai"])
 def test_every_entry_is_counted_by_its_name(response_format: str, mix: Path, tmp_path: Path) -> None:
     with Serving(DEMO) as serving:
         words = [*run_words(serving.url), "--mix", str(mix), "--format", response_format, "--stages"]

@@ -43,8 +43,13 @@ def parse(name: FormatName, status: int, *contents: bytes, **headers: str) -> Re
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("json", json.dumps(WHOLE).encode()), ("png", PNG), ("events", event("completed", WHOLE))],
-    ids=["json", "png", "events"],
+    [
+        ("json", json.dumps(WHOLE).encode()),
+        ("png", PNG),
+        ("events", event("completed", WHOLE)),
+        ("openai", json.dumps({"data": [{}]}).encode()),
+    ],
+    ids=["json", "png", "events", "openai"],
 )
 def test_each_format_has_stages(name: FormatName, content: bytes) -> None:
     result = parse(name, 200, content[:9], content[9:], server_timing=TIMING)

@@ -21,7 +21,7 @@ from server.api.openai.schemas import (
     TokenDetails,
     Usage,
 )
-from server.api.service import Service
+from server.api.service import Files, Service
 from server.requests import images
 from server.requests.images import ImageFormat
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
@@ -50,6 +50,14 @@ class Reply:
             bool(body.stream),
             body.partial_images or 0,
         )
+
+    @staticmethod
+    def headers(request: Request, files: Files) -> dict[str, str]:
+        """The request's id, and the milliseconds that each stage took."""
+        stages = {**request.timings, "image": files.seconds}
+        spent = {**stages, "total": sum(stages.values())}
+        timing = [f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in spent.items()]
+        return {"X-Request-Id": request.id, "Server-Timing": ", ".join(timing)}
 
     def document(self, request: Request, files: tuple[bytes, ...]) -> ImagesResponse:
         """The response that has all images."""

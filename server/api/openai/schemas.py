@@ -65,6 +65,7 @@ class ImagesBody(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=0, le=MAX_GUIDANCE, description="extension: classifier-free guidance scale"
     )
+    scheduler: str | None = Field(None, max_length=64, description="extension: the sampling method, as in /generate")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="extension: seed of the first image; default: random")
     width: Side | None = Field(None, description="extension: in pixels, instead of size")
     height: Side | None = Field(None, description="extension: in pixels, instead of size")
@@ -95,6 +96,7 @@ class ImagesBody(BaseModel):
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "scheduler": self.scheduler,
             "seed": self.seed,
             "width": width,
             "height": height,
