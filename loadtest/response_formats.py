@@ -1,4 +1,4 @@
-"""The response formats of POST /generate, and OpenAI's API: what is sent for each, and how its response is parsed. Pure."""
+"""The ways to request images, of which OpenAI's API is one: what is sent, and how the response is parsed. Pure."""
 
 from __future__ import annotations
 

@@ -54,9 +54,9 @@ class Reply:
     @staticmethod
     def headers(request: Request, files: Files) -> dict[str, str]:
         """The request's id, and the milliseconds that each stage took."""
-        stages = {**request.timings, "image": files.seconds}
-        spent = {**stages, "total": sum(stages.values())}
-        timing = [f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in spent.items()]
+        total = sum(request.timings.values()) + files.seconds
+        spent = [*request.timings.items(), ("image", files.seconds), ("total", total)]
+        timing = [f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in spent]
         return {"X-Request-Id": request.id, "Server-Timing": ", ".join(timing)}
 
     def document(self, request: Request, files: tuple[bytes, ...]) -> ImagesResponse:
