@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFilter
 import pytest
 import webuiapi
 from numpy.typing import NDArray
@@ -84,6 +87,16 @@ def running(api: webuiapi.WebUIApi, job_no: int = 0) -> dict[str, Any]:
 
     wait_until(is_there)
     return found
+
+
+@contextmanager
+def occupying(serving: Serving, *, until: str, num_images: int) -> Iterator[None]:
+    """A long request of another caller, from its event `until` on."""
+    body = {"prompt": "a red heart", "num_inference_steps": 200, "num_images": num_images}
+    accept = {"Accept": "text/event-stream"}
+    with serving.client.stream("POST", "/generate", json=body, headers=accept) as response:
+        next(line for line in response.iter_lines() if line == f"event: {until}")
+        yield
 
 
 def test_pictures_are_those_of_the_servers_own_api(api: webuiapi.WebUIApi, serving: Serving) -> None:
@@ -171,6 +184,17 @@ def test_image_to_image(api: webuiapi.WebUIApi, serving: Serving) -> None:
     assert repeated == [encode(picture())]
 
 
+@pytest.mark.parametrize(("resize_mode", "corner"), [(0, "red"), (1, "lime"), (2, "red")])
+def test_resize_modes(api: webuiapi.WebUIApi, resize_mode: int, corner: str) -> None:
+    """Of an image that is red, green in the middle, and red, twice as wide as high: hardly changed by one step."""
+    wide = PIL.Image.new("RGB", (2 * SIZE, SIZE), "red")
+    wide.paste("lime", (SIZE // 2, 0, SIZE * 3 // 2, SIZE))
+    fields = QUICK | {"steps": 20, "denoising_strength": 0.05, "sampler_name": "DDIM", "eta": 0.0}
+    made = pixels(api.img2img(images=[wide], resize_mode=resize_mode, **fields).image)
+    red, green = made[4:-4, 4:8, 0].mean(), made[4:-4, 4:8, 1].mean()
+    assert (green > red) == (corner == "lime")
+
+
 @pytest.mark.parametrize("inpaint_full_res", [True, False])
 def test_a_mask_repaints_its_white_area_alone(api: webuiapi.WebUIApi, inpaint_full_res: bool) -> None:
     masked = {"images": [picture()], "mask_image": square(), "inpaint_full_res": inpaint_full_res}
@@ -183,6 +207,15 @@ def test_a_mask_repaints_its_white_area_alone(api: webuiapi.WebUIApi, inpaint_fu
     changed = np.abs(pixels(inverted.image) - pixels(picture())).max(axis=-1)
     assert not changed[24:40, 24:40].any()
     assert changed[:16].mean() > 5
+
+
+def test_the_fill_decides_what_the_masked_area_begins_with(api: webuiapi.WebUIApi) -> None:
+    image = PIL.Image.new("RGB", (SIZE, SIZE), "yellow")
+    image.paste("blue", (24, 24, 40, 40))
+    fields = QUICK | {"steps": 20, "denoising_strength": 0.05, "sampler_name": "DDIM", "eta": 0.0}
+    masked = {"images": [image], "mask_image": square().filter(PIL.ImageFilter.MaxFilter(5)), "inpaint_full_res": False}
+    around, original = (pixels(api.img2img(inpainting_fill=fill, **masked, **fields).image) for fill in (0, 1))
+    assert around[28:36, 28:36, 2].mean() < 128 < original[28:36, 28:36, 2].mean()
 
 
 def test_the_masked_area_alone_keeps_the_size_that_was_sent(api: webuiapi.WebUIApi) -> None:
@@ -248,6 +281,38 @@ def test_a_caller_who_leaves_ends_the_call(api: webuiapi.WebUIApi, serving: Serv
     wait_until(lambda: is_idle(serving))
 
 
+def test_async(serving: Serving) -> None:
+    async def generate() -> webuiapi.WebUIApiResult:
+        return await connect(serving).txt2img(**QUICK, use_async=True)
+
+    assert same(asyncio.run(generate()).images, [pixels(connect(serving).txt2img(**QUICK).image)])
+
+
+def test_a_time_limit_is_for_the_whole_call(serving: Serving) -> None:
+    body = QUICK | {"steps": 50, "n_iter": 60}
+    answer = serving.client.post("/sdapi/v1/txt2img", json=body, headers={"X-Request-Timeout": "1"})
+    assert answer.status_code == 504
+    assert isinstance(answer.json()["detail"], str)
+    wait_until(lambda: is_idle(serving))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [(b"{", "application/json", 400), (b"[]", "application/json", 422), (b"a=1", "text/plain", 415)],
+)
+@pytest.mark.parametrize("path", ["txt2img", "img2img", "options", "png-info"])
+def test_bodies_that_cannot_be_read(serving: Serving, path: str, content: bytes, kind: str, status: int) -> None:
+    answer = serving.client.post(f"/sdapi/v1/{path}", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == status
+    assert answer.json().keys() == {"detail"}
+
+
+def test_unknown_paths_have_details(api: webuiapi.WebUIApi) -> None:
+    status, text = refusal(lambda: api.interrogate(picture()))
+    assert status == 404
+    assert '{"detail":"' in text
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -284,6 +349,19 @@ def test_a_full_queue_is_429(full_queue: FullQueue) -> None:
     status, text = refusal(lambda: connect(full_queue.serving).txt2img(**QUICK))
     assert status == 429
     assert '{"detail":"' in text
+
+
+def test_the_next_batch_of_a_call_waits_for_a_place(narrow: Serving) -> None:
+    api = connect(narrow)
+    with ExitStack() as others, ThreadPoolExecutor(1) as threads:
+        others.enter_context(occupying(narrow, until="started", num_images=7))
+        call = threads.submit(lambda: api.txt2img(**QUICK | {"steps": 60, "n_iter": 2}))
+        running(api)
+        others.enter_context(occupying(narrow, until="queued", num_images=8))
+        wait_until(lambda: call.done() or api.get_progress()["state"]["job_no"] == 1)
+        others.close()
+        assert call.result().info["all_seeds"] == [7, 8]
+    wait_until(lambda: is_idle(narrow))
 
 
 def test_lists(api: webuiapi.WebUIApi) -> None:

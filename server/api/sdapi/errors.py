@@ -53,7 +53,7 @@ def rejected(field: str, message: str) -> InvalidRequest:
 def in_its_words(error: InvalidRequest) -> InvalidRequest:
     """`error` with the web UI's names of fields."""
     fields = tuple(FieldError(_NAMES.get(one.field, one.field), _reword(one.message)) for one in error.fields)
-    return InvalidRequest(_reword(error.detail), fields=fields)
+    return type(error)(_reword(error.detail), fields=fields)
 
 
 def responses() -> dict[int | str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -27,7 +28,7 @@ from server.api.sdapi.tasks import Task, Tasks
 from server.api.sdapi.translation import Plan, plan
 from server.api.service import Accepted, Service
 from server.requests.context import RequestContext
-from server.requests.errors import DeadlineExceeded, InvalidRequest, QueueFull, ServerError
+from server.requests.errors import STATUS, DeadlineExceeded, InvalidRequest, ServerError
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
 
@@ -140,12 +141,12 @@ async def _accept(service: Service, task: Task, call: _Call, body: GenerateReque
     while not task.interrupted:
         try:
             return await service.accept(body, call.context_now, follows=True)
-        except QueueFull as error:
-            if task.job_no == 0:
-                raise
-            await task.sleep(error.retry_after or 1)
         except InvalidRequest as error:
             raise in_its_words(error) from None
+        except ServerError as error:
+            if STATUS[type(error)] != HTTPStatus.TOO_MANY_REQUESTS or task.job_no == 0:
+                raise
+            await task.sleep(error.retry_after or 1)
     return None
 
 

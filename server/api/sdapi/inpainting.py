@@ -5,7 +5,8 @@ As in the web UI, what the mask does not cover keeps the pixels that were sent, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -56,11 +57,8 @@ class Canvas:
             return completed
         image = self._image()
         mask = self._mask(image, self.body.mask)
-        if self._crops:
-            return Completed(tuple(self._paste_area(one, image, mask) for one in completed.images))
-        seam = self._fit(mask).point([min(2 * value, 255) for value in range(256)])  # all of it is outside the mask
-        below = self._fit(image)
-        return Completed(tuple(pixels.composite(PIL.Image.fromarray(one), below, seam) for one in completed.images))
+        paste = partial(self._paste_area if self._crops else self._paste_whole, image, mask)
+        return replace(completed, images=tuple(map(paste, completed.images)))
 
     @property
     def _crops(self) -> bool:
@@ -102,7 +100,11 @@ class Canvas:
         padding = self.body.inpaint_full_res_padding or 0
         return pixels.grow(masked, within=mask.size, shape=self.size, padding=padding)
 
-    def _paste_area(self, made: Image, image: PIL.Image.Image, mask: PIL.Image.Image) -> Image:
+    def _paste_whole(self, image: PIL.Image.Image, mask: PIL.Image.Image, made: Image) -> Image:
+        seam = self._fit(mask).point([min(2 * value, 255) for value in range(256)])  # keeps off the masked area
+        return pixels.composite(PIL.Image.fromarray(made), self._fit(image), seam)
+
+    def _paste_area(self, image: PIL.Image.Image, mask: PIL.Image.Image, made: Image) -> Image:
         left, upper, right, lower = box = self._area(mask)
         above = image.copy()
         above.paste(PIL.Image.fromarray(made).resize((right - left, lower - upper), _LANCZOS), box)

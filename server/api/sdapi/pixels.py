@@ -7,7 +7,7 @@ import io
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
-from PIL import ImageFilter, ImageOps
+from PIL import ImageFilter
 
 from engines.manifest import Size
 from server.requests.request import Image
@@ -31,7 +31,7 @@ def grow(box: Box, *, within: tuple[int, int], shape: Size, padding: int) -> Box
 
 def fill(image: PIL.Image.Image, mask: PIL.Image.Image) -> PIL.Image.Image:
     """`image` with the area of `mask` in the colours around it: those within the least radius that has enough."""
-    known = ImageOps.invert(mask)
+    known = mask.point([255] + [0] * 255)  # nothing of what is repainted, however little, gives its colour
     black = PIL.Image.new("RGB", image.size)
     seen = PIL.Image.composite(image, black, known)
     pixels = np.asarray(image, np.float32)
