@@ -67,7 +67,7 @@ async def _read(
         case "application/json":
             parse = as_json
         case "multipart/form-data":
-            _check_origin(http)
+            check_origin(http)
             parse = partial(as_form, content_type)
         case _:
             raise UnsupportedMediaType(
@@ -184,8 +184,8 @@ def _texts(body: bytearray, content_type: str, model: type[BaseModel]) -> dict[s
     return texts
 
 
-def _check_origin(http: HttpRequest) -> None:
-    """Reject cross-site forms: unlike JSON, browsers post them without a CORS preflight."""
+def check_origin(http: HttpRequest) -> None:
+    """Reject cross-site forms: unlike JSON, browsers post them, and nothing at all, without a CORS preflight."""
     if http.scope.get(TRUSTED):
         return
     origin = http.headers.get("origin")

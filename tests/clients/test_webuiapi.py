@@ -259,6 +259,19 @@ def test_skip_goes_on_with_the_next_batch(api: webuiapi.WebUIApi, background: Ba
     assert call.result().info["all_seeds"] == [8]
 
 
+def test_pages_of_other_origins_interrupt_nothing(
+    api: webuiapi.WebUIApi, serving: Serving, background: Background
+) -> None:
+    call = background(**QUICK | {"steps": 50})
+    running(api)
+    for action in ("interrupt", "skip"):
+        foreign = {"Origin": "https://elsewhere.example"}
+        answer = serving.client.post(f"/sdapi/v1/{action}", headers=foreign)
+        assert answer.status_code == 403
+        assert answer.json().keys() == {"detail"}
+    assert call.result().images
+
+
 def test_the_job_has_the_id_that_was_sent(api: webuiapi.WebUIApi, serving: Serving) -> None:
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(lambda: serving.client.post("/sdapi/v1/txt2img", json=SLOW | {"force_task_id": "one"}))

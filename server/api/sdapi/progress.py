@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -10,10 +11,14 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from server.api import openapi
+from server.api.bodies import check_origin
 from server.api.context import caller_of
+from server.api.sdapi.errors import Error
 from server.api.sdapi.tasks import Task, Tasks
 from server.requests import images
 from server.requests.request import Image
+
+_FOREIGN: dict[int | str, dict[str, Any]] = {403: {"model": Error, "description": "From a page of another origin."}}
 
 
 class State(BaseModel):
@@ -58,15 +63,25 @@ def routes(tasks: Tasks) -> APIRouter:
         )
 
     @router.post(
-        "/interrupt", operation_id="sdapi_interrupt", summary="End the caller's calls; an administrator's: all"
+        "/interrupt",
+        operation_id="sdapi_interrupt",
+        summary="End the caller's calls; an administrator's: all",
+        responses=_FOREIGN,
     )
     async def interrupt(http: HttpRequest) -> dict[str, str]:
+        check_origin(http)
         for task in list(tasks.of(caller_of(http))):
             task.interrupt()
         return {}
 
-    @router.post("/skip", operation_id="sdapi_skip", summary="End the running batch of the caller's calls")
+    @router.post(
+        "/skip",
+        operation_id="sdapi_skip",
+        summary="End the running batch of the caller's calls",
+        responses=_FOREIGN,
+    )
     async def skip(http: HttpRequest) -> None:
+        check_origin(http)
         for task in list(tasks.of(caller_of(http))):
             task.skip()
 
