@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from engines.manifest import Manifest
 from server.api import openapi
-from server.api.sdapi.checkpoint import checkpoint_of
-from server.api.sdapi.samplers import Sampler, SchedulerItem, samplers, schedulers
+from server.api.sdapi.translation.checkpoint import checkpoint_of
+from server.api.sdapi.translation.samplers import Sampler, SchedulerItem, samplers, schedulers
 from server.api.service import Service
 
 _EMPTY = {

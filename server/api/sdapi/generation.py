@@ -23,9 +23,9 @@ from server.api.sdapi.bodies import describe_json, read_json
 from server.api.sdapi.errors import in_its_words, responses
 from server.api.sdapi.info import info
 from server.api.sdapi.inpainting import Canvas
-from server.api.sdapi.schemas import Generated, Img2Img, Txt2Img
 from server.api.sdapi.tasks import Task, Tasks
-from server.api.sdapi.translation import Plan, plan
+from server.api.sdapi.translation.plan import Plan, plan
+from server.api.sdapi.translation.schemas import Generated, Img2Img, Txt2Img
 from server.api.service import Accepted, Service
 from server.requests.context import RequestContext
 from server.requests.errors import STATUS, DeadlineExceeded, InvalidRequest, ServerError

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from engines.manifest import Manifest
-from server.api.sdapi.checkpoint import checkpoint_of
 from server.api.sdapi.tasks import Task
-from server.api.sdapi.translation import Plan
+from server.api.sdapi.translation.checkpoint import checkpoint_of
+from server.api.sdapi.translation.plan import Plan
 from server.requests.infotext import sampler_names, write
 from server.requests.request import Request
 

@@ -15,7 +15,7 @@ from PIL import ImageFilter, ImageOps
 from engines.manifest import Manifest, Size
 from server.api.sdapi import pixels
 from server.api.sdapi.errors import rejected
-from server.api.sdapi.schemas import Img2Img
+from server.api.sdapi.translation.schemas import Img2Img
 from server.requests import uploads
 from server.requests.request import Completed, Image
 

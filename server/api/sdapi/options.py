@@ -15,9 +15,9 @@ from server.api import openapi
 from server.api.problems import shorten
 from server.api.routes import RawRoute
 from server.api.sdapi.bodies import describe_json, read_json
-from server.api.sdapi.checkpoint import checkpoint_of
 from server.api.sdapi.errors import rejected, responses
-from server.api.sdapi.translation import PREVIEW_EVERY
+from server.api.sdapi.translation.checkpoint import checkpoint_of
+from server.api.sdapi.translation.plan import PREVIEW_EVERY
 from server.api.service import Service
 from server.requests.errors import InvalidRequest
 

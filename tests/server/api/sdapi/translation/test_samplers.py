@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engines.schedulers import find
-from server.api.sdapi.samplers import Sampling, sampling, schedulers
+from server.api.sdapi.translation.samplers import Sampling, sampling, schedulers
 from server.requests.errors import InvalidRequest
 
 

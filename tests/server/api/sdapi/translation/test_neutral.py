@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.sdapi.neutral import check
+from server.api.sdapi.translation.neutral import check
 from server.requests.errors import InvalidRequest
 
 # What A1111's own page and common clients send with every request.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
@@ -32,6 +32,13 @@ class Sampling(NamedTuple):
     timestep_spacing: Spacing | None = None
     eta: float | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a request."""
+        values = self._asdict()
+        del values["warnings"]
+        return values
 
 
 class Sampler(BaseModel):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.manifest import Manifest
-from server.api.sdapi import neutral
-from server.api.sdapi.checkpoint import checkpoint_of
 from server.api.sdapi.errors import rejected
-from server.api.sdapi.samplers import sampling
-from server.api.sdapi.schemas import MAX_IMAGES, Txt2Img
+from server.api.sdapi.translation import neutral
+from server.api.sdapi.translation.checkpoint import checkpoint_of
+from server.api.sdapi.translation.samplers import sampling
+from server.api.sdapi.translation.schemas import MAX_IMAGES, Txt2Img
 from server.requests.schemas import MAX_SEED, GenerateRequest
 
 PREVIEW_EVERY = 2  # steps, for GET progress
@@ -39,12 +39,20 @@ def plan(body: Txt2Img, manifest: Manifest) -> Plan:
     settings = body.override_settings or {}
     warnings = neutral.check(body.model_extra or {}, settings)
     checkpoint_of(manifest).check(settings.get("sd_model_checkpoint"), field="override_settings.sd_model_checkpoint")
-    batch_size, n_iter = body.batch_size or 1, body.n_iter or 1
-    if batch_size * n_iter > MAX_IMAGES:
-        raise rejected("n_iter", f"{batch_size * n_iter} images: ask for at most {MAX_IMAGES} in all.")
     sampled = sampling(body.sampler_name or body.sampler_index, body.scheduler, body.eta)
+    common = _common(body) | sampled.fields
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None or body.seed == -1 else body.seed
-    common = {
+    bodies = tuple(
+        GenerateRequest.model_validate({**common, "seed": (seed + first) % (MAX_SEED + 1), "num_images": count})
+        for first, count in _batches(body, _images_per_request(body, manifest))
+    )
+    return Plan(bodies, seed, body.batch_size or 1, (*warnings, *sampled.warnings), _parameters(body, seed))
+
+
+def _common(body: Txt2Img) -> dict[str, Any]:
+    """The fields that all requests of a call share, without those of the sampler."""
+    settings = body.override_settings or {}
+    return {
         "prompt": body.prompt or "",
         "negative_prompt": body.negative_prompt or "",
         "width": body.width,
@@ -52,22 +60,15 @@ def plan(body: Txt2Img, manifest: Manifest) -> Plan:
         "num_inference_steps": body.steps,
         "guidance_scale": body.cfg_scale,
         "clip_skip": _clip_skip(settings.get("CLIP_stop_at_last_layers")),
-        "scheduler": sampled.scheduler,
-        "sigmas": sampled.sigmas,
-        "timestep_spacing": sampled.timestep_spacing,
-        "eta": sampled.eta,
         "preview_every": PREVIEW_EVERY,
     }
-    most = _images_per_request(body, manifest)
-    bodies = tuple(
-        GenerateRequest.model_validate({**common, "seed": (seed + first) % (MAX_SEED + 1), "num_images": count})
-        for first, count in _batches(batch_size, n_iter, most)
-    )
-    return Plan(bodies, seed, batch_size, (*warnings, *sampled.warnings), _parameters(body, seed))
 
 
-def _batches(batch_size: int, n_iter: int, most: int) -> Iterator[tuple[int, int]]:
-    """The first image and the number of images of each request: a batch that does not fit in one takes several."""
+def _batches(body: Txt2Img, most: int) -> Iterator[tuple[int, int]]:
+    """The first image and the number of images of each request: a batch of more than `most` takes several."""
+    batch_size, n_iter = body.batch_size or 1, body.n_iter or 1
+    if batch_size * n_iter > MAX_IMAGES:
+        raise rejected("n_iter", f"{batch_size * n_iter} images: ask for at most {MAX_IMAGES} in all.")
     for start in range(0, batch_size * n_iter, batch_size):
         for first in range(start, start + batch_size, most):
             yield first, min(most, start + batch_size - first)

@@ -8,8 +8,8 @@ import pytest
 
 from engines.demo import BUNDLE
 from engines.manifest import Manifest
-from server.api.sdapi.schemas import Txt2Img
-from server.api.sdapi.translation import Plan, plan
+from server.api.sdapi.translation.plan import Plan, plan
+from server.api.sdapi.translation.schemas import Txt2Img
 from server.requests.errors import InvalidRequest
 
 MANIFEST = Manifest.read(BUNDLE)  # of 16 rows
