@@ -11,12 +11,14 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from server.api import kserve, openapi, ops, pages
 from server.api.error_responses import error_response
-from server.api.native import generate
+from server.api.native import generate, job_routes
+from server.api.native.jobs import Jobs
 from server.api.openai import images as openai_images
 from server.api.openai import models as openai_models
 from server.api.sdapi import routes as sdapi
@@ -42,10 +44,14 @@ def make_app(service: Service, *, allowed_origins: Collection[str] = (), access_
 
 
 def _routes(service: Service) -> FastAPI:
+    jobs = Jobs(service)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.runtime.executor.close()
+        async with jobs.runner.running():
+            yield
+            jobs.runner.stop()
+            await run_in_threadpool(service.runtime.executor.close)
         service.writers.shutdown(wait=False)
 
     app = FastAPI(
@@ -57,7 +63,8 @@ def _routes(service: Service) -> FastAPI:
         responses=openapi.everywhere(),
         **openapi.DESCRIPTION,
     )
-    app.include_router(generate.routes(service))
+    app.include_router(generate.routes(service, jobs))
+    app.include_router(job_routes.routes(jobs))
     app.include_router(openai_images.routes(service))
     app.include_router(openai_models.routes(service))
     app.include_router(sdapi.routes(service))

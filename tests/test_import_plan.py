@@ -76,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.requests",
         "server.runtime.step_times",
     },
+    "server.jobs": {"engines.errors", "server.requests"},
     "server.playground": set(),
     "server.middleware": set(),
     "server.transport": set(),
@@ -84,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.limits",
         "engines.manifest",
         "engines.schedulers",
+        "server.jobs",
         "server.middleware",
         "server.playground",
         "server.requests",
@@ -99,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.held",
         "engines.manifest",
         "server.api",
+        "server.jobs",
         "server.middleware",
         "server.requests",
         "server.runtime",
@@ -130,6 +133,7 @@ ONLY_IN: dict[str, set[str]] = {
         "engines.build.tables",
         "engines.demo",
     },
+    "sqlalchemy": {"server.jobs.database"},
     "fastapi": {"server.api", "server.app", "server.startup.http_server"},
 }
 # Policy and numbers: no device, no HTTP.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+import time
 import uuid
 
 from fastapi import Request as HttpRequest
@@ -26,6 +27,7 @@ def context_of(http: HttpRequest, api: Api) -> RequestContext:
         api=api,
         request_id=request_id_of(http),
         timeout=_timeout(http),
+        arrived=time.perf_counter(),
         traceparent=http.headers.get("traceparent"),
     )
 
@@ -37,6 +39,12 @@ def caller_of(http: HttpRequest) -> Caller:
     """
     known: Caller | None = http.scope.get(CALLER)
     return known or Caller(_network(http.client.host if http.client else ""))
+
+
+def owner_of(http: HttpRequest) -> str | None:
+    """The owner of the API key; None without one."""
+    known: Caller | None = http.scope.get(CALLER)
+    return known.name if known else None
 
 
 def _network(host: str) -> str:

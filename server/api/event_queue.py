@@ -22,15 +22,15 @@ class EventQueue:
         self._steps = 0  # of them
         self._arrived = asyncio.Event()
 
-    def on_event(self, _request: Request, event: Event) -> None:
+    def on_event(self, _request: Request | None, event: Event) -> None:
         """A listener for `Request`; callable from any thread."""
         if not self._follows and not isinstance(event, Outcome):
             return  # each one would wake the loop
         with suppress(RuntimeError):  # the loop is closed, and the caller gone
             self._loop.call_soon_threadsafe(self._put, event)
 
-    async def events(self, *, keepalive: float) -> AsyncIterator[Event | None]:
-        """Yield each event up to the outcome; None after every `keepalive` seconds without one."""
+    async def events(self, *, keepalive: float | None) -> AsyncIterator[Event | None]:
+        """Yield each event up to the outcome; None after every `keepalive` seconds without one, if set."""
         while True:
             try:
                 event = await asyncio.wait_for(self._get(), keepalive)

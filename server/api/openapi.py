@@ -11,9 +11,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from server.requests.errors import STATUS, ServerError
-from server.requests.schemas import Problem
+from server.requests.schemas import MAX_TIMEOUT, Problem
 
-GENERATION, MODEL, OPERATION = "generation", "model", "operation"  # tags
+GENERATION, JOBS, MODEL, OPERATION = "generation", "jobs", "model", "operation"  # tags
 OPENAI, SDAPI = "OpenAI", "AUTOMATIC1111"  # tags of the APIs of other servers
 DESCRIPTION: Mapping[str, Any] = {
     "title": "latentd",
@@ -24,6 +24,7 @@ DESCRIPTION: Mapping[str, Any] = {
     "servers": [{"url": "/", "description": "this server"}],
     "openapi_tags": [
         {"name": GENERATION, "description": "Images from text and from other images."},
+        {"name": JOBS, "description": "Requests whose callers ask for the images later."},
         {"name": MODEL, "description": "What is served, and what a request may ask for."},
         {
             "name": OPERATION,
@@ -38,6 +39,7 @@ EVENTS = {
     "schema": {"type": "string", "description": "server-sent events: queued, started, step …, completed or error"},
     "example": 'event: queued\ndata: {"id":"8f14e45f","position":0}\n\n',
 }
+JOB_HEADERS = {"Location": {"description": "path of the job", "schema": {"type": "string"}}}
 _CLIENT_GONE = 499  # never sent: nobody is there
 _REFERENCE = {"$ref": "#/components/schemas/Problem"}
 _SECONDS = {"description": "seconds after which to try again", "schema": {"type": "integer", "minimum": 1}}
@@ -47,6 +49,26 @@ _REQUEST_ID = {
     "description": "id of the request, which answers, events and log lines repeat; default: a random one",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
     "example": "trace-01.span-2",
+}
+_TIMEOUT = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "description": "seconds from its arrival after which the request ends with 504; timeout_s, if shorter, counts",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT},
+    "example": 60,
+}
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "makes the request a job: sent again by the same caller, with the same body, it is the same job",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    "example": "6b0f5f0e-6f2a-4a3e-9a43-0c0a3f9f3b52",
+}
+_WAIT = {
+    "name": "wait",
+    "in": "query",
+    "description": "false: do not wait for the images; the answer is 202 with the job",
+    "schema": {"type": "boolean", "default": True},
 }
 _BODIES = {
     "text to image": {
@@ -87,7 +109,7 @@ def request_extra(body: Mapping[str, Any], bodies: Mapping[str, Any]) -> dict[st
     form = content["multipart/form-data"]
     properties = {name: _without_null(field) for name, field in form["schema"]["properties"].items()}
     form["schema"] = {**form["schema"], "properties": properties}
-    return {"requestBody": {**body, "content": content}, "parameters": [_REQUEST_ID]}
+    return {"requestBody": {**body, "content": content}, "parameters": [_WAIT, _REQUEST_ID, _TIMEOUT, _IDEMPOTENCY_KEY]}
 
 
 def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,9 +125,10 @@ def everywhere() -> dict[int | str, dict[str, Any]]:
     return {int(status): {**_problem(status), "description": "The headers are too large, or too many."}}
 
 
-def problems() -> dict[int | str, dict[str, Any]]:
-    """The error responses of a route that generates images, by status."""
-    return {status: _problem(status) for status in sorted({*STATUS.values()} - {_CLIENT_GONE})}
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route by status: those of a route that generates images, where none are named."""
+    everything = {*STATUS.values()} - {_CLIENT_GONE}
+    return {status: _problem(status) for status in sorted(statuses or everything)}
 
 
 def errors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from engines.manifest import Manifest
 from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
+from server.jobs.store import JobStore, MemoryStore
 from server.requests.context import Caller, RequestContext
 from server.requests.errors import NotReady
 from server.requests.image_files import ImageFiles
@@ -75,6 +77,7 @@ class Service:
     bodies: BodyLimits = field(default_factory=BodyLimits)
     image_files: ImageFiles = field(default_factory=ImageFiles)
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
+    jobs: JobStore = field(default_factory=MemoryStore)
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
@@ -89,10 +92,18 @@ class Service:
             raise NotReady(f"The server is not ready ({executor.status}): try again soon.", retry_after=5)
         self.runtime.batcher.check(caller.name)
 
-    async def accept(self, body: GenerateRequest, context: RequestContext, *, follows: bool) -> Accepted:
+    async def accept(
+        self,
+        body: GenerateRequest,
+        context: RequestContext,
+        *,
+        follows: bool,
+        before_queued: Callable[[Request], Awaitable[None]] | None = None,
+    ) -> Accepted:
         """Queue the request that `body` describes. From here on it has exactly one outcome.
 
-        Only a caller that `follows` its steps receives events of them.
+        Only a caller that `follows` its steps receives events of them. `before_queued` is awaited before the request
+        may take a step; it may raise.
 
         Raises:
             NotReady, InvalidRequest, QueueFull
@@ -107,6 +118,8 @@ class Service:
         else:
             async with self.readers:
                 request = await run_in_threadpool(make)
+        if before_queued:
+            await before_queued(request)
         return Accepted(request, queue, runtime.batcher.submit(request))
 
     async def encode_images(

@@ -9,7 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 TRUSTED = "latentd.trusted_origin"  # in the scope of requests from an allowed origin
-_EXPOSED = ("X-Request-Id", "X-Seed", "X-Warnings", "Server-Timing", "Retry-After")
+_EXPOSED = ("X-Request-Id", "X-Seed", "X-Warnings", "Server-Timing", "Retry-After", "Location", "X-Job-Id")
 
 
 def allow_origins(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
@@ -19,7 +19,7 @@ def allow_origins(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
     return CORSMiddleware(
         _Trust(app, origins),
         allow_origins=origins,
-        allow_methods=("GET", "HEAD", "POST"),
+        allow_methods=("DELETE", "GET", "HEAD", "POST"),
         allow_headers=("*",),
         expose_headers=_EXPOSED,
     )

@@ -25,7 +25,8 @@ class RequestContext:
     caller: Caller = Caller()
     api: Api = "generate"
     request_id: str | None = None  # chosen by the caller
-    timeout: float | None = None  # seconds from acceptance
+    timeout: float | None = None  # seconds from arrival
+    arrived: float | None = None  # on perf_counter's clock; None: now
     traceparent: str | None = None  # W3C Trace Context
 
 

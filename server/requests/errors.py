@@ -39,8 +39,16 @@ class MethodNotAllowed(ServerError):
     """The path does not support this method."""
 
 
+class Forbidden(ServerError):
+    """The API key does not allow this."""
+
+
 class ForeignOrigin(ServerError):
     """A form was submitted from a page of another origin."""
+
+
+class NotDone(ServerError):
+    """The job has no image yet, or will have none."""
 
 
 class BodyTooLarge(ServerError):
@@ -71,6 +79,10 @@ class TooManyBodies(ServerError):
     """The bodies of other requests take all the memory that there is for them."""
 
 
+class StorageFailed(ServerError):
+    """The database of jobs cannot be read or written."""
+
+
 class InternalError(ServerError):
     """An unexpected error of the server, which its log describes."""
 
@@ -97,11 +109,13 @@ class ServerStopping(Cancelled):
 
 STATUS: dict[type[ServerError], int] = {
     MalformedBody: 400,
+    Forbidden: 403,
     ForeignOrigin: 403,
     NotFound: 404,
     UnknownModel: 404,
     MethodNotAllowed: 405,
     NotAcceptable: 406,
+    NotDone: 409,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     InvalidRequest: 422,
@@ -112,6 +126,7 @@ STATUS: dict[type[ServerError], int] = {
     BrokenPicture: 500,
     NotReady: 503,
     TooManyBodies: 503,
+    StorageFailed: 503,
     ServerStopping: 503,
     DeadlineExceeded: 504,
 }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
 
 from server.requests import images, infotext
 from server.requests.images import ImageFormat
@@ -39,3 +43,14 @@ class ImageFiles:
         )
         file = images.encode(image, image_format, quality=quality, metadata=metadata)
         return self.sign(file, image_format, source_type) if self.sign else file
+
+    def transcode(self, png: bytes, image_format: ImageFormat) -> bytes:
+        """A PNG file that `make` made in another format, with the same metadata."""
+        if image_format == "png":
+            return png
+        with PIL.Image.open(io.BytesIO(png)) as image:
+            metadata = Metadata.of_png(image)
+            file = images.encode(np.asarray(image), image_format, metadata=metadata)
+        if self.sign and metadata.source_type:
+            return self.sign(file, image_format, metadata.source_type)
+        return file

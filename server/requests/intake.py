@@ -72,7 +72,6 @@ class Intake:
             isolated=body.exact,
             cache=body.cache or self._cache,
         )
-        timeouts = [seconds for seconds in (context.timeout, body.timeout_s) if seconds is not None]
         return Request(
             params,
             self._table(scheduler, steps, init_image),
@@ -80,7 +79,7 @@ class Intake:
             context.request_id or uuid.uuid4().hex,
             context,
             priority=body.priority,
-            deadline=time.perf_counter() + min(timeouts) if timeouts else None,
+            deadline=_deadline(body, context),
         )
 
     def _size(self, body: GenerateRequest, image: PIL.Image.Image | None) -> Size:
@@ -143,6 +142,15 @@ class Intake:
         if body.clip_skip >= layers:
             raise _rejected("clip_skip", f"This model's text encoder has {layers} layers: skip at most {layers - 1}.")
         return body.clip_skip
+
+
+def _deadline(body: GenerateRequest, context: RequestContext) -> float | None:
+    """When the shorter of both time limits ends, counted from the arrival of the headers."""
+    timeouts = [seconds for seconds in (context.timeout, body.timeout_s) if seconds is not None]
+    if not timeouts:
+        return None
+    arrived = time.perf_counter() if context.arrived is None else context.arrived
+    return arrived + min(timeouts)
 
 
 def _check_contradictions(body: GenerateRequest) -> None:

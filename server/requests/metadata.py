@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import PIL.Image
 from PIL.ExifTags import IFD, Base
@@ -39,6 +39,13 @@ class Metadata:
 
     parameters: str | None = None  # AUTOMATIC1111's text
     source_type: SourceType | None = None
+
+    @classmethod
+    def of_png(cls, image: PIL.Image.Image) -> Self:
+        """What a PNG file of ours says."""
+        xmp = str(image.info.get(_XMP_KEYWORD, ""))
+        source_types = (one for one in get_args(SourceType) if f"/{one}<" in xmp)
+        return cls(image.info.get("parameters"), next(source_types, None))
 
     @property
     def png_options(self) -> dict[str, Any]:

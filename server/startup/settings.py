@@ -158,6 +158,23 @@ class ServerSettings(BaseSettings):
         description="a step that takes this many times longer than usual, and at least 10 seconds, counts as a device "
         "hang: the process exits with code 70; 0 disables the check",
     )
+    job_ttl: float = Field(
+        3600,
+        gt=0,
+        le=30 * 86_400,
+        description="seconds for which a job (POST /generate?wait=false) and its images are kept after its end",
+    )
+    max_job_storage: int = Field(
+        512,
+        ge=1,
+        le=1_048_576,
+        description="MiB that the images of jobs may take; beyond it, jobs that ended first are removed",
+    )
+    jobs_database: Path | None = Field(
+        None,
+        description="SQLite file that stores jobs, so that they outlive the server: those that have not ended are run "
+        "again at the next start; default: jobs are in memory and end with the server",
+    )
     profile: bool = Field(
         False,
         description="write a trace of the first minute of work to latentd-trace-PID.json in the current folder, "

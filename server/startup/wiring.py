@@ -15,6 +15,7 @@ from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
+from server.startup.job_store import open_job_store
 from server.startup.served_files import OpenedBundle
 from server.startup.settings import ServerSettings
 
@@ -31,7 +32,7 @@ def make_service(
     Once its executor is started, the fastest of the backends is chosen and its engines are loaded.
 
     Raises:
-        EngineError: the tokenizer, or the certificate for C2PA, cannot be used.
+        EngineError: the tokenizer, the certificate for C2PA, or the database of jobs cannot be used.
     """
     manifest, bundle, backends, files = opened.manifest, settings.bundle, opened.backends, opened.files
     model = ServedModel(manifest, backends[0])
@@ -66,7 +67,8 @@ def make_service(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    return Service(model, runtime, BodyLimits(settings.max_body_memory * 2**20), _image_files(settings))
+    bodies, jobs = BodyLimits(settings.max_body_memory * 2**20), open_job_store(settings, runtime.metrics)
+    return Service(model, runtime, bodies, _image_files(settings), jobs=jobs)
 
 
 def _image_files(settings: ServerSettings) -> ImageFiles:

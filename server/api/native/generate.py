@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from server.api import openapi
 from server.api.bodies import describe_body, read_either
-from server.api.context import context_of
+from server.api.context import context_of, owner_of
 from server.api.error_responses import error_response
-from server.api.native import huggingface
+from server.api.native import documents, huggingface, job_responses
+from server.api.native.documents import response_of, server_timing, timings_of
 from server.api.native.huggingface import HuggingFaceBody
+from server.api.native.job_documents import JobDocument
+from server.api.native.job_options import JobOptions
+from server.api.native.jobs import Jobs
 from server.api.native.negotiation import ResponseFormat, negotiate
+from server.api.native.updates import Update, queued_event, queued_now, updates
 from server.api.outcomes import wait_for_outcome
 from server.api.problems import problem
 from server.api.routes import RawRoute
-from server.api.service import Accepted, Files, Service
+from server.api.service import Accepted, Service
 from server.requests import images
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.images import ImageFormat
-from server.requests.request import Completed, Event, Failed, Image, Request, Started, Stepped
-from server.requests.schemas import (
-    GeneratedImage,
-    GenerateRequest,
-    GenerateResponse,
-    Parameters,
-    QueuedEvent,
-    StartedEvent,
-    StepEvent,
-    Timings,
-)
-
-KEEPALIVE_SECONDS = 15.0
-_POLL_SECONDS = 1.0  # between looks at the position in the queue
+from server.requests.request import Completed, Failed, Request
+from server.requests.schemas import GenerateRequest, GenerateResponse
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Service, jobs: Jobs) -> APIRouter:
     router = APIRouter(route_class=RawRoute)
 
     @router.post(
@@ -63,24 +52,33 @@ def routes(service: Service) -> APIRouter:
                     "text/event-stream": openapi.EVENTS,
                 },
             },
+            202: {"description": "With `wait=false`: the job.", "model": JobDocument, "headers": openapi.JOB_HEADERS},
             **huggingface.describe_errors(openapi.problems()),
         },
         openapi_extra=openapi.generate_extra(huggingface.describe_body(describe_body(GenerateRequest))),
     )
     async def generate(http: HttpRequest) -> Response:
         wanted = negotiate(http.headers.getlist("accept"))
-        context = context_of(http, "generate")
-        service.check(context.caller)
+        options = JobOptions.of(http)
+        context = context_of(http, "generate" if options.wait else "jobs")
+        if options.key is None:  # with a key it may be known already, and need no place
+            service.check(context.caller)
         with service.bodies.lease() as lease:  # until the files are decoded to pixels
             body = await read_either(http, GenerateRequest, HuggingFaceBody, lease)
             if isinstance(body, HuggingFaceBody):
                 body = await huggingface.native(http, body, lease)
                 context = replace(context, api="huggingface")
                 wanted = huggingface.image_format(wanted, body)
-            _check_count(body, wanted)
+            if options.wait:
+                _check_count(body, wanted)
             image_format = body.image_format
-            accepted = await service.accept(body, context, follows=wanted == "events")
+            if options.needs_job:
+                job = await jobs.accept(body, context, owner=owner_of(http), key=options.key)
+            else:
+                accepted = await service.accept(body, context, follows=wanted == "events")
             del body  # free the uploaded files, which may be megabytes, before the wait
+        if options.needs_job:
+            return await job_responses.respond(jobs, job, http, wanted=wanted, wait=options.wait)
         if wanted == "events":
             return _stream(service, accepted, image_format)
         return await _respond(service, accepted, http, wanted=wanted, image_format=image_format)
@@ -104,14 +102,11 @@ async def _respond(
         return error_response(http, outcome.error)
     bare = wanted in images.FORMATS
     files = await service.encode_images(request, outcome, cast(ImageFormat, wanted) if bare else image_format)
-    timings = _timings(request, files)
-    headers = {"X-Request-Id": request.id, "Server-Timing": _server_timing(timings)}
+    headers = {"X-Request-Id": request.id, "Server-Timing": server_timing(timings_of(request, files))}
     if bare:
-        headers["X-Seed"] = str(request.params.seeds[0])
-        if warnings := _warnings(request):
-            headers["X-Warnings"] = json.dumps(warnings)  # JSON keeps the header in ASCII
+        headers |= documents.image_headers(request.params.seeds[0], request.params.warnings)
         return Response(files.contents[0], headers=headers, media_type=f"image/{wanted}")
-    document = _document(service, request, files, image_format=image_format)
+    document = response_of(service, request, files, image_format=image_format)
     return Response(document.model_dump_json(), headers=headers, media_type="application/json")
 
 
@@ -119,105 +114,27 @@ def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> 
     return StreamingResponse(
         _sse(service, accepted, image_format),
         media_type="text/event-stream",
-        headers={
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-            "X-Request-Id": accepted.request.id,
-        },
+        headers={**documents.STREAM_HEADERS, "X-Request-Id": accepted.request.id},
     )
 
 
 async def _sse(service: Service, accepted: Accepted, image_format: ImageFormat) -> AsyncIterator[bytes]:
-    request = accepted.request
+    request, batcher = accepted.request, service.runtime.batcher
+    first = queued_event(batcher, request, name=request.id, position=accepted.position)
+    position = partial(queued_now, batcher, request, name=request.id)
     try:
-        async for update in _updates(service, accepted):
+        async for update in updates(accepted.event_queue, first, position):
             yield await _describe(service, request, update, image_format)
     finally:
         request.cancel()  # the caller closed the stream; without effect on a request that has ended
 
 
-async def _updates(service: Service, accepted: Accepted) -> AsyncIterator[Event | QueuedEvent | None]:
-    """The events of the request, its position whenever that has changed, and None after a long silence."""
-    request = accepted.request
-    queued = _queued(service, request, accepted.position)
-    yield queued
-    silent = 0.0
-    async for event in accepted.event_queue.events(keepalive=_POLL_SECONDS):
-        update: Event | QueuedEvent | None = event
-        if update is None:
-            silent += _POLL_SECONDS
-            position = service.runtime.batcher.position(request)
-            if position is not None and position != queued.position:
-                update = queued = _queued(service, request, position)
-            elif silent < KEEPALIVE_SECONDS:
-                continue
-        silent = 0.0
-        yield update
-
-
-def _queued(service: Service, request: Request, position: int) -> QueuedEvent:
-    seconds = service.runtime.batcher.delay(request)
-    return QueuedEvent(id=request.id, position=position, estimate_s=round(seconds, 1) if seconds else None)
-
-
-async def _describe(
-    service: Service, request: Request, update: Event | QueuedEvent | None, image_format: ImageFormat
-) -> bytes:
+async def _describe(service: Service, request: Request, update: Update, image_format: ImageFormat) -> bytes:
     match update:
-        case None:
-            return KEEPALIVE_COMMENT
-        case QueuedEvent():
-            return _event("queued", update)
-        case Started():
-            return _event("started", StartedEvent(id=request.id))
-        case Stepped(step, steps, previews):
-            urls = [await run_in_threadpool(_data_url, preview) for preview in previews]
-            return _event("step", StepEvent(step=step, steps=steps, preview=urls[0] if urls else None, previews=urls))
         case Completed():
             files = await service.encode_images(request, update, image_format)
-            return _event("completed", _document(service, request, files, image_format=image_format))
+            return documents.event("completed", response_of(service, request, files, image_format=image_format))
         case Failed(error):
-            return _event("error", problem(error))
-
-
-def _data_url(image: Image) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(images.encode(image, "jpeg")).decode()
-
-
-def _event(name: str, document: BaseModel) -> bytes:
-    return format_sse_event(event=name, data_str=document.model_dump_json())
-
-
-def _document(service: Service, request: Request, files: Files, *, image_format: ImageFormat) -> GenerateResponse:
-    params = request.params
-    return GenerateResponse(
-        id=request.id,
-        model=service.model.manifest.name,
-        images=[
-            GeneratedImage(seed=seed, format=image_format, image=base64.b64encode(content).decode())
-            for seed, content in zip(params.seeds, files.contents, strict=True)
-        ],
-        parameters=Parameters.of(params),
-        timings=_timings(request, files),
-        warnings=_warnings(request),
-    )
-
-
-def _timings(request: Request, files: Files) -> Timings:
-    spent = request.timings
-    return Timings(
-        queue=spent["queue"],
-        encode=spent["encode"],
-        denoise=spent["denoise"],
-        decode=spent["decode"],
-        image=files.seconds,
-        total=sum(spent.values()) + files.seconds,
-    )
-
-
-def _server_timing(timings: Timings) -> str:
-    return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in timings.model_dump().items())
-
-
-def _warnings(request: Request) -> list[str]:
-    return request.params.warnings
+            return documents.event("error", problem(error))
+        case _:
+            return await documents.progress_event(request.id, update)

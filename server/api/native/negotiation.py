@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from server.requests.errors import NotAcceptable
@@ -16,6 +16,7 @@ _TYPES: dict[str, ResponseFormat] = {  # in the order in which a range such as i
     "image/webp": "webp",
     "text/event-stream": "events",
 }
+FORMATS: tuple[ResponseFormat, ...] = tuple(_TYPES.values())
 _KNOWN = {"*/*", "application/*", "image/*", "text/*", *_TYPES}
 _WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
 _ELEMENT = re.compile(r'(?:[^,"]|"(?:\\.|[^"\\])*"?)+')  # up to a comma outside quotes
@@ -30,11 +31,12 @@ class _Range(NamedTuple):
     place: int
 
 
-def negotiate(lines: Sequence[str]) -> ResponseFormat:
+def negotiate(lines: Sequence[str], offered: Collection[ResponseFormat] = FORMATS) -> ResponseFormat:
     """The format with the greatest weight; among equals the one whose range comes first.
 
-    `lines` are the values of all `Accept` headers; anything is acceptable where they say nothing. The most specific
-    range that matches a format decides its weight. Parameters other than q are ignored, since no format has any.
+    Only those `offered` count. `lines` are the values of all `Accept` headers; anything is acceptable where they say
+    nothing. The most specific range that matches a format decides its weight. Parameters other than q are ignored,
+    since no format has any.
 
     Raises:
         NotAcceptable: no format has a weight above 0.
@@ -43,12 +45,13 @@ def negotiate(lines: Sequence[str]) -> ResponseFormat:
     ranges = [one for one in ranges if one.kind in _KNOWN]
     best: tuple[float, int] = (0, 0)
     chosen: ResponseFormat | None = None
-    for kind, response_format in _TYPES.items():
+    types = {kind: one for kind, one in _TYPES.items() if one in offered}
+    for kind, response_format in types.items():
         rule = _rule(kind, ranges)
         if rule and rule.weight > 0 and (rule.weight, -rule.place) > best:
             best, chosen = (rule.weight, -rule.place), response_format
     if chosen is None:
-        raise NotAcceptable("Accept one of application/json, image/png, image/jpeg, image/webp, text/event-stream.")
+        raise NotAcceptable(f"Accept one of {', '.join(types)}.")
     return chosen
 
 

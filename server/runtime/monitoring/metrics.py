@@ -75,6 +75,10 @@ class Metrics:
             Gauge(name, text, registry=self._registry).set_function(read)
         self._registry.register(_Curve(step_times))
 
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Add a gauge that is read at every scrape."""
+        Gauge(name, text, registry=self._registry).set_function(read)
+
     def add_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Add a counter that is read at every scrape; `name` without `_total`."""
         self._registry.register(_ReadCounter(name, text, read))

@@ -34,6 +34,12 @@ def test_every_operation_is_named_tagged_and_summarised_once(document: dict[str,
     found = dict(operations(document))
     assert {name for name in found if "/sdapi/" not in name} == {
         "post /generate",
+        "get /jobs",
+        "get /jobs/{job_id}",
+        "delete /jobs/{job_id}",
+        "get /jobs/{job_id}/image",
+        "get /jobs/{job_id}/images/{index}",
+        "get /jobs/{job_id}/events",
         "get /v2/health/live",
         "get /v2/health/ready",
         "get /v2",
@@ -55,8 +61,8 @@ def test_every_operation_is_named_tagged_and_summarised_once(document: dict[str,
 
 def test_errors_are_problem_details(document: dict[str, Any]) -> None:
     responses = document["paths"]["/generate"]["post"]["responses"]
-    assert set(responses) == {"200", "431", *(str(status) for status in STATUS.values() if status != 499)}
-    for status in set(responses) - {"200"}:
+    assert set(responses) == {"200", "202", "431", *(str(status) for status in STATUS.values() if status != 499)}
+    for status in set(responses) - {"200", "202"}:
         content = responses[status]["content"]["application/problem+json"]
         others = set() if status == "431" else {"application/json"}  # Hugging Face's form
         assert responses[status]["content"].keys() == {"application/problem+json", *others}

@@ -1,0 +1,1 @@
+"""Jobs: requests whose callers do not wait for them, and where they are stored."""
