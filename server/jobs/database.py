@@ -88,7 +88,7 @@ class Database:
         self._path = path
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._engine = _open(path)
+            self.engine = _open(path)
             self._count()
         except OSError as error:
             raise EngineError(f"The jobs database {path}: {error.strerror}: choose another --jobs-database.") from error
@@ -181,7 +181,7 @@ class Database:
         return Recipe(body.model_copy(update=files), row.caller, row.api), row.starts
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.engine.dispose()
 
     def _one(self, condition: Any) -> Job | None:
         with self._reading() as connection:
@@ -207,14 +207,14 @@ class Database:
             self.counts.evicted += 1
 
     def _count(self) -> None:
-        with self._engine.connect() as connection:
+        with self.engine.connect() as connection:
             self.counts.jobs, self.counts.size = _totals(connection)
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """A transaction. Raises StorageFailed."""
         try:
-            with self._engine.begin() as connection:
+            with self.engine.begin() as connection:
                 yield connection
             self._count()
         except DatabaseError as error:
@@ -223,7 +223,7 @@ class Database:
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         try:
-            with self._engine.connect() as connection:
+            with self.engine.connect() as connection:
                 yield connection
         except DatabaseError as error:
             raise self._failed(error) from error
@@ -266,7 +266,9 @@ def _create(connection: Connection, path: Path) -> None:
     """Check the file, and create the tables if it is new. Raises EngineError."""
     pragma: Callable[[str], Any] = lambda text: connection.exec_driver_sql(f"PRAGMA {text}").scalar()  # noqa: E731
     if (verdict := pragma("quick_check(1)")) != "ok":
-        raise EngineError(f"The jobs database {path} is damaged ({verdict}): move it away, and start again.")
+        raise EngineError(
+            f"The jobs database {path} is damaged ({verdict.splitlines()[-1]}): move it away, and start again."
+        )
     version, application = pragma("user_version"), pragma("application_id")
     if version == 0 and not pragma("schema_version"):
         _TABLES.create_all(connection)
