@@ -20,7 +20,7 @@ TEXT = """\
 a "café" in a forest
 Negative prompt: blurry,
 grey
-Steps: 12, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 42, Size: 64x64, Model: "a, b", Clip skip: 2"""
+Steps: 12, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 42, Size: 64x64, Model: "a, b", Clip skip: 2"""  # noqa: E501
 DROP = """([bytes, type]) => {
   const data = new DataTransfer();
   data.items.add(new File([Uint8Array.from(bytes)], "dropped", { type }));

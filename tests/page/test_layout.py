@@ -8,17 +8,17 @@ from playwright.sync_api import Page, expect
 from tests.page import driving
 from tests.page.conftest import OpenPage
 from tests.page.driving import PROMPT
-from tests.page.test_accessibility import PHONE
 from tests.page.test_gallery import thumbnails
 
-SMALL = """() => [...document.querySelectorAll("button, a, select, summary, input:not([type=range], [type=checkbox], [type=file])")]
+SMALL = """() => [...document.querySelectorAll("button, a, select, summary, input")]
+  .filter((element) => !["range", "checkbox", "file"].includes(element.type))
   .filter((element) => element.checkVisibility() && element.getBoundingClientRect().height < 43.9)
   .map((element) => element.textContent || element.name)"""
 
 
 @pytest.fixture
 def phone(open_page: OpenPage) -> Page:
-    page = open_page(**PHONE)
+    page = open_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     driving.is_loaded(page)
     return page
 
