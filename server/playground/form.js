@@ -4,6 +4,8 @@ import { $, make } from "./dom.js";
 import { imageFields, imageChanged } from "./initial-image.js";
 import { served } from "./model.js";
 import { chooseScheduler, fillSchedulers, findScheduler } from "./scheduler.js";
+import { fillSizes } from "./sizes.js";
+import { fillStyles, styleChanged } from "./styles.js";
 
 export const form = $("form");
 export const field = form.elements;
@@ -41,6 +43,7 @@ export function showing(values) {
 
 /** Keep the form in the address, with the seed of the pictures shown where they are what it describes. */
 export function remember() {
+  styleChanged();
   const state = Object.fromEntries(NAMES.map((name) => [name, field[name].value]));
   const same = shown && NAMES.every((name) => state[name] === shown[name] || (name === "seed" && state.seed === ""));
   const kept = Object.entries(same ? shown : state).filter(([, value]) => value !== "");
@@ -101,7 +104,8 @@ export function describe(choose) {
   $("model").textContent = model.name;
   $("model").title = `${model.backend}, ${model.precision}`;
   $("notes").textContent = model.notes ?? "";
-  fill("size", model.resolutions, model.resolutions[0]);
+  fillSizes();
+  fillStyles();
   fillSchedulers();
   fill("num_images", [1, 2, 3, 4].slice(0, most), 1);
   for (const name of ["num_inference_steps", "guidance_scale"]) field[name].defaultValue = model[name];

@@ -38,6 +38,7 @@ export async function keepPictures(pictures) {
 export async function removePicture(picture) {
   const gone = shown.find((one) => one.picture === picture);
   shown = shown.filter((one) => one !== gone);
+  if (!gone) return; // long ago
   URL.revokeObjectURL(gone.url);
   update();
   if (picture.id !== undefined) await unstorePicture(picture.id);
@@ -46,10 +47,15 @@ export async function removePicture(picture) {
 function thumbnail(picture) {
   const url = URL.createObjectURL(picture.blob);
   const image = make("img", { src: url, alt: "", loading: "lazy", decoding: "async" });
-  const button = make("button", { type: "button", onclick: () => openViewer(neighbours(), picture, removePicture) }, image);
+  const button = make("button", { type: "button", onclick: () => enlarge(picture) }, image);
   button.ariaLabel = `${picture.parameters.prompt}, seed ${picture.seed}${picture.flagged ? ", may be unsafe" : ""}`;
   button.classList.toggle("flagged", picture.flagged);
   return { picture, item: make("li", {}, button), url };
+}
+
+export function enlarge(picture) {
+  const all = neighbours();
+  openViewer(all.includes(picture) ? all : [picture], picture, removePicture);
 }
 
 const neighbours = () => shown.map(({ picture }) => picture);

@@ -5,6 +5,7 @@ import { blankMask, hasPaint, maskFile } from "./mask.js";
 import { served } from "./model.js";
 import { readPicture } from "./picture-file.js";
 import { clearProblem, complain } from "./problem.js";
+import { sizeChanged } from "./sizes.js";
 
 const field = $("form").elements;
 
@@ -12,6 +13,7 @@ let start = null; // the picture, if any: { name, url, width, height }
 let taken = null; // the file that was last chosen for it
 let strengthChosen = false; // by hand, and not by what is usual
 
+export const initialName = () => start?.name;
 const hasMask = () => Boolean(start) && $("part").checked && hasPaint();
 
 /** What it adds to a request. */
@@ -77,6 +79,7 @@ export function imageChanged() {
   $("painting").hidden = !start || !$("part").checked;
   if (!strengthChosen) $("strength").value = hasMask() ? 1 : 0.8; // as the server would
   $("strength-shown").value = $("strength").value;
+  sizeChanged();
 }
 
 $("remove").onclick = () => { startFrom(null); $("file").focus(); };

@@ -9,6 +9,7 @@ import { imageChanged, startFrom } from "./initial-image.js";
 import "./mask-keys.js";
 import { served } from "./model.js";
 import { onArrival } from "./picture-file.js";
+import { complain } from "./problem.js";
 import { hasPictures } from "./results.js";
 import { bring } from "./reuse.js";
 
@@ -31,6 +32,9 @@ addEventListener("hashchange", () => {
   restore(NAMES);
 });
 $("new-seed").onclick = () => { keepSeed(""); field.prompt.focus(); };
+$("copy").onclick = ({ target }) => {
+  if (target.type === "button") import("./copying.js").then(({ copy }) => copy(target.textContent), complain);
+};
 onArrival(bring, (now) => form.classList.toggle("dropping", now));
 
 function choose(text) {

@@ -3,6 +3,7 @@
 import { actionsOf, link, pictureOf, veil } from "./actions.js";
 import { $, BLANK, lines, make, many, say, short, words } from "./dom.js";
 import { field, keepSeed, showing, valuesOf } from "./form.js";
+import { enlarge } from "./gallery.js";
 
 let figures = [];
 
@@ -60,10 +61,10 @@ function hang(figure, picture) {
   const { blob, seed, parameters } = picture, url = URL.createObjectURL(blob);
   const keep = link("", () => keepSeed(field.seed.value === String(seed) ? "" : seed));
   keep.dataset.seed = seed;
-  Object.assign(figure.querySelector("img"), { src: url, alt: parameters.prompt });
+  Object.assign(figure.querySelector("img"), { src: url, alt: parameters.prompt, onclick: () => enlarge(picture) });
   veil(figure.querySelector(".frame"), picture);
   figure.querySelector("figcaption").replaceChildren(
-    make("span", {}, `Seed ${seed}`), make("div", {}, keep, ...actionsOf(picture, url)));
+    make("span", {}, `Seed ${seed}`), make("div", {}, link("Enlarge", () => enlarge(picture)), keep, ...actionsOf(picture, url)));
 }
 
 function spent({ num_inference_steps: steps, strength }, timings) {

@@ -23,6 +23,7 @@ function show() {
   const { width, height, prompt } = picture.parameters, scale = width < 200 ? Math.floor(384 / width) : 1;
   Object.assign($("viewed"), { src: url, alt: prompt });
   $("viewed").style.width = `${width * scale}px`;
+  $("viewed").classList.toggle("tiny", scale > 1);
   $("viewed").style.aspectRatio = `${width} / ${height}`;
   veil($("viewed").parentElement, picture);
   $("settings").replaceChildren(...facts(picture).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
@@ -60,12 +61,20 @@ function go(steps) {
   show();
 }
 
+/** At its own size, a pixel for each, or as large as there is room. */
+function zoom() {
+  const isActual = $("viewer").classList.toggle("actual");
+  $("zoom").textContent = isActual ? "Fit" : "100 %";
+}
+
+$("zoom").onclick = $("viewed").onclick = zoom;
 $("previous").onclick = () => go(-1);
 $("next").onclick = () => go(1);
 $("close").onclick = close;
 $("viewer").addEventListener("keydown", ({ key }) => {
   if (key === "ArrowLeft") go(-1);
   if (key === "ArrowRight") go(1);
+  if (key === "z") zoom();
 });
 $("viewer").addEventListener("click", ({ target }) => { if (target === $("viewer")) close(); }); // beside it
 $("viewer").addEventListener("close", () => {
