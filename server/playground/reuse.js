@@ -2,9 +2,8 @@
 
 import { $, say } from "./dom.js";
 import { field, fillForm, form, valuesOf } from "./form.js";
-import { parseInfotext, settingsOf } from "./infotext.js";
 import { setStrength, startFrom, take } from "./initial-image.js";
-import { readParameters } from "./metadata.js";
+import { complain } from "./problem.js";
 
 const VARIATION = 0.6; // strength: the same subject, drawn anew
 const HEAD = 1 << 20; // bytes of a file that are searched for settings
@@ -39,22 +38,22 @@ export async function vary(picture) {
 /** Start from a file that the user brings, and offer the settings that are in it. */
 export async function bring(file) {
   $("offer").hidden = true;
-  const [, text] = await Promise.all([take(file), parametersIn(file)]);
-  const parsed = text && parseInfotext(text);
-  if (parsed) offer(parsed);
+  const [, found] = await Promise.all([take(file), settingsIn(file).catch(complain)]);
+  if (found) offer(found);
 }
 
-async function parametersIn(file) {
+async function settingsIn(file) {
+  const [{ readParameters }, { parseInfotext, settingsOf }] = await Promise.all([import("./metadata.js"), import("./infotext.js")]);
   const head = await file.slice(0, HEAD).arrayBuffer().catch(() => new ArrayBuffer(0)); // `take` says that it is unreadable
-  return readParameters(new Uint8Array(head));
+  const text = await readParameters(new Uint8Array(head)), parsed = text && parseInfotext(text);
+  return parsed && { ...settingsOf(parsed), isFromImage: "Denoising strength" in parsed.fields };
 }
 
-function offer(parsed) {
-  const { values, others } = settingsOf(parsed);
+function offer({ values, others, isFromImage }) {
   $("offer").hidden = false;
   $("restore").onclick = () => {
     $("offer").hidden = true;
-    restore(values, others, "Denoising strength" in parsed.fields);
+    restore(values, others, isFromImage);
   };
 }
 

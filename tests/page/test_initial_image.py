@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect
 
 from tests.page import driving
 from tests.page.driving import PROMPT
+from tests.support.serving import Serving
 
 
 @pytest.fixture
@@ -80,3 +81,13 @@ def test_a_file_that_is_no_image_is_refused(page: Page, tmp_path: Path) -> None:
     other.write_text("hello")
     choose(page, other)
     expect(page.get_by_role("alert")).to_contain_text("notes.png is not a PNG, JPEG or WebP file")
+
+
+def test_a_file_that_carries_its_settings_restores_them(page: Page, demo: Serving, tmp_path: Path) -> None:
+    file = tmp_path / "heart.png"
+    answer = demo.client.post("/generate", json={"prompt": PROMPT, "seed": 5}, headers={"Accept": "image/png"})
+    file.write_bytes(answer.content)
+    choose(page, file)
+    driving.button(page, "Restore its settings").click()
+    expect(driving.prompt(page)).to_have_value(PROMPT)
+    expect(page.locator("[name=seed]")).to_have_value("5")
