@@ -1,4 +1,4 @@
-// A picture, { blob, name, seed, at, model, parameters, flagged }, and what can be done with it.
+// A picture, { blob, name, seed, at, model, parameters, flagged, initial }, and what can be done with it.
 
 import { make } from "./dom.js";
 import { useAsStart } from "./initial-image.js";

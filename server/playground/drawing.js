@@ -4,6 +4,7 @@ import { generate } from "./api.js";
 import { $, say } from "./dom.js";
 import { body, remember } from "./form.js";
 import { keepPictures } from "./gallery.js";
+import { initialOf } from "./initial-image.js";
 import { clearProblem, complain } from "./problem.js";
 import { rememberPrompt } from "./recent.js";
 import { hangFrames, showPictures, showStep } from "./results.js";
@@ -14,7 +15,7 @@ export const isRunning = () => running !== null;
 export const cancel = () => running?.abort();
 
 export async function draw() {
-  const request = body();
+  const request = body(), initial = initialOf();
   const { signal } = running = new AbortController();
   clearProblem();
   say("Sending…");
@@ -27,7 +28,7 @@ export async function draw() {
   try {
     const pictures = showPictures(await generate(request, listeners(), signal));
     $("result").scrollIntoView({ block: "nearest" });
-    keepPictures(pictures);
+    keepPictures(pictures.map((picture) => Object.assign(picture, { initial })));
     before.release();
   } catch (error) {
     before.restore();

@@ -9,12 +9,15 @@ import { sizeChanged } from "./sizes.js";
 
 const field = $("form").elements;
 
-let start = null; // the picture, if any: { name, url, width, height }
+let start = null; // the picture, if any: { name, url, width, height, file }
 let taken = null; // the file that was last chosen for it
 let strengthChosen = false; // by hand, and not by what is usual
 
 export const initialName = () => start?.name;
 const hasMask = () => Boolean(start) && $("part").checked && hasPaint();
+
+/** What gives it again: { file, isMasked }, or nothing. */
+export const initialOf = () => start ? { file: start.file, isMasked: hasMask() } : null;
 
 /** What it adds to a request. */
 export function imageFields() {
@@ -33,7 +36,7 @@ export async function take(file) {
   const picture = await readPicture(file).catch((error) => { if (taken === file) complain(error); });
   if (!picture || taken !== file) return false; // another one was chosen meanwhile
   clearProblem();
-  startFrom(picture);
+  startFrom({ ...picture, file });
   return true;
 }
 

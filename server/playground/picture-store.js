@@ -1,4 +1,4 @@
-// The pictures in the browser's database: { blob, name, seed, at, model, parameters, flagged }, and the `id` of each.
+// The pictures in the browser's database: { blob, name, seed, at, model, parameters, flagged, initial }, and the `id` of each.
 
 import { SCOPE } from "./storage.js";
 

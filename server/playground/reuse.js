@@ -15,17 +15,21 @@ const WORDS = {
 const valuesOfOne = ({ parameters, seed }) => valuesOf({ ...parameters, seed, num_images: 1 });
 
 /** Fill the form with these values, and say which of them, and which `others`, it cannot have. */
-function restore(values, others, isFromImage) {
-  startFrom(null);
+function restore(values, others) {
   const refused = fillForm(values).map((name) => `${WORDS[name] ?? name} ${values[name]}`);
-  const missing = isFromImage ? ["the initial image"] : [];
-  const lost = [...refused, ...others, ...missing].join(", ");
+  const lost = [...refused, ...others].join(", ");
   say(`The settings are restored.${lost && ` Not available here: ${lost}.`}`);
   field.prompt.focus();
   form.scrollIntoView({ block: "nearest" });
 }
 
-export const restoreSettings = (picture) => restore(valuesOfOne(picture), [], picture.parameters.strength !== null);
+/** Fill the form so that it gives this picture again. */
+export async function restoreSettings(picture) {
+  startFrom(null);
+  if (picture.initial) await take(picture.initial.file);
+  restore(valuesOfOne(picture), picture.initial?.isMasked ? ["the mask"] : []);
+  if (picture.initial) setStrength(picture.parameters.strength);
+}
 
 /** Generate from a picture, with its settings and a new seed. */
 export async function vary(picture) {
@@ -53,7 +57,8 @@ function offer({ values, others, isFromImage }) {
   $("offer").hidden = false;
   $("restore").onclick = () => {
     $("offer").hidden = true;
-    restore(values, others, isFromImage);
+    startFrom(null);
+    restore(values, isFromImage ? [...others, "the initial image"] : others);
   };
 }
 

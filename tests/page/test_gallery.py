@@ -86,6 +86,24 @@ def test_each_of_several_images_has_its_preview_and_can_be_varied(page: Page) ->
     assert seeds(page) not in ([first], [second])
 
 
+def test_an_initial_image_is_restored_too(page: Page) -> None:
+    driving.generate(page)
+    driving.button(page, "Vary").click()
+    expect(thumbnails(page)).to_have_count(2)
+    varied = driving.pixels(driving.result(page))
+    page.reload()
+    driving.is_loaded(page)
+    expect(page.locator("#thumbnail")).to_be_hidden()
+    thumbnails(page).first.click()
+    driving.button(page, "Restore settings").click()
+    expect(driving.status(page)).to_have_text("The settings are restored.")
+    expect(page.locator("#thumbnail")).to_be_visible()
+    expect(page.locator("#strength")).to_have_value("0.6")
+    driving.button(page, "Generate").click()
+    expect(thumbnails(page)).to_have_count(3)
+    assert (driving.pixels(driving.result(page)) == varied).all()
+
+
 def test_the_gallery_works_with_the_keyboard_alone(page: Page) -> None:
     generate_several(page, 3)
     thumbnails(page).first.focus()
