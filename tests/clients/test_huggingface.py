@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ SLOW = {"num_inference_steps": 200}
 
 
 @pytest.fixture
-def client(serving: Serving) -> InferenceClient:
-    return InferenceClient(model=f"{serving.url}/generate", api_key="none", timeout=60)
+def client(serving: Serving) -> Iterator[InferenceClient]:
+    with InferenceClient(model=f"{serving.url}/generate", api_key="none", timeout=60) as client:
+        yield client
 
 
 def test_picture(client: InferenceClient, serving: Serving) -> None:
@@ -63,21 +65,22 @@ def test_refusals(client: InferenceClient, parameters: dict[str, Any], message: 
 
 
 def test_full_queue(full_queue: FullQueue) -> None:
-    client = InferenceClient(model=f"{full_queue.serving.url}/generate", api_key="none", timeout=60)
-    with pytest.raises(HfHubHTTPError) as refused:
+    with (
+        InferenceClient(model=f"{full_queue.serving.url}/generate", api_key="none", timeout=60) as client,
+        pytest.raises(HfHubHTTPError) as refused,
+    ):
         client.text_to_image("a cat")
     assert refused.value.response.status_code == 429
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
 
 
 async def cancel_once_it_runs(serving: Serving) -> None:
-    client = AsyncInferenceClient(model=f"{serving.url}/generate", api_key="none")
-    call = asyncio.ensure_future(client.text_to_image("a cat", **SLOW))
-    await asyncio.to_thread(wait_until, lambda: serving.metrics()["latentd_requests_running"] == 1)
-    call.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await call
-    await client.close()
+    async with AsyncInferenceClient(model=f"{serving.url}/generate", api_key="none") as client:
+        call = asyncio.ensure_future(client.text_to_image("a cat", **SLOW))
+        await asyncio.to_thread(wait_until, lambda: serving.metrics()["latentd_requests_running"] == 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 def test_dropped_connection_cancels(serving: Serving) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -25,8 +26,9 @@ SLOW = {"num_inference_steps": 200}
 
 
 @pytest.fixture
-def client(serving: Serving) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0)
+def client(serving: Serving) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def pixels(text: str | None) -> NDArray[np.float64]:
@@ -173,8 +175,10 @@ def test_request_ids_are_the_callers_own(client: openai.OpenAI) -> None:
 
 
 def test_full_queue_is_a_rate_limit(full_queue: FullQueue) -> None:
-    client = openai.OpenAI(base_url=f"{full_queue.serving.url}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.RateLimitError) as refused:
+    with (
+        openai.OpenAI(base_url=f"{full_queue.serving.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.RateLimitError) as refused,
+    ):
         client.images.generate(prompt="a cat")
     assert refused.value.code == "rate_limit_exceeded"
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
@@ -190,8 +194,9 @@ def test_client_comes_back_after_retry_after(full_queue: FullQueue) -> None:
             full_queue.free()
 
     http = httpx2.Client(event_hooks={"response": [note]}, timeout=120)
-    client = openai.OpenAI(base_url=f"{full_queue.serving.url}/v1", api_key="none", max_retries=1, http_client=http)
-    assert client.images.generate(prompt="a cat", extra_body=QUICK).data
+    url = f"{full_queue.serving.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=1, http_client=http) as client:
+        assert client.images.generate(prompt="a cat", extra_body=QUICK).data
     (refused_at, refused), (done_at, done) = seen
     assert (refused.status_code, done.status_code) == (429, 200)
     assert done_at - refused_at >= int(refused.headers["retry-after"])
@@ -205,13 +210,12 @@ def test_closing_the_stream_cancels(client: openai.OpenAI, serving: Serving) -> 
 
 
 async def cancel_once_it_runs(serving: Serving) -> None:
-    client = openai.AsyncOpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0)
-    call = asyncio.ensure_future(client.images.generate(prompt="a cat", n=8, extra_body=SLOW))
-    await asyncio.to_thread(wait_until, lambda: serving.metrics()["latentd_requests_running"] == 1)
-    call.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await call
-    await client.close()
+    async with openai.AsyncOpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0) as client:
+        call = asyncio.ensure_future(client.images.generate(prompt="a cat", n=8, extra_body=SLOW))
+        await asyncio.to_thread(wait_until, lambda: serving.metrics()["latentd_requests_running"] == 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 def test_dropped_connection_cancels(serving: Serving) -> None:
