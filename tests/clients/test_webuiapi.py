@@ -367,8 +367,8 @@ def test_a_full_queue_is_429(full_queue: FullQueue) -> None:
 def test_the_next_batch_of_a_call_waits_for_a_place(narrow: Serving) -> None:
     api = connect(narrow)
     with ExitStack() as others, ThreadPoolExecutor(1) as threads:
-        others.enter_context(occupying(narrow, until="started", num_images=7))
-        call = threads.submit(lambda: api.txt2img(**QUICK | {"steps": 60, "n_iter": 2}))
+        others.enter_context(occupying(narrow, until="started", num_images=2))
+        call = threads.submit(lambda: api.txt2img(**QUICK | {"steps": 20, "n_iter": 2}))
         running(api)
         others.enter_context(occupying(narrow, until="queued", num_images=8))
         wait_until(lambda: call.done() or api.get_progress()["state"]["job_no"] == 1)
