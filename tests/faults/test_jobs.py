@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,35 @@ def test_jobs_outlive_a_server(database: Path, how: signal.Signals) -> None:
         assert second.client.get(f"{paths[0]}/image").content == expected.content
         ended_late = wait_for_job(second, late)
         assert (ended_late["status"], ended_late["error"]["status"]) == ("failed", 504)
+
+
+def test_a_running_job_is_stored_within_the_drain(database: Path) -> None:
+    with serve(database, "--drain-seconds", "60") as first:
+        rows = first.client.get("/models").json()[0]["max_rows"]
+        full = {**LONG, "exact": False, "num_inference_steps": 40, "num_images": rows // 2}
+        running = post_job(first, **full)
+        wait_for_job(first, running, lambda job: job["step"])
+        waiting = post_job(first, **full)
+        first.client.close()
+        assert first.stop() == 0
+    with serve(database) as second:
+        assert second.client.get(running).json()["status"] == "completed"
+        assert second.client.get(waiting).json()["status"] in ("queued", "running")
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["memory", "database"])
+def test_those_who_wait_for_a_job_are_answered_when_the_server_stops(database: Path, stored: bool) -> None:
+    """In memory and in time with the image, else with an error that lets them ask the next server."""
+    options = ["--jobs-database", str(database), "--drain-seconds", "0"] if stored else []
+    with Serving(DEMO, *options) as first, ThreadPoolExecutor(1) as pool:
+        key = {"Idempotency-Key": "1"}
+        job = first.client.post("/generate?wait=false", json=LONG, headers=key).headers["Location"]
+        waiting = pool.submit(first.client.post, "/generate", json=LONG, headers=key)
+        wait_for_job(first, job, lambda document: document["step"] > 2)
+        assert first.stop() == 0
+        answer = waiting.result()
+        assert answer.status_code == (503 if stored else 200)
+        assert not stored or answer.json()["title"] == "Server stopping"
 
 
 def test_jobs_in_memory_end_with_the_server(tmp_path: Path) -> None:

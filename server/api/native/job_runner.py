@@ -116,6 +116,7 @@ class JobRunner:
 
     async def _leave(self, live: LiveJob, outcome: Outcome) -> None:
         """Leave the job to the next process; what was cancelled in order does not count as a start."""
+        self.live.pop(live.id, None)  # its end is not to be stored
         if live.started and isinstance(outcome, Failed) and isinstance(outcome.error, ServerStopping):
             await self._count_start(live.id, -1)
 
