@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
+from http import HTTPStatus
 
 from server.api.native.documents import timings_of
 from server.api.native.live_job import LiveJob
@@ -18,10 +19,10 @@ from server.jobs.calls import StoreCalls
 from server.jobs.job import Facts, Job, Key, Recipe, now
 from server.requests.context import Caller, RequestContext
 from server.requests.errors import (
+    STATUS,
     DeadlineExceeded,
     InternalError,
     NotReady,
-    QueueFull,
     ServerError,
     ServerStopping,
     StorageFailed,
@@ -173,8 +174,10 @@ class JobRunner:
             context = _context_of(live.job, recipe)
             try:
                 return await self._service.accept(recipe.body, context, follows=True)
-            except QueueFull:
-                await asyncio.sleep(_POLL_SECONDS)
+            except ServerError as error:
+                if STATUS[type(error)] != HTTPStatus.TOO_MANY_REQUESTS:
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _sweep(self) -> None:
         while True:
