@@ -10,6 +10,7 @@ import uuid
 
 from fastapi import Request as HttpRequest
 
+from server.middleware.access_log import note
 from server.requests.context import Api, Caller, RequestContext
 from server.requests.errors import InvalidRequest
 from server.requests.schemas import MAX_TIMEOUT
@@ -22,6 +23,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 def context_of(http: HttpRequest, api: Api) -> RequestContext:
     """The context of a request to `api`. Raises InvalidRequest."""
+    note(http.scope, api=api)
     return RequestContext(
         caller=caller_of(http),
         api=api,
@@ -38,6 +40,8 @@ def caller_of(http: HttpRequest) -> Caller:
     Behind a proxy that is listed in FORWARDED_ALLOW_IPS, uvicorn takes the address from X-Forwarded-For.
     """
     known: Caller | None = http.scope.get(CALLER)
+    if known:
+        note(http.scope, caller=known.name)
     return known or Caller(_network(http.client.host if http.client else ""))
 
 

@@ -21,6 +21,7 @@ from server.requests.context import Caller, RequestContext
 from server.requests.errors import NotReady
 from server.requests.image_files import ImageFiles
 from server.requests.images import ImageFormat
+from server.requests.prompt_log import log_prompts
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import Runtime
@@ -76,6 +77,7 @@ class Service:
     runtime: Runtime
     bodies: BodyLimits = field(default_factory=BodyLimits)
     image_files: ImageFiles = field(default_factory=ImageFiles)
+    log_prompts: bool = False
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     jobs: JobStore = field(default_factory=MemoryStore)
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
@@ -120,7 +122,10 @@ class Service:
                 request = await run_in_threadpool(make)
         if before_queued:
             await before_queued(request)
-        return Accepted(request, queue, runtime.batcher.submit(request))
+        position = runtime.batcher.submit(request)
+        if self.log_prompts:
+            log_prompts(request)
+        return Accepted(request, queue, position)
 
     async def encode_images(
         self,

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOGGER = "latentd.access"
+_FACTS = "latentd.access_log"  # key of the scope: what the application has noted of a request
 _log = logging.getLogger(LOGGER)
 
 
+def note(scope: MutableMapping[str, Any], **facts: str) -> None:
+    """Have the line of this request state its `caller`, rather than the address, or its `api`."""
+    scope.get(_FACTS, {}).update(facts)
+
+
 class AccessLog:
-    """Logs caller, method, path, status, duration and request id once the answer has been sent."""
+    """Logs caller, method, path, status, duration, request id and API once the answer has been sent."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,17 +40,25 @@ class AccessLog:
                 request_id = dict(message["headers"]).get(b"x-request-id", b"-").decode("latin-1")
             await send(message)
 
+        noted: dict[str, str] = {}
+        scope[_FACTS] = noted
         started = time.perf_counter()
         try:
             return await self._app(scope, receive, send_and_note)
         finally:
             seconds = time.perf_counter() - started
-            path = quote(scope["path"])  # without control characters
-            _log.info(
-                "%s %s %s %s %.3f s, request %s",
-                *(_caller(scope), scope["method"], path, status or "unanswered", seconds, request_id),
-            )
+            fields = {
+                "caller": noted.get("caller") or _address(scope),
+                "method": scope["method"],
+                "path": quote(scope["path"]),  # without control characters
+                "status": status or "unanswered",
+                "seconds": round(seconds, 3),
+                "request_id": request_id,
+                **({"api": noted["api"]} if "api" in noted else {}),
+            }
+            line = "%(caller)s %(method)s %(path)s %(status)s %(seconds).3f s, request %(request_id)s"
+            _log.info(line + (", api %(api)s" if "api" in noted else ""), fields, extra={"fields": fields})
 
 
-def _caller(scope: Scope) -> str:
+def _address(scope: Scope) -> str:
     return scope["client"][0] if scope.get("client") else "-"

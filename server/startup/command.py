@@ -30,7 +30,7 @@ _FAILED_START, _FAULT = 1, 70  # exit codes; 70 is EX_SOFTWARE: the supervisor s
 def run(argv: Sequence[str], signals: StopSignals) -> int:
     """Serve as `argv` says; returns the exit code."""
     settings = parse(ServerSettings, argv)
-    logs.start(settings.log_level)
+    logs.start(settings.log_level, settings.log_format)
     for sentence in unknown_variables(os.environ):
         _log.warning("%s", sentence)
     with suppress(RuntimeError, OSError, ValueError):  # without a standard error that has a descriptor
@@ -103,4 +103,4 @@ def _print(text: str) -> None:
 
 
 def _print_error(text: str) -> None:
-    _print(f"error: {text}")
+    logs.announce(f"error: {text}", "ERROR")

@@ -11,9 +11,14 @@ import queue
 import select
 import sys
 import threading
+from typing import Literal
 
 from server.middleware.access_log import LOGGER as ACCESS_LOG
+from server.requests.prompt_log import LOGGER as PROMPT_LOG
+from server.startup.json_logs import JsonFormatter
 from server.startup.log_repeats import Repeats
+
+LogFormat = Literal["text", "json"]
 
 _ANNOUNCEMENTS = "latentd.announcements"
 _ALWAYS = logging.CRITICAL + 10  # a level that every log level lets through
@@ -22,18 +27,19 @@ _FLUSH_SECONDS = 2.0  # that the end of the process waits for whoever reads
 _POLL_SECONDS = 1.0  # between looks for repetitions to tell of
 
 
-def start(level: str) -> LogHandler:
+def start(level: str, log_format: LogFormat = "text") -> LogHandler:
     """Send log messages of at least `level` to standard error; `logging.shutdown` waits for the last of them."""
     handler = LogHandler(_standard_error())
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    as_text = _Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(as_text if log_format == "text" else JsonFormatter())
     logging.root.addHandler(handler)
     logging.root.setLevel(level.upper())
     return handler
 
 
-def announce(text: str) -> None:
-    """Write `text` as it is, at every log level, and after the messages before it."""
-    logging.getLogger(_ANNOUNCEMENTS).log(_ALWAYS, "%s", text)
+def announce(text: str, level: str = "INFO") -> None:
+    """Write `text` as it is, at every log level, and after the messages before it; as JSON, a message of `level`."""
+    logging.getLogger(_ANNOUNCEMENTS).log(_ALWAYS, "%s", text, extra={"announced": level})
 
 
 def lost() -> int:
@@ -51,7 +57,7 @@ class LogHandler(logging.Handler):
         super().__init__()
         self._descriptor = os.dup(descriptor)
         self._most_waiting = most_waiting
-        self._repeats = repeats or Repeats(exempt={ACCESS_LOG, _ANNOUNCEMENTS})
+        self._repeats = repeats or Repeats(exempt={ACCESS_LOG, PROMPT_LOG, _ANNOUNCEMENTS})
         # Its `put` may be interrupted by a signal's handler that logs, where `queue.Queue` would wait for itself.
         self._queue: queue.SimpleQueue[str | threading.Event | _End] = queue.SimpleQueue()
         self._refused = 0  # changed by those who log, under the handler's lock

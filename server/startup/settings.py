@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from engines.backends.registry import BACKENDS
 from engines.demo import BUNDLE as DEMO
 from server.requests.request import Cache
+from server.startup.logs import LogFormat
 
 AUTO = "auto"  # a value of `backend`
 _PREFIX = "LATENTD_"
@@ -188,6 +189,10 @@ class ServerSettings(BaseSettings):
         "Keep it below the kill timeout of the supervisor",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")
+    log_format: LogFormat = Field("text", description="json: log messages as JSON, one object a line")
+    log_prompts: bool = Field(
+        False, description="log the prompts of every accepted request at level info; otherwise they are never logged"
+    )
     access_log: bool = Field(
         False, description="log a line for every HTTP request, without its body; on at log level debug"
     )

@@ -68,7 +68,8 @@ def make_service(
         on_failure=on_failure,
     )
     bodies, jobs = BodyLimits(settings.max_body_memory * 2**20), open_job_store(settings, runtime.metrics)
-    return Service(model, runtime, bodies, _image_files(settings), jobs=jobs)
+    image_files = _image_files(settings)
+    return Service(model, runtime, bodies, image_files, log_prompts=settings.log_prompts, jobs=jobs)
 
 
 def _image_files(settings: ServerSettings) -> ImageFiles:

@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-_READY = re.compile(r"is ready: open (http://\S+)")
+_READY = re.compile(r"is ready: open (http://[^\s\\]+)")
 
 
 def run_server(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from engines.backends.available import precision_of
 from engines.manifest import Manifest
+from server.requests.context import APIS
 from server.requests.errors import STATUS, BrokenPicture, Cancelled, ServerError, StepFailed
 from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
 from server.runtime.step_times import StepTimeModel
@@ -34,8 +35,7 @@ class Metrics:
             "latentd_requests_rejected", "Requests rejected before they were queued.", ["reason"], registry=registry
         )
         # Every series exists from the start, so that a rate sees the first event too.
-        for outcome in _OUTCOMES:
-            self._requests.labels("generate", outcome)
+        self._ended = {(api, outcome): self._requests.labels(api, outcome) for api in APIS for outcome in _OUTCOMES}
         for reason in _REASONS:
             self._rejected.labels(reason)
         self._duration = Histogram(
@@ -105,7 +105,7 @@ class Metrics:
         """Count outcomes: a listener of every accepted request."""
         if not isinstance(event, Outcome):
             return
-        self._requests.labels("generate", _outcome(event)).inc()
+        self._ended[request.context.api, _outcome(event)].inc()
         self._duration.observe(sum(request.timings.values()))
         for stage, seconds in tuple(request.timings.items()):
             self.stage(stage, seconds)

@@ -7,7 +7,7 @@ import re
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from server.middleware.access_log import LOGGER, AccessLog
+from server.middleware.access_log import LOGGER, AccessLog, note
 from tests.support.asgi import answering, call
 
 
@@ -27,3 +27,23 @@ def test_a_request_that_fails_is_logged_too(caplog: pytest.LogCaptureFixture) ->
         call(AccessLog(app), "GET", "/")
     (line,) = [record.getMessage() for record in caplog.records if record.name == LOGGER]
     assert "GET / unanswered" in line
+
+
+def test_what_the_application_notes_is_in_the_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Also if a middleware in between has copied the scope."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        inner = {**scope}
+        note(inner, caller="alice", api="openai")
+        await answering(lambda _request: {})(inner, receive, send)
+
+    caplog.set_level("INFO", LOGGER)
+    call(AccessLog(app), "GET", "/")
+    (record,) = [record for record in caplog.records if record.name == LOGGER]
+    assert re.fullmatch(r"alice GET / 200 \d+\.\d{3} s, request -, api openai", record.getMessage())
+
+
+def test_without_an_access_log_nothing_is_noted() -> None:
+    scope: Scope = {"type": "http"}
+    note(scope, api="openai")
+    assert scope == {"type": "http"}
