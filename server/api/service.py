@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 
@@ -21,10 +21,14 @@ from server.requests.context import Caller, RequestContext
 from server.requests.errors import NotReady
 from server.requests.image_files import ImageFiles
 from server.requests.images import ImageFormat
+from server.requests.intake import Listener
 from server.requests.prompt_log import log_prompts
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import Runtime
+
+if TYPE_CHECKING:
+    from server.runtime.monitoring.spans import Spans
 
 _READERS = 2  # uploads that are decoded at once: each may take a second, and 250 MB of memory
 
@@ -78,6 +82,7 @@ class Service:
     bodies: BodyLimits = field(default_factory=BodyLimits)
     image_files: ImageFiles = field(default_factory=ImageFiles)
     log_prompts: bool = False
+    spans: Spans | None = None
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     jobs: JobStore = field(default_factory=MemoryStore)
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
@@ -113,13 +118,17 @@ class Service:
         self.check(context.caller)
         runtime = self.runtime
         queue = EventQueue(follows=follows)
-        listeners = queue.on_event, runtime.metrics.observe
+        listeners: tuple[Listener, ...] = queue.on_event, runtime.metrics.observe
+        if self.spans:
+            listeners = self.spans.observe, *listeners  # first: the span of the files follows the outcome
         make = partial(runtime.intake.request, body, *listeners, context=context)
         if body.image is None:
             request = make()
         else:
             async with self.readers:
                 request = await run_in_threadpool(make)
+        if self.spans:
+            self.spans.begin(request)
         if before_queued:
             await before_queued(request)
         position = runtime.batcher.submit(request)
@@ -152,4 +161,6 @@ class Service:
         contents = tuple([await job for job in jobs])
         seconds = time.perf_counter() - started
         self.runtime.metrics.stage("image", seconds)
+        if self.spans:
+            self.spans.image(request, seconds)
         return Files(contents, seconds)

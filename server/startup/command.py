@@ -80,6 +80,8 @@ def _serve(settings: ServerSettings, opened: OpenedBundle, signals: StopSignals)
     stopping.start()
     executor.start()
     server.run(sockets=[listener])
+    if service.spans:
+        service.spans.close()
     if executor.hangs:
         logging.shutdown()
         os._exit(exit_code)  # an interpreter that ends in order would wait for the thread that hangs in the driver

@@ -19,6 +19,7 @@ from server.startup.logs import LogFormat
 AUTO = "auto"  # a value of `backend`
 _PREFIX = "LATENTD_"
 _ORIGIN = re.compile(r"\*|null|https?://[^\s/,?#@]+", re.IGNORECASE)
+_HTTP_URL = re.compile(r"https?://[^\s?#]+", re.IGNORECASE)
 _ROOT_PATH = re.compile(r"(/[\w.~-]+)*", re.ASCII)
 
 
@@ -30,6 +31,12 @@ def _origin(text: str) -> str:
     if not _ORIGIN.fullmatch(text):
         raise ValueError(f"{text!r} is not an origin: write https://example.com, without a path, or * for any")
     return text.lower()
+
+
+def _http_url(text: str) -> str:
+    if not _HTTP_URL.fullmatch(text):
+        raise ValueError(f"{text!r} is not a URL: write http://localhost:4318")
+    return text
 
 
 def _root_path(text: str) -> str:
@@ -189,6 +196,11 @@ class ServerSettings(BaseSettings):
         "Keep it below the kill timeout of the supervisor",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")
+    otlp_endpoint: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        None,
+        description="send OpenTelemetry traces to this collector, over OTLP/HTTP, as http://localhost:4318; needs the "
+        "extra otel. OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and other variables of the SDK apply",
+    )
     log_format: LogFormat = Field("text", description="json: log messages as JSON, one object a line")
     log_prompts: bool = Field(
         False, description="log the prompts of every accepted request at level info; otherwise they are never logged"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines.backends.registry import open_device
 from engines.errors import EngineError
@@ -19,6 +20,9 @@ from server.startup.job_store import open_job_store
 from server.startup.served_files import OpenedBundle
 from server.startup.settings import ServerSettings
 
+if TYPE_CHECKING:
+    from server.runtime.monitoring.spans import Spans
+
 
 def make_service(
     opened: OpenedBundle,
@@ -32,7 +36,8 @@ def make_service(
     Once its executor is started, the fastest of the backends is chosen and its engines are loaded.
 
     Raises:
-        EngineError: the tokenizer, the certificate for C2PA, or the database of jobs cannot be used.
+        EngineError: the tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package is
+            missing.
     """
     manifest, bundle, backends, files = opened.manifest, settings.bundle, opened.backends, opened.files
     model = ServedModel(manifest, backends[0])
@@ -67,9 +72,23 @@ def make_service(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    bodies, jobs = BodyLimits(settings.max_body_memory * 2**20), open_job_store(settings, runtime.metrics)
-    image_files = _image_files(settings)
-    return Service(model, runtime, bodies, image_files, log_prompts=settings.log_prompts, jobs=jobs)
+    return Service(
+        model,
+        runtime,
+        BodyLimits(settings.max_body_memory * 2**20),
+        _image_files(settings),
+        log_prompts=settings.log_prompts,
+        spans=_spans(settings.otlp_endpoint, model) if settings.otlp_endpoint else None,
+        jobs=open_job_store(settings, runtime.metrics),
+    )
+
+
+def _spans(endpoint: str, model: ServedModel) -> Spans:
+    try:
+        from server.runtime.monitoring.spans import Spans  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise EngineError("--otlp-endpoint needs the packages of the extra otel: install it.") from error
+    return Spans(endpoint, lambda: model.manifest.name)
 
 
 def _image_files(settings: ServerSettings) -> ImageFiles:
