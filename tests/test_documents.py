@@ -10,7 +10,7 @@ import pytest
 
 from tests import ROOT
 
-TOPS = ("benchmarks", "docs", "engines", "loadtest", "scripts", "server", "tests")
+TOPS = ("benchmarks", "deploy", "docs", "engines", "loadtest", "scripts", "server", "tests")
 EXTERNAL = {"uvicorn", "pytest", "pip", "venv"}  # modules of other projects that commands run
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
