@@ -6,7 +6,7 @@ import base64
 import io
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import PIL.Image
 import pytest
@@ -84,3 +84,61 @@ def test_metadata_can_be_switched_off() -> None:
     with Serving(BUNDLE, "--no-embed-parameters", "--no-mark-ai") as bare:
         (file,) = files(bare, "png")
         assert not PIL.Image.open(io.BytesIO(file)).info
+
+
+def native(serving: Serving) -> bytes:
+    return files(serving, "png")[0]
+
+
+def openai(serving: Serving) -> bytes:
+    answer = serving.client.post("/v1/images/generations", json={"prompt": "a boat", "num_inference_steps": 1})
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+
+def openai_edit(serving: Serving) -> bytes:
+    sent = {"image": ("a.png", native(serving), "image/png")}
+    answer = serving.client.post("/v1/images/edits", data={"prompt": "a boat"}, files=sent)
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+
+def a1111(serving: Serving) -> bytes:
+    answer = serving.client.post("/sdapi/v1/txt2img", json={"prompt": "a boat", "steps": 1})
+    return base64.b64decode(answer.json()["images"][0])
+
+
+def hugging_face(serving: Serving) -> bytes:
+    fields = {"inputs": "a boat", "parameters": {"num_inference_steps": 1}}
+    return serving.client.post("/generate", json=fields).content
+
+
+def job(serving: Serving) -> bytes:
+    fields = {"prompt": "a boat", "num_inference_steps": 1}
+    location = serving.client.post("/generate?wait=false", json=fields).headers["Location"]
+    for _ in range(10_000):
+        answer = serving.client.get(f"{location}/image")
+        if answer.status_code == 200:
+            break
+    return answer.content
+
+
+@pytest.mark.parametrize(
+    ("ask", "api"),
+    [
+        (native, "generate"),
+        (openai, "openai"),
+        (openai_edit, "openai"),
+        (a1111, "sdapi"),
+        (hugging_face, "huggingface"),
+        (job, "jobs"),
+    ],
+)
+def test_images_of_every_api_carry_the_same_and_are_counted_as_its_own(
+    serving: Serving, ask: Callable[[Serving], bytes], api: str
+) -> None:
+    count = f'latentd_requests_total{{api="{api}",outcome="completed"}}'
+    before = serving.metrics()[count]
+    picture = PIL.Image.open(io.BytesIO(ask(serving)))
+    assert serving.metrics()[count] == before + 1
+    if picture.format == "PNG":
+        assert "Steps: " in picture.info["parameters"]
+    assert "trainedAlgorithmicMedia" in str(picture.getxmp()).replace("compositeWithT", "t")
