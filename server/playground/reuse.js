@@ -47,21 +47,40 @@ export async function bring(file) {
 }
 
 async function settingsIn(file) {
-  const [{ readParameters }, { parseInfotext, settingsOf }] = await Promise.all([import("./metadata.js"), import("./infotext.js")]);
+  const { readParameters } = await import("./metadata.js");
   const head = await file.slice(0, HEAD).arrayBuffer().catch(() => new ArrayBuffer(0)); // `take` says that it is unreadable
-  const text = await readParameters(new Uint8Array(head)), parsed = text && parseInfotext(text);
+  const text = await readParameters(new Uint8Array(head));
+  return text && parse(text);
+}
+
+async function parse(text) {
+  const { parseInfotext, settingsOf } = await import("./infotext.js");
+  const parsed = parseInfotext(text);
   return parsed && { ...settingsOf(parsed), isFromImage: "Denoising strength" in parsed.fields };
 }
 
-function offer({ values, others, isFromImage }) {
+function offer(found) {
   $("offer").hidden = false;
   $("restore").onclick = () => {
     $("offer").hidden = true;
-    startFrom(null);
-    restore(values, isFromImage ? [...others, "the initial image"] : others);
+    restoreFound(found);
   };
 }
 
+function restoreFound({ values, others, isFromImage }) {
+  startFrom(null);
+  restore(values, isFromImage ? [...others, "the initial image"] : others);
+}
+
+/** A prompt with settings below it, as the web UI writes them, is restored as a whole. */
+field.prompt.addEventListener("paste", async (event) => {
+  const text = event.clipboardData.getData("text/plain");
+  if (!/\nSteps: \d+, /.test(text)) return;
+  event.preventDefault();
+  const found = await parse(text).catch(complain);
+  if (found) restoreFound(found);
+  else field.prompt.setRangeText(text);
+});
 $("file").onchange = ({ target }) => {
   if (target.files.length) bring(target.files[0]);
   target.value = ""; // so that the same file can be chosen again

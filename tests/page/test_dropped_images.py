@@ -100,6 +100,19 @@ def test_a_dropped_image_restores_its_settings_and_says_what_is_lost(loaded: Pag
     expect(driving.status(loaded)).to_have_text("The settings are restored. Not available here: Clip skip.")
 
 
+def test_pasted_text_restores_its_settings(loaded: Page) -> None:
+    driving.prompt(loaded).evaluate(
+        """(prompt, text) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.setData("text/plain", text);
+          prompt.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+        }""",
+        TEXT,
+    )
+    expect(driving.prompt(loaded)).to_have_value('a "café" in a forest')
+    expect(loaded.locator("[name=seed]")).to_have_value("42")
+
+
 def test_an_unknown_sampler_and_size_are_said(loaded: Page) -> None:
     text = TEXT.replace("DPM++ 2M", "Restart").replace("64x64", "512x768").replace(", Clip skip: 2", "")
     drop(loaded, saved("png", pnginfo=chunk(text)), "image/png")
