@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from server.access.hosts import Hosts
 from server.api import kserve, openapi, ops, pages
 from server.api.error_responses import error_response
 from server.api.native import generate, job_routes
@@ -24,7 +26,9 @@ from server.api.openai import models as openai_models
 from server.api.sdapi import routes as sdapi
 from server.api.service import Service
 from server.middleware.access_log import AccessLog
+from server.middleware.authentication import Authentication, Find
 from server.middleware.cross_origin import allow_origins
+from server.middleware.host_check import HostCheck
 from server.middleware.paths import Paths
 from server.middleware.security_headers import SecurityHeaders
 from server.requests.errors import InternalError, MethodNotAllowed, NotFound, ServerError
@@ -32,18 +36,36 @@ from server.requests.errors import InternalError, MethodNotAllowed, NotFound, Se
 _log = logging.getLogger(__name__)
 
 
-def make_app(service: Service, *, allowed_origins: Collection[str] = (), access_log: bool = False) -> ASGIApp:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who may call the application, and how."""
+
+    find: Find | None = None  # the caller whose key it is; None: nobody is asked for a key
+    hosts: Hosts | None = None  # that are answered; None: all
+    origins: Collection[str] = ()  # whose pages may call it
+
+
+_OPEN = Access()
+
+
+def make_app(service: Service, access: Access = _OPEN, *, access_log: bool = False) -> ASGIApp:
     """Create the HTTP application. Its lifespan ends when all accepted requests have finished.
 
-    Args:
-        allowed_origins: origins whose pages may call it.
-        access_log: log a line for every request.
+    With `access_log` it logs a line for every request.
     """
-    app = SecurityHeaders(allow_origins(Paths(_routes(service)), allowed_origins))
+    refuse = partial(_refuse, service)
+    app: ASGIApp = routes(service, asks_for_keys=access.find is not None)
+    if access.find is not None:
+        app = Authentication(app, find=access.find, refuse=refuse)
+    app = allow_origins(Paths(app), access.origins)  # outside of authentication: a preflight has no key
+    if access.hosts is not None:
+        app = HostCheck(app, hosts=access.hosts, refuse=refuse)
+    app = SecurityHeaders(app)
     return AccessLog(app) if access_log else app
 
 
-def _routes(service: Service) -> FastAPI:
+def routes(service: Service, *, asks_for_keys: bool = False) -> FastAPI:
+    """All routes, and the answers to their errors."""
     jobs = Jobs(service)
 
     @asynccontextmanager
@@ -73,7 +95,7 @@ def _routes(service: Service) -> FastAPI:
     app.include_router(pages.routes())
     app.mount("/playground", pages.page_files())
     app.mount("/docs", pages.swagger_ui_files())
-    openapi.describe(app)
+    openapi.describe(app, asks_for_keys=asks_for_keys)
     app.exception_handler(ServerError)(partial(_server_error, service))
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(Exception)(_unhandled)
@@ -81,6 +103,10 @@ def _routes(service: Service) -> FastAPI:
 
 
 async def _server_error(service: Service, http: HttpRequest, error: ServerError) -> Response:
+    return _refuse(service, http, error)
+
+
+def _refuse(service: Service, http: HttpRequest, error: ServerError) -> Response:
     service.runtime.metrics.rejected(error)
     return error_response(http, error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
 import time
@@ -10,14 +9,14 @@ import uuid
 
 from fastapi import Request as HttpRequest
 
+from server.access.addresses import network_of
 from server.middleware.access_log import note
+from server.middleware.authentication import CALLER
 from server.requests.context import Api, Caller, RequestContext
 from server.requests.errors import InvalidRequest
 from server.requests.schemas import MAX_TIMEOUT
 
-CALLER = "latentd.caller"  # key of the scope: the Caller whose API key was sent
 _ID = "latentd.request_id"  # of the scope
-_IPV6_PREFIX = 64  # bits: one subscriber's network, in which a client may choose any address
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -42,25 +41,13 @@ def caller_of(http: HttpRequest) -> Caller:
     known: Caller | None = http.scope.get(CALLER)
     if known:
         note(http.scope, caller=known.name)
-    return known or Caller(_network(http.client.host if http.client else ""))
+    return known or Caller(network_of(http.client.host if http.client else ""))
 
 
 def owner_of(http: HttpRequest) -> str | None:
     """The owner of the API key; None without one."""
     known: Caller | None = http.scope.get(CALLER)
     return known.name if known else None
-
-
-def _network(host: str) -> str:
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:  # a name that a proxy sent
-        return host
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
-    return str(address)
 
 
 def request_id_of(http: HttpRequest) -> str:

@@ -13,7 +13,7 @@ import server.api.sdapi.errors
 from server.api.context import request_id_of
 from server.api.problems import problem, problem_response
 from server.api.retry_after import spread
-from server.requests.errors import ServerError
+from server.requests.errors import RateLimited, ServerError
 
 Shape = Callable[[ServerError], Response]
 _KEY = "latentd.error_shape"  # of the scope
@@ -41,7 +41,8 @@ def error_response(http: HttpRequest, error: ServerError) -> Response:
     response = _shape_of(http)(error)
     response.headers["X-Request-Id"] = request_id_of(http)
     if error.retry_after is not None:
-        response.headers["Retry-After"] = str(spread(error.retry_after))
+        alone = isinstance(error, RateLimited)  # others are refused for other times, and this one is exact
+        response.headers["Retry-After"] = str(error.retry_after if alone else spread(error.retry_after))
     return response
 
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from server.api import security
 from server.requests.errors import STATUS, ServerError
 from server.requests.schemas import MAX_TIMEOUT, Problem
 
@@ -18,8 +19,7 @@ OPENAI, SDAPI = "OpenAI", "AUTOMATIC1111"  # tags of the APIs of other servers
 DESCRIPTION: Mapping[str, Any] = {
     "title": "latentd",
     "summary": "Stable Diffusion server that batches requests at the denoising step.",
-    "description": "Errors are problem details (RFC 9457), except in the APIs of other servers, which have their own. "
-    "No authentication, unless a proxy in front asks for it.",
+    "description": "Errors are problem details (RFC 9457), except in the APIs of other servers, which have their own.",
     "license_info": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
     "servers": [{"url": "/", "description": "this server"}],
     "openapi_tags": [
@@ -84,14 +84,14 @@ _BODIES = {
 }
 
 
-def describe(app: FastAPI) -> None:
-    """Have `app` describe itself in OpenAPI with the schema of problem details, which no route returns."""
+def describe(app: FastAPI, *, asks_for_keys: bool) -> None:
+    """Have `app` describe itself in OpenAPI with what no route says: problem details, and how keys are sent."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(routes=app.routes, version=app.version, tags=app.openapi_tags, **_info(app))
             document["components"]["schemas"]["Problem"] = Problem.model_json_schema()
-            app.openapi_schema = {**document, "security": []}  # none is asked for
+            app.openapi_schema = security.described(document) if asks_for_keys else security.undescribed(document)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from starlette.concurrency import run_in_threadpool
 
 from engines.manifest import Manifest
+from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
 from server.jobs.store import JobStore, MemoryStore
@@ -81,6 +82,7 @@ class Service:
     runtime: Runtime
     bodies: BodyLimits = field(default_factory=BodyLimits)
     image_files: ImageFiles = field(default_factory=ImageFiles)
+    allowances: Allowances = field(default_factory=Allowances)
     log_prompts: bool = False
     spans: Spans | None = None
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
@@ -92,11 +94,12 @@ class Service:
         """Raise what `accept` would raise now for any body: to be asked before it is read.
 
         Raises:
-            NotReady, QueueFull
+            NotReady, RateLimited, QueueFull
         """
         executor = self.runtime.executor
         if not executor.ready:
             raise NotReady(f"The server is not ready ({executor.status}): try again soon.", retry_after=5)
+        self.allowances.check(caller)
         self.runtime.batcher.check(caller.name)
 
     async def accept(
@@ -113,15 +116,27 @@ class Service:
         may take a step; it may raise.
 
         Raises:
-            NotReady, InvalidRequest, QueueFull
+            NotReady, RateLimited, InvalidRequest, QueueFull
         """
         self.check(context.caller)
+        place = self.allowances.take(context.caller)
+        if place is None:
+            return await self._queue(body, context, follows=follows)
+        try:
+            return await self._queue(body, context, place.on_event, follows=follows)
+        except BaseException:
+            place.give_back()
+            raise
+
+    async def _queue(
+        self, body: GenerateRequest, context: RequestContext, *listeners: Listener, follows: bool
+    ) -> Accepted:
         runtime = self.runtime
         queue = EventQueue(follows=follows)
-        listeners: tuple[Listener, ...] = queue.on_event, runtime.metrics.observe
+        everyone: tuple[Listener, ...] = queue.on_event, runtime.metrics.observe, *listeners
         if self.spans:
-            listeners = self.spans.observe, *listeners  # first: the span of the files follows the outcome
-        make = partial(runtime.intake.request, body, *listeners, context=context)
+            everyone = self.spans.observe, *everyone  # first: the span of the files follows the outcome
+        make = partial(runtime.intake.request, body, *everyone, context=context)
         if body.image is None:
             request = make()
         else:

@@ -29,13 +29,14 @@ class SecurityHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": _completed(list(message["headers"]))}
+                message = {**message, "headers": completed(list(message["headers"]))}
             await send(message)
 
         return await self._app(scope, receive, send_with_headers)
 
 
-def _completed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def completed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """`headers`, and those of every answer that are not among them."""
     given = {name for name, _ in headers}
     cache = _REVALIDATED if b"etag" in given else _NOT_KEPT
     return headers + [header for header in (*_DEFAULTS, cache) if header[0] not in given]

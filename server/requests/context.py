@@ -11,11 +11,20 @@ Priority = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
+class Allowance:
+    """What one caller may take. None: as much as the server's settings say."""
+
+    rate: str | None = None  # requests in a time, such as 60/minute
+    concurrency: int | None = None  # requests that wait or run
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who sends a request. The queue is fair between callers."""
 
     name: str = ""  # of the API key, or the network address
     is_admin: bool = False
+    allowance: Allowance = Allowance()
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,16 @@ class MethodNotAllowed(ServerError):
     """The path does not support this method."""
 
 
+class Unauthenticated(ServerError):
+    """The request has no API key, or one that is not known."""
+
+
 class Forbidden(ServerError):
     """The API key does not allow this."""
+
+
+class UnknownHost(ServerError):
+    """The Host header does not name this server."""
 
 
 class ForeignOrigin(ServerError):
@@ -69,6 +77,10 @@ class InvalidRequest(ServerError):
 
 class QueueFull(ServerError):
     """The queue has reached its limit."""
+
+
+class RateLimited(ServerError):
+    """The caller has reached its own limit of requests."""
 
 
 class NotReady(ServerError):
@@ -109,6 +121,7 @@ class ServerStopping(Cancelled):
 
 STATUS: dict[type[ServerError], int] = {
     MalformedBody: 400,
+    Unauthenticated: 401,
     Forbidden: 403,
     ForeignOrigin: 403,
     NotFound: 404,
@@ -118,8 +131,10 @@ STATUS: dict[type[ServerError], int] = {
     NotDone: 409,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
+    UnknownHost: 421,
     InvalidRequest: 422,
     QueueFull: 429,
+    RateLimited: 429,
     Cancelled: 499,
     InternalError: 500,
     StepFailed: 500,

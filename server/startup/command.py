@@ -13,6 +13,7 @@ from contextlib import suppress
 from engines.cli import parse
 from engines.errors import EngineError
 from engines.manifest import Manifest
+from server.access.keys import KeyFileError
 from server.runtime.executor import StartStopped
 from server.startup import logs
 from server.startup.http_server import listen, make_http_server, url_of
@@ -69,11 +70,14 @@ def _serve(settings: ServerSettings, opened: OpenedBundle, signals: StopSignals)
         _print_error(str(error))
         return _FAILED_START
     service.runtime.metrics.add_counter("latentd_log_messages_lost", "Log messages that were not written.", logs.lost)
-    server = make_http_server(service, settings)
     try:
         listener = listen(settings.host, settings.port)
+        server = make_http_server(service, settings, listener)
     except OSError as error:
         _print_error(f"{error.strerror}: choose another --host or --port.")
+        return _FAILED_START
+    except KeyFileError as error:
+        _print_error(str(error))
         return _FAILED_START
     executor = service.runtime.executor
     stopping = Stopping(signals, server, executor, drain_seconds=settings.drain_seconds, exit_code=lambda: exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -11,13 +12,22 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from server.access.addresses import is_loopback
+from server.access.hosts import Hosts, hosts_to_answer
+from server.access.key_file import KeyFile
 from server.startup.settings import ServerSettings
-from server.transport.limits import Limits, TransportConfig, fit_descriptors
+from server.transport.limits import REFUSALS, Limits, TransportConfig, fit_descriptors
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from server.api.service import Service
+
+_log = logging.getLogger(__name__)
+_OPEN = (
+    "There are no API keys, and --host lets other machines connect: everyone who can may generate images and read "
+    "/metrics. Give --api-keys FILE (`python -m server.access NAME --file FILE` makes a key), or let a proxy ask."
+)
 
 
 class HttpServer(uvicorn.Server):
@@ -56,7 +66,17 @@ async def _use_first() -> None:
     await run_in_threadpool(Image.preinit)  # the formats of uploads, and the threads that decode them
 
 
-def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
+def make_http_server(service: Service, settings: ServerSettings, listener: socket.socket) -> HttpServer:
+    """The server of what arrives at `listener`. Raises KeyFileError."""
+    metrics = service.runtime.metrics
+    keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
+    loopback = is_loopback(listener.getsockname()[0])
+    if keys is not None:
+        keys.watch()
+    elif not loopback:
+        _log.warning("%s", _OPEN)
+    for reason in REFUSALS:
+        metrics.declare_rejection(reason)
     limits = Limits(
         connections=fit_descriptors(settings.max_connections),
         header_seconds=settings.header_seconds,
@@ -64,8 +84,9 @@ def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
         keep_alive_seconds=settings.keep_alive_seconds,
     )
     config = TransportConfig(
-        partial(_app, service, settings),
+        partial(_app, service, settings, keys, hosts_to_answer(settings.allowed_hosts, loopback=loopback)),
         limits=limits,
+        on_refusal=metrics.refused,
         factory=True,
         host=settings.host,
         port=settings.port,
@@ -77,14 +98,11 @@ def make_http_server(service: Service, settings: ServerSettings) -> HttpServer:
     return HttpServer(config)
 
 
-def _app(service: Service, settings: ServerSettings) -> ASGIApp:
-    from server.app import make_app  # noqa: PLC0415 - a fifth of the start, which passes while the engines are loaded
+def _app(service: Service, settings: ServerSettings, keys: KeyFile | None, hosts: Hosts | None) -> ASGIApp:
+    from server.app import Access, make_app  # noqa: PLC0415 - a fifth of the start, while the engines are loaded
 
-    return make_app(
-        service,
-        allowed_origins=settings.allowed_origins,
-        access_log=settings.access_log or settings.log_level == "debug",
-    )
+    access = Access(find=keys.find if keys else None, hosts=hosts, origins=settings.allowed_origins)
+    return make_app(service, access, access_log=settings.access_log or settings.log_level == "debug")
 
 
 def listen(host: str, port: int) -> socket.socket:

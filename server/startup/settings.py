@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.backends.registry import BACKENDS
 from engines.demo import BUNDLE as DEMO
+from server.access.hosts import ALLOWED
+from server.access.rates import check_rate
 from server.requests.request import Cache
 from server.startup.logs import LogFormat
 
@@ -39,6 +41,12 @@ def _http_url(text: str) -> str:
     return text
 
 
+def _host(text: str) -> str:
+    if not ALLOWED.fullmatch(text):
+        raise ValueError(f"{text!r} is not a host: write images.example.com, without a scheme or port, or * for any")
+    return text.lower()
+
+
 def _root_path(text: str) -> str:
     path = text.rstrip("/")
     if not _ROOT_PATH.fullmatch(path):
@@ -62,7 +70,7 @@ class ServerSettings(BaseSettings):
     bundle: Path = Field(DEMO, description="folder of the bundle to serve")
     host: str = Field(
         "127.0.0.1",
-        description="address to listen on; 0.0.0.0 accepts connections from other machines. There is no authentication",
+        description="address to listen on; 0.0.0.0 accepts connections from other machines: give --api-keys with it",
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     root_path: Annotated[str, AfterValidator(_root_path)] = Field(
@@ -76,6 +84,31 @@ class ServerSettings(BaseSettings):
         (),
         description="origins whose web pages may call this server (CORS), such as https://example.com, separated by "
         "commas; *: any page; default: only pages of this server",
+    )
+    allowed_hosts: Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split)] = (
+        Field(
+            (),
+            description="names by which this server is reached, such as images.example.com or *.example.com, "
+            "separated by commas; requests with another Host get 421. *: any; default: localhost if --host is that, "
+            "otherwise any",
+        )
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys, to which `python -m server.access NAME --file FILE` adds one; it is read again "
+        "when it changes. Without it nobody is asked for a key",
+    )
+    rate_limit: Annotated[str, AfterValidator(check_rate)] | None = Field(
+        None,
+        description="requests for images that one caller may send in a time, such as 60/minute; further ones get 429. "
+        "A caller is an API key, or an address; default: no limit",
+    )
+    max_concurrent: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="requests for images that one caller may have waiting or running; further ones get 429; "
+        "default: no limit",
     )
     backend: str | None = Field(
         None,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from engines.backends.registry import open_device
 from engines.errors import EngineError
+from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
+from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.monitoring.trace import Trace
@@ -77,6 +79,7 @@ def make_service(
         runtime,
         BodyLimits(settings.max_body_memory * 2**20),
         _image_files(settings),
+        Allowances(Allowance(settings.rate_limit, settings.max_concurrent)),
         log_prompts=settings.log_prompts,
         spans=_spans(settings.otlp_endpoint, model) if settings.otlp_endpoint else None,
         jobs=open_job_store(settings, runtime.metrics),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import uvicorn
 
 if TYPE_CHECKING:
     from server.transport.protocol import HttpProtocol
 
+Refusal = Literal["MalformedRequest", "HeadersTooLarge", "TooSlow", "TooManyConnections", "ConnectionStopping"]
+REFUSALS: tuple[Refusal, ...] = get_args(Refusal)  # of the transport: as the metrics call them
 _OTHER_FILES = 64  # descriptors for the bundle, the log, the event loop and the backend
 _MOST_FILES = 65_536  # that are asked of the system
 
@@ -27,9 +29,16 @@ class Limits:
 
 
 class TransportConfig(uvicorn.Config):
-    """uvicorn's configuration with our HTTP protocol and its limits."""
+    """uvicorn's configuration with our HTTP protocol, its limits, and whom it tells of requests that it refuses."""
 
-    def __init__(self, app: Callable[..., Any], *, limits: Limits, **options: Any) -> None:
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        *,
+        limits: Limits,
+        on_refusal: Callable[[Refusal], None] = lambda _reason: None,
+        **options: Any,
+    ) -> None:
         super().__init__(
             app,
             http="server.transport.protocol:HttpProtocol",  # by name: imported while the engines are loaded
@@ -38,6 +47,7 @@ class TransportConfig(uvicorn.Config):
             **options,
         )
         self.limits = limits
+        self.on_refusal = on_refusal
         self.idle: dict[HttpProtocol, None] = {}  # connections without a request, the longest idle first
 
 

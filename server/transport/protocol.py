@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Literal, cast
 
@@ -11,8 +12,9 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from server.middleware.security_headers import completed
 from server.transport.cycle import Cycle
-from server.transport.limits import TransportConfig
+from server.transport.limits import Refusal, TransportConfig
 
 MAX_HEAD = 64 * 1024  # bytes of the request line and the headers, or of what frames a body
 MAX_HEADERS = 100
@@ -21,6 +23,13 @@ _LINGER_SECONDS = 1.0  # between our end of a connection and its reset, so that 
 _DRAIN_SECONDS = 2.0  # in which callers must read on while the server stops
 _OLD_GRACE = 1.0  # seconds for the response to an HTTP/1.0 caller that has closed its end
 _FIRST_PROBE, _LAST_PROBE = 0.2, 5.0  # seconds between probes, doubled each time; a quick response comes before them
+_STATUS: Mapping[Refusal, HTTPStatus] = {
+    "MalformedRequest": HTTPStatus.BAD_REQUEST,
+    "HeadersTooLarge": HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    "TooSlow": HTTPStatus.REQUEST_TIMEOUT,
+    "TooManyConnections": HTTPStatus.SERVICE_UNAVAILABLE,
+    "ConnectionStopping": HTTPStatus.SERVICE_UNAVAILABLE,
+}
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -35,6 +44,7 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._limits = config.limits
+        self._on_refusal = config.on_refusal
         self._idle = config.idle
         self._receiving: Literal["nothing", "head", "body"] = "head"
         self._watched: Literal["nothing", "head", "body"] = "nothing"  # by `_receive_timer`
@@ -43,7 +53,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0  # since the last progress
         self._body_bytes = 0
         self._progressed = False
-        self._refusal = HTTPStatus.BAD_REQUEST
+        self._objection: Refusal = "MalformedRequest"  # to what the parser does not accept
         self._refused = False
         self._upgrade_head = b""  # the head without the offered upgrade
         self._half_closed = False
@@ -62,7 +72,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _make_room(self) -> None:
         """Close the connection that has been idle for longest, or this one where none is."""
         if not self._idle:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "Too many connections: try again soon.")
+            self._refuse("TooManyConnections", "Too many connections: try again soon.")
             return
         oldest = next(iter(self._idle))
         del self._idle[oldest]
@@ -81,7 +91,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Refuse what is not yet complete, and wait less long for callers who do not read."""
         self._send_seconds = _DRAIN_SECONDS
         if self._answering and self.cycle.more_body:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down: send the request to another.")
+            self._refuse("ConnectionStopping", "The server is shutting down: send the request to another.")
         super().shutdown()
         if self.flow.write_paused or self.transport.is_closing():
             self._watch_sending()
@@ -110,13 +120,10 @@ class HttpProtocol(HttpToolsProtocol):
             if self._upgrade_head:
                 self._parse_again(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(self._refusal, "The request is not valid HTTP/1.1, or its headers are too large.")
+            self._refuse(self._objection, "The request is not valid HTTP/1.1, or its headers are too large.")
         self._head_bytes = 0 if self._progressed else self._head_bytes + len(data)
         if self._head_bytes >= MAX_HEAD:
-            self._refuse(
-                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                f"Send at most {MAX_HEAD} bytes of headers, and values in the body.",
-            )
+            self._refuse("HeadersTooLarge", f"Send at most {MAX_HEAD} bytes of headers, and values in the body.")
 
     def _parse_again(self, rest: bytes) -> None:
         """Parse the request as if no upgrade had been offered; `rest` is what followed its head."""
@@ -132,7 +139,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._receiving == "body":
             return  # a trailer
         if len(self.headers) >= MAX_HEADERS:
-            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            self._objection = "HeadersTooLarge"
             raise ValueError("too many headers")
         super().on_header(name, value)
 
@@ -188,7 +195,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._answering:  # more than a line break after the request will be noticed after the response
             return
         if self._head_bytes or self.cycle is not None:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The headers took too long: send them at once.")
+            self._refuse("TooSlow", "The headers took too long: send them at once.")
         else:
             self._close()
 
@@ -198,7 +205,7 @@ class HttpProtocol(HttpToolsProtocol):
         if enough or self.flow.read_paused:
             self._watch_receiving()
         else:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The body took too long: send at least {_RATE} bytes a second.")
+            self._refuse("TooSlow", f"The body took too long: send at least {_RATE} bytes a second.")
 
     # Responding
 
@@ -244,7 +251,7 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._watch_sending()
 
-    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+    def _refuse(self, reason: Refusal, detail: str) -> None:
         """Answer with problem details in place of the application, and close."""
         if self._refused:
             return
@@ -256,14 +263,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        document = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "errors": []}
-        body = json.dumps(document).encode()
-        headers = [*self.server_state.default_headers, (b"content-type", b"application/problem+json")]
-        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.REQUEST_TIMEOUT):
-            headers.append((b"retry-after", b"1"))
-        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
+        self._on_refusal(reason)
+        self.transport.write(_problem(_STATUS[reason], detail, self.server_state.default_headers))
         self._linger()
 
     def _linger(self) -> None:
@@ -312,3 +313,14 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._probe(_FIRST_PROBE)
+
+
+def _problem(status: HTTPStatus, detail: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """An answer of problem details with `headers` and those of every answer, after which the connection is closed."""
+    document = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "errors": []}
+    body = json.dumps(document).encode()
+    lines = [*headers, (b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
+    lines.append((b"connection", b"close"))
+    if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.REQUEST_TIMEOUT):
+        lines.append((b"retry-after", b"1"))
+    return STATUS_LINE[status] + b"".join(b"%b: %b\r\n" % line for line in completed(lines)) + b"\r\n" + body

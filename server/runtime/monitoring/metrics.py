@@ -99,7 +99,15 @@ class Metrics:
         self._lookups.labels("hit" if found else "miss").inc()
 
     def rejected(self, error: ServerError) -> None:
-        self._rejected.labels(type(error).__name__).inc()
+        self.refused(type(error).__name__)
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was rejected for `reason`."""
+        self._rejected.labels(reason).inc()
+
+    def declare_rejection(self, reason: str) -> None:
+        """Have a series for `reason` from the start."""
+        self._rejected.labels(reason)
 
     def observe(self, request: Request, event: Event) -> None:
         """Count outcomes: a listener of every accepted request."""
