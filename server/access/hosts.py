@@ -22,8 +22,8 @@ class Hosts:
 
     def allow(self, host: str) -> bool:
         """Whether a request with this `Host` is answered."""
-        found = _HOST.fullmatch(host)
-        return found is not None and self._knows((found["six"] or found["name"]).lower().removesuffix("."))
+        name = name_in(host)
+        return name is not None and self._knows(name.lower().removesuffix("."))
 
     def _knows(self, name: str) -> bool:
         address = parse_address(name)
@@ -33,6 +33,12 @@ class Hosts:
 
     def _is_named(self, name: str) -> bool:
         return any(name == one.strip("[]") or (one[:2] == "*." and name.endswith(one[1:])) for one in self.names)
+
+
+def name_in(host: str) -> str | None:
+    """The name or address in a `Host`, without the port and without brackets; None where it is not well-formed."""
+    found = _HOST.fullmatch(host)
+    return (found["six"] or found["name"]) if found else None
 
 
 def hosts_to_answer(allowed: Collection[str], *, loopback: bool) -> Hosts | None:

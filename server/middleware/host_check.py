@@ -9,7 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.access.hosts import ALLOWED, Hosts
+from server.access.hosts import Hosts, name_in
 from server.requests.errors import ServerError, UnknownHost
 
 _LONGEST = 100  # characters of a name that a message repeats
@@ -36,5 +36,5 @@ class HostCheck:
             return "Send one Host header."
         if self._hosts.allow(hosts[0]):
             return None
-        name = hosts[0] if ALLOWED.fullmatch(hosts[0]) and len(hosts[0]) <= _LONGEST else "NAME"
+        name = (name_in(hosts[0]) or "NAME")[:_LONGEST]
         return f"This server does not answer to that Host: its operator can allow it with --allowed-hosts {name}."

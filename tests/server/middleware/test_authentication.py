@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from starlette.routing import BaseRoute, Mount
+from fastapi.routing import iter_route_contexts
+from starlette.routing import Mount
 
 from server.api.error_responses import error_response
 from server.app import routes
@@ -75,19 +76,10 @@ def test_open_paths_are_those_of_the_page_the_description_and_probes(root: str) 
     assert ask("/images/generate", "GET", root_path="/images").status_code == 401, "the proxy keeps the prefix"
 
 
-def all_paths(found: Iterable[BaseRoute]) -> Iterator[str]:
-    """The paths of all routes, of routers that are included too; mounts with a slash at their end."""
-    for route in found:
-        if included := getattr(route, "original_router", None):
-            yield from all_paths(included.routes)
-        else:
-            path: str = route.path  # type: ignore[attr-defined] # of every kind of route that is not a router
-            yield f"{path}/" if isinstance(route, Mount) else path
-
-
 def test_nothing_else_of_the_application_is_open() -> None:
     application: FastAPI = routes(cast(Any, None))
-    paths = set(all_paths(application.routes))
+    found = iter_route_contexts(application.routes)
+    paths = {f"{one.path}/" if isinstance(one.original_route, Mount) else one.path for one in found if one.path}
     assert {"/generate", "/metrics", "/docs/", "/v2/health/live"} <= paths
     assert {path for path in paths if is_open(path)} <= OPEN | {"/docs/", "/playground/"}
 
