@@ -15,18 +15,19 @@ import uvicorn
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from server.transport.limits import Limits, TransportConfig
+from server.transport.limits import Limits, Refusal, TransportConfig
 
 BLOB = bytes(32 * 1024 * 1024)  # more than the kernel buffers
 
 
 @dataclass
 class BareServer:
-    """An application with a few paths. `left` counts callers that were found gone, `answered` those that were not."""
+    """An application with a few paths. `left` names callers that were found gone."""
 
     limits: Limits
     loop: str
     left: list[str] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)  # why requests were, by the transport
     go_on: threading.Event = field(default_factory=threading.Event)
     waiting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -34,7 +35,13 @@ class BareServer:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         config = TransportConfig(
-            self.app, limits=self.limits, loop=self.loop, lifespan="off", log_config=None, interface="asgi3"
+            self.app,
+            limits=self.limits,
+            on_refusal=self.refused.append,
+            loop=self.loop,
+            lifespan="off",
+            log_config=None,
+            interface="asgi3",
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)

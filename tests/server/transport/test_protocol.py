@@ -88,6 +88,8 @@ def check_closes(answer: bytes, status: bytes) -> None:
     assert b"connection: close" in head.lower()
     assert b"application/problem+json" in head
     assert b'"detail"' in body
+    for header in (b"cache-control: no-store", b"x-content-type-options: nosniff", b"content-security-policy: default"):
+        assert header in head.lower()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,22 @@ def test_a_trailer_is_not_a_header(server: BareServer) -> None:
 )
 def test_what_is_not_http_is_refused(server: BareServer, noise: bytes) -> None:
     check_closes(ask(server, noise), b"400")
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"hello\r\n\r\n", "MalformedRequest"),
+        (post("/echo", "X: " + "a" * MAX_HEAD), "HeadersTooLarge"),
+        (post("/echo", *[f"X-{index}: 1" for index in range(MAX_HEADERS)]), "HeadersTooLarge"),
+        (GET[:-2], "TooSlow"),
+        (post("/echo", "Content-Length: 9"), "TooSlow"),
+    ],
+)
+def test_each_refusal_is_counted_once(hasty: BareServer, sent: bytes, reason: str) -> None:
+    before = len(hasty.refused)
+    assert b"HTTP/1.1 4" in ask(hasty, sent)
+    assert hasty.refused[before:] == [reason]
 
 
 # Half-closed connections
@@ -346,6 +364,7 @@ def test_connections_at_work_make_none(loop: str) -> None:
             one.sendall(post("/wait", "Content-Length: 0"))
             server.waiting.acquire()
         check_closes(ask(server), b"503")
+        assert server.refused == ["TooManyConnections"]
         server.go_on.set()
         for one in working:
             assert read_until(one, b"done").startswith(b"HTTP/1.1 200")
@@ -376,6 +395,7 @@ def test_nobody_delays_a_stop(loop: str, start: bytes) -> None:
         server.stop(seconds=10)
         if b"POST" in start:
             check_closes(read_all(connection), b"503")
+            assert server.refused == ["ConnectionStopping"]
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
