@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from server.api import security
-from server.requests.errors import STATUS, ServerError
+from server.requests.errors import STATUS, ServerError, UnknownHost
 from server.requests.schemas import MAX_TIMEOUT, Problem
 
 GENERATION, JOBS, MODEL, OPERATION = "generation", "jobs", "model", "operation"  # tags
@@ -120,9 +120,12 @@ def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def everywhere() -> dict[int | str, dict[str, Any]]:
-    """The error response that any operation may have: of the transport, which no route sees."""
+    """The error responses that any operation may have: of the transport and of middleware, which no route sees."""
     status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-    return {int(status): {**_problem(status), "description": "The headers are too large, or too many."}}
+    return {
+        int(HTTPStatus.MISDIRECTED_REQUEST): {"description": UnknownHost.__doc__},
+        int(status): {**_problem(status), "description": "The headers are too large, or too many."},
+    }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

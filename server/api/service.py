@@ -120,16 +120,21 @@ class Service:
         """
         self.check(context.caller)
         place = self.allowances.take(context.caller)
-        if place is None:
-            return await self._queue(body, context, follows=follows)
         try:
-            return await self._queue(body, context, place.on_event, follows=follows)
+            own = () if place is None else (place.on_event,)
+            return await self._queue(body, context, *own, follows=follows, before_queued=before_queued)
         except BaseException:
-            place.give_back()
+            if place is not None:
+                place.give_back()
             raise
 
     async def _queue(
-        self, body: GenerateRequest, context: RequestContext, *listeners: Listener, follows: bool
+        self,
+        body: GenerateRequest,
+        context: RequestContext,
+        *listeners: Listener,
+        follows: bool,
+        before_queued: Callable[[Request], Awaitable[None]] | None,
     ) -> Accepted:
         runtime = self.runtime
         queue = EventQueue(follows=follows)
