@@ -101,7 +101,7 @@ async def exchange(target: Target, pieces: Iterable[bytes], *, seconds: float, p
 
 async def header_flood(target: Target, damage: Damage) -> None:
     """A header of 64 MiB, in large pieces and in small ones."""
-    start = b"GET / HTTP/1.1\r\nHost: x\r\nX-Flood: "
+    start = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Flood: "
     for size, count in ((_PIECE, 256), (_KIBI, 4096)):
         pieces = [start, *[b"a" * size] * count]
         damage.answers[await exchange(target, pieces, seconds=60, pause=0)] += 1
@@ -122,14 +122,14 @@ async def large_bodies(target: Target, damage: Damage) -> None:
 
 async def endless_body(target: Target, damage: Damage) -> None:
     """A chunked body that does not end: the server must hang up soon after its bound."""
-    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"%x\r\n%s\r\n" % (_PIECE, b" " * _PIECE)
     damage.answers[await exchange(target, [head, *[chunk] * 4096], seconds=60)] += 1
 
 
 async def silent_connections(target: Target, damage: Damage) -> None:
     """Connections that send nothing, half a header, or half a body: 150 of each. Those still open after 45 s count."""
-    starts = (b"", b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Slow: a", target.head(1000) + b'{"prompt": "')
+    starts = (b"", b"POST /generate HTTP/1.1\r\nHost: localhost\r\nX-Slow: a", target.head(1000) + b'{"prompt": "')
     pieces = [[start] if start else [] for start in starts for _ in range(150)]
     answers = await asyncio.gather(*(exchange(target, one, seconds=45) for one in pieces))
     damage.answers.update(answers)
@@ -139,7 +139,7 @@ async def slowloris(target: Target, damage: Damage) -> None:
     """A hundred connections that send a header of one line a second, for 45 s."""
 
     def lines() -> Iterable[bytes]:
-        yield b"POST /generate HTTP/1.1\r\nHost: x\r\n"
+        yield b"POST /generate HTTP/1.1\r\nHost: localhost\r\n"
         yield from (b"X-%d: a\r\n" % number for number in range(45))
 
     answers = await asyncio.gather(*(exchange(target, lines(), seconds=45, pause=1.0) for _ in range(100)))

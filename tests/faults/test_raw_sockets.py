@@ -16,8 +16,8 @@ from tests.faults.watching import watched
 _SEED, _CASES, _AT_ONCE = 20, 600, 16
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3})")
 _VALID = b'{"prompt": "a red heart", "num_inference_steps": 1, "seed": 1}'
-_SMUGGLED = b"GET /models HTTP/1.1\r\nHost: x\r\n\r\n"
-POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+_SMUGGLED = b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 # Requests whose end two parsers may see in different places: one answer at most, and then the connection ends.
 SMUGGLING = {
@@ -33,7 +33,7 @@ SMUGGLING = {
     "a folded header": POST + b"Content-Length:\r\n 2\r\n\r\n{}" + _SMUGGLED,
     "a bare line feed": POST.replace(b"\r\n", b"\n") + b"Content-Length: 2\n\n{}" + _SMUGGLED,
     "a NUL in a header": POST + b"X: a\x00b\r\nContent-Length: 2\r\n\r\n{}" + _SMUGGLED,
-    "a NUL in the path": b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n" + _SMUGGLED,
+    "a NUL in the path": b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n" + _SMUGGLED,
     "a bad chunk size": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n" + _SMUGGLED,
     "an endless chunk size": POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n{}" + _SMUGGLED,
 }
@@ -113,7 +113,7 @@ def extended(dice: random.Random) -> bytes:
 
 def pipelined(dice: random.Random) -> bytes:
     """Several requests at once, of which one is not HTTP."""
-    requests = [b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"] * dice.randrange(1, 20)
+    requests = [b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"] * dice.randrange(1, 20)
     requests.insert(dice.randrange(len(requests) + 1), dice.randbytes(20) + b"\r\n\r\n")
     return b"".join(requests)
 

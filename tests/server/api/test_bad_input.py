@@ -314,7 +314,7 @@ def test_an_invalid_form_is_malformed(serving: Serving, body: bytes) -> None:
 def test_a_disconnect_within_a_body_is_not_an_error(serving: Serving) -> None:
     address = (serving.client.base_url.host, serving.client.base_url.port)
     with socket.create_connection(address) as connection:
-        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         connection.sendall(b'Content-Length: 100\r\n\r\n{"prompt": "a red c')
         assert serving.client.get("/v2/health/live").status_code == 200
     assert serving.generate(**QUICK).status_code == 200

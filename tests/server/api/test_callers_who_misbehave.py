@@ -39,7 +39,7 @@ def connect(serving: Serving) -> socket.socket:
 
 def post(*headers: str, body: bytes = b"", accept: str = "image/png") -> bytes:
     kind = "Content-Type: application/json"
-    lines = ["POST /generate HTTP/1.1", "Host: here", kind, f"Accept: {accept}", *headers, "", ""]
+    lines = ["POST /generate HTTP/1.1", "Host: localhost", kind, f"Accept: {accept}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
 
 
