@@ -122,7 +122,8 @@ async def large_bodies(target: Target, damage: Damage) -> None:
 
 async def endless_body(target: Target, damage: Damage) -> None:
     """A chunked body that does not end: the server must hang up soon after its bound."""
-    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     chunk = b"%x\r\n%s\r\n" % (_PIECE, b" " * _PIECE)
     damage.answers[await exchange(target, [head, *[chunk] * 4096], seconds=60)] += 1
 

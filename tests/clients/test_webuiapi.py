@@ -283,9 +283,8 @@ def test_the_job_has_the_id_that_was_sent(api: webuiapi.WebUIApi, serving: Servi
 
 def test_a_caller_who_leaves_ends_the_call(api: webuiapi.WebUIApi, serving: Serving) -> None:
     body = b'{"width": 64, "height": 64, "steps": 200, "batch_size": 8, "n_iter": 8}'
-    head = (
-        f"POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
+    head = "POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     address = urlsplit(serving.url)
     with socket.create_connection((address.hostname, address.port)) as caller:
         caller.sendall(f"{head}\r\n\r\n".encode() + body)

@@ -231,11 +231,11 @@ def slow_clients(serving: Serving) -> Iterator[None]:
     address = (serving.client.base_url.host, serving.client.base_url.port)
     with socket.create_connection(address) as half, socket.create_connection(address) as unread:
         half.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /generate HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({**LONG, "preview_every": 1}).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /generate HTTP/1.1\r\nHost: [::1]\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
         unread.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +13,7 @@ from server.access.allowances import Allowances, Place
 from server.access.rates import Rates
 from server.requests.context import Allowance, Caller
 from server.requests.errors import Cancelled, RateLimited
-from server.requests.request import Failed, Request, Started
+from server.requests.request import Event, Failed, Request, Started
 
 ALICE, BOB = Caller("alice"), Caller("bob")
 REQUEST = cast(Request, None)
@@ -60,6 +60,19 @@ def test_a_place_is_given_back_once() -> None:
         place.on_event(REQUEST, Failed(Cancelled("gone")))
         place.give_back()
     assert allowances.at_once("alice") == 1
+
+
+def test_a_listener_that_fails_keeps_no_place() -> None:
+    allowances = Allowances(Allowance(concurrency=1))
+    place = take(allowances, ALICE)
+
+    def broken(_request: Request, _event: Event) -> None:
+        raise RuntimeError("broken")
+
+    request = Request(cast(Any, None), cast(Any, None), (broken, place.on_event), "an id")
+    for _ in range(2):
+        request.finish(Failed(Cancelled("gone")))
+    assert allowances.at_once("alice") == 0
 
 
 def test_any_thread_may_give_places_back() -> None:
