@@ -256,7 +256,8 @@ class Request:
             try:
                 listener(self, event)
             except Exception:
-                _log.exception("a listener of request %s failed", self.id)
+                fields = {"request_id": self.id}
+                _log.exception("a listener of request %s failed", self.id, extra={"fields": fields})
 
     def finish(self, outcome: Outcome) -> None:
         """Give the request its outcome. The first call counts, later ones change nothing."""

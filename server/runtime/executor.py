@@ -331,7 +331,9 @@ class Executor:
         try:
             return Completed(pending.images())
         except BrokenPicture as error:
-            _log.error("request %s: %s", pending.request.id, error)
+            _log.error(
+                "request %s: %s", pending.request.id, error, extra={"fields": {"request_id": pending.request.id}}
+            )
             return Failed(error)
         except DeviceLost:
             raise

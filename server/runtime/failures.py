@@ -24,10 +24,10 @@ def after_fault() -> Failed:
 def failed(error: Exception, ids: str) -> Failed:
     """The outcome of the requests `ids`, whose call raised `error`; it is the cause of what callers are told."""
     if isinstance(error, EngineError):
-        _log.error("the engine failed for %s: %s", ids, error)
+        _log.error("the engine failed for %s: %s", ids, error, extra={"fields": {"request_id": ids}})
         failure = StepFailed("The engine failed while this image was made: try again.")
     else:
-        _log.error("an unexpected error ended %s", ids, exc_info=error)
+        _log.error("an unexpected error ended %s", ids, exc_info=error, extra={"fields": {"request_id": ids}})
         failure = StepFailed("An unexpected error ended this request, which the server's log describes: try again.")
     failure.__cause__ = error
     return Failed(failure)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from engines.demo import BUNDLE
+from engines.errors import EngineError
+from server.runtime.failures import failed
 from server.startup.json_logs import JsonFormatter
 from server.startup.log_repeats import Repeats
 from server.startup.logs import LogHandler
@@ -51,6 +53,12 @@ def test_an_exception_has_its_traceback() -> None:
     found = formatted(failed)
     assert found["message"] == "no"
     assert found["exception"].endswith("ValueError: broken")
+
+
+def test_failures_name_their_requests(caplog: pytest.LogCaptureFixture) -> None:
+    failed(EngineError("out of memory"), "seven, eight")
+    failed(ValueError("a bug"), "nine")
+    assert [formatted(found)["request_id"] for found in caplog.records] == ["seven, eight", "nine"]
 
 
 def test_repetitions_and_losses_are_objects_too() -> None:
