@@ -5,9 +5,10 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
-from server.requests.errors import STATUS, DeadlineExceeded, InvalidRequest, ServerError, UnknownModel
+from server.requests.errors import STATUS, DeadlineExceeded, ServerError, UnknownModel
 
-_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_CODES: dict[type[ServerError], str] = {UnknownModel: "model_not_found"}
+_CODES_OF_STATUS = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 class OpenAIError(BaseModel):
@@ -27,7 +28,7 @@ class OpenAIErrorResponse(BaseModel):
 
 def status_of(error: type[ServerError]) -> int:
     """The HTTP status: clients raise BadRequestError for 400, and OpenAI sends no 422."""
-    return 400 if issubclass(error, InvalidRequest) else STATUS[error]
+    return 400 if STATUS[error] == 422 else STATUS[error]
 
 
 def error_document(error: ServerError) -> OpenAIErrorResponse:
@@ -50,4 +51,5 @@ def _type(error: ServerError) -> str:
 
 
 def _code(error: ServerError) -> str | None:
-    return "model_not_found" if isinstance(error, UnknownModel) else _CODES.get(status_of(type(error)))
+    kind = type(error)
+    return _CODES.get(kind, _CODES_OF_STATUS.get(status_of(kind)))
