@@ -34,7 +34,7 @@ def test_each_error_has_a_type_and_a_code(error: ServerError, status: int, kind:
     response = error_response(error)
     param = error.fields[0].field if error.fields else None
     assert response.status_code == status
-    assert json.loads(response.body) == {"error": {"message": "no", "type": kind, "param": param, "code": code}}
+    assert json.loads(bytes(response.body)) == {"error": {"message": "no", "type": kind, "param": param, "code": code}}
 
 
 def test_no_error_is_422() -> None:
