@@ -8,7 +8,6 @@ import io
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -87,16 +86,6 @@ def running(api: webuiapi.WebUIApi, job_no: int = 0) -> dict[str, Any]:
 
     wait_until(is_there)
     return found
-
-
-@contextmanager
-def occupying(serving: Serving, *, until: str, num_images: int) -> Iterator[None]:
-    """A long request of another caller, from its event `until` on."""
-    body = {"prompt": "a red heart", "num_inference_steps": 200, "num_images": num_images}
-    accept = {"Accept": "text/event-stream"}
-    with serving.client.stream("POST", "/generate", json=body, headers=accept) as response:
-        next(line for line in response.iter_lines() if line == f"event: {until}")
-        yield
 
 
 def test_pictures_are_those_of_the_servers_own_api(api: webuiapi.WebUIApi, serving: Serving) -> None:
@@ -361,19 +350,6 @@ def test_a_full_queue_is_429(full_queue: FullQueue) -> None:
     status, text = refusal(lambda: connect(full_queue.serving).txt2img(**QUICK))
     assert status == 429
     assert '{"detail":"' in text
-
-
-def test_the_next_batch_of_a_call_waits_for_a_place(narrow: Serving) -> None:
-    api = connect(narrow)
-    with ExitStack() as others, ThreadPoolExecutor(1) as threads:
-        others.enter_context(occupying(narrow, until="started", num_images=2))
-        call = threads.submit(lambda: api.txt2img(**QUICK | {"steps": 20, "n_iter": 2}))
-        running(api)
-        others.enter_context(occupying(narrow, until="queued", num_images=8))
-        wait_until(lambda: call.done() or api.get_progress()["state"]["job_no"] == 1)
-        others.close()
-        assert call.result().info["all_seeds"] == [7, 8]
-    wait_until(lambda: is_idle(narrow))
 
 
 def test_lists(api: webuiapi.WebUIApi) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from http import HTTPStatus
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -28,7 +28,7 @@ from server.api.sdapi.translation.plan import Plan, plan
 from server.api.sdapi.translation.schemas import Generated, Img2Img, Txt2Img
 from server.api.service import Accepted, Service
 from server.requests.context import RequestContext
-from server.requests.errors import STATUS, DeadlineExceeded, InvalidRequest, ServerError
+from server.requests.errors import DeadlineExceeded, InvalidRequest, ServerError
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
 
@@ -117,9 +117,7 @@ async def _generate(service: Service, task: Task, call: _Call) -> ServerError | 
     """
     ended: ServerError | None = None
     for body in call.plan.bodies:
-        if task.interrupted:
-            break
-        accepted = await _accept(service, task, call, body)
+        accepted = await task.wait_for_place(partial(_accept, service, call, body))
         if accepted is None:
             break
         outcome = await task.follow(accepted)
@@ -132,22 +130,11 @@ async def _generate(service: Service, task: Task, call: _Call) -> ServerError | 
     return None if call.done else task.interrupted or ended
 
 
-async def _accept(service: Service, task: Task, call: _Call, body: GenerateRequest) -> Accepted | None:
-    """Queue one request of a call. Only the first is refused where the queue is full: the others wait for a place.
-
-    None: the call was interrupted meanwhile.
-    """
-    body = body.model_copy(update=call.fields)
-    while not task.interrupted:
-        try:
-            return await service.accept(body, call.context_now, follows=True)
-        except InvalidRequest as error:
-            raise in_its_words(error) from None
-        except ServerError as error:
-            if STATUS[type(error)] != HTTPStatus.TOO_MANY_REQUESTS or task.job_no == 0:
-                raise
-            await task.sleep(error.retry_after or 1)
-    return None
+async def _accept(service: Service, call: _Call, body: GenerateRequest) -> Accepted:
+    try:
+        return await service.accept(body.model_copy(update=call.fields), call.context_now, follows=True)
+    except InvalidRequest as error:
+        raise in_its_words(error) from None
 
 
 async def _keep(service: Service, call: _Call, request: Request, completed: Completed) -> None:

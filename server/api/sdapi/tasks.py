@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 from server.api.service import Accepted
 from server.requests.context import Caller
-from server.requests.errors import Cancelled, ServerError
+from server.requests.errors import STATUS, Cancelled, ServerError
 from server.requests.request import Image, Outcome, Request, Started, Stepped
 
 _INTERRUPTED = "The call was interrupted before an image was complete: send it again if you want the image."
@@ -52,6 +53,21 @@ class Task:
             return 0.0
         passed = time.perf_counter() - self.started
         return passed / self.progress - passed
+
+    async def wait_for_place(self, accept: Callable[[], Awaitable[Accepted]]) -> Accepted | None:
+        """Queue the next request. Only the first of a call is refused where there are too many: others wait.
+
+        None: the call was interrupted meanwhile.
+        """
+        while not self.interrupted:
+            try:
+                return await accept()
+            except ServerError as error:
+                if STATUS[type(error)] != HTTPStatus.TOO_MANY_REQUESTS or self.job_no == 0:
+                    raise
+                seconds = error.retry_after or 1
+            await self.sleep(seconds)
+        return None
 
     async def follow(self, accepted: Accepted) -> Outcome:
         """Follow a request to its outcome; whatever ends this ends the request too."""

@@ -13,7 +13,7 @@ from server.api.event_queue import EventQueue
 from server.api.sdapi.tasks import Task, Tasks
 from server.api.service import Accepted
 from server.requests.context import Caller
-from server.requests.errors import Cancelled
+from server.requests.errors import Cancelled, NotReady, QueueFull, ServerError
 from server.requests.request import Completed, Failed, GenerationParams, Request, Started, Stepped
 from server.requests.tokenizer import Prompt
 
@@ -113,6 +113,44 @@ def test_a_call_that_waits_for_a_place_wakes_when_it_is_interrupted() -> None:
         await Task("alice", job_count=1).sleep(0)
 
     asyncio.run(wait())
+
+
+class Busy:
+    """Refuses so many requests, and accepts the next one."""
+
+    def __init__(self, error: ServerError, times: int) -> None:
+        self.error, self.times = error, times
+
+    async def accept(self) -> Accepted:
+        self.times -= 1
+        if self.times >= 0:
+            raise self.error
+        return accepted()
+
+
+def test_the_first_request_of_a_call_is_refused_where_the_queue_is_full() -> None:
+    with pytest.raises(QueueFull):
+        asyncio.run(Task("alice", job_count=2).wait_for_place(Busy(QueueFull("Full."), 1).accept))
+
+
+def test_later_requests_of_a_call_wait_for_a_place() -> None:
+    busy = Busy(QueueFull("Full.", retry_after=1), 1)
+    assert asyncio.run(Task("alice", job_count=2, job_no=1).wait_for_place(busy.accept)) is not None
+    assert busy.times == -1
+
+
+def test_other_errors_end_a_call_at_any_request() -> None:
+    with pytest.raises(NotReady):
+        asyncio.run(Task("alice", job_count=2, job_no=1).wait_for_place(Busy(NotReady("Draining."), 1).accept))
+
+
+def test_an_interrupted_call_waits_for_no_place() -> None:
+    async def wait() -> Accepted | None:
+        task = Task("alice", job_count=2, job_no=1)
+        asyncio.get_running_loop().call_later(0.05, task.interrupt)
+        return await task.wait_for_place(Busy(QueueFull("Full.", retry_after=120), 1).accept)
+
+    assert asyncio.run(wait()) is None
 
 
 def test_callers_see_their_own_calls_and_administrators_all() -> None:
