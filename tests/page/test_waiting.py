@@ -145,6 +145,11 @@ def test_a_flagged_image_is_blurred_until_it_is_asked_for(page: Page) -> None:
     assert "blur" in thumbnails(page).locator("img").evaluate(blurred)
 
 
+def test_it_says_what_the_demo_model_can_draw(page: Page) -> None:
+    driving.is_loaded(page)
+    expect(page.get_by_text(re.compile(r"^The demo model: .*64 × 64 pixels.*102 objects"))).to_be_visible()
+
+
 def test_prompts_come_back_with_arrow_up(page: Page) -> None:
     for text in ("a red apple", "a penguin"):
         driving.generate(page, text)
