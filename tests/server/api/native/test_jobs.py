@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -196,6 +198,18 @@ def test_what_expires_while_it_runs_ends_at_the_next_step(demo: Serving) -> None
     assert (job["status"], job["error"]["status"]) == ("failed", 504)
     assert 0 < job["step"] < 200
     assert cancelled(demo) == before + 2
+
+
+def test_a_time_limit_begins_when_the_headers_arrive(demo: Serving) -> None:
+    def slowly() -> Iterator[bytes]:
+        yield b'{"prompt":'
+        time.sleep(1)  # twice as long as the image may take
+        yield b' "a red heart", "num_inference_steps": 1}'
+
+    before = steps_run(demo)
+    headers = {"Content-Type": "application/json", "X-Request-Timeout": "0.5"}
+    assert demo.client.post("/generate", content=slowly(), headers=headers).status_code == 504
+    assert steps_run(demo) == before
 
 
 def cancelled(serving: Serving) -> float:
