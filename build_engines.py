@@ -119,6 +119,9 @@ class _SourceFlags(CommandLine):
     allow_pickle: CliToggleFlag[bool] = Field(
         False, description="read pickled weights (.bin, .ckpt), which can run code"
     )
+    safety_checker: bool = Field(
+        True, description="build the safety checker of a diffusers folder too, where it has one"
+    )
     vae: Annotated[str | None, Metavar("V")] = Field(
         None, description="a VAE that replaces the checkpoint's own: a .safetensors file, or a diffusers folder"
     )
@@ -155,6 +158,7 @@ class _SourceFlags(CommandLine):
             vae=self.vae,
             allow_pickle=self.allow_pickle,
             variant=self.variant,
+            safety_checker=self.safety_checker,
         )
 
 

@@ -7,7 +7,7 @@ Dimensions are numbers, or letters whose sizes are known later. Those of `VARYIN
 of the context pool, L chunks of a prompt per row, B images and R UNet rows of one step, P places in the feature pool,
 N chunks to encode, n images to decode or encode, h×w latent size, H×W image size. The others are fixed by the
 checkpoint: c latent channels, f feature channels, T tokens per chunk, D context width, V words of the vocabulary,
-E hidden states of the text encoder.
+E hidden states of the text encoder, k concepts and j special-care concepts of the safety checker.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
-GraphName = Literal["encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image"]
+GraphName = Literal["encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image", "safety"]
+# Every model has these; those whose checkpoint has a safety checker have the graph `safety` too, as the last.
 GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image")
+GRAPHS_WITH_SAFETY: tuple[GraphName, ...] = (*GRAPHS, "safety")
 STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # a denoising step; the others run before and after
 
 VARYING = frozenset("SCLBRPNnhwHW")
@@ -140,6 +142,7 @@ INPUTS: dict[GraphName, tuple[Port, ...]] = {
     "denoise_shallow": (*_STEP, *_FEATURES),
     "decode": (_STATE, _index("slot", "n", of="S", role="plan")),
     "encode_image": (_images("images"), _f32("noise", "n", "c", "h", "w")),
+    "safety": (_images("images"),),  # as `decode` returns them
 }
 OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_prompt": (_f32("embeddings", "N", "T", "D"),),
@@ -147,6 +150,7 @@ OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "denoise_shallow": (_STATE_NEXT,),
     "decode": (_images("images"), _f32("is_finite", "n")),  # 1, or 0 where latents or pixels are NaN or infinite
     "encode_image": (_f32("latents", "n", "c", "h", "w"),),
+    "safety": (_f32("concepts", "n", "k"), _f32("special_care", "n", "j")),  # similarity above each threshold
 }
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from engines.contract import (
     GRAPHS,
+    GRAPHS_WITH_SAFETY,
     GUIDANCE_EMBEDDED,
     OUTPUTS,
     GraphName,
@@ -134,6 +135,15 @@ class Manifest(Geometry):
         return self
 
     @model_validator(mode="after")
+    def _builds_have_every_graph(self) -> Self:
+        for backend, build in self.builds.items():
+            if missing := [name for name in self.graphs if name not in build.engines]:
+                raise ValueError(f"the engine of {missing[0]} for {backend} is missing")
+            if extra := [name for name in build.engines if name not in self.graphs]:
+                raise ValueError(f"{backend} has an engine of {extra[0]}, and the model has no such graph")
+        return self
+
+    @model_validator(mode="after")
     def _graphs_agree(self) -> Self:
         """The graphs have the same fixed dimensions: the model's where it states them."""
         known = {"c": self.latent.channels, "T": self.context.tokens, "D": self.context.width}
@@ -182,6 +192,16 @@ class Manifest(Geometry):
         compiled = (engine.files for build in self.builds.values() for engine in build.engines.values())
         shared = (file for files in (*onnx, *compiled) for file in files)
         return tuple(dict.fromkeys((self.tokenizer.file, *shared)))
+
+    @property
+    def graph_names(self) -> tuple[GraphName, ...]:
+        """The graphs of this model, in the contract's order."""
+        return tuple(name for name in GRAPHS_WITH_SAFETY if name in self.graphs)
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether images can be checked by the checkpoint's own safety checker."""
+        return "safety" in self.graphs
 
     @property
     def pool_bytes(self) -> int:

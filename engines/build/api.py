@@ -80,6 +80,7 @@ class CheckpointSource:
         vae: folder or .safetensors file of a VAE that replaces the checkpoint's own.
         allow_pickle: whether pickled weights may be read, which can run code.
         variant: weights of a folder or hub id to read, such as fp16; parts that lack it have their plain weights.
+        safety_checker: whether the checkpoint's safety checker becomes a graph too, where it has one.
     """
 
     model: str
@@ -92,6 +93,7 @@ class CheckpointSource:
     vae: str | None = None
     allow_pickle: bool = False
     variant: str | None = None
+    safety_checker: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,12 +176,13 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
     geometry, bf16 = geometry_of(checkpoint, options), checkpoint.config.prefers_bf16
-    plans = _plans(names, precision, geometry, count_parameters(checkpoint), prefers_bf16=bf16)
+    precisions = _precisions(names, precision, checkpoint.graphs, prefers_bf16=bf16)
+    plans = _plans(precisions, geometry, count_parameters(checkpoint))
     _announce(plans, reporter, before=export_stages(checkpoint, spec.dtypes, geometry.resolutions[0]), verify=verify)
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
     compiler = _BundleCompiler(out, precision=precision, verify=verify, force=force, reporter=reporter)
     manifest = compiler.run(manifest, names)
-    reporter.on_not_followed(checkpoint.config.not_followed)
+    reporter.on_not_followed(checkpoint.not_followed)
     return manifest
 
 
@@ -219,7 +222,7 @@ def export(  # noqa: PLR0913 - the options of an export, by keyword
     size = geometry_of(checkpoint, options).resolutions[0]
     _announce((), reporter, before=export_stages(checkpoint, spec.dtypes, size))
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
-    reporter.on_not_followed(checkpoint.config.not_followed)
+    reporter.on_not_followed(checkpoint.not_followed)
     return manifest
 
 
@@ -257,7 +260,8 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     check_compilers(names, precision)
     manifest = _with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
-    plans = _plans(names, precision, manifest, manifest.parameters, prefers_bf16=prefers_bf16(manifest))
+    precisions = _precisions(names, precision, manifest.graph_names, prefers_bf16=prefers_bf16(manifest))
+    plans = _plans(precisions, manifest, manifest.parameters)
     _announce(plans, reporter, before=(), verify=verify)
     compiler = _BundleCompiler(bundle, precision=precision, verify=verify, force=force, reporter=reporter)
     return compiler.run(manifest, names)
@@ -343,16 +347,17 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress
     return manifest
 
 
-def _plans(
-    names: Sequence[str],
-    precision: Precision | None,
-    geometry: Geometry,
-    parameters: Mapping[GraphName, int],
-    *,
-    prefers_bf16: bool,
-) -> list[BackendPlan]:
-    precisions = {name: engine_precisions(name, precision, prefers_bf16=prefers_bf16) for name in names}
-    return [BackendPlan(name, geometry, precisions[name], parameters) for name in names]
+_Precisions = Mapping[str, Mapping[GraphName, Precision]]  # by backend
+
+
+def _precisions(
+    names: Sequence[str], precision: Precision | None, graphs: Sequence[GraphName], *, prefers_bf16: bool
+) -> _Precisions:
+    return {name: engine_precisions(name, precision, prefers_bf16=prefers_bf16, graphs=graphs) for name in names}
+
+
+def _plans(precisions: _Precisions, geometry: Geometry, parameters: Mapping[GraphName, int]) -> list[BackendPlan]:
+    return [BackendPlan(backend, geometry, graphs, parameters) for backend, graphs in precisions.items()]
 
 
 def _announce(plans: Sequence[BackendPlan], reporter: Reporter, *, before: Iterable[str], verify: bool = False) -> None:
@@ -377,6 +382,7 @@ def _find(source: CheckpointSource, out: Path, options: ExportOptions, progress:
         decoder=source.decoder,
         vae=source.vae,
         variant=source.variant,
+        with_safety_checker=source.safety_checker,
         check=lambda checkpoint: check_options(checkpoint, options),
         progress=progress,
     )
@@ -387,7 +393,8 @@ def _spec(
 ) -> BundleSpec:
     """The options with what the backends require. Raises EngineError where one does not compute in `precision`."""
     bf16 = checkpoint.config.prefers_bf16
-    dtypes = [required_dtypes(backend, precision, prefers_bf16=bf16) for backend in backends]
+    graphs = checkpoint.graphs
+    dtypes = [required_dtypes(backend, precision, prefers_bf16=bf16, graphs=graphs) for backend in backends]
     gpus_alone = not set(backends) & set(ON_CPU) and precision != "fp32"
     weights = options.weights or stored_weights(out) or ("fp16" if gpus_alone else "fp32")
     return BundleSpec(options=options, weights=weights, dtypes=frozenset().union(*dtypes))

@@ -34,35 +34,41 @@ def check_precision(backend: str, precision: Precision | None) -> None:
         raise EngineError(f"{backend} computes in {' or '.join(offered)}, not in {precision}.{hint}")
 
 
-def engine_precisions(backend: str, precision: Precision | None, *, prefers_bf16: bool) -> dict[GraphName, Precision]:
+def engine_precisions(
+    backend: str, precision: Precision | None, *, prefers_bf16: bool, graphs: Sequence[GraphName] = GRAPHS
+) -> dict[GraphName, Precision]:
     """The precision that each engine of `backend` computes in.
 
     INT8 applies to all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the
     UNet, and on a CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its
-    range and it keeps more digits, and in FP32 on CPUs.
+    range and it keeps more digits, and in FP32 on CPUs. The safety checker is one of these others with INT8 as well:
+    its verdicts depend on small differences.
 
     Args:
         backend: the backend's name.
         precision: the requested precision; None: the best for the backend and the model.
         prefers_bf16: whether the model's UNet leaves the range of FP16.
+        graphs: the model's graphs.
 
     Raises:
         EngineError: the backend does not compute in `precision`.
     """
     check_precision(backend, precision)
     chosen = precision or _default_precision(backend, prefers_bf16=prefers_bf16)
+    if chosen == "int8":
+        return {name: "fp32" if name == "safety" else chosen for name in graphs}
     if chosen != "bf16":
-        return dict.fromkeys(GRAPHS, chosen)
+        return dict.fromkeys(graphs, chosen)
     if backend in ON_CPU:
-        return {name: chosen if name in (*STEPS, "decode") else "fp32" for name in GRAPHS}
-    return {name: chosen if name in STEPS else "fp16" for name in GRAPHS}
+        return {name: chosen if name in (*STEPS, "decode") else "fp32" for name in graphs}
+    return {name: chosen if name in STEPS else "fp16" for name in graphs}
 
 
 def required_dtypes(
-    backend: str, precision: Precision | None, *, prefers_bf16: bool
+    backend: str, precision: Precision | None, *, prefers_bf16: bool, graphs: Sequence[GraphName] = GRAPHS
 ) -> frozenset[tuple[GraphName, ComputeDtype]]:
-    """The graphs that `backend` requires in another dtype than FP32, each with that dtype. Raises EngineError."""
-    precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16)
+    """The `graphs` that `backend` requires in another dtype than FP32, each with that dtype. Raises EngineError."""
+    precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16, graphs=graphs)
     dtypes = {name: _graph_dtype(engine_precision) for name, engine_precision in precisions.items()}
     return frozenset((name, dtype) for name, dtype in dtypes.items() if dtype != "fp32")
 
@@ -99,8 +105,9 @@ def compile_backend(
         EngineError: the backend is not installed, does not compile on this machine, or the graphs it needs are missing.
     """
     compiler = _EngineCompiler(manifest, bundle, backend, progress)
-    precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16(manifest))
-    engines = {name: compiler.engine(name, precisions[name], force=force) for name in GRAPHS}
+    graphs = manifest.graph_names
+    precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16(manifest), graphs=graphs)
+    engines = {name: compiler.engine(name, precisions[name], force=force) for name in graphs}
     earlier = manifest.builds.get(backend)
     if earlier and _unverified(earlier.engines) == _unverified(engines):
         return earlier.model_copy(update={"version": compiler.version})  # with the results of its verification

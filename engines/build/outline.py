@@ -12,7 +12,7 @@ from engines.manifest import ComputeDtype, Precision, Size
 
 # What a stage costs, relative to others, by the words in its name: the work, times the graph. The first match counts.
 _WORK = {"exporting": 4, "compiling": 4, "quantizing": 4, "recording": 20, "drawing": 4, "loading": 2, "computing": 2}
-_GRAPHS = {"denoise_shallow": 3, "denoise": 4, "decode": 2, "encode_image": 2}
+_GRAPHS = {"denoise_shallow": 3, "denoise": 4, "decode": 2, "encode_image": 2, "safety": 2}
 _FIRST_CALIBRATED = next(name for name in GRAPHS if name in CALIBRATED)
 _FIRST_ESTIMATE = 0.05  # of the build: an estimate of the rest from less would be a guess
 
@@ -79,8 +79,8 @@ def export_stages(
     if checkpoint.single_file:
         yield f"converting {checkpoint.path.name}"
     yield "reading the weights"
-    yield from (f"measuring the range of {name} at {size}" for name in GRAPHS if (name, "fp16") in typed)
-    for name in GRAPHS:
+    yield from (f"measuring the range of {name} at {size}" for name in checkpoint.graphs if (name, "fp16") in typed)
+    for name in checkpoint.graphs:
         yield f"exporting {name}"
         yield f"checking {name}.onnx against torch"
         for precision in [precision for graph, precision in typed if graph == name]:
@@ -91,8 +91,8 @@ def export_stages(
 
 def compile_stages(backend: str, precisions: Mapping[GraphName, Precision], *, verify: bool) -> Iterator[str]:
     """The stages of compiling all engines of a backend, and of verifying them if `verify`."""
-    for name in GRAPHS:
-        if precisions[name] == "int8":
+    for name, precision in precisions.items():
+        if precision == "int8":
             if name == _FIRST_CALIBRATED:
                 yield "recording trajectories to calibrate on"
             yield f"quantizing {name}"
@@ -100,6 +100,6 @@ def compile_stages(backend: str, precisions: Mapping[GraphName, Precision], *, v
             yield f"compiling {name} for {backend}"
     if verify:
         yield "drawing an image in FP32"
-        yield from (f"computing {name} in FP32" for name in GRAPHS)
-        yield from (f"verifying {name} of {backend}" for name in GRAPHS)
+        yield from (f"computing {name} in FP32" for name in precisions)
+        yield from (f"verifying {name} of {backend}" for name in precisions)
         yield f"drawing an image on {backend}"

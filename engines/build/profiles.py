@@ -38,6 +38,7 @@ def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
         "denoise_shallow": geometry.rows,
         "decode": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
+        "safety": range(1, geometry.decode_batch + 1),
     }[graph]
     return tuple(
         Shapes(profile, _dims(profile, graph, geometry))
@@ -60,7 +61,7 @@ def _dims(profile: Profile, graph: GraphName, geometry: Geometry) -> dict[str, R
         "B": up_to_batch,
         "R": up_to_batch,
         "P": (1, geometry.feature_places, geometry.feature_places),
-        "n": _exactly(batch) if graph == "decode" else up_to_batch,
+        "n": _exactly(batch) if graph in ("decode", "safety") else up_to_batch,
     }
 
 

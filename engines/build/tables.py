@@ -13,12 +13,12 @@ from rich.table import Column, Table
 from engines.accuracy import IDENTICAL
 from engines.build.api import BackendPlan
 from engines.build.profiles import shapes
-from engines.contract import GRAPHS, INPAINT_LANES, LANES, STEPS, GraphName
+from engines.contract import INPAINT_LANES, LANES, STEPS, GraphName
 from engines.manifest import Build, Compiled, File, FusionReport, Geometry, Manifest, Precision
 
 _ROOT = Path(__file__).parents[2]
 # Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
-_ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810}
+_ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810, "safety": 100}
 _BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
 _UNKNOWN = "-"
 
@@ -49,7 +49,7 @@ def summary_table(manifest: Manifest, backend: str) -> RenderableType:
     """The engines of a backend: sizes, build times, memory, and differences from FP32."""
     build = manifest.builds[backend]
     columns = ("graph", "precision", "MB", "profiles", "activations MB", "built in", "peak MB", "largest error")
-    rows = [(name, *_engine_cells(build.engines[name])) for name in GRAPHS]
+    rows = [(name, *_engine_cells(build.engines[name])) for name in manifest.graph_names]
     table = _table(f"{manifest.name} for {backend} {build.version}", columns, rows)
     table.caption = verdict(build)
     return table

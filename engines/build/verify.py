@@ -118,6 +118,7 @@ def _cases(
             "denoise_shallow": recording.shallow,
             "decode": [decode_inputs(recording.state)],
             "encode_image": [{"images": recording.images, "noise": noise}],
+            "safety": [{"images": recording.images}],
         }[name]
     yield from ((inputs, inputs) for inputs in recorded)
 

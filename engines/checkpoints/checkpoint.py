@@ -13,11 +13,11 @@ from pathlib import Path
 from engines.checkpoints.adapters.embedding import Embedding, LearnedToken
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.decoder import Decoder
-from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
+from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, SAFETY_CONFIGS, CheckpointConfig
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.vae import Vae, vae_name
-from engines.contract import GraphName
+from engines.contract import GRAPHS, GRAPHS_WITH_SAFETY, GraphName
 from engines.files import sha256_of
 from engines.manifest import Source
 
@@ -27,7 +27,9 @@ _GRAPHS: Mapping[str, GraphName] = {
     r"(unet|model\.diffusion_model)\.": "denoise",
     r"(vae|first_stage_model)\.(decoder|post_quant_conv)\.": "decode",
     r"(vae|first_stage_model)\.(encoder|quant_conv)\.": "encode_image",
+    r"safety_checker\.": "safety",
 }
+_SAFETY_CLASS = "StableDiffusionSafetyChecker"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Checkpoint:
     decoder: Decoder | None = None  # None: the VAE's own
     vae: Vae | None = None  # None: the checkpoint's own
     variant: str | None = None  # of the weights in a folder, such as fp16
+    with_safety_checker: bool = True  # where the checkpoint has one
 
     @property
     def single_file(self) -> bool:
@@ -77,10 +80,52 @@ class Checkpoint:
         """Every file that holds weights."""
         if self.single_file:
             return (self.path,)
-        return tuple(path for part in PARTS for path in self.config.weights(part))
+        parts = (*PARTS, SAFETY_CHECKER) if self.has_safety_checker else PARTS
+        return tuple(path for part in parts for path in self.config.weights(part))
+
+    @property
+    def graphs(self) -> tuple[GraphName, ...]:
+        """The graphs that it is exported to."""
+        return GRAPHS_WITH_SAFETY if self.has_safety_checker else GRAPHS
+
+    @property
+    def wants_safety_checker(self) -> bool:
+        """Whether its pipeline has a safety checker, and that is to be built."""
+        return self.with_safety_checker and self.config.index.class_of(SAFETY_CHECKER) is not None
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether a safety checker is built; on the hub known once its files are downloaded."""
+        return self.wants_safety_checker and self._lacks_of_safety_checker is None
+
+    @property
+    def not_followed(self) -> tuple[str, ...]:
+        """What the configs ask for and latentd does not do: a sentence for each."""
+        asked = self.config.not_followed
+        if not self.wants_safety_checker or self.has_safety_checker:
+            return asked
+        reason = (
+            f"model_index.json asks for a safety checker, and images are not checked: {self._lacks_of_safety_checker}."
+        )
+        return (*asked, reason)
+
+    @property
+    def _lacks_of_safety_checker(self) -> str | None:
+        """Why the safety checker of its pipeline cannot be built; None where it can."""
+        config, kind = self.config, self.config.index.class_of(SAFETY_CHECKER)
+        if kind != _SAFETY_CLASS:
+            return f"a {kind} is not supported"
+        if self.single_file:
+            return "a single file holds none; build from a diffusers folder, or have the server check them (--safety)"
+        if not all((config.folder / name).is_file() for name in SAFETY_CONFIGS) or not config.weights(SAFETY_CHECKER):
+            return f"{SAFETY_CHECKER}/ or feature_extractor/ of {config.name} lacks files; download it again"
+        if config.pickled(SAFETY_CHECKER) and not self.allow_pickle:
+            return "its weights are pickled, which can run code; --allow-pickle reads them as plain tensors"
+        return None
 
     def _hashed(self) -> Iterator[str]:
-        for path in (*self.weights, *self.config.files()):
+        safety = [self.config.folder / name for name in SAFETY_CONFIGS] if self.has_safety_checker else []
+        for path in (*self.weights, *self.config.files(), *safety):
             inside = path.is_relative_to(self.config.folder)
             label = path.relative_to(self.config.folder).as_posix() if inside else "file"
             yield f"{label} {sha256_of(path)}"

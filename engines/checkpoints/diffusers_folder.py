@@ -32,15 +32,18 @@ from engines.checkpoints.published_scheduler import (
 from engines.limits import MAX_SIDE
 from engines.manifest import Context, Latent, NoiseSchedule, Size
 
+PARTS = ("text_encoder", "unet", "vae")  # those that have weights in every checkpoint
+SAFETY_CHECKER = "safety_checker"
 # Stems of the weight files of each part that has weights: as safetensors, and pickled.
 _WEIGHT_STEMS = {
     "text_encoder": ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    SAFETY_CHECKER: ("model", "pytorch_model"),
 }
-PARTS = tuple(_WEIGHT_STEMS)  # those that have weights
 # Patterns of every file but weights.
 CONFIG_PATTERNS = ("model_index.json", *(f"{part}/config.json" for part in PARTS), "scheduler/*.json", "tokenizer/*")
+SAFETY_CONFIGS = (f"{SAFETY_CHECKER}/config.json", "feature_extractor/preprocessor_config.json")
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 _MAX_JSON = 64 << 20  # bytes; the largest tokenizers have a tenth of that
 # Pipelines of diffusers that correct outdated configs when they are made.
@@ -69,7 +72,7 @@ def weight_patterns(parts: Sequence[str] = PARTS, *, pickled: bool, variant: str
 
 def variants_among(names: Sequence[str]) -> tuple[str, ...]:
     """Return the variants of weights in a list of paths such as `unet/diffusion_pytorch_model.fp16.safetensors`."""
-    stems = "|".join(f"{part}/{stem}" for part, both in _WEIGHT_STEMS.items() for stem in sorted(set(both)))
+    stems = "|".join(f"{part}/{stem}" for part in PARTS for stem in sorted(set(_WEIGHT_STEMS[part])))
     named = re.compile(rf"({stems})(-\d+-of-\d+)?\.(?P<variant>\w+?)(-\d+-of-\d+)?\.(safetensors|bin)")
     return tuple(sorted({found["variant"] for name in names if (found := named.fullmatch(name))}))
 
@@ -187,8 +190,6 @@ class CheckpointConfig:
         asked = [f"{_SCHEDULER} asks for {option}" for option in ignored_options(kind, config)]
         if reason := unsupported_reason(kind, config):
             asked.append(f"{_SCHEDULER} asks for {reason}, and requests use {self.scheduler} by default")
-        if self.index.class_of("safety_checker"):
-            asked.append(f"{_INDEX} asks for a safety checker, and images are not filtered")
         return tuple(f"{one}: this is not followed." for one in asked)
 
     @property

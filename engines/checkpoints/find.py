@@ -13,6 +13,8 @@ from engines.checkpoints.decoder import DECODER_CONFIG, DECODER_WEIGHTS, Decoder
 from engines.checkpoints.diffusers_folder import (
     CONFIG_PATTERNS,
     PARTS,
+    SAFETY_CHECKER,
+    SAFETY_CONFIGS,
     CheckpointConfig,
     variants_among,
     weight_patterns,
@@ -43,6 +45,7 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     decoder: str | None = None,
     vae: str | None = None,
     variant: str | None = None,
+    with_safety_checker: bool = True,
     check: Callable[[Checkpoint], None] = lambda _: None,
     progress: Progress = _SILENT,
 ) -> Checkpoint:
@@ -52,7 +55,8 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
     a default. `revision` is the hub's: of the model, or of `config` for a single file. `decoder` is the folder or hub
     id of a decoder that replaces the VAE's, or its file; `vae` is the file or folder of a VAE that replaces the
     checkpoint's own. `variant` selects weights such as `model.fp16.safetensors`; parts without it have their plain
-    weights, as in diffusers. `check` is called with what the configs say, before weights are downloaded, and may raise.
+    weights, as in diffusers. Its safety checker, where it has one, is a part of it only `with_safety_checker`. `check`
+    is called with what the configs say, before weights are downloaded, and may raise.
 
     Raises:
         CheckpointError: there is none, the hub cannot be reached, its architecture is not supported, or a LoRA, an
@@ -72,6 +76,7 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
         decoder=_find_decoder(decoder, progress) if decoder else None,
         vae=find_vae(vae) if vae else None,
         variant=variant,
+        with_safety_checker=with_safety_checker,
         check=check,
         progress=progress,
     )
@@ -109,6 +114,7 @@ class _Search:
     decoder: Decoder | None
     vae: Vae | None
     variant: str | None
+    with_safety_checker: bool
     check: Callable[[Checkpoint], None]
     progress: Progress
 
@@ -122,6 +128,8 @@ class _Search:
         folder = self._download(model, CONFIG_PATTERNS, self.revision)
         checkpoint = self._supported(model, folder)
         self._download_weights(model, checkpoint.config, commit=folder.name)
+        if checkpoint.wants_safety_checker:
+            self._download_safety_checker(model, checkpoint.config, commit=folder.name)
         self._check_weights(checkpoint.config)
         return checkpoint
 
@@ -138,6 +146,15 @@ class _Search:
                     return
             if variant is None or len(remaining) == len(PARTS):
                 raise CheckpointError(self._lacking(model, remaining, list_files(model, commit)))
+
+    def _download_safety_checker(self, model: str, config: CheckpointConfig, *, commit: str) -> None:
+        """Download the safety checker, as far as there is one."""
+        for variant in dict.fromkeys((self.variant, None)):
+            for pickled in (False, True)[: 1 + self.allow_pickle]:
+                weights = weight_patterns([SAFETY_CHECKER], pickled=pickled, variant=variant)
+                self._download(model, ("model_index.json", *SAFETY_CONFIGS, *weights), commit)
+                if config.files_of(SAFETY_CHECKER, pickled=pickled, variant=variant):
+                    return
 
     def _lacking(self, model: str, parts: Sequence[str], files: Sequence[str]) -> str:
         """Why the hub's model cannot be built, which has no weights for `parts`."""
@@ -192,6 +209,7 @@ class _Search:
             decoder=self.decoder,
             vae=self.vae,
             variant=self.variant,
+            with_safety_checker=self.with_safety_checker,
         )
         check_supported(checkpoint)
         self.check(checkpoint)

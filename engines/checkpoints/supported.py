@@ -8,6 +8,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import check_decoder_fits
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.errors import CheckpointError
+from engines.checkpoints.safety_checker import read_preprocessing
 from engines.checkpoints.vae import check_vae_fits
 
 SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
@@ -37,6 +38,8 @@ def check_supported(checkpoint: Checkpoint) -> None:
         check_lora_fits(lora, checkpoint.config)
     for embedding in checkpoint.embeddings:
         check_embedding_fits(embedding, checkpoint.config)
+    if checkpoint.has_safety_checker:
+        read_preprocessing(checkpoint.config)
     if checkpoint.vae:
         check_vae_fits(checkpoint.vae, checkpoint.config)
     if checkpoint.decoder:

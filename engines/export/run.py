@@ -13,7 +13,7 @@ from engines.backends.onnxruntime import open_device
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.loading.modules import Modules, load_tokenizer
-from engines.contract import GRAPHS, Array, GraphName
+from engines.contract import Array, GraphName
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed
 from engines.files import write_atomically
@@ -42,8 +42,8 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
         ExportError: a graph differs from torch, or leaves FP16's range.
     """
     traced = traced_graphs(modules, config.latent, config.context)
-    exports = {name: _Export(name, traced[name], out, progress) for name in GRAPHS}
-    wanted = {name: [precision for graph, precision in typed if graph == name] for name in GRAPHS}
+    exports = {name: _Export(name, graph, out, progress) for name, graph in traced.items()}
+    wanted = {name: [precision for graph, precision in typed if graph == name] for name in traced}
     for name, one in exports.items():  # of all, before minutes go into the first
         one.check_finite()
         one.refuse_overflow(known.get(name), wanted[name], size)

@@ -20,6 +20,7 @@ from engines.checkpoints.loading.modules import Modules
 from engines.contract import VARYING, Array, GraphName, Port, TensorSpec, build_inputs, random_values
 from engines.errors import EngineError
 from engines.export.modules import Decode, Denoise, EncodeImage, EncodePrompt, GraphModule, ShallowDenoise
+from engines.export.safety import Safety
 from engines.manifest import ComputeDtype, Context, Latent
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
@@ -96,6 +97,9 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
         "decode": Decode(modules.decoder),
         "encode_image": EncodeImage(modules.vae),
     }
+    if checker := modules.safety_checker:
+        safety = graphs["safety"] = Safety(checker.module, checker.preprocessing)
+        sizes |= {"k": safety.concepts, "j": safety.special_care}
     return {name: Traced(module.eval(), sizes, latent) for name, module in graphs.items()}
 
 

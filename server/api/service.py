@@ -17,6 +17,7 @@ from engines.manifest import Manifest
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
+from server.api.prompt_check import PromptCheck
 from server.jobs.store import JobStore, MemoryStore
 from server.requests.context import Caller, RequestContext
 from server.requests.errors import NotReady
@@ -49,6 +50,7 @@ class Files:
 
     contents: tuple[bytes, ...]
     seconds: float
+    flagged: tuple[bool | None, ...]  # of each, whether the safety checker flagged it; None: not checked
 
 
 class _Loaded(NamedTuple):
@@ -85,6 +87,7 @@ class Service:
     allowances: Allowances = field(default_factory=Allowances)
     log_prompts: bool = False
     spans: Spans | None = None
+    prompt_check: PromptCheck | None = None
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     jobs: JobStore = field(default_factory=MemoryStore)
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
@@ -116,7 +119,7 @@ class Service:
         may take a step; it may raise.
 
         Raises:
-            NotReady, RateLimited, InvalidRequest, QueueFull
+            NotReady, RateLimited, InvalidRequest, PromptRefused, QueueFull
         """
         self.check(context.caller)
         place = self.allowances.take(context.caller)
@@ -147,6 +150,8 @@ class Service:
         else:
             async with self.readers:
                 request = await run_in_threadpool(make)
+        if self.prompt_check:
+            await self.prompt_check(body.prompt, body.negative_prompt)
         if self.spans:
             self.spans.begin(request)
         if before_queued:
@@ -183,4 +188,4 @@ class Service:
         self.runtime.metrics.stage("image", seconds)
         if self.spans:
             self.spans.image(request, seconds)
-        return Files(contents, seconds)
+        return Files(contents, seconds, completed.flagged or (None,) * len(contents))

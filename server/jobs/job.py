@@ -58,6 +58,7 @@ class Facts(_Stored):
     step: int = 0
     timings: Timings | None = None
     error: StoredError | None = None
+    flagged: tuple[bool | None, ...] = ()  # of each image, whether the safety checker flagged it; None: not checked
 
     @classmethod
     def of(cls, request: Request, body: GenerateRequest, *, model: str, deadline: datetime | None) -> Self:
@@ -82,8 +83,8 @@ class Facts(_Stored):
             return NotDone("The job was cancelled.")
         return self.error.restore() if self.error else None
 
-    def completed(self, timings: Timings, started: datetime | None) -> Facts:
-        ending = {"status": "completed", "timings": timings, "step": self.steps}
+    def completed(self, timings: Timings, started: datetime | None, flagged: tuple[bool | None, ...] = ()) -> Facts:
+        ending = {"status": "completed", "timings": timings, "step": self.steps, "flagged": flagged}
         return self.model_copy(update={**ending, "started": started, "finished": now()})
 
     def failed(self, error: ServerError, *, started: datetime | None = None, step: int = 0) -> Facts:
@@ -116,6 +117,11 @@ class Job:
         """One per image."""
         params = self.facts.parameters
         return [(params.seed + index) % (MAX_SEED + 1) for index in range(params.num_images)]
+
+    @property
+    def flagged(self) -> tuple[bool | None, ...]:
+        """Whether the safety checker flagged each image; None: not checked."""
+        return self.facts.flagged or (None,) * len(self.seeds)
 
     def with_facts(self, facts: Facts) -> Job:
         return Job(self.id, self.owner, facts, self.key)

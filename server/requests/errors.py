@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,23 @@ class InvalidRequest(ServerError):
     """The body is well-formed, but a value is invalid or unsupported."""
 
 
+class PromptRefused(ServerError):
+    """The operator's check refuses the prompt; the message is its reason."""
+
+
+class ContentBlocked(ServerError):
+    """The safety checker flagged an image, and the operator has such requests blocked."""
+
+    seeds: tuple[int, ...] = ()  # of the flagged images
+
+    @classmethod
+    def of(cls, seeds: tuple[int, ...]) -> Self:
+        named = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+        error = cls(f"The safety checker flagged the image of {named}: use another seed, or another prompt.")
+        error.seeds = seeds
+        return error
+
+
 class QueueFull(ServerError):
     """The queue has reached its limit."""
 
@@ -133,6 +151,8 @@ STATUS: dict[type[ServerError], int] = {
     UnsupportedMediaType: 415,
     UnknownHost: 421,
     InvalidRequest: 422,
+    PromptRefused: 422,
+    ContentBlocked: 422,
     QueueFull: 429,
     RateLimited: 429,
     Cancelled: 499,

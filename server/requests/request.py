@@ -99,6 +99,7 @@ class Completed:
     """Outcome: the images, one per seed."""
 
     images: tuple[Image, ...]
+    flagged: tuple[bool, ...] | None = None  # of each image, whether the safety checker flagged it; None: not checked
 
 
 @dataclass(frozen=True, slots=True)

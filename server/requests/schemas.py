@@ -177,6 +177,9 @@ class GeneratedImage(BaseModel):
     seed: int
     format: ImageFormat
     image: str = Field(description="the encoded file, in base64")
+    nsfw_content_detected: bool | None = Field(
+        None, description="whether the safety checker flagged it; null: it was not checked"
+    )
 
 
 class Timings(BaseModel):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
+from engines import safety
 from engines.backends.device import Event, Reading
-from server.requests.errors import BrokenPicture
-from server.requests.request import Image, Request
+from server.requests.errors import BrokenPicture, ContentBlocked
+from server.requests.request import Completed, Image, Request
 from server.runtime.noise import NoiseGenerator
+from server.runtime.safety import UNCHECKED, Safety
 
 RowConditioning = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
 
@@ -29,6 +33,18 @@ class DecodedImages:
 
     images: Reading  # [n, H, W, 3] u8
     is_finite: Reading  # [n] f32; 0 where a value was not finite
+    scores: tuple[Reading, Reading] | None = None  # of the safety checker, if it runs, as `engines.safety` takes them
+
+    def done(self) -> bool:
+        """Whether everything has arrived. Raises DeviceLost."""
+        return (self.scores[-1] if self.scores else self.is_finite).done()
+
+    def flagged(self) -> tuple[bool, ...]:
+        """Which images the safety checker flags; none of them where it does not run."""
+        if self.scores is None:
+            return ()
+        concepts, special_care = self.scores
+        return safety.flagged(concepts.result(), special_care.result())
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +111,23 @@ class PendingDecode(Owned):
     """A request whose images are being decoded and copied to the host."""
 
     decoded: Sequence[DecodedImages]
+    safety: Safety = UNCHECKED
 
     def done(self) -> bool:
-        """Whether the images have arrived. Raises DeviceLost."""
-        return self.decoded[-1].is_finite.done()
+        """Whether the images have arrived, and are checked. Raises DeviceLost."""
+        return self.decoded[-1].done() and all(verdict.done() for verdict in self._verdicts)
+
+    def completed(self) -> Completed:
+        """Return the images, once they are done.
+
+        Raises:
+            DeviceLost, BrokenPicture
+            ContentBlocked: one is flagged, and such requests are blocked.
+        """
+        images, flagged = self.images(), self._flagged()
+        if self.safety.blocks and any(flagged):
+            raise ContentBlocked.of(tuple(compress(self.request.params.seeds, flagged)))
+        return Completed(images, None if self.safety.mode == "off" else flagged)
 
     def images(self) -> tuple[Image, ...]:
         """Return the images, once they have arrived. Raises DeviceLost; BrokenPicture for one that is not finite."""
@@ -107,4 +136,20 @@ class PendingDecode(Owned):
                 "The model computed NaN or infinity for this image: try another seed or a lower guidance_scale. "
                 "If it happens often, build the model with --precision bf16."
             )
+        return self._pixels
+
+    @cached_property
+    def _pixels(self) -> tuple[Image, ...]:
         return tuple(image for chunk in self.decoded for image in chunk.images.result())
+
+    @cached_property
+    def _verdicts(self) -> tuple[Future[bool], ...]:
+        """Those of a classifier on the host, which begins as soon as the images have arrived."""
+        classify = self.safety.classify
+        return tuple(map(classify, self._pixels)) if classify else ()
+
+    def _flagged(self) -> tuple[bool, ...]:
+        """Which images are flagged; none of them where nothing checks."""
+        if self._verdicts:
+            return tuple(verdict.result() for verdict in self._verdicts)
+        return tuple(flag for chunk in self.decoded for flag in chunk.flagged())

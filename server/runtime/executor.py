@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from engines.errors import DeviceLost, EngineError
-from server.requests.errors import BrokenPicture, ServerError
-from server.requests.request import Completed, Failed, Outcome, Request, Started, Stepped
+from server.requests.errors import BrokenPicture, ContentBlocked, ServerError
+from server.requests.request import Failed, Outcome, Request, Started, Stepped
 from server.runtime import failures
 from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement
 from server.runtime.batcher import Batch, Batcher
@@ -168,7 +168,7 @@ class Executor:
             raise EngineError(f"No request can be served by this bundle's defaults: {error}") from error
         while request.outcome is None:
             self._turn()
-        if isinstance(request.outcome, Failed):
+        if isinstance(request.outcome, Failed) and not isinstance(request.outcome.error, ContentBlocked):
             self._begin("stopping")
             reason = request.outcome.error.__cause__ or request.outcome.error
             raise EngineError(f"A test image failed, so every request would: {reason}")
@@ -329,7 +329,9 @@ class Executor:
 
     def _outcome(self, pending: PendingDecode) -> Outcome:
         try:
-            return Completed(pending.images())
+            return pending.completed()
+        except ContentBlocked as error:
+            return Failed(error)
         except BrokenPicture as error:
             _log.error(
                 "request %s: %s", pending.request.id, error, extra={"fields": {"request_id": pending.request.id}}

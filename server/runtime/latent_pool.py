@@ -149,6 +149,11 @@ class LatentPool:
         staged = {"state": self._staging}
         self._decode = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]
         self._encode = self._bind("encode_image", engines, 1, {})
+        self._safety = [
+            self._bind("safety", engines, n, {"images": decode.buffers["images"]})
+            for n, decode in enumerate(self._decode, start=1)
+            if "safety" in engines
+        ]
 
     @property
     def staging_places(self) -> int:
@@ -238,7 +243,9 @@ class LatentPool:
         blank = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         self._encode_with(blank, np.zeros(self.latent_shape, np.float32)).result()
         for count in range(1, len(self._decode) + 1):
-            self._decode_some(range(count)).is_finite.result()
+            decoded = self._decode_some(range(count))
+            decoded.is_finite.result()
+            decoded.flagged()
 
     def _encode_with(self, image: Image, noise: Latents) -> Reading:
         bound, stream = self._encode, self._streams.encode
@@ -251,7 +258,14 @@ class LatentPool:
         bound, stream = self._decode[len(entries) - 1], self._streams.decode
         stream.write(bound.buffers["slot"], np.array(entries))
         bound.call.launch()
-        return DecodedImages(stream.read(bound.buffers["images"]), stream.read(bound.buffers["is_finite"]))
+        images, is_finite = stream.read(bound.buffers["images"]), stream.read(bound.buffers["is_finite"])
+        return DecodedImages(images, is_finite, self._check_some(len(entries)) if self._safety else None)
+
+    def _check_some(self, count: int) -> tuple[Reading, Reading]:
+        """Launch the safety checker on the images that were decoded last, and read its scores."""
+        bound, stream = self._safety[count - 1], self._streams.decode
+        bound.call.launch()
+        return stream.read(bound.buffers["concepts"]), stream.read(bound.buffers["special_care"])
 
     def _allocate_pool(self, port: Port, **sizes: int) -> Buffer:
         """A pool at its neutral value, with `sizes` in place of the model's."""

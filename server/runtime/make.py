@@ -19,6 +19,7 @@ from server.runtime.executor import Executor
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import Pipeline
+from server.runtime.safety import UNCHECKED, Safety
 from server.runtime.step_times import StepTimeModel
 
 _TEST_STEPS = 2
@@ -65,6 +66,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     cache: Cache = "off",
     decode_chunk: int = 1,
     overlap_decode: bool = True,
+    safety: Safety = UNCHECKED,
     read: Reader = Path.read_bytes,
     on_loaded: Callable[[LoadedModel], None] = lambda _model: None,
     on_ready: Callable[[], None] = lambda: None,
@@ -79,6 +81,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         cache: the step cache of requests that do not set it.
         decode_chunk: images decoded in one call.
         overlap_decode: decode on a stream of its own, in parallel with steps.
+        safety: whether images are checked, and what becomes of flagged ones.
         read: gives the contents of a file of the bundle.
         on_loaded, on_ready, on_failure: called in the executor's thread.
     """
@@ -106,6 +109,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
             trace=trace,
             decode_chunk=decode_chunk,
             overlap_decode=overlap_decode,
+            safety=safety,
             read=read,
             on_lookup=metrics.prompt_lookup,
         )

@@ -22,6 +22,7 @@ from server.runtime.monitoring.trace import Trace
 from server.runtime.noise import NoiseGenerator
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
+from server.runtime.safety import UNCHECKED, Safety
 from server.runtime.step_times import Kind, StepTimeModel
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Pipeline:
         step_times: StepTimeModel,
         trace: Trace,
         decode_chunk: int = 1,
+        safety: Safety = UNCHECKED,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
         """Allocate all memory, over `engines` that were loaded for `streams`.
@@ -81,6 +83,7 @@ class Pipeline:
         whether its embeddings were cached. Raises EngineError where the memory is full.
         """
         self._device, self._streams, self._step_times, self._trace = device, streams, step_times, trace
+        self._safety = safety
         self._prompts = PromptPool(
             manifest,
             engines["encode_prompt"],
@@ -119,12 +122,14 @@ class Pipeline:
         trace: Trace,
         decode_chunk: int = 1,
         overlap_decode: bool = True,
+        safety: Safety = UNCHECKED,
         read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
         """Load the engines of the verified bundle in folder `bundle`; decode in parallel with steps, or between them.
 
-        `read` gives the contents of a file of the bundle.
+        `safety` says whether the bundle's safety checker is among them. `read` gives the contents of a file of the
+        bundle.
 
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.
@@ -142,6 +147,8 @@ class Pipeline:
             "decode": streams.decode,
             "encode_image": streams.encode,
         }
+        if safety.runs_graph:
+            stream_of["safety"] = streams.decode
         engines = {
             name: device.load(bundle / engine_path(manifest, backend, name), stream, read=read)
             for name, stream in stream_of.items()
@@ -154,6 +161,7 @@ class Pipeline:
             step_times=step_times,
             trace=trace,
             decode_chunk=decode_chunk,
+            safety=safety,
             on_lookup=on_lookup,
         )
 
@@ -251,7 +259,8 @@ class Pipeline:
         request = finished.request
         pool = self._latent_pools[request.params.size]
         with self._trace.device(f"decode, {request.images}", self._streams.decode, track="decode"):
-            return PendingDecode(request, finished.resources, decoded=pool.decode(finished.staged))
+            decoded = pool.decode(finished.staged)
+            return PendingDecode(request, finished.resources, decoded=decoded, safety=self._safety)
 
     def to_rgb(self, preview: Reading) -> Image:
         """The x0 estimate of a slot as an image with a pixel per latent: an affine map from its channels to RGB."""
@@ -272,11 +281,14 @@ class Pipeline:
         return Finished(placement.request, resources, staged=staged)
 
     def _advance(self, placement: Placement, pool: LatentPool) -> Move:
-        """Count the launched step, and read the lanes of the images where it shows previews."""
+        """Count the launched step, and read the lanes of the images where it shows previews.
+
+        There are none where flagged images are blocked: they would show what is not checked yet.
+        """
         request = placement.request
         step = request.advance()
         every = request.params.preview_every
-        shown = every and not step % every and not request.denoised
+        shown = every and not step % every and not request.denoised and not self._safety.blocks
         return Move(request, step, tuple(map(pool.read, placement.slots)) if shown else ())
 
     def _padded(self, shape: StepShape, first: Request) -> StepShape:

@@ -16,6 +16,7 @@ from engines.demo import BUNDLE as DEMO
 from server.access.hosts import ALLOWED
 from server.access.rates import check_rate
 from server.requests.request import Cache
+from server.runtime.safety import Mode
 from server.startup.logs import LogFormat
 
 AUTO = "auto"  # a value of `backend`
@@ -133,6 +134,17 @@ class ServerSettings(BaseSettings):
         "off",
         description="step cache of requests that do not set one. fast: reuse deep UNet features between steps, "
         "which is faster and changes images slightly",
+    )
+    safety: Mode | None = Field(
+        None,
+        description="what becomes of images that a safety checker flags: flag sends them, marked; block answers 422; "
+        "off: images are not checked. It is the bundle's checker, or else that of the extra `safety`; "
+        "default: flag where the bundle has one, otherwise off",
+    )
+    prompt_check: str | None = Field(
+        None,
+        description="Python function package.module:function that is called with each prompt and negative prompt, and "
+        "returns None or the reason for which they are refused",
     )
     max_waiting: int = Field(
         64,

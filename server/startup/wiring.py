@@ -11,6 +11,7 @@ from engines.backends.registry import open_device
 from engines.errors import EngineError
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
+from server.api.prompt_check import load_prompt_check
 from server.api.service import ServedModel, Service
 from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
@@ -19,6 +20,7 @@ from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
 from server.startup.job_store import open_job_store
+from server.startup.safety import choose_safety
 from server.startup.served_files import OpenedBundle
 from server.startup.settings import ServerSettings
 
@@ -38,11 +40,12 @@ def make_service(
     Once its executor is started, the fastest of the backends is chosen and its engines are loaded.
 
     Raises:
-        EngineError: the tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package is
-            missing.
+        EngineError: the tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package or a
+            check that is asked for is missing.
     """
     manifest, bundle, backends, files = opened.manifest, settings.bundle, opened.backends, opened.files
     model = ServedModel(manifest, backends[0])
+    prompt_check = load_prompt_check(settings.prompt_check) if settings.prompt_check else None
 
     def open_model(on_status: OnStatus, stopped: Callable[[], bool]) -> OpenedModel:
         backend = choose_fastest(
@@ -69,6 +72,7 @@ def make_service(
         cache=settings.cache,
         decode_chunk=settings.decode_chunk,
         overlap_decode=settings.overlap_decode,
+        safety=choose_safety(settings.safety, manifest),
         read=files.read,
         on_loaded=on_loaded,
         on_ready=on_ready,
@@ -80,6 +84,7 @@ def make_service(
         BodyLimits(settings.max_body_memory * 2**20),
         _image_files(settings),
         Allowances(Allowance(settings.rate_limit, settings.max_concurrent)),
+        prompt_check=prompt_check,
         log_prompts=settings.log_prompts,
         spans=_spans(settings.otlp_endpoint, model) if settings.otlp_endpoint else None,
         jobs=open_job_store(settings, runtime.metrics),

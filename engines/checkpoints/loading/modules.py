@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import Decoder, decoder_layer
-from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
+from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, CheckpointConfig
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.convert import load_vae
@@ -23,7 +24,16 @@ from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.fuse_lora import fuse_lora
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
 from engines.checkpoints.safetensors_header import read_header
+from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
 from engines.checkpoints.vae import Vae
+
+
+@dataclass(frozen=True)
+class SafetyChecker:
+    """A StableDiffusionSafetyChecker, and what is done to images before it sees them."""
+
+    module: Any
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Modules:
     unet: Any
     vae: Any
     decoder: Any  # the VAE, or a distilled decoder
+    safety_checker: SafetyChecker | None = None
 
 
 def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
@@ -50,6 +61,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
             unet=_load_part(UNet2DConditionModel, config, "unet"),
             vae=vae,
             decoder=_load_decoder(checkpoint.decoder) if checkpoint.decoder else vae,
+            safety_checker=_load_safety_checker(config) if checkpoint.has_safety_checker else None,
         )
     _check_finite(modules, config, checkpoint)
     for lora in checkpoint.loras:
@@ -96,6 +108,13 @@ def _load_part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -
     return _load(kind, config.folder / part, name=config.name, part=part, **options)
 
 
+def _load_safety_checker(config: CheckpointConfig) -> SafetyChecker:
+    module = _load_part(StableDiffusionSafetyChecker, config, SAFETY_CHECKER)
+    module.vision_model.set_attn_implementation("sdpa")
+    check_finite(module.state_dict().items(), str(config.folder / SAFETY_CHECKER))
+    return SafetyChecker(module, read_preprocessing(config))
+
+
 def _load_decoder(decoder: Decoder) -> Any:
     if decoder.file:
         return _decoder_in_file(decoder)
@@ -123,7 +142,7 @@ def _load_vae(vae: Vae, config: CheckpointConfig) -> Any:
 
 
 def _load(kind: Any, folder: Path, *, name: str, part: str, **options: Any) -> Any:
-    dtype = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
+    dtype = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
     try:
         module, info = kind.from_pretrained(
             folder,

@@ -33,17 +33,22 @@ def response_of(service: Service, request: Request, files: Files, *, image_forma
     return GenerateResponse(
         id=request.id,
         model=service.model.manifest.name,
-        images=generated(params.seeds, files.contents, image_format),
+        images=generated(params.seeds, files.contents, image_format, files.flagged),
         parameters=Parameters.of(params),
         timings=timings_of(request, files),
         warnings=params.warnings,
     )
 
 
-def generated(seeds: Sequence[int], contents: Sequence[bytes], image_format: ImageFormat) -> list[GeneratedImage]:
+def generated(
+    seeds: Sequence[int], contents: Sequence[bytes], image_format: ImageFormat, flagged: Sequence[bool | None]
+) -> list[GeneratedImage]:
+    """The images with their verdicts; None: not checked."""
     return [
-        GeneratedImage(seed=seed, format=image_format, image=base64.b64encode(content).decode())
-        for seed, content in zip(seeds, contents, strict=True)
+        GeneratedImage(
+            seed=seed, format=image_format, image=base64.b64encode(content).decode(), nsfw_content_detected=flag
+        )
+        for seed, content, flag in zip(seeds, contents, flagged, strict=True)
     ]
 
 
@@ -64,9 +69,9 @@ def server_timing(timings: Timings) -> str:
     return ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in timings.model_dump().items())
 
 
-def image_headers(seed: int, warnings: Sequence[str]) -> dict[str, str]:
+def image_headers(seed: int, warnings: Sequence[str], flagged: bool | None) -> dict[str, str]:
     """What an answer that is an image file says of it."""
-    known = {"X-Seed": str(seed)}
+    known = {"X-Seed": str(seed)} | ({} if flagged is None else {"X-NSFW-Content-Detected": json.dumps(flagged)})
     return known | ({"X-Warnings": json.dumps(warnings)} if warnings else {})  # JSON keeps the header in ASCII
 
 

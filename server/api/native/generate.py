@@ -104,7 +104,7 @@ async def _respond(
     files = await service.encode_images(request, outcome, cast(ImageFormat, wanted) if bare else image_format)
     headers = {"X-Request-Id": request.id, "Server-Timing": server_timing(timings_of(request, files))}
     if bare:
-        headers |= documents.image_headers(request.params.seeds[0], request.params.warnings)
+        headers |= documents.image_headers(request.params.seeds[0], request.params.warnings, files.flagged[0])
         return Response(files.contents[0], headers=headers, media_type=f"image/{wanted}")
     document = response_of(service, request, files, image_format=image_format)
     return Response(document.model_dump_json(), headers=headers, media_type="application/json")

@@ -79,7 +79,7 @@ def response_of(jobs: Jobs, job: Job, files: Sequence[bytes]) -> GenerateRespons
     return GenerateResponse(
         id=job.id,
         model=facts.model,
-        images=generated(job.seeds, contents, facts.image_format),
+        images=generated(job.seeds, contents, facts.image_format, job.flagged),
         parameters=facts.parameters,
         timings=timings,
         warnings=facts.warnings,

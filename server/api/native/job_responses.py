@@ -53,7 +53,7 @@ async def image(jobs: Jobs, found: AnyJob, index: int, image_format: ImageFormat
     content = await jobs.image(found, index)
     if image_format != "png":
         content = await run_in_threadpool(jobs.transcode, content, image_format)
-    headers = _headers(job) | documents.image_headers(job.seeds[index], job.facts.warnings)
+    headers = _headers(job) | documents.image_headers(job.seeds[index], job.facts.warnings, job.flagged[index])
     return Response(content, headers=headers, media_type=f"image/{image_format}")
 
 

@@ -131,7 +131,7 @@ class JobRunner:
         except Exception:  # whatever it is, the job must end
             _log.exception("the images of job %s cannot be encoded", live.id)
             return facts.failed(_unexpected(), started=live.started, step=live.step), ()
-        return facts.completed(timings_of(live.accepted.request, files), live.started), files.contents
+        return facts.completed(timings_of(live.accepted.request, files), live.started, files.flagged), files.contents
 
     async def _store_end(self, job_id: str, facts: Facts, images: Sequence[bytes]) -> None:
         try:

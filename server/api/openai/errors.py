@@ -5,9 +5,13 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
-from server.requests.errors import STATUS, DeadlineExceeded, ServerError, UnknownModel
+from server.requests.errors import STATUS, ContentBlocked, DeadlineExceeded, PromptRefused, ServerError, UnknownModel
 
-_CODES: dict[type[ServerError], str] = {UnknownModel: "model_not_found"}
+_CODES: dict[type[ServerError], str] = {
+    UnknownModel: "model_not_found",
+    ContentBlocked: "moderation_blocked",
+    PromptRefused: "moderation_blocked",
+}
 _CODES_OF_STATUS = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from server.requests.errors import BrokenPicture, ServerError, StepFailed
+from server.requests.errors import BrokenPicture, ContentBlocked, ServerError, StepFailed
 from server.requests.request import Completed, Outcome
 
 _MOST_FAULTS = 8  # in a row: fewer may be the fault of one caller's parameters
@@ -26,7 +26,7 @@ class Health:
 
     def observe(self, outcome: Outcome) -> None:
         """Count an outcome. Cancelled requests say nothing."""
-        if isinstance(outcome, Completed):
+        if isinstance(outcome, Completed) or isinstance(outcome.error, ContentBlocked):
             self._faults, self.reason = 0, ""
         elif isinstance(outcome.error, BrokenPicture | StepFailed):
             self._faults += 1

@@ -12,13 +12,14 @@ from prometheus_client.registry import Collector
 from engines.backends.available import precision_of
 from engines.manifest import Manifest
 from server.requests.context import APIS
-from server.requests.errors import STATUS, BrokenPicture, Cancelled, ServerError, StepFailed
+from server.requests.errors import STATUS, BrokenPicture, Cancelled, ContentBlocked, ServerError, StepFailed
 from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
 from server.runtime.step_times import StepTimeModel
 
 _STAGES: tuple[Stage | Literal["image"], ...] = (*get_args(Stage), "image")  # the last is making files of pixels
-_OUTCOMES = ("completed", "failed", "cancelled")
-_REASONS = tuple(error.__name__ for error in STATUS if error not in (StepFailed, BrokenPicture))  # those are outcomes
+_OUTCOMES = ("completed", "failed", "cancelled", "blocked")
+_FAILURES = (StepFailed, BrokenPicture, ContentBlocked)  # of accepted requests: outcomes, and no reasons to reject
+_REASONS = tuple(error.__name__ for error in STATUS if error not in _FAILURES)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -64,6 +65,11 @@ class Metrics:
             registry=registry,
         )
         self._images = Counter("latentd_images", "Images generated.", registry=registry)
+        self._flagged = Counter(
+            "latentd_images_flagged",
+            "Images that the safety checker flagged, sent or blocked.",
+            registry=registry,
+        )
         self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
         self._info = Gauge(
             "latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry
@@ -119,8 +125,11 @@ class Metrics:
             self.stage(stage, seconds)
         if isinstance(event, Failed) and isinstance(event.error, BrokenPicture):
             self._broken.inc()
+        if isinstance(event, Failed) and isinstance(event.error, ContentBlocked):
+            self._flagged.inc(len(event.error.seeds))
         if isinstance(event, Completed):
             self._images.inc(len(event.images))
+            self._flagged.inc(sum(event.flagged or ()))
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -160,4 +169,6 @@ class _Curve(Collector):
 def _outcome(outcome: Outcome) -> str:
     if isinstance(outcome, Completed):
         return "completed"
+    if isinstance(outcome.error, ContentBlocked):
+        return "blocked"
     return "cancelled" if isinstance(outcome.error, Cancelled) else "failed"

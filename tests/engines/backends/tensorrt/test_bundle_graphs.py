@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,14 +11,14 @@ import pytest
 
 from engines.backends.device import Buffer
 from engines.build.profiles import shapes
-from engines.contract import Array, GraphName
+from engines.contract import GRAPHS, Array, GraphName
 from engines.manifest import Manifest
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device, write_bundle_engine
 from tests.engines.backends.tensorrt.tiny import DEMO
 
 
-@pytest.mark.parametrize("graph", get_args(GraphName))
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_the_graphs_of_the_demo_compute_in_the_fake_what_they_do_in_onnx_runtime(
     graph: GraphName, tmp_path: Path, gpu: FakeCuda
 ) -> None:
