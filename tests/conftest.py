@@ -10,6 +10,7 @@ import torch
 
 import build_engines
 from engines.manifest import Manifest
+from tests.support.safety import add_safety_checker
 from tests.support.serving import Serving
 from tests.support.tiny import make_checkpoint
 
@@ -35,6 +36,20 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def manifest(bundle: Path) -> Manifest:
     return Manifest.load(bundle)
+
+
+@pytest.fixture(scope="session")
+def checked_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a safety checker that flags some of its pictures."""
+    return add_safety_checker(make_checkpoint(tmp_path_factory.mktemp("checked") / "tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def checked_bundle(checked_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checked-bundle")
+    options = ["--backend", "onnxruntime", "--rows", "2,16", "--decode-batch", "2"]
+    assert build_engines.main(["--model", str(checked_checkpoint), "--out", str(out), *options]) == 0
+    return out
 
 
 @pytest.fixture(scope="session")

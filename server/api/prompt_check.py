@@ -17,11 +17,11 @@ from server.requests.errors import FieldError, InternalError, PromptRefused
 _log = logging.getLogger(__name__)
 _THREADS = 4  # checks at once; further prompts wait
 _ADVICE = (
-    "write package.module:function, where the module can be imported (PYTHONPATH) and the function takes the prompt and "
-    "the negative prompt."
+    "write package.module:function, where the module can be imported (PYTHONPATH) and the function takes the prompt and"
+    " the negative prompt."
 )
 
-Check = Callable[[str, str], str | None]  # prompt and negative prompt to the reason for which they are refused, or None
+Check = Callable[[str, str], str | None]  # the reason to refuse a prompt and its negative prompt
 
 
 class PromptCheck:

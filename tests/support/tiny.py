@@ -18,8 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engines.demo.tokenizer import write_tokenizer
 
@@ -80,31 +79,6 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
     ).save_pretrained(folder)
     if kind.pipeline:
         edit_index(folder, _class_name=kind.pipeline)
-    return folder
-
-
-def make_safety_checker(folder: Path) -> Path:
-    """Add a safety checker with random weights to the checkpoint in `folder`: it flags some random images, not all."""
-    torch.manual_seed(2)
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
-    for name in ("concept_embeds", "special_care_embeds"):
-        torch.nn.init.normal_(getattr(checker, name))
-    torch.nn.init.normal_(checker.visual_projection.weight)
-    checker.save_pretrained(folder / "safety_checker")
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28).save_pretrained(folder / "feature_extractor")
-    edit_index(
-        folder,
-        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-        feature_extractor=["transformers", "CLIPImageProcessor"],
-    )
     return folder
 
 
