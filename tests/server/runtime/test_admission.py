@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ import pytest
 from engines.contract import Array
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.errors import BrokenPicture
-from server.requests.request import GenerationParams, Request
+from server.requests.errors import BrokenPicture, ContentBlocked
+from server.requests.request import GenerationParams, Image, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.admission import DecodedImages, PendingDecode
+from server.runtime.safety import UNCHECKED, Mode, Safety
 
 
 @dataclass
@@ -30,16 +33,27 @@ class Arrived:
         return self.array
 
 
-def pending(*flags: float) -> PendingDecode:
+def pending(*flags: float, safety: Safety = UNCHECKED, scores: tuple[float, ...] = ()) -> PendingDecode:
+    """`scores` are what the safety checker says of each image's one concept."""
     params = GenerationParams(
-        Prompt("", ()), Prompt("", ()), Size(width=8, height=8), Scheduler("euler"), 1, 1.0, (0,) * len(flags)
+        Prompt("", ()),
+        Prompt("", ()),
+        Size(width=8, height=8),
+        Scheduler("euler"),
+        1,
+        1.0,
+        tuple(range(7, 7 + len(flags))),
     )
     request = Request(params, table(params.scheduler, 1, NoiseSchedule()), (), "a")
     chunks = [
-        DecodedImages(Arrived(np.zeros((1, 8, 8, 3), np.uint8)), Arrived(np.array([flag], np.float32)))
-        for flag in flags
+        DecodedImages(Arrived(np.full((1, 8, 8, 3), index, np.uint8)), Arrived(np.array([flag], np.float32)), said)
+        for index, (flag, said) in enumerate(zip_longest(flags, map(_said, scores)))
     ]
-    return PendingDecode(request, ExitStack(), decoded=chunks)
+    return PendingDecode(request, ExitStack(), decoded=chunks, safety=safety)
+
+
+def _said(score: float) -> tuple[Arrived, Arrived]:
+    return Arrived(np.array([[score]], np.float32)), Arrived(np.array([[-1]], np.float32))
 
 
 def test_finite_images_are_given_out() -> None:
@@ -50,3 +64,41 @@ def test_finite_images_are_given_out() -> None:
 def test_any_other_answer_of_the_device_is_a_broken_picture(flag: float) -> None:
     with pytest.raises(BrokenPicture):
         pending(1, flag).images()
+
+
+def test_images_that_are_not_checked_have_no_verdicts() -> None:
+    assert pending(1, 1).completed().flagged is None
+
+
+def test_the_graph_gives_a_verdict_per_image() -> None:
+    assert pending(1, 1, safety=Safety("flag"), scores=(-0.2, 0.2)).completed().flagged == (False, True)
+
+
+def test_a_classifier_begins_when_images_have_arrived_and_is_waited_for() -> None:
+    verdicts = [Future[bool](), Future[bool]()]
+    seen: list[int] = []
+
+    def classify(image: Image) -> Future[bool]:
+        seen.append(int(image[0, 0, 0]))
+        return verdicts[len(seen) - 1]
+
+    decode = pending(1, 1, safety=Safety("flag", classify))
+    assert not decode.done()
+    assert not decode.done()
+    assert seen == [0, 1], "each image once"
+    verdicts[0].set_result(True)
+    assert not decode.done()
+    verdicts[1].set_result(False)
+    assert decode.done()
+    assert decode.completed().flagged == (True, False)
+
+
+@pytest.mark.parametrize(("score", "mode"), [(0.2, "flag"), (-0.2, "block")])
+def test_other_images_are_given_out(score: float, mode: Mode) -> None:
+    assert len(pending(1, 1, safety=Safety(mode), scores=(-0.2, score)).completed().images) == 2
+
+
+def test_a_flagged_image_blocks_its_request_and_its_seed_is_named() -> None:
+    with pytest.raises(ContentBlocked, match="the image of seed 8: use another seed") as blocked:
+        pending(1, 1, safety=Safety("block"), scores=(-0.2, 0.2)).completed()
+    assert blocked.value.seeds == (8,)
