@@ -1,4 +1,4 @@
-"""The graphs as torch modules, but for the safety checker's, shaped for serving: everything of a denoising step that touches pixels is inside.
+"""The graphs as torch modules, shaped for serving: everything of a denoising step that touches pixels is inside.
 
 Shapes in comments use the letters of `engines.contract`.
 """
