@@ -146,18 +146,33 @@ def test_all_images_can_be_deleted(page: Page) -> None:
 
 def test_the_oldest_of_more_than_a_hundred_is_given_up(page: Page) -> None:
     driving.generate(page)
-    page.evaluate(
+    page.wait_for_function(
+        """async () => {
+          const { storedPictures } = await import(new URL("playground/picture-store.js", document.baseURI));
+          return (await storedPictures()).length === 1;
+        }"""
+    )
+    first = page.evaluate(
         """async () => {
           const base = new URL("playground/picture-store.js", document.baseURI);
           const { storedPictures, storePicture } = await import(base);
           const [{ id, ...picture }] = await storedPictures();
           for (let count = 0; count < 99; count += 1) await storePicture({ ...picture, seed: count });
+          return id;
         }"""
     )
     page.reload()
     driving.is_loaded(page)
     expect(thumbnails(page)).to_have_count(100)
     driving.generate(page)
+    page.wait_for_function(  # the new one is stored once the first is gone
+        """async (first) => {
+          const { storedPictures } = await import(new URL("playground/picture-store.js", document.baseURI));
+          const pictures = await storedPictures();
+          return pictures.length === 100 && pictures.every(({ id }) => id !== first);
+        }""",
+        arg=first,
+    )
     page.reload()
     driving.is_loaded(page)
     expect(thumbnails(page)).to_have_count(100)
