@@ -39,8 +39,6 @@ def caller_of(http: HttpRequest) -> Caller:
     Behind a proxy that is listed in FORWARDED_ALLOW_IPS, uvicorn takes the address from X-Forwarded-For.
     """
     known: Caller | None = http.scope.get(CALLER)
-    if known:
-        note(http.scope, caller=known.name)
     return known or Caller(network_of(http.client.host if http.client else ""))
 
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.access.addresses import network_of
 from server.access.credentials import presented_key
 from server.access.rates import Rates
+from server.middleware.access_log import note
 from server.requests.context import Caller
 from server.requests.errors import Forbidden, RateLimited, ServerError, Unauthenticated
 
@@ -41,7 +42,10 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                scope = {**scope, CALLER: self._caller(scope)}
+                caller = self._caller(scope)
+                scope = {**scope, CALLER: caller}
+                if caller:
+                    note(scope, caller=caller.name)
             except ServerError as error:
                 response = self._refuse(HttpRequest(scope), error)
                 if isinstance(error, Unauthenticated):

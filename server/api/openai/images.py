@@ -106,5 +106,5 @@ async def _respond(service: Service, accepted: Accepted, http: HttpRequest, repl
     if isinstance(outcome, Failed):
         return error_response(http, outcome.error)
     files = await service.encode_images(request, outcome, reply.image_format, quality=reply.quality)
-    document = reply.document(request, files.contents).model_dump_json()
+    document = reply.document(request, files).model_dump_json()
     return Response(document, headers=reply.headers(request, files), media_type="application/json")

@@ -59,22 +59,23 @@ class Reply:
         timing = [f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in spent]
         return {"X-Request-Id": request.id, "Server-Timing": ", ".join(timing)}
 
-    def document(self, request: Request, files: tuple[bytes, ...]) -> ImagesResponse:
+    def document(self, request: Request, files: Files) -> ImagesResponse:
         """The response that has all images."""
         return ImagesResponse(
             created=int(time.time()),
-            data=[self._image(file, seed) for file, seed in zip(files, request.params.seeds, strict=True)],
+            data=[self._image(*one) for one in zip(files.contents, request.params.seeds, files.flagged, strict=True)],
             output_format=self.image_format,
             size=str(request.params.size),
             usage=_usage(request),
         )
 
-    def _image(self, file: bytes, seed: int) -> ImageData:
+    def _image(self, file: bytes, seed: int, flagged: bool | None) -> ImageData:
         text = b64encode(file).decode()
         return ImageData(
             b64_json=None if self.response_format == "url" else text,
             url=None if self.response_format == "b64_json" else f"data:image/{self.image_format};base64,{text}",
             seed=seed,
+            nsfw_content_detected=flagged,
         )
 
 
@@ -123,6 +124,7 @@ class EventWriter:
             output_format=reply.image_format,
             usage=_usage(self._request),
             seed=params.seeds[0],
+            nsfw_content_detected=files.flagged[0],
         )
         return _event(document.type, document)
 

@@ -16,6 +16,7 @@ from server.requests.schemas import MAX_SEED, GenerateRequest, ImageFile, Side
 
 _SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 _IGNORED = "accepted and ignored"
+_VERDICT = "extension: whether the safety checker flagged the image; null: not checked"
 
 
 def _check_size(text: str) -> str:
@@ -143,6 +144,7 @@ class ImageData(BaseModel):
     b64_json: str | None = Field(description="the file in base64; null with response_format url")
     url: str | None = Field(description="the file in a data: URL; null with response_format b64_json")
     seed: int = Field(description="extension: the seed that makes it again")
+    nsfw_content_detected: bool | None = Field(description=_VERDICT)
 
 
 class TokenDetails(BaseModel):
@@ -197,6 +199,7 @@ class CompletedEvent(BaseModel):
     output_format: ImageFormat
     usage: Usage
     seed: int = Field(description="extension: the seed that makes it again")
+    nsfw_content_detected: bool | None = Field(description=_VERDICT)
 
 
 class Model(BaseModel):

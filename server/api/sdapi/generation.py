@@ -85,6 +85,7 @@ class _Call:
     began: float = field(default_factory=time.perf_counter)
     done: list[Request] = field(default_factory=list)
     files: list[bytes] = field(default_factory=list)  # PNG
+    flagged: list[bool | None] = field(default_factory=list)  # the safety checker's verdicts
 
     @property
     def context_now(self) -> RequestContext:
@@ -143,6 +144,7 @@ async def _keep(service: Service, call: _Call, request: Request, completed: Comp
     files = await service.encode_images(request, completed, "png")
     call.done.append(request)
     call.files.extend(files.contents)
+    call.flagged.extend(files.flagged)
 
 
 def _document(service: Service, task: Task, call: _Call) -> str:
@@ -157,7 +159,7 @@ def _document(service: Service, task: Task, call: _Call) -> str:
     return Generated(
         images=[] if call.body.send_images is False else [_base64(file) for file in call.files],
         parameters=parameters,
-        info=info(call.plan, task, call.done, service.model.manifest),
+        info=info(call.plan, task, call.done, call.flagged, service.model.manifest),
     ).model_dump_json()
 
 

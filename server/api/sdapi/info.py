@@ -14,7 +14,9 @@ from server.requests.infotext import sampler_names, write
 from server.requests.request import Request
 
 
-def info(plan: Plan, task: Task, requests: Sequence[Request], manifest: Manifest) -> str:
+def info(
+    plan: Plan, task: Task, requests: Sequence[Request], flagged: Sequence[bool | None], manifest: Manifest
+) -> str:
     """Describe the images of `requests`, the first of which is there."""
     params = requests[0].params
     checkpoint = checkpoint_of(manifest)
@@ -55,6 +57,7 @@ def info(plan: Plan, task: Task, requests: Sequence[Request], manifest: Manifest
         "clip_skip": params.clip_skip + 1,
         "is_using_inpainting_conditioning": False,
         "version": f"latentd {version('latentd')}",
+        "nsfw_content_detected": list(flagged),
         "warnings": list(dict.fromkeys([*plan.warnings, *params.warnings])),
     }
     return json.dumps(document)
