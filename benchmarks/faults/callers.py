@@ -50,16 +50,18 @@ class Tally:
 
 
 class Caller:
-    """One client of the server at `url`, from a source address of its own. Each request has a connection of its own.
+    """One client of the server at `url`, from a source address of its own or with an API key. Each request has a
+    connection of its own.
 
     The response is parsed by httptools: clients with connection pools take more of the CPU than the server does when
     hundreds of requests are open, and would decide what is measured.
     """
 
-    def __init__(self, url: str, tally: Tally, *, source: str = "127.0.0.1") -> None:
+    def __init__(self, url: str, tally: Tally, *, source: str = "127.0.0.1", key: str | None = None) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._tally, self._source = tally, source
+        self._credentials = "" if key is None else f"Authorization: Bearer {key}\r\n"
 
     async def ask(self, fields: Mapping[str, Any], *, accept: str = JSON, leave_after: float | None = None) -> Answer:
         """Send one request and count its answer. With `leave_after`, disconnect after so many seconds."""
@@ -84,7 +86,7 @@ class Caller:
     def _request(self, fields: Mapping[str, Any], accept: str) -> bytes:
         body = json.dumps(fields).encode()
         head = (
-            f"POST /generate HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nAccept: {accept}\r\n"
+            f"POST /generate HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nAccept: {accept}\r\n{self._credentials}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body

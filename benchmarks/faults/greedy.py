@@ -1,6 +1,6 @@
 """A greedy caller: many connections that ask again at once, from a process of its own.
 
-python -m benchmarks.faults.greedy URL CONNECTIONS FIELDS    until standard input ends; FIELDS is the JSON body
+python -m benchmarks.faults.greedy URL KEY CONNECTIONS FIELDS    until standard input ends; FIELDS is the JSON body
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any, Self
 from benchmarks.faults.callers import Caller, Tally, ask_greedily
 from benchmarks.process import ROOT
 
-SOURCE = "127.0.0.2"  # its address: a caller of its own
 _PAUSE = 1.0  # seconds between the requests of a connection: two hundred would take the server's CPU without
 
 
 class GreedyCaller:
     """A context manager: meanwhile the server is asked by `connections` at once, whatever it answers."""
 
-    def __init__(self, url: str, *, connections: int, fields: Mapping[str, Any]) -> None:
-        command = [sys.executable, "-m", "benchmarks.faults.greedy", url, str(connections), json.dumps(fields)]
+    def __init__(self, url: str, *, key: str, connections: int, fields: Mapping[str, Any]) -> None:
+        command = [sys.executable, "-m", "benchmarks.faults.greedy", url, key, str(connections)]
         self._process = subprocess.Popen(  # noqa: S603 - our own command
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, json.dumps(fields)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.endings: Mapping[str, int] = {}
 
@@ -37,9 +36,9 @@ class GreedyCaller:
         self.endings = json.loads(self._process.communicate(timeout=120)[0])
 
 
-async def ask_until_input_ends(url: str, connections: int, fields: Mapping[str, Any]) -> Tally:
+async def ask_until_input_ends(url: str, key: str, connections: int, fields: Mapping[str, Any]) -> Tally:
     tally, over = Tally(), asyncio.Event()
-    caller = Caller(url, tally, source=SOURCE)
+    caller = Caller(url, tally, key=key)
     async with asyncio.TaskGroup() as group:
         for _ in range(connections):
             group.create_task(ask_greedily(caller, fields, until=over, pause=_PAUSE))
@@ -50,5 +49,5 @@ async def ask_until_input_ends(url: str, connections: int, fields: Mapping[str, 
 
 if __name__ == "__main__":
     os.nice(5)  # where cores are few, the server goes first
-    seen = asyncio.run(ask_until_input_ends(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])))
+    seen = asyncio.run(ask_until_input_ends(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])))
     sys.stdout.write(json.dumps(seen.endings))

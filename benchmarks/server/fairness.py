@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,6 +25,7 @@ from engines.cli import CommandLine, parse
 from engines.files import write_atomically
 from loadtest.charts import seconds
 from loadtest.provenance import ResultModel, Run, begin_run, now
+from server.access.keys import entry, new_key
 
 _FIELDS = {"prompt": "a red heart on a yellow background", "num_inference_steps": 20, "seed": 1}
 _SETTLE = 5.0  # seconds until the greedy caller's requests fill the queue
@@ -52,7 +55,7 @@ class FairnessCommand(CommandLine):
 
     python -m benchmarks.server.fairness --out fairness.json
 
-    The polite caller sends one request after the other, first alone, then while another address has two hundred open.
+    The polite caller sends one request after the other, first alone, then while another key has two hundred open.
     The exit code is 1 if its 95th percentile is more than twice that alone plus one full step. Run it on a machine with
     nothing else to do.
     """
@@ -69,9 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(FairnessCommand, words)
     run = begin_run(["python", "-m", "benchmarks.server.fairness", *words])
     port = free_port()
+    polite, greedy, admin = (new_key() for _ in range(3))
     try:
-        with ServerProcess([sys.executable, "-m", "server", "--port", str(port)], port=port) as server:
-            found = _measure(server.url, options, run)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "keys.toml"
+            names = {"polite": polite, "greedy": greedy, "admin": admin}
+            file.write_text("\n".join(entry(name, key, admin=name == "admin") for name, key in names.items()))
+            command = [sys.executable, "-m", "server", "--port", str(port), "--api-keys", str(file)]
+            with ServerProcess(command, port=port) as server:
+                found = _measure(Server(server.url, polite, greedy, admin), options, run)
     except (ServerStartError, OSError, httpx.HTTPError) as error:
         complain(error)
         return 2
@@ -80,15 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(not found.holds)
 
 
-def _measure(url: str, options: FairnessCommand, run: Run) -> FairnessResults:
-    _ask(url, 3)  # what only requests load is there before anything is measured
-    alone = _ask(url, options.requests)
-    with GreedyCaller(url, connections=options.connections, fields=_FIELDS) as greedy:
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server, and its callers' keys."""
+
+    url: str
+    polite: str
+    greedy: str
+    admin: str
+
+
+def _measure(server: Server, options: FairnessCommand, run: Run) -> FairnessResults:
+    _ask(server, 3)  # what only requests load is there before anything is measured
+    alone = _ask(server, options.requests)
+    with GreedyCaller(server.url, key=server.greedy, connections=options.connections, fields=_FIELDS) as greedy:
         time.sleep(_SETTLE)
-        before = _steps(url)
+        before = _steps(server)
         time.sleep(_SETTLE)
-        count, total = (after - begin for after, begin in zip(_steps(url), before, strict=True))
-        beside = _ask(url, options.requests)
+        count, total = (after - begin for after, begin in zip(_steps(server), before, strict=True))
+        beside = _ask(server, options.requests)
     return FairnessResults(
         run=run.model_copy(update={"ended": now()}),
         alone=alone,
@@ -98,9 +117,9 @@ def _measure(url: str, options: FairnessCommand, run: Run) -> FairnessResults:
     )
 
 
-def _ask(url: str, count: int) -> tuple[float, ...]:
+def _ask(server: Server, count: int) -> tuple[float, ...]:
     """Seconds until each image, one request after the other."""
-    caller = Caller(url, Tally())
+    caller = Caller(server.url, Tally(), key=server.polite)
 
     async def ask() -> tuple[float, ...]:
         times = []
@@ -115,9 +134,10 @@ def _ask(url: str, count: int) -> tuple[float, ...]:
     return asyncio.run(ask())
 
 
-def _steps(url: str) -> tuple[float, float]:
+def _steps(server: Server) -> tuple[float, float]:
     """How many steps have been taken, and their seconds in all."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").raise_for_status().text)
+    answer = httpx.get(f"{server.url}/metrics", headers={"X-API-Key": server.admin}).raise_for_status()
+    families = text_string_to_metric_families(answer.text)
     samples = {sample.name: sample.value for family in families for sample in family.samples}
     return samples["latentd_step_duration_seconds_count"], samples["latentd_step_duration_seconds_sum"]
 
