@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from importlib.metadata import version
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
@@ -32,6 +31,7 @@ from server.middleware.host_check import HostCheck
 from server.middleware.paths import Paths
 from server.middleware.security_headers import SecurityHeaders
 from server.requests.errors import InternalError, MethodNotAllowed, NotFound, ServerError
+from server.version import VERSION
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def routes(service: Service, *, asks_for_keys: bool = False) -> FastAPI:
         service.writers.shutdown(wait=False)
 
     app = FastAPI(
-        version=version("latentd"),
+        version=VERSION,
         docs_url=None,  # see `pages`
         redoc_url=None,
         redirect_slashes=False,  # see `Paths`

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
@@ -14,6 +13,7 @@ from server.api.problems import shorten
 from server.api.service import Service
 from server.requests.errors import STATUS, InvalidRequest, ServerError, UnknownModel
 from server.requests.schemas import Readiness
+from server.version import VERSION
 
 _READY = {"application/json": {"example": {"ready": True, "detail": "ready"}}}
 _LOADING = {"application/json": {"example": {"ready": False, "detail": "warming up 512x512"}}}
@@ -116,7 +116,7 @@ def _add_health(router: APIRouter, service: Service) -> None:
 def _add_server(router: APIRouter) -> None:
     @router.get("/v2", operation_id="server_metadata", summary="Name and version of the server")
     async def server() -> ServerMetadata:
-        return ServerMetadata(version=version("latentd"))
+        return ServerMetadata(version=VERSION)
 
 
 def _add_models(router: APIRouter, service: Service) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from engines.errors import EngineError
 from server.requests import images
 from server.requests.images import ImageFormat
 from server.requests.metadata import SourceType, source_type_uri
+from server.version import VERSION
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _statement(source_type: SourceType) -> str:
     created = {"action": "c2pa.created", "digitalSourceType": source_type_uri(source_type)}
     return json.dumps(
         {
-            "claim_generator_info": [{"name": "latentd", "version": version("latentd")}],
+            "claim_generator_info": [{"name": "latentd", "version": VERSION}],
             "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [created]}}],
         }
     )

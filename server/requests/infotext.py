@@ -13,12 +13,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.metadata import version
 from typing import NamedTuple
 
 from engines.schedulers import Scheduler, Sigmas, describe
 from server.requests.request import GenerationParams
+from server.version import VERSION
 
 PROMPT, NEGATIVE_PROMPT = "Prompt", "Negative prompt"  # keys of what `parse` returns
 _NEGATIVE = f"{NEGATIVE_PROMPT}:"
@@ -53,7 +52,7 @@ def sampler_names(scheduler: Scheduler) -> SamplerNames:
 def write(params: GenerationParams, *, seed: int, model: str, model_hash: str | None = None) -> str:
     """The text of the image with `seed`, one of those of `params`; `model` is the name of the model."""
     known = {**_fields(params, seed), "Model hash": model_hash, "Model": model, **_extra_fields(params)}
-    known["Version"] = f"latentd {_version()}"
+    known["Version"] = f"latentd {VERSION}"
     line = ", ".join(f"{key}: {_quote(_text(value))}" for key, value in known.items() if value is not None)
     negative = f"\n{_NEGATIVE} {params.negative_prompt.text}" if params.negative_prompt.text else ""
     return _clean(f"{params.prompt.text}{negative}\n{line}".strip())
@@ -103,11 +102,6 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
         "Cache": None if params.cache == "off" else params.cache,
         "Exact": True if params.isolated else None,
     }
-
-
-@cache
-def _version() -> str:
-    return version("latentd")
 
 
 def _text(value: object) -> str:

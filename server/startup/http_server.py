@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 import socket
 from collections.abc import Generator
@@ -63,6 +64,7 @@ async def _use_first() -> None:
     from PIL import Image  # noqa: PLC0415 - while the engines are loaded
     from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - as above
 
+    codecs.lookup("utf-16-be")  # of the comment in EXIF
     await run_in_threadpool(Image.preinit)  # the formats of uploads, and the threads that decode them
 
 

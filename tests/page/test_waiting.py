@@ -131,7 +131,7 @@ def test_what_is_forbidden_is_explained(page: Page, console: Console) -> None:
 def test_a_flagged_image_is_blurred_until_it_is_asked_for(page: Page) -> None:
     def flag(route: Route) -> None:
         answer = route.fetch()
-        body = answer.text().replace('"images":[{', '"images":[{"nsfw_content_detected":true,')
+        body = answer.text().replace('"nsfw_content_detected":null', '"nsfw_content_detected":true')
         route.fulfill(response=answer, body=body)
 
     page.route("**/generate", flag)

@@ -140,5 +140,5 @@ def test_each_request_has_a_line_in_the_access_log(published: Serving) -> None:
     while not any("/gone-after-this" in line for line in published.stderr):
         published.client.get("/v2/health/live")
     (line,) = [line for line in published.stderr if "line-7" in line]
-    assert re.search(rf"127\.0\.0\.1 POST {PREFIX}/generate 200 \d+\.\d+ s, request line-7$", line)
+    assert re.search(rf"127\.0\.0\.1 POST {PREFIX}/generate 200 \d+\.\d+ s, request line-7, api generate$", line)
     assert not [line for line in published.stderr if "secret" in line or "red cat" in line]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from engines.manifest import Manifest
 from server.api.sdapi.tasks import Task
@@ -12,6 +11,7 @@ from server.api.sdapi.translation.checkpoint import checkpoint_of
 from server.api.sdapi.translation.plan import Plan
 from server.requests.infotext import sampler_names, write
 from server.requests.request import Request
+from server.version import VERSION
 
 
 def info(
@@ -56,7 +56,7 @@ def info(
         "job_timestamp": task.timestamp,
         "clip_skip": params.clip_skip + 1,
         "is_using_inpainting_conditioning": False,
-        "version": f"latentd {version('latentd')}",
+        "version": f"latentd {VERSION}",
         "nsfw_content_detected": list(flagged),
         "warnings": list(dict.fromkeys([*plan.warnings, *params.warnings])),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from weakref import WeakKeyDictionary
 
 from opentelemetry.context import Context
@@ -20,6 +19,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from server.requests.request import Event, Failed, Outcome, Request
+from server.version import VERSION
 
 _SECOND = 10**9  # nanoseconds
 _CLOSE_SECONDS = 1.0  # that the end of the process waits for the collector
@@ -37,7 +37,7 @@ class Spans:
         The SDK's own variables, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS and more, apply.
         """
         self._model = model
-        named = Resource({"service.name": "latentd", "service.version": version("latentd")})
+        named = Resource({"service.name": "latentd", "service.version": VERSION})
         self._provider = TracerProvider(resource=named.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
         exporter = exporter or OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

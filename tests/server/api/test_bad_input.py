@@ -355,7 +355,7 @@ def test_the_preferred_media_type_is_sent(serving: Serving, accept: str, kind: s
     assert answer.headers["Content-Type"] == kind
 
 
-@pytest.mark.parametrize("path", ["/generat", "/generate/1", "/v2", "/%00", "/..%2f..%2fetc/passwd", "/" + "x" * 5000])
+@pytest.mark.parametrize("path", ["/generat", "/generate/1", "/v3", "/%00", "/..%2f..%2fetc/passwd", "/" + "x" * 5000])
 def test_an_unknown_path_is_not_found(serving: Serving, path: str) -> None:
     check_refused(serving.client.get(path), 404)
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.requests.context import APIS
-from server.requests.errors import STATUS, BrokenPicture, QueueFull, StepFailed
+from server.requests.errors import STATUS, BrokenPicture, ContentBlocked, QueueFull, StepFailed
 from server.runtime.monitoring.metrics import Metrics
 from tests import ROOT
 from tests.support.serving import Serving
 
 NAME = re.compile(r"`((?:latentd|process)_[a-z_]+)`")
+
+OUTCOMES = ("completed", "failed", "cancelled", "blocked")
 
 
 def samples(metrics: Metrics) -> Mapping[tuple[str, ...], float]:
@@ -25,9 +27,11 @@ def samples(metrics: Metrics) -> Mapping[tuple[str, ...], float]:
 def test_outcomes_and_refusals_have_their_series_before_the_first() -> None:
     found = samples(Metrics(max_rows=2))
     outcomes = {name[1:]: value for name, value in found.items() if name[0] == "latentd_requests_total"}
-    assert outcomes == {(api, outcome): 0 for api in APIS for outcome in ("completed", "failed", "cancelled")}
+    assert outcomes == {(api, outcome): 0 for api in APIS for outcome in OUTCOMES}
     reasons = {name[1]: value for name, value in found.items() if name[0] == "latentd_requests_rejected_total"}
-    assert reasons == {error.__name__: 0 for error in STATUS if error not in (StepFailed, BrokenPicture)}
+    assert reasons == {
+        error.__name__: 0 for error in STATUS if error not in (StepFailed, BrokenPicture, ContentBlocked)
+    }
     assert found["latentd_prompt_lookups_total", "miss"] == 0
 
 
