@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
 from benchmarks.server.attacks import AttackResults
+from benchmarks.server.fairness import FairnessResults
 from benchmarks.server.memory import MemoryReport
 from benchmarks.server.overhead import Overhead
 from benchmarks.server.soak import SoakResults
@@ -18,6 +19,7 @@ from tests import ROOT
 FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 MODELS: dict[str, type[BaseModel]] = {
     "attacks": AttackResults,
+    "fairness": FairnessResults,
     "memory-fp32": MemoryReport,
     "memory-int8": MemoryReport,
     "overhead": Overhead,
