@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 class Access:
     """Who may call the application, and how."""
 
-    find: Find | None = None  # the caller whose key it is; None: nobody is asked for a key
+    find: Find | None = None  # the caller whose key it is; None: there is no authentication
     hosts: Hosts | None = None  # that are answered; None: all
     origins: Collection[str] = ()  # whose pages may call it
 

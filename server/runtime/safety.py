@@ -1,4 +1,4 @@
-"""Whether images are checked for content that not everybody may see, by what, and what becomes of flagged ones."""
+"""Whether images are checked for unsafe content, by what, and what becomes of flagged ones."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class ServerSettings(BaseSettings):
     api_keys: Path | None = Field(
         None,
         description="file of API keys, to which `python -m server.access NAME --file FILE` adds one; it is read again "
-        "when it changes. Without it nobody is asked for a key",
+        "when it changes. Without it there is no authentication",
     )
     rate_limit: Annotated[str, AfterValidator(check_rate)] | None = Field(
         None,
