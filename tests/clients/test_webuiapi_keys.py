@@ -9,10 +9,10 @@ import pytest
 import webuiapi
 
 from engines.demo import BUNDLE as DEMO
+from server.access import keys
 from tests.support.bare_server import wait_until
 from tests.support.serving import Serving
 
-keys = pytest.importorskip("server.access.keys")
 KEYS = {name: keys.new_key() for name in ("alice", "bob", "root")}
 
 

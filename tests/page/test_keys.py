@@ -9,13 +9,13 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from engines.demo import BUNDLE
+from server.access import keys
 from tests.page import driving
 from tests.page.conftest import OpenPage
 from tests.page.driving import PROMPT
 from tests.support.browsing import Console
 from tests.support.serving import Serving
 
-keys = pytest.importorskip("server.access.keys")
 PREFIX = "/tools/images"
 KEY = keys.new_key()
 
