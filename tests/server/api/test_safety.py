@@ -140,6 +140,12 @@ def test_a_damaged_checker_is_refused(checked_bundle: Path, tmp_path: Path) -> N
     assert file.path in ended.stderr
 
 
+def test_a_bundle_without_a_checker_is_checked_by_the_extra() -> None:
+    with Serving(DEMO, "--safety", "flag") as running:
+        answer = running.generate(prompt="a red heart", num_inference_steps=2, num_images=2, seed=1)
+        assert flags(answer) == [False, False]
+
+
 def test_the_demo_is_served_as_before() -> None:
     manifest = Manifest.read(DEMO)
     assert not manifest.has_safety_checker
