@@ -36,7 +36,7 @@ DESCRIPTION: Mapping[str, Any] = {
 }
 IMAGE = {"schema": {"type": "string", "format": "binary", "description": "one image file"}}
 EVENTS = {
-    "schema": {"type": "string", "description": "server-sent events: queued, started, step …, completed or error"},
+    "schema": {"description": "server-sent events: queued, started, step …, completed or error"},
     "example": 'event: queued\ndata: {"id":"8f14e45f","position":0}\n\n',
 }
 JOB_HEADERS = {"Location": {"description": "path of the job", "schema": {"type": "string"}}}

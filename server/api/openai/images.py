@@ -25,7 +25,7 @@ from server.requests.errors import FieldError, InvalidRequest
 from server.requests.request import Failed
 
 _EVENTS = {
-    "schema": {"type": "string", "description": "server-sent events: partial_image …, then completed or error"},
+    "schema": {"description": "server-sent events: partial_image …, then completed or error"},
     "example": 'event: image_generation.completed\ndata: {"type":"image_generation.completed","b64_json":"…"}\n\n',
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
