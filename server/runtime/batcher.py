@@ -256,14 +256,24 @@ class Batcher:
                 self._remove_empty_lines()
             if not self._lines:
                 return Batch(left, (), ()) if left or not self._closed else None
-            size = min(self._lines, key=lambda one: self._lines[one].turns)  # of several, the one that waited longest
-            line = self._lines[size] = self._lines.pop(size)
-            line.turns += 1 / line.weight
+            size = self._next_size()
+            line = self._lines[size]
             joined = tuple(line.join(self.max_rows))
             return Batch(left, joined, line.take_turn(self.max_rows, self._fair_rows(size)))
 
+    def _next_size(self) -> Size:
+        """The size whose turn it is: of several with as many turns, the one that waited longest."""
+        if len(self._lines) == 1:
+            return next(iter(self._lines))
+        size = min(self._lines, key=lambda one: self._lines[one].turns)
+        line = self._lines[size] = self._lines.pop(size)
+        line.turns += 1 / line.weight
+        return size
+
     def _fair_rows(self, size: Size) -> int:
         """The most rows that a step of `size` may take, for the sake of the other flows that run; see `fair_rows`."""
+        if len(self._lines) == 1 and len(self._lines[size].rows) == 1:  # what is usual, without looking further
+            return self.max_rows
         if len({flow for line in self._lines.values() for flow in line.rows}) == 1:
             return self.max_rows
         alone = [
