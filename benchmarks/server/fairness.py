@@ -35,8 +35,8 @@ class FairnessResults(ResultModel):
     """The results file. Times in seconds."""
 
     run: Run
-    alone: tuple[float, ...] = Field(description="the polite caller's requests with nobody else, in order")
-    beside: tuple[float, ...] = Field(description="its requests while the greedy caller asks")
+    alone: tuple[float, ...] = Field(description="the polite caller's requests without others, in order")
+    contended: tuple[float, ...] = Field(description="its requests while the greedy caller asks")
     full_step: float = Field(description="mean time of a step that the greedy caller's requests take alone")
     greedy: dict[str, int] = Field(description="how the greedy caller's requests ended")
 
@@ -47,7 +47,7 @@ class FairnessResults(ResultModel):
 
     @property
     def holds(self) -> bool:
-        return _p95(self.beside) <= self.bound
+        return _p95(self.contended) <= self.bound
 
 
 class FairnessCommand(CommandLine):
@@ -107,11 +107,11 @@ def _measure(server: Server, options: FairnessCommand, run: Run) -> FairnessResu
         before = _steps(server)
         time.sleep(_SETTLE)
         count, total = (after - begin for after, begin in zip(_steps(server), before, strict=True))
-        beside = _ask(server, options.requests)
+        contended = _ask(server, options.requests)
     return FairnessResults(
         run=run.model_copy(update={"ended": now()}),
         alone=alone,
-        beside=beside,
+        contended=contended,
         full_step=total / count,
         greedy=dict(greedy.endings),
     )
@@ -148,7 +148,7 @@ def _p95(times: Sequence[float]) -> float:
 
 def _table(found: FairnessResults) -> Table:
     table = Table("polite caller", "median", "p95", "most")
-    for name, times in (("alone", found.alone), ("beside the greedy one", found.beside)):
+    for name, times in (("alone", found.alone), ("with the greedy caller", found.contended)):
         table.add_row(name, *(seconds(value) for value in (float(np.median(times)), _p95(times), max(times))))
     verdict = "holds" if found.holds else "does not hold"
     table.caption = (

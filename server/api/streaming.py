@@ -10,12 +10,13 @@ from fastapi.sse import KEEPALIVE_COMMENT
 from server.api.service import Accepted
 from server.requests.request import Event
 
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _KEEPALIVE = 15.0  # seconds
 
 
 def event_stream(accepted: Accepted, describe: Callable[[Event], Awaitable[bytes]]) -> StreamingResponse:
     """A stream of what `describe` makes of each event; no bytes leave an event out. Closing it cancels the request."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": accepted.request.id}
+    headers = {**STREAM_HEADERS, "X-Request-Id": accepted.request.id}
     return StreamingResponse(_events(accepted, describe), media_type="text/event-stream", headers=headers)
 
 

@@ -24,8 +24,6 @@ from server.requests.schemas import (
     Timings,
 )
 
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
 
 def response_of(service: Service, request: Request, files: Files, *, image_format: ImageFormat) -> GenerateResponse:
     """The answer to a request."""

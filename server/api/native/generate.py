@@ -27,6 +27,7 @@ from server.api.outcomes import wait_for_outcome
 from server.api.problems import problem
 from server.api.routes import RawRoute
 from server.api.service import Accepted, Service
+from server.api.streaming import STREAM_HEADERS
 from server.requests import images
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.images import ImageFormat
@@ -114,7 +115,7 @@ def _stream(service: Service, accepted: Accepted, image_format: ImageFormat) -> 
     return StreamingResponse(
         _sse(service, accepted, image_format),
         media_type="text/event-stream",
-        headers={**documents.STREAM_HEADERS, "X-Request-Id": accepted.request.id},
+        headers={**STREAM_HEADERS, "X-Request-Id": accepted.request.id},
     )
 
 

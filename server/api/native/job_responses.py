@@ -19,6 +19,7 @@ from server.api.native.live_job import LiveJob
 from server.api.native.negotiation import ResponseFormat
 from server.api.native.updates import updates
 from server.api.problems import problem
+from server.api.streaming import STREAM_HEADERS
 from server.jobs.job import Job
 from server.requests.errors import Cancelled, ServerError
 from server.requests.images import ImageFormat
@@ -59,7 +60,7 @@ async def image(jobs: Jobs, found: AnyJob, index: int, image_format: ImageFormat
 
 def stream(jobs: Jobs, found: AnyJob) -> StreamingResponse:
     """The events of a job from its present state on."""
-    headers = {**documents.STREAM_HEADERS, **_headers(as_job(found))}
+    headers = {**STREAM_HEADERS, **_headers(as_job(found))}
     return StreamingResponse(_events(jobs, found), media_type="text/event-stream", headers=headers)
 
 
