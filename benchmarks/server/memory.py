@@ -95,6 +95,9 @@ class _LoggedDevice:
     def memory(self) -> Mapping[str, int]:
         return self._device.memory()
 
+    def uncaptured(self) -> Mapping[str, int]:
+        return self._device.uncaptured()
+
 
 class MemoryCommand(CommandLine):
     """Show where a server's memory goes: engine by engine, in the order in which the server loads them.

@@ -164,3 +164,9 @@ class Device(Protocol):
 
     def memory(self) -> Mapping[str, int]:
         """Bytes of the device's memory that this process uses, by purpose."""
+
+    def uncaptured(self) -> Mapping[str, int]:
+        """Calls that run slower, without a CUDA graph, although they were to be captured, by engine, 0 included.
+
+        Empty on devices that capture none. May be called from any thread.
+        """

@@ -143,6 +143,10 @@ class HostDevice:
         """Bytes of buffers. The memory that engines allocate themselves is not known."""
         return dict(+self._in_use)
 
+    def uncaptured(self) -> Mapping[str, int]:
+        """Nothing is to be captured on a CPU."""
+        return {}
+
     def _full(self, shape: tuple[int, ...], dtype: DTypeLike, purpose: str) -> str:
         requested = math.prod(shape) * np.dtype(dtype).itemsize
         taken = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in self.memory().items()) or "nothing"

@@ -5,6 +5,8 @@ the provider's documentation and the sources of `cuda_graph.cc` and `inference_s
 
 - The first run of a call runs it several times: twice to allocate memory, once to capture, and once to replay. So a
   call's outputs must not be its inputs.
+- A node that fails in a capture without breaking it ends the capture: what came before that node is kept under the
+  number, and every later run with it replays that part, without an error. So a number is used for one capture only.
 - Captured graphs belong to the thread that ran them, and to a number that the run options give.
 - During a capture no thread may allocate GPU memory or query events, so warm up before other threads do.
 - Inputs, outputs and all nodes have to be on the GPU, and their addresses and shapes must not change.
@@ -13,7 +15,7 @@ the provider's documentation and the sources of `cuda_graph.cc` and `inference_s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import onnxruntime as ort
 
 from engines.backends.cuda import (
     MEMORY_IS_FULL,
+    CapturedCalls,
     Cuda,
     CudaDevice,
     CudaStream,
@@ -50,15 +53,16 @@ class OnnxRuntimeCudaCall:
         *,
         stream: CudaStream,
         capture: GraphCapture,
-        number: int,
+        numbers: Iterator[int],
     ) -> None:
-        """`number` identifies the call's CUDA graph within the session."""
+        """`numbers` are free to identify a CUDA graph within the session."""
         self._session = session
         self._memory = memory
         self._stream = stream
         self._capture = capture
+        self._numbers = numbers
         self._captured = False
-        self._with_graph, self._without_graph = _run_options(number), _run_options(_NO_GRAPH)
+        self._options = _run_options(_NO_GRAPH)
         self._binding = session.io_binding()
         for tensor in session.get_inputs():
             self._binding.bind_input(tensor.name, *_location(memory[tensor.name]))
@@ -66,21 +70,21 @@ class OnnxRuntimeCudaCall:
             self._binding.bind_output(tensor.name, *_location(memory[tensor.name]))
 
     def launch(self) -> None:
-        if not self._captured and self._capture.enabled:
-            self._captured = self._try_capture()
-            if self._captured:
-                return
-        self._run(self._with_graph if self._captured else self._without_graph)
+        """Enqueue the work: the first time captured, later on as one CUDA graph, or plainly if that failed."""
+        if self._captured or not self._capture.wanted or not self._try_capture():
+            self._run(self._options)
 
     def _try_capture(self) -> bool:
         """Run and capture. Returns whether that succeeded."""
+        options = _run_options(next(self._numbers))
         try:
-            self._run(self._with_graph)
+            self._run(options)
         except DeviceLost:
             raise
         except EngineError as error:
-            self._capture.disable(str(error))
+            self._capture.failed(str(error))
             return False
+        self._captured, self._options = True, options
         return True
 
     def _run(self, options: ort.RunOptions) -> None:
@@ -108,20 +112,21 @@ def _location(buffer: DeviceBuffer) -> tuple[str, int, np.dtype[Any], tuple[int,
 class OnnxRuntimeCudaEngine:
     """An ONNX graph in a session on one stream."""
 
-    def __init__(self, session: Any, name: str, *, stream: CudaStream, capture: GraphCapture) -> None:
+    def __init__(self, session: Any, name: str, *, stream: CudaStream, captured: CapturedCalls) -> None:
         self._session = session
         self._name = name
         self._stream = stream
-        self._capture = capture
+        self._captured = captured
         self._numbers = itertools.count(1)
-        self._names = {one.name for one in (*session.get_inputs(), *session.get_outputs())}
+        self._inputs = [one.name for one in session.get_inputs()]
+        self._names = {*self._inputs, *(one.name for one in session.get_outputs())}
 
     def bind(self, buffers: Mapping[str, Buffer]) -> OnnxRuntimeCudaCall:
         if self._names != buffers.keys():
             raise EngineError(f"{self._name} takes {sorted(self._names)}, was given {sorted(buffers)}.")
         memory = {name: as_device_buffer(buffer) for name, buffer in buffers.items()}
-        number = next(self._numbers)
-        return OnnxRuntimeCudaCall(self._session, memory, stream=self._stream, capture=self._capture, number=number)
+        capture = self._captured.bound({name: memory[name].shape for name in self._inputs})
+        return OnnxRuntimeCudaCall(self._session, memory, stream=self._stream, capture=capture, numbers=self._numbers)
 
 
 class OnnxRuntimeCudaDevice(CudaDevice):
@@ -133,14 +138,14 @@ class OnnxRuntimeCudaDevice(CudaDevice):
         self._runtime = runtime
 
     def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> OnnxRuntimeCudaEngine:
-        cuda_stream, capture = as_cuda_stream(stream), GraphCapture(path.name)
+        cuda_stream, captured = as_cuda_stream(stream), self._captures.of(path)
         free = self._cuda.free_memory()
-        session = self._session(path, read, cuda_stream, capture)
+        session = self._session(path, read, cuda_stream, captured)
         # ONNX Runtime allocates memory for weights by itself. What it allocates in a step is not counted.
         self._cuda.track(session, f"{path.stem} weights", free - self._cuda.free_memory())
-        return OnnxRuntimeCudaEngine(session, path.name, stream=cuda_stream, capture=capture)
+        return OnnxRuntimeCudaEngine(session, path.name, stream=cuda_stream, captured=captured)
 
-    def _session(self, path: Path, read: Reader, stream: CudaStream, capture: GraphCapture) -> Any:
+    def _session(self, path: Path, read: Reader, stream: CudaStream, captured: CapturedCalls) -> Any:
         """A session with CUDA graphs, or one without them if ONNX Runtime refuses the first."""
         try:
             return self._start_session(path, read, stream, captures=True)
@@ -149,7 +154,7 @@ class OnnxRuntimeCudaDevice(CudaDevice):
         except EngineError as error:
             refusal = error
         session = self._start_session(path, read, stream, captures=False)
-        capture.disable(str(refusal))
+        captured.rule_out(str(refusal))
         return session
 
     def _start_session(self, path: Path, read: Reader, stream: CudaStream, *, captures: bool) -> Any:

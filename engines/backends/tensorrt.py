@@ -12,6 +12,7 @@ import numpy as np
 
 from engines.backends.cuda import (
     MEMORY_IS_FULL,
+    CapturedCalls,
     Cuda,
     CudaDevice,
     CudaGraph,
@@ -103,7 +104,7 @@ class TensorRtCall:
 
         In the first launch TensorRT allocates and compiles, which a capture does not allow.
         """
-        if self._ran and self._graph is None and self._capture.enabled:
+        if self._ran and self._capture.wanted and self._graph is None:
             self._graph = self._try_capture()
         if self._graph is None:
             self._run()
@@ -121,14 +122,14 @@ class TensorRtCall:
     def _try_capture(self) -> CudaGraph | None:
         """The graph, or None if capturing failed. TensorRT's auxiliary streams fork from and join it by events."""
         if not self._contexts.capturable(self._context, self._stream):
-            self._capture.disable("TensorRT reports that they cannot be captured.")
+            self._capture.give_up("TensorRT reports that it cannot be captured.")
             return None
         try:
             return self._stream.capture(self._enqueue, keep=(self._context, self._memory))
         except DeviceLost:
             raise
         except EngineError as error:
-            self._capture.disable(str(error))
+            self._capture.failed(str(error))
             return None
 
     def _enqueue(self) -> None:
@@ -138,7 +139,16 @@ class TensorRtCall:
 class TensorRtEngine:
     """A deserialised engine for one stream, whose scratch memory its calls share."""
 
-    def __init__(self, contexts: Contexts, *, trt: Any, stream: CudaStream, scratch: Scratch, log: Any) -> None:
+    def __init__(
+        self,
+        contexts: Contexts,
+        *,
+        trt: Any,
+        stream: CudaStream,
+        scratch: Scratch,
+        captured: CapturedCalls,
+        log: Any,
+    ) -> None:
         self._engine = engine = contexts.engine
         self._name = contexts.path.name
         self._trt = trt
@@ -146,7 +156,7 @@ class TensorRtEngine:
         self._scratch = scratch
         self._contexts = contexts
         self._log = log
-        self._capture = GraphCapture(self._name)
+        self._captured = captured
         self._dtypes = self._read_dtypes()
         self._inputs = [one for one in self._dtypes if engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT]
         self._profiles = [self._read_profile(index) for index in range(engine.num_optimization_profiles)]
@@ -155,7 +165,8 @@ class TensorRtEngine:
     def bind(self, buffers: Mapping[str, Buffer]) -> TensorRtCall:
         """Create an execution context for `buffers`, with the first optimization profile that covers their shapes."""
         memory = self._checked(buffers)
-        context = self._context_in(self._profile_for({name: memory[name].shape for name in self._inputs}))
+        shapes = {name: memory[name].shape for name in self._inputs}
+        context = self._context_in(self._profile_for(shapes))
         self._set_shapes(context, memory)
         scratch = self._scratch.memory()
         context.set_device_memory(scratch.address, scratch.nbytes)
@@ -166,7 +177,7 @@ class TensorRtEngine:
             (*memory.values(), scratch),
             stream=self._stream,
             contexts=self._contexts,
-            capture=self._capture,
+            capture=self._captured.bound(shapes),
             log=self._log,
         )
 
@@ -269,9 +280,17 @@ class TensorRtDevice(CudaDevice):
         # TensorRT allocates memory for weights by itself: the difference counts until the last call is garbage.
         self._cuda.track(contexts, f"{path.stem} weights", free - self._cuda.free_memory())
         scratch = self._scratch.setdefault(cuda_stream, Scratch(self._cuda))
-        return TensorRtEngine(contexts, trt=self._trt, stream=cuda_stream, scratch=scratch, log=self._log)
+        return TensorRtEngine(
+            contexts,
+            trt=self._trt,
+            stream=cuda_stream,
+            scratch=scratch,
+            captured=self._captures.of(path),
+            log=self._log,
+        )
 
     def end_warm_up(self) -> None:
+        super().end_warm_up()
         for contexts in self._loaded:
             contexts.end_warm_up()
 

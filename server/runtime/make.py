@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakMethod
 
 from engines.backends.device import Device, Reader
 from engines.manifest import Manifest
@@ -99,6 +100,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     def load(on_status: OnStatus) -> Pipeline:
         opened = open_model(on_status, lambda: batcher.closed)
         metrics.set_model(opened.manifest, opened.backend)
+        metrics.watch_captures(_uncaptured(opened.device))
         on_status("loading the engines")
         pipeline = Pipeline.load(
             opened.manifest,
@@ -139,6 +141,12 @@ def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Cal
         "latentd_requests_decoding": ("Requests whose images are being decoded.", lambda: executor.decoding),
         "latentd_ready": ("1 when requests are accepted.", lambda: float(executor.readiness[0])),
     }
+
+
+def _uncaptured(device: Device) -> Callable[[], Mapping[str, int]]:
+    """Reads `device` as long as it lives: the metrics outlive the executor, which gives back the device's memory."""
+    method = WeakMethod(device.uncaptured)
+    return lambda: read() if (read := method()) else {}
 
 
 def _test_request(intake: Intake, manifest: Manifest) -> Request:

@@ -61,6 +61,9 @@ class Faulty:
     def memory(self) -> Mapping[str, int]:
         return self._device.memory()
 
+    def uncaptured(self) -> Mapping[str, int]:
+        return self._device.uncaptured()
+
     def launching(self, graph: GraphName) -> None:
         if self.armed:
             self.launches[graph] += 1

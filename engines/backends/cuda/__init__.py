@@ -7,12 +7,13 @@ that a thread waiting for the GPU does not stop the others.
 from engines.backends.cuda.buffers import DeviceBuffer, as_device_buffer
 from engines.backends.cuda.device import Cuda, CudaDevice, open_cuda
 from engines.backends.cuda.discovery import Probe, probe
-from engines.backends.cuda.graphs import CudaGraph, GraphCapture
+from engines.backends.cuda.graphs import CapturedCalls, CudaGraph, GraphCapture
 from engines.backends.cuda.status import MEMORY_IS_FULL, check
 from engines.backends.cuda.streams import CudaStream, as_cuda_stream
 
 __all__ = [
     "MEMORY_IS_FULL",
+    "CapturedCalls",
     "Cuda",
     "CudaDevice",
     "CudaGraph",

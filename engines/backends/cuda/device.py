@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from engines.backends.cuda.buffers import Allocation, DeviceBuffer
 from engines.backends.cuda.context import CudaContext
 from engines.backends.cuda.discovery import FIRST_GPU, probe
+from engines.backends.cuda.graphs import Captures
 from engines.backends.cuda.status import MEMORY_IS_FULL, check
 from engines.backends.cuda.streams import CudaStream
 from engines.errors import EngineError
@@ -108,6 +109,7 @@ class CudaDevice:
     def __init__(self, cuda: Cuda, *, name: str) -> None:
         self.name = name
         self._cuda = cuda
+        self._captures = Captures()
 
     def stream(self, name: str, *, urgent: bool = False) -> CudaStream:  # noqa: ARG002 - CUDA's streams have no names
         return CudaStream(self._cuda, urgent=urgent)
@@ -116,10 +118,14 @@ class CudaDevice:
         return self._cuda.allocate(shape, dtype, purpose=purpose)
 
     def end_warm_up(self) -> None:
-        """There is nothing to keep."""
+        """Log which calls were not captured. There is nothing to save."""
+        self._captures.report()
 
     def memory(self) -> Mapping[str, int]:
         return self._cuda.memory()
+
+    def uncaptured(self) -> Mapping[str, int]:
+        return self._captures.uncaptured()
 
 
 def _format(size: int) -> str:

@@ -81,6 +81,10 @@ class Metrics:
             Gauge(name, text, registry=self._registry).set_function(read)
         self._registry.register(_Curve(step_times))
 
+    def watch_captures(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """Add a gauge of the calls that run without a CUDA graph, which `read` counts by engine at every scrape."""
+        self._registry.register(_UncapturedCalls(read))
+
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Add a gauge that is read at every scrape."""
         Gauge(name, text, registry=self._registry).set_function(read)
@@ -146,6 +150,23 @@ class _ReadCounter(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         yield CounterMetricFamily(self._name, self._text, value=self._read())
+
+
+class _UncapturedCalls(Collector):
+    """How many calls run without a CUDA graph, by engine."""
+
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "latentd_uncaptured_calls",
+            "Calls that run slower, without a CUDA graph, as they could not be captured.",
+            labels=["engine"],
+        )
+        for engine, count in self._read().items():
+            family.add_metric([engine], count)
+        yield family
 
 
 class _Curve(Collector):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ NO_CUDA = PROVIDER not in ort.get_available_providers()
 WHY_NOT = FOUND.reason or ("ONNX Runtime has no CUDA" if NO_CUDA else "")
 ON_A_GPU = pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)])
 WIDTH = 4
+REGULAR_RUNS = 2  # before ONNX Runtime captures
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class FakeSession:
         self._session = ort.InferenceSession(path)
         self._stream = int(options["user_compute_stream"])
         self._graphs: dict[int, Any] = {}
+        self._regular: Counter[int] = Counter()  # runs of each number
         self.get_inputs, self.get_outputs = self._session.get_inputs, self._session.get_outputs
         self.breaks: Callable[[], None] = lambda: None
 
@@ -83,16 +86,21 @@ class FakeSession:
             self._capture(graph, binding)
 
     def _capture(self, graph: int, binding: FakeBinding) -> None:
+        """What was captured before a node failed is the graph of that number, if CUDA ended the capture well."""
         cuda, everywhere = self._cuda, self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal
-        for _ in range(2):
+        while self._regular[graph] < REGULAR_RUNS:
+            self._regular[graph] += 1
             self._give("regular", binding)
         cuda.cudaStreamBeginCapture(self._stream, everywhere)
-        self.breaks()
-        self._give("captured", binding)
-        status, captured = cuda.cudaStreamEndCapture(self._stream)
-        assert int(status) == 0
-        self._graphs[graph] = cuda.cudaGraphInstantiate(captured, 0)[1]
-        self._replay(graph)
+        try:
+            self.breaks()
+            self._give("captured", binding)
+        finally:
+            status, captured = cuda.cudaStreamEndCapture(self._stream)
+            if int(status):
+                raise RuntimeError(f"CUDA failure {int(status)}")
+            self._graphs[graph] = cuda.cudaGraphInstantiate(captured, 0)[1]
+            self._replay(graph)
 
     def _replay(self, graph: int) -> None:
         self.runs.append("replay")
@@ -281,26 +289,61 @@ def test_a_graph_that_cannot_be_captured_whole_runs_plainly_and_says_so_once(
     bench: Bench, runtime: FakeRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime.refuses_graphs = True
+    engine = bench.device.load(bench.onnx, bench.stream)
+    for rows in (1, 2, 3):
+        x, y = (bench.device.allocate((rows, WIDTH), np.float32) for _ in range(2))
+        call = engine.bind({"x": x, "y": y})
+        assert [bench.compute(x, y, call, number) for number in (1, 2, 3)] == [2, 4, 6]
+    assert set(runtime.sessions[0].runs) == {"plain"}
+    assert caplog.text.count("tiny.onnx runs without a CUDA graph, which makes it slower, for x [1, 4]: ONNX") == 1
+    assert caplog.text.count("runs without") == 1
+    assert bench.device.uncaptured() == {"tiny": 1}, "the other calls are gone"
+
+
+@pytest.mark.parametrize("invalidated", [False, True])
+def test_a_capture_that_fails_is_tried_once_more_under_another_number(
+    bench: Bench, runtime: FakeRuntime, gpu: FakeCuda, caplog: pytest.LogCaptureFixture, *, invalidated: bool
+) -> None:
+    """Under its first number the session would go on replaying the part that was captured."""
     x, y, call = bench.bind()
+    session = runtime.sessions[0]
+
+    def fail() -> None:
+        session.breaks = lambda: None
+        if invalidated:
+            gpu.cudaMalloc(1)
+        raise RuntimeError("a node allocates")
+
+    session.breaks = fail
     assert [bench.compute(x, y, call, number) for number in (1, 2, 3)] == [2, 4, 6]
-    assert runtime.sessions[0].runs == ["plain"] * 3
-    assert caplog.text.count("tiny.onnx runs without CUDA graphs, which makes each step slower: ONNX Runtime") == 1
+    replays = session.runs.count("replay")
+    assert (session.runs.count("plain"), replays) == ((1, 2) if invalidated else (1, 3))
+    assert session.runs[-1] == "replay"
+    assert bench.device.uncaptured() == {"tiny": 0}
+    assert not caplog.text
 
 
-def test_a_capture_that_fails_costs_only_the_graph(
+def test_a_call_that_cannot_be_captured_runs_plainly_and_leaves_the_others_their_graphs(
     bench: Bench, runtime: FakeRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise RuntimeError("a node allocates")
 
-    x, y, call = bench.bind()
-    engine = bench.device.load(bench.onnx, bench.stream)
-    calls = [engine.bind({"x": x, "y": y}) for _ in range(2)]
-    runtime.sessions[1].breaks = fail
-    assert [bench.compute(x, y, one, number) for one in calls for number in (1, 2)] == [2, 4, 2, 4]
-    assert runtime.sessions[1].runs == ["regular", "regular", *["plain"] * 4]
-    assert caplog.text.count("ONNX Runtime failed in a step: a node allocates") == 1
-    assert bench.compute(x, y, call, 3) == 6, "other engines are captured"
+    x, y, _call = bench.bind()
+    engine, session = bench.device.load(bench.onnx, bench.stream), runtime.sessions[1]
+    calls = [engine.bind({"x": x, "y": y}) for _ in range(3)]
+    session.breaks = fail
+    assert [bench.compute(x, y, one, number) for one in calls[:2] for number in (1, 2, 3, 4)] == [2, 4, 6, 8] * 2
+    assert session.runs.count("plain") == 2 * 4
+    session.breaks = lambda: None
+    assert [bench.compute(x, y, calls[2], number) for number in (1, 2)] == [2, 4]
+    assert session.runs[-1] == "replay"
+    assert bench.device.uncaptured() == {"tiny": 2}
+    assert caplog.text.count("for x [2, 4]: ONNX Runtime failed in a step: a node allocates") == 1
+    bench.device.end_warm_up()
+    assert "Calls that run without a CUDA graph: 2 of tiny." in caplog.text
+    del calls
+    assert bench.device.uncaptured() == {"tiny": 0}
 
 
 # What is refused

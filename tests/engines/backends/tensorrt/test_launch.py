@@ -52,24 +52,13 @@ def test_an_engine_that_cannot_be_captured_runs_without_graphs_after_one_warning
     bench = Bench(device, device.stream("steps"), engine, tiny)
     buffers, call = bench.bind(inputs(2))
     counts = launches(gpu, call, 4)
-    assert counts == [(0, 0)] * 4 if for_rtx else [(0, 0), (1, 0), (1, 0), (1, 0)]
+    assert counts == [(0, 0)] * 4 if for_rtx else [(0, 0), (1, 0), (2, 0), (2, 0)]
+    assert device.uncaptured() == {"tiny": 1}
     np.testing.assert_array_equal(bench.read(buffers["y"]), bench.expected(inputs(2)))
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 1
-    assert said[0].startswith("tiny.engine runs without CUDA graphs, which makes each step slower: TensorRT ")
-
-
-def test_a_second_call_of_an_engine_that_cannot_be_captured_does_not_try(
-    tiny: Path, bench: Bench, gpu: FakeCuda, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_engine(bench.engine, tiny, PROFILES, capturable=0)
-    buffers, _call = bench.bind(inputs(2))
-    engine = bench.device.load(bench.engine, bench.stream)
-    for _ in range(2):
-        launches(gpu, engine.bind(buffers), 3)
-        bench.stream.record().wait()
-    assert gpu.calls["cudaStreamBeginCapture"] == 1
-    assert caplog.text.count("runs without CUDA graphs") == 1
+    assert said[0].startswith("tiny.engine runs without a CUDA graph, which makes it slower, for x [2, ")
+    assert ": TensorRT " in said[0]
 
 
 @pytest.mark.parametrize(
@@ -80,20 +69,35 @@ def test_a_second_call_of_an_engine_that_cannot_be_captured_does_not_try(
         ("cudaGraphInstantiate", "cudaErrorMemoryAllocation"),
     ],
 )
-def test_a_capture_that_fails_costs_only_the_graph(
-    bench: Bench, gpu: FakeCuda, function: str, status: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_capture_that_fails_is_tried_once_more_and_costs_only_its_call_the_graph(
+    bench: Bench, gpu: FakeCuda, function: str, status: str, times: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    buffers, call = bench.bind(inputs(2))
+    engine = bench.device.load(bench.engine, bench.stream)
+    buffers, _call = bench.bind(inputs(2))
+    call, other = engine.bind(buffers), engine.bind(buffers)
     call.launch()
-    if function == "cudaStreamEndCapture":  # planted, it would leave the stream capturing
-        gpu.cudaStreamEndCapture = spoilt(gpu)  # type: ignore[method-assign]
-    else:
-        gpu.fail(function, status)
+    real = gpu.cudaStreamEndCapture
+    for seed in range(1, times + 1):
+        given = inputs(2, seed=seed)
+        bench.write(buffers, given)
+        if function == "cudaStreamEndCapture":  # planted, it would leave the stream capturing
+            gpu.cudaStreamEndCapture = spoilt(gpu)  # type: ignore[method-assign]
+        else:
+            gpu.fail(function, status)
+        call.launch()
+        gpu.cudaStreamEndCapture = real  # type: ignore[method-assign]
+        np.testing.assert_array_equal(bench.read(buffers["y"]), bench.expected(given))
+        assert (gpu.graphs, gpu.calls["cudaGraphLaunch"]) == (0, 0)
     for _ in range(2):
         call.launch()
-    np.testing.assert_array_equal(bench.read(buffers["y"]), bench.expected(inputs(2)))
-    assert caplog.text.count("runs without CUDA graphs") == 1
-    assert (gpu.graphs, gpu.calls["cudaGraphLaunch"]) == (0, 0)
+    lost = times == 2
+    assert (gpu.graphs, gpu.calls["cudaGraphLaunch"]) == ((0, 0) if lost else (1, 2))
+    assert caplog.text.count("runs without a CUDA graph") == lost
+    assert bench.device.uncaptured() == {"tiny": lost}
+    for _ in range(2):
+        other.launch()
+    assert gpu.graphs == 2 - lost, "another call of the engine has its graph"
 
 
 def spoilt(gpu: FakeCuda) -> Any:

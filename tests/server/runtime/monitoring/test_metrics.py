@@ -48,6 +48,15 @@ def test_a_counter_that_somebody_else_keeps_is_read_at_every_scrape() -> None:
     assert samples(metrics)["latentd_somethings_total",] == 5
 
 
+def test_calls_without_a_graph_are_read_at_every_scrape() -> None:
+    metrics, kept = Metrics(max_rows=2), {"denoise": 0, "decode": 1}
+    metrics.watch_captures(lambda: kept)
+    assert samples(metrics)["latentd_uncaptured_calls", "denoise"] == 0
+    kept["denoise"] = 2
+    assert samples(metrics)["latentd_uncaptured_calls", "denoise"] == 2
+    assert samples(metrics)["latentd_uncaptured_calls", "decode"] == 1
+
+
 def test_the_documents_name_each_metric_and_no_others(serving: Serving) -> None:
     """A counter by the name that is queried, which ends in _total; anything else by its family's."""
     section = (ROOT / "docs/operation.md").read_text(encoding="utf-8").partition("## Metrics")[2].partition("\n## ")[0]
