@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.backends import memory
-from engines.backends.registry import BACKENDS, ON_CPU, SPECS, install_command, missing_package
+from engines.backends.registry import BACKENDS, ON_CPU, SPECS, install_command, missing_package, outdated
 from engines.backends.tensorrt_compatibility import check_fits as check_tensorrt_fits
 from engines.backends.tensorrt_compatibility import supported_capabilities
 from engines.contract import GraphName
@@ -48,10 +48,10 @@ def probe() -> Probe:
 def unavailable_reason(backend: str) -> str | None:
     """Why `backend` cannot run on this machine, in a few words; None if it can."""
     try:
-        installed(backend)
+        refusal = outdated(backend, installed(backend))
     except EngineError:
         return "not installed"
-    return _gpu_unavailable_reason(backend) if SPECS[backend].runs_on == "gpu" else None
+    return refusal or (_gpu_unavailable_reason(backend) if SPECS[backend].runs_on == "gpu" else None)
 
 
 def _gpu_unavailable_reason(backend: str) -> str | None:

@@ -30,16 +30,29 @@ from engines.backends.cuda import (
     CudaStream,
     DeviceBuffer,
     GraphCapture,
+    Library,
     as_cuda_stream,
     as_device_buffer,
+    load_libraries,
     open_cuda,
 )
 from engines.backends.device import Buffer, Reader, Stream
 from engines.backends.onnxruntime import FOLDER_OF_WEIGHTS
-from engines.backends.registry import install_command
+from engines.backends.registry import install_command, outdated
 from engines.errors import DeviceLost, EngineError
 
 PROVIDER = "CUDAExecutionProvider"
+BACKEND = "onnxruntime_cuda"
+# What libonnxruntime_providers_cuda.so is linked to, and what it and cuDNN open by name; cuDNN finds its parts itself.
+# ONNX Runtime's own `preload_dlls` looks only in the folder that it is installed in.
+_LIBRARIES = (
+    Library("libcudart.so.13", "cudart"),
+    Library("libnvrtc.so.13", "nvrtc"),
+    Library("libcublasLt.so.13", "cublasLt"),
+    Library("libcublas.so.13", "cublas"),
+    Library("libcurand.so.10", "curand"),
+    Library("libcudnn.so.9", "cudnn", folder="cudnn"),
+)
 _NO_GRAPH = -1  # the number of a run without a CUDA graph
 
 
@@ -201,12 +214,18 @@ def _provider_options(stream: CudaStream, *, captures: bool) -> dict[str, str]:
 
 
 def open_device(*, threads: int) -> OnnxRuntimeCudaDevice:  # noqa: ARG001 - every backend is opened alike
-    """Open the GPU through ONNX Runtime. Raises EngineError if it lacks CUDA, or there is no GPU."""
+    """Open the GPU through ONNX Runtime.
+
+    Raises:
+        EngineError: it lacks CUDA or is too old, there is no GPU, or libraries are missing.
+    """
     if PROVIDER not in ort.get_available_providers():
         raise EngineError(
             "The installed ONNX Runtime is for CPUs only: uninstall the package onnxruntime, then "
             f"{install_command('cuda')}"
         )
-    ort.preload_dlls()  # loads the CUDA and cuDNN libraries that pip installed
+    if refusal := outdated(BACKEND, ort.__version__):
+        raise EngineError(f"{refusal}: {install_command('cuda')}")
     cuda, _gpu = open_cuda()
+    load_libraries(_LIBRARIES, needed_by=f"onnxruntime-gpu {ort.__version__}")
     return OnnxRuntimeCudaDevice(cuda)

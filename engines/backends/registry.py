@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class BackendSpec:
     precisions: tuple[Precision, ...]  # of its engines; the first is the default
     runs_on: Literal["cpu", "gpu"]  # CPU backends load the FP32 graphs of every bundle, GPU ones need a build
     compiles: bool = False  # whether its engines are compiled by TensorRT; others load ONNX graphs
+    oldest: str = ""  # the first release that computes right, such as "1.31"; older ones are refused
+    wrong_before: str = ""  # what is wrong in older ones
 
 
 _SPECS = (  # the fastest first
@@ -53,6 +56,8 @@ _SPECS = (  # the fastest first
         packages=("onnxruntime-gpu",),
         precisions=("fp16", "fp32"),
         runs_on="gpu",
+        oldest="1.31",  # microsoft/onnxruntime#32120
+        wrong_before="CUDA graphs copy from host memory that was freed",
     ),
     BackendSpec(
         name="openvino",
@@ -102,6 +107,19 @@ def open_device(backend: str, *, threads: int = 0) -> Device:
 def missing_package(backend: str, package: str) -> str:
     """The message for a backend whose package is not installed."""
     return f"Backend {backend} needs the package {package}: {install_command(SPECS[backend].extra)}"
+
+
+def outdated(backend: str, version: str) -> str | None:
+    """Why this `version` of the package behind `backend` is refused, in a few words; None if it is recent enough."""
+    spec = SPECS[backend]
+    if _numbers(version) >= _numbers(spec.oldest):
+        return None
+    return f"{spec.packages[0]} {version} is older than {spec.oldest}, before which {spec.wrong_before}"
+
+
+def _numbers(version: str) -> list[int]:
+    """The first two numbers of a version, which are those of a release of features."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def install_command(extra: str) -> str:

@@ -8,6 +8,7 @@ from engines.backends.cuda.buffers import DeviceBuffer, as_device_buffer
 from engines.backends.cuda.device import Cuda, CudaDevice, open_cuda
 from engines.backends.cuda.discovery import Probe, probe
 from engines.backends.cuda.graphs import CapturedCalls, CudaGraph, GraphCapture
+from engines.backends.cuda.libraries import Library, load_libraries
 from engines.backends.cuda.status import MEMORY_IS_FULL, check
 from engines.backends.cuda.streams import CudaStream, as_cuda_stream
 
@@ -20,10 +21,12 @@ __all__ = [
     "CudaStream",
     "DeviceBuffer",
     "GraphCapture",
+    "Library",
     "Probe",
     "as_cuda_stream",
     "as_device_buffer",
     "check",
+    "load_libraries",
     "open_cuda",
     "probe",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
+from types import MappingProxyType
 
 import pytest
 
@@ -18,10 +20,15 @@ HOPPER = Probe(Gpu(name="NVIDIA H200", compute_capability="9.0"))
 NONE = Probe(None, "no driver")
 
 
-def here(monkeypatch: pytest.MonkeyPatch, *packages: str, gpu: Probe = NONE) -> None:
+def here(
+    monkeypatch: pytest.MonkeyPatch,
+    *packages: str,
+    gpu: Probe = NONE,
+    versions: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     def version(package: str) -> str:
         if package in packages:
-            return "1.0"
+            return versions.get(package, "2.0")
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr(available, "version", version)
@@ -55,6 +62,20 @@ def test_a_choice_has_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         "tensorrt: not installed; tensorrt_rtx: no driver; onnxruntime_cuda: not installed; "
         "openvino: not installed; onnxruntime: available"
     )
+
+
+@pytest.mark.parametrize(("version", "backend"), [("1.30.0", "onnxruntime"), ("1.31.0.dev1", "onnxruntime_cuda")])
+def test_an_onnx_runtime_that_computes_wrong_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, version: str, backend: str
+) -> None:
+    here(monkeypatch, "onnxruntime-gpu", gpu=GPU, versions={"onnxruntime-gpu": version})
+    choice = available.choose()
+    assert choice.backend == backend
+    refusal = (
+        "onnxruntime_cuda: onnxruntime-gpu 1.30.0 is older than 1.31, before which CUDA graphs copy from host memory "
+        "that was freed;"
+    )
+    assert (refusal in choice.reason) == (backend == "onnxruntime")
 
 
 def test_the_error_without_any_backend_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 
 from engines.backends import onnxruntime_cuda
-from engines.backends.cuda import Cuda, CudaStream, DeviceBuffer, probe
+from engines.backends.cuda import Cuda, CudaStream, DeviceBuffer, Library, probe
 from engines.backends.device import ALIGNMENT, Buffer
 from engines.backends.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaCall, OnnxRuntimeCudaDevice
 from engines.contract import Array
@@ -403,6 +403,25 @@ def test_a_session_that_does_not_fit_reports_what_uses_the_memory(bench: Bench, 
 @pytest.mark.skipif(not NO_CUDA, reason="this ONNX Runtime has CUDA")
 def test_an_onnx_runtime_without_cuda_says_what_to_install() -> None:
     with pytest.raises(EngineError, match=r"for CPUs only: uninstall the package onnxruntime, then .*\[cuda\]"):
+        onnxruntime_cuda.open_device(threads=0)
+
+
+def test_an_onnx_runtime_whose_graphs_copy_wrong_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDER])
+    monkeypatch.setattr(ort, "__version__", "1.30.0")
+    with pytest.raises(EngineError, match=r"onnxruntime-gpu 1\.30\.0 is older than 1\.31, .* freed: .*\[cuda\]"):
+        onnxruntime_cuda.open_device(threads=0)
+
+
+@pytest.mark.skipif(FOUND.gpu is not None, reason="there is a GPU")
+def test_what_is_missing_is_said_in_the_order_in_which_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDER])
+    monkeypatch.setattr(ort, "__version__", "1.31.1")
+    with pytest.raises(EngineError, match="No GPU was found"):
+        onnxruntime_cuda.open_device(threads=0)
+    monkeypatch.setattr(onnxruntime_cuda, "open_cuda", lambda: (None, None))
+    monkeypatch.setattr(onnxruntime_cuda, "_LIBRARIES", (Library("libabsent.so.7", "cudart"),))
+    with pytest.raises(EngineError, match=r"onnxruntime-gpu 1\.31\.1 needs libabsent\.so\.7, .*\[cuda\]"):
         onnxruntime_cuda.open_device(threads=0)
 
 
