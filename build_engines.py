@@ -37,6 +37,7 @@ from engines.build.values import (
     Count,
     Guidance,
     Name,
+    OptimizationLevel,
     Prompt,
     Resolution,
     RowBuckets,
@@ -201,6 +202,11 @@ class _CompileFlags(_PrecisionFlags):
     backend: Annotated[Repeatable[BackendOrAuto], AUTO_OR_BACKEND] = Field(
         (), description="what will run the graphs, repeatable; auto takes the best that runs here (default: auto)"
     )
+    optimization_level: Annotated[OptimizationLevel | None, Metavar("{0..5}")] = Field(
+        None,
+        description="how long TensorRT searches for fast kernels; 5 takes several times as long as 3, and tiles across "
+        "kernels too (default: 3; for --backend tensorrt alone)",
+    )
     verify: bool = Field(True, description="compare the engines with the FP32 graphs, where they run")
 
     def backends(self) -> Sequence[str]:
@@ -220,6 +226,7 @@ class BuildCommand(_Command, _CompileFlags, _ExportFlags):
             self.out,
             backends=self.backends(),
             precision=self.precision,
+            optimization_level=self.optimization_level,
             options=self.options(),
             verify=self.verify,
             force=self.force,
@@ -274,6 +281,7 @@ class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
             self.bundle,
             backends=self.backends(),
             precision=self.precision,
+            optimization_level=self.optimization_level,
             shapes=api.ShapeOptions(resolutions=self.resolution, rows=self.rows, decode_batch=self.decode_batch),
             verify=self.verify,
             force=self.force,

@@ -54,6 +54,33 @@ def sha256_of_code(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def read_own(path: Path) -> bytes:
+    """The contents of a file that only this user, or root, can have written.
+
+    The manifest has no hash of a cache, which TensorRT parses, and which may hold kernels that the GPU runs. A user who
+    can write it could change images, or worse.
+
+    Raises:
+        OSError: it is missing, unreadable, no regular file, another user's, or writable by others.
+    """
+    # Do not follow links, nor wait for a pipe. Windows has neither flag, and protects files in its own way.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise PermissionError(f"{path} is no regular file.")
+        if hasattr(os, "geteuid") and found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{path} belongs to another user.")
+        if hasattr(os, "geteuid") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{path} can be written by others: chmod go-w.")
+        return file.read()
+
+
+def write_own(path: Path, content: bytes) -> None:
+    """Write a file that `read_own` accepts, atomically. Raises OSError."""
+    write_atomically(path, content, private=True)
+
+
 def write_atomically(path: Path, content: bytes | memoryview, *, private: bool = False) -> None:
     """Write `content` so that readers see the old file or the new one. Raises OSError.
 

@@ -224,6 +224,14 @@ class Compiled(Frozen):
     key: str = Field(description="a hash over all that decides the engine: it is compiled again where the key differs")
     seconds: float = Field(ge=0, description="of compiling")
     memory: int = Field(ge=0, description="bytes of main memory at the peak of compiling; 0 where it was not measured")
+    optimization_level: int | None = Field(
+        default=None, ge=0, le=5, description="how long TensorRT searched for fast kernels; None for other compilers"
+    )
+    reused_timings: int | None = Field(
+        default=None,
+        ge=0,
+        description="timings of kernels that earlier builds left, and this one did not measure again",
+    )
     difference: Difference | None = Field(
         default=None,
         description="compared with the FP32 graph in ONNX Runtime, on the model's own trajectory and on noise",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from engines.backends.cuda import CudaStream
 from engines.backends.tensorrt import Contexts, TensorRtDevice, open_package
-from engines.files import write_atomically
+from engines.files import read_own, write_own
 
 _logger = logging.getLogger(__name__)
 
@@ -79,33 +77,6 @@ class RtxContexts(Contexts):
             _logger.warning(
                 "%s is damaged, or of another GPU, driver or version: kernels are compiled again.", self._file
             )
-
-
-def read_own(path: Path) -> bytes:
-    """The contents of a file that only this user, or root, can have written.
-
-    The manifest has no hash of a cache, and a cache is code: kernels that the GPU runs, in a format that TensorRT
-    parses. A user who can write it could change images, or worse.
-
-    Raises:
-        OSError: it is missing, unreadable, no regular file, another user's, or writable by others.
-    """
-    # Do not follow links, nor wait for a pipe. Windows has neither flag, and protects files in its own way.
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise PermissionError(f"{path} is no regular file.")
-        if hasattr(os, "geteuid") and found.st_uid not in (0, os.geteuid()):
-            raise PermissionError(f"{path} belongs to another user.")
-        if hasattr(os, "geteuid") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"{path} can be written by others: chmod go-w.")
-        return file.read()
-
-
-def write_own(path: Path, content: bytes) -> None:
-    """Write a file that `read_own` accepts, atomically. Raises OSError."""
-    write_atomically(path, content, private=True)
 
 
 def open_device(*, threads: int) -> TensorRtDevice:  # noqa: ARG001 - every backend is opened alike

@@ -36,7 +36,14 @@ from engines.build.bundle import (
 )
 from engines.build.bundle import export as export_bundle
 from engines.build.checks import AUTO, check_compilers, check_export, check_options, check_shapes, resolved_backends
-from engines.build.compile import check_precision, compile_backend, engine_precisions, prefers_bf16, required_dtypes
+from engines.build.compile import (
+    EngineOptions,
+    check_precision,
+    compile_backend,
+    engine_precisions,
+    prefers_bf16,
+    required_dtypes,
+)
 from engines.build.outline import compile_stages, export_stages
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora
@@ -144,6 +151,7 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
     *,
     backends: Sequence[str] = (AUTO,),
     precision: Precision | None = None,
+    optimization_level: int | None = None,
     options: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
     verify: bool = True,
     force: bool = False,
@@ -159,6 +167,7 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
         out: the bundle's folder; created if it does not exist.
         backends: the backends to compile for, each a name or `AUTO`.
         precision: what the engines compute in. None: FP16 on GPUs (BF16 for models that leave its range), FP32 on CPUs.
+        optimization_level: how long TensorRT searches for fast kernels, 0 to 5. None: 3, TensorRT's own default.
         options: shapes, request defaults and storage of the bundle.
         verify: whether to compare the engines with the FP32 graphs, where the backend runs on this machine.
         force: whether to export and compile again what is there already.
@@ -172,7 +181,7 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
             does not compute in `precision`, or engines differ from the graphs by more than their precision explains.
     """
     names = resolved_backends(backends, reporter.progress)
-    check_compilers(names, precision)
+    check_compilers(names, precision, optimization_level)
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
     geometry, bf16 = geometry_of(checkpoint, options), checkpoint.config.prefers_bf16
@@ -180,7 +189,8 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
     plans = _plans(precisions, geometry, count_parameters(checkpoint))
     _announce(plans, reporter, before=export_stages(checkpoint, spec.dtypes, geometry.resolutions[0]), verify=verify)
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
-    compiler = _BundleCompiler(out, precision=precision, verify=verify, force=force, reporter=reporter)
+    engines = EngineOptions(precision, optimization_level, force=force)
+    compiler = _BundleCompiler(out, engines, verify=verify, reporter=reporter)
     manifest = compiler.run(manifest, names)
     reporter.on_not_followed(checkpoint.not_followed)
     return manifest
@@ -231,6 +241,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     *,
     backends: Sequence[str] = (AUTO,),
     precision: Precision | None = None,
+    optimization_level: int | None = None,
     shapes: ShapeOptions = ShapeOptions(),
     verify: bool = True,
     force: bool = False,
@@ -244,6 +255,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
         bundle: the bundle's folder.
         backends: the backends to compile for, each a name or `AUTO`.
         precision: what the engines compute in; None as in `build`.
+        optimization_level: as in `build`.
         shapes: resolutions, row buckets and decode batch, where they shall differ from the bundle's.
         verify: whether to compare the engines with the FP32 graphs, where the backend runs on this machine.
         force: whether to compile again what is there already.
@@ -257,13 +269,14 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
         EngineError: as in `build`.
     """
     names = resolved_backends(backends, reporter.progress)
-    check_compilers(names, precision)
+    check_compilers(names, precision, optimization_level)
     manifest = _with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
     precisions = _precisions(names, precision, manifest.graph_names, prefers_bf16=prefers_bf16(manifest))
     plans = _plans(precisions, manifest, manifest.parameters)
     _announce(plans, reporter, before=(), verify=verify)
-    compiler = _BundleCompiler(bundle, precision=precision, verify=verify, force=force, reporter=reporter)
+    options = EngineOptions(precision, optimization_level, force=force)
+    compiler = _BundleCompiler(bundle, options, verify=verify, reporter=reporter)
     return compiler.run(manifest, names)
 
 
@@ -303,13 +316,10 @@ def inspect(bundle: Path) -> Manifest:
 class _BundleCompiler:
     """Compiles, verifies and saves the engines of a bundle, one backend after the other."""
 
-    def __init__(
-        self, bundle: Path, *, precision: Precision | None, verify: bool, force: bool, reporter: Reporter
-    ) -> None:
+    def __init__(self, bundle: Path, options: EngineOptions, *, verify: bool, reporter: Reporter) -> None:
         self._bundle = bundle
-        self._precision = precision
+        self._options = options
         self._verify = verify
-        self._force = force
         self._reporter = reporter
 
     def run(self, manifest: Manifest, backends: Sequence[str]) -> Manifest:
@@ -320,9 +330,7 @@ class _BundleCompiler:
 
     def _compiled(self, manifest: Manifest, backend: str) -> Manifest:
         progress = self._reporter.progress
-        build = compile_backend(
-            manifest, self._bundle, backend, precision=self._precision, force=self._force, progress=progress
-        )
+        build = compile_backend(manifest, self._bundle, backend, self._options, progress=progress)
         manifest = updated(manifest, builds={**manifest.builds, backend: build})
         manifest.save(self._bundle)
         if self._verify and not build.verification:

@@ -47,13 +47,23 @@ def _known(backend: str) -> str:
     return backend
 
 
-def check_compilers(backends: Sequence[str], precision: Precision | None) -> None:
-    """Raise EngineError, with the command that installs it, for a backend that cannot compile here."""
+def check_compilers(
+    backends: Sequence[str], precision: Precision | None, optimization_level: int | None = None
+) -> None:
+    """Raise EngineError, with the command that installs it, for a backend that cannot compile here.
+
+    Also if there is an `optimization_level`, 0 to 5, and no backend that has levels.
+    """
     for backend in backends:
         check_precision(backend, precision)
         installed(backend)
         if backend == "tensorrt":
             gpu_here()
+    if optimization_level is not None and "tensorrt" not in backends:
+        raise EngineError(
+            f"--optimization-level is of --backend tensorrt alone, and this build is for {', '.join(backends)}: leave "
+            "it out (tensorrt_rtx chooses kernels on the GPU that runs them)."
+        )
     if precision == "int8" and find_spec("nncf") is None:
         raise EngineError(f"INT8 needs the package nncf: {install_command('int8')}")
 

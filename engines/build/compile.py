@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from engines.files import write_atomically
 from engines.held import are_intact
 from engines.manifest import Build, Compiled, ComputeDtype, File, FusionReport, Gpu, Manifest, Onnx, Precision, Profile
 from engines.progress import Progress
+
+# TensorRT's own. Higher ones take several times as long, which a server that compiles at its first start waits for;
+# what they gain depends on the GPU, and is not yet measured on one.
+OPTIMIZATION_LEVEL = 3
 
 
 def check_precision(backend: str, precision: Precision | None) -> None:
@@ -90,13 +95,28 @@ def prefers_bf16(manifest: Manifest) -> bool:
     return "bf16" in dtypes and "fp16" not in dtypes
 
 
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the engines of a backend are compiled.
+
+    Attributes:
+        precision: what they compute in. None: the best for the backend and the model.
+        optimization_level: how long TensorRT searches for fast kernels, 0 to 5. None: `OPTIMIZATION_LEVEL`.
+        force: whether to compile again what is there already.
+    """
+
+    precision: Precision | None = None
+    optimization_level: int | None = None
+    _: KW_ONLY
+    force: bool = False
+
+
 def compile_backend(
     manifest: Manifest,
     bundle: Path,
     backend: str,
+    options: EngineOptions = EngineOptions(),
     *,
-    precision: Precision | None = None,
-    force: bool = False,
     progress: Progress,
 ) -> Build:
     """Compile the engines of `backend` for the bundle in folder `bundle`, except those that an earlier build left.
@@ -104,14 +124,21 @@ def compile_backend(
     Raises:
         EngineError: the backend is not installed, does not compile on this machine, or the graphs it needs are missing.
     """
-    compiler = _EngineCompiler(manifest, bundle, backend, progress)
+    compiler = _EngineCompiler(manifest, bundle, backend, options, progress)
     graphs = manifest.graph_names
-    precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16(manifest), graphs=graphs)
-    engines = {name: compiler.engine(name, precisions[name], force=force) for name in graphs}
+    precisions = engine_precisions(backend, options.precision, prefers_bf16=prefers_bf16(manifest), graphs=graphs)
+    engines = {name: compiler.engine(name, precisions[name]) for name in graphs}
     earlier = manifest.builds.get(backend)
     if earlier and _unverified(earlier.engines) == _unverified(engines):
         return earlier.model_copy(update={"version": compiler.version})  # with the results of its verification
     return Build(version=compiler.version, gpu=compiler.gpu, engines=engines)
+
+
+def _optimization_level(backend: str, options: EngineOptions) -> int | None:
+    """None for TensorRT for RTX too: it chooses kernels on the GPU that runs them."""
+    if backend != "tensorrt":
+        return None
+    return OPTIMIZATION_LEVEL if options.optimization_level is None else options.optimization_level
 
 
 def _unverified(engines: Mapping[GraphName, Compiled]) -> dict[GraphName, Compiled]:
@@ -121,23 +148,27 @@ def _unverified(engines: Mapping[GraphName, Compiled]) -> dict[GraphName, Compil
 class _EngineCompiler:
     """Compiles the engines of one backend for one bundle."""
 
-    def __init__(self, manifest: Manifest, bundle: Path, backend: str, progress: Progress) -> None:
+    def __init__(
+        self, manifest: Manifest, bundle: Path, backend: str, options: EngineOptions, progress: Progress
+    ) -> None:
         self.version = installed(backend)
         self.gpu: Gpu | None = gpu_here() if backend == "tensorrt" else None
         self._manifest = manifest
         self._bundle = bundle
         self._backend = backend
+        self._force = options.force
+        self._level = _optimization_level(backend, options)
         self._folder = bundle / "engines" / backend
         self._progress = progress
 
-    def engine(self, name: GraphName, precision: Precision, *, force: bool) -> Compiled:
+    def engine(self, name: GraphName, precision: Precision) -> Compiled:
         """The engine of one graph: cached, compiled, or for backends that load ONNX the graph itself."""
         onnx = self._onnx(name, precision)
         key = self._key(name, precision, onnx)
         if precision != "int8" and self._backend not in TENSORRT:
             return Compiled(files=onnx.files, precision=precision, key=key, seconds=0, memory=0)
         record_file = self._folder / f"{name}.json"
-        if not force and (cached := _cached(record_file, key, self._bundle)):
+        if not self._force and (cached := _cached(record_file, key, self._bundle)):
             self._progress.note(f"{name} of {self._backend}: unchanged")
             return cached
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +195,7 @@ class _EngineCompiler:
             version=self.version,
             gpu=self.gpu,
             precision=precision,
+            optimization_level=self._level,
         )
 
     def _shapes(self, name: GraphName) -> tuple[Shapes, ...]:
@@ -178,6 +210,7 @@ class _EngineCompiler:
                 self._bundle / onnx.files[0].path,
                 engine,
                 [{spec.name: profile.of(spec) for spec in inputs} for profile in profiles],
+                optimization_level=self._level,
                 progress=self._progress,
             )
         return Compiled(
@@ -188,6 +221,8 @@ class _EngineCompiler:
             key=key,
             seconds=round(report.seconds, 1),
             memory=report.memory,
+            optimization_level=self._level,
+            reused_timings=report.reused_timings,
         )
 
     @cached_property

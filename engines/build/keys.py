@@ -46,6 +46,7 @@ def engine_key(  # noqa: PLR0913 - what decides the engine, by keyword
     version: str,
     gpu: Gpu | None,
     precision: Precision,
+    optimization_level: int | None = None,
 ) -> str:
     """The key of the engine that `version` of `backend` makes of `onnx`, which is `graph` in one precision."""
     profiles = shapes(manifest, graph) if backend in TENSORRT else ()
@@ -58,7 +59,7 @@ def engine_key(  # noqa: PLR0913 - what decides the engine, by keyword
         "profiles": [sorted(shape.dims.items()) for shape in profiles],
     }
     if backend in TENSORRT:
-        config["code"] = _code(TENSORRT_CODE)
+        config |= {"code": _code(TENSORRT_CODE), "optimization_level": optimization_level}
     elif precision == "int8":
         config |= {"code": _code(INT8_CODE), "calibration": calibration_config(manifest)}
     return _hash(config)

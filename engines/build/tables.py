@@ -51,7 +51,7 @@ def summary_table(manifest: Manifest, backend: str) -> RenderableType:
     columns = ("graph", "precision", "MB", "profiles", "activations MB", "built in", "peak MB", "largest error")
     rows = [(name, *_engine_cells(build.engines[name])) for name in manifest.graph_names]
     table = _table(f"{manifest.name} for {backend} {build.version}", columns, rows)
-    table.caption = verdict(build)
+    table.caption = "; ".join((*_build_time(build), verdict(build)))
     return table
 
 
@@ -61,10 +61,24 @@ def _engine_cells(engine: Compiled) -> tuple[str, ...]:
         _mb(_size(engine.files)),
         _profiles(engine),
         _profile_activations(engine),
-        f"{engine.seconds:.1f} s" if engine.seconds else _UNKNOWN,
+        _built_in(engine),
         _mb(engine.memory) if engine.memory else _UNKNOWN,
         f"{engine.difference.largest:.1e}" if engine.difference else _UNKNOWN,
     )
+
+
+def _built_in(engine: Compiled) -> str:
+    """The seconds of compiling, and what made them fewer or more."""
+    if not engine.seconds:
+        return _UNKNOWN
+    level = "" if engine.optimization_level is None else f", level {engine.optimization_level}"
+    reused = f", {engine.reused_timings} timings reused" if engine.reused_timings else ""
+    return f"{engine.seconds:.1f} s{level}{reused}"
+
+
+def _build_time(build: Build) -> Iterator[str]:
+    if seconds := sum(engine.seconds for engine in build.engines.values()):
+        yield f"built in {seconds:,.0f} s" if seconds < 600 else f"built in {seconds / 60:.0f} min"
 
 
 def inspect_tables(manifest: Manifest) -> RenderableType:

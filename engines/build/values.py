@@ -88,6 +88,7 @@ ONE_OF_BACKENDS = Metavar("{" + ",".join(BACKENDS) + "}")
 AUTO_OR_BACKEND = Metavar("{" + ",".join((AUTO, *BACKENDS)) + "}")
 Resolution = Annotated[Size, parsed_by(_size)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+OptimizationLevel = Annotated[int, Field(ge=0, le=5)]
 Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_name)]
 Prompt = Annotated[str, AfterValidator(_example)]

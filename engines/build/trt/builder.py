@@ -5,7 +5,6 @@ TensorRT 10, 11 and TensorRT for RTX run the same code over the module that is g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from importlib import import_module
 from typing import Any, Protocol
@@ -14,7 +13,16 @@ from engines.backends.registry import SPECS, install_command
 from engines.build.trt.errors import REDUCE, BuildError, GraphRefused, OutOfMemory, Unavailable
 from engines.build.trt.layers import LayerCounts, count_fusible, inspected_layers, summarize
 from engines.build.trt.log import BuildLog, is_out_of_memory
-from engines.build.trt.messages import BuildWarning, Message, PhaseAdvanced, PhaseFinished, PhaseStarted, Ranges
+from engines.build.trt.messages import (
+    BuildJob,
+    BuildWarning,
+    Message,
+    PhaseAdvanced,
+    PhaseFinished,
+    PhaseStarted,
+    Ranges,
+)
+from engines.build.trt.timings import Timings
 
 
 class BuildObserver(Protocol):
@@ -62,28 +70,33 @@ class TensorRtBuilder:
     def __init__(self, trt: Any, observer: BuildObserver) -> None:
         self._trt = trt
         self._observer = observer
-        self._log = BuildLog(warn=lambda text: observer.send(BuildWarning(text)))
+        self._log = BuildLog(warn=self._note)
         self._logger = _subclass(trt.ILogger, log=self._log.write)
         self._monitor = _subclass(
             trt.IProgressMonitor, phase_start=self._start, step_complete=self._step, phase_finish=self._finish
         )
         self._graph = {"attentions": 0, "group_norms": 0}
         self._profiles = 0
+        self.reused_timings: int | None = None  # known once an engine is compiled, with a timing cache
 
-    def compile(self, onnx: str, profiles: Sequence[Ranges]) -> Any:
+    def compile(self, job: BuildJob) -> Any:
         """Return the serialised engine as a buffer. Raises BuildError."""
         builder = self._builder()
         network = builder.create_network(1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         with self._observer.phase("Reading the graph"):
-            self._parse(network, onnx)
+            self._parse(network, job.onnx)
         self._graph = count_fusible(self._trt, network)
-        self._profiles = len(profiles)
-        config = self._config(builder)
-        for ranges in profiles:
+        self._profiles = len(job.profiles)
+        config = self._config(builder, job.optimization_level)
+        for ranges in job.profiles:
             self._add_profile(builder, config, network, ranges)
+        timings = Timings(config, job.timing_cache, note=self._note) if job.timing_cache else None
         plan = builder.build_serialized_network(network, config)
         if plan is None or self._observer.cancelled:
             raise self._failure()
+        if timings:
+            timings.save()
+            self.reused_timings = timings.reused
         return plan
 
     def measure(self, plan: Any) -> tuple[LayerCounts | None, list[int] | None]:
@@ -111,7 +124,7 @@ class TensorRtBuilder:
             reason = self._log.reasons() or error
             raise Unavailable(f"TensorRT does not start: {reason}. See whether nvidia-smi works.") from error
 
-    def _config(self, builder: Any) -> Any:
+    def _config(self, builder: Any, optimization_level: int | None) -> Any:
         config = builder.create_builder_config()
         config.profiling_verbosity = self._trt.ProfilingVerbosity.DETAILED
         config.progress_monitor = self._monitor
@@ -122,7 +135,19 @@ class TensorRtBuilder:
             config.set_flag(flag)  # RTX only: without it, it does not promise that a CUDA graph can be captured
         with suppress(AttributeError, RuntimeError):
             config.max_aux_streams = 0  # one stream is the simplest to capture
+        if optimization_level is not None:
+            self._search(config, optimization_level)
         return config
+
+    def _search(self, config: Any, level: int) -> None:
+        """Set how long TensorRT searches for fast kernels; from level 4 on for tilings across kernels as well."""
+        trt = self._trt
+        tilings = {4: trt.TilingOptimizationLevel.MODERATE, 5: trt.TilingOptimizationLevel.FULL}
+        config.builder_optimization_level = level
+        config.tiling_optimization_level = tilings.get(level, trt.TilingOptimizationLevel.NONE)
+
+    def _note(self, text: str) -> None:
+        self._observer.send(BuildWarning(text))
 
     def _parse(self, network: Any, onnx: str) -> None:
         parser = self._trt.OnnxParser(network, self._logger)

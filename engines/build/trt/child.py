@@ -106,12 +106,18 @@ def _build(job: BuildJob, parent: _ParentConnection) -> EngineReport:
     out, temporary = Path(job.out), Path(job.temporary)
     compiler = TensorRtBuilder(load_tensorrt(job.module), parent)
     check_writable(out, temporary)
-    plan = compiler.compile(job.onnx, job.profiles)
+    plan = compiler.compile(job)
     seconds, memory = time.monotonic() - started, peak_memory()
     layers, activations = compiler.measure(plan)
     with parent.phase("Writing the engine"):  # last, so that an older engine stays if anything fails
         write_engine(plan, out, temporary)
-    return EngineReport(layers=layers, seconds=seconds, memory=memory, activations=activations)
+    return EngineReport(
+        layers=layers,
+        seconds=seconds,
+        memory=memory,
+        activations=activations,
+        reused_timings=compiler.reused_timings,
+    )
 
 
 if __name__ == "__main__":

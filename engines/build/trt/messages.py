@@ -22,6 +22,8 @@ class BuildJob:
     out: str
     temporary: str  # where the engine is written before it replaces `out`
     profiles: Sequence[Ranges]
+    optimization_level: int | None = None  # 0..5; None for TensorRT for RTX, which has no levels
+    timing_cache: str | None = None  # the file that keeps the timings of kernels from build to build
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -78,6 +80,7 @@ class EngineReport:
     seconds: float  # of compiling
     memory: int  # bytes of main memory at the peak; 0 if the system does not say
     activations: Sequence[int] | None  # bytes of device memory by profile
+    reused_timings: int | None = None  # timings of kernels that earlier builds left; None without a timing cache
 
 
 Message = PhaseStarted | PhaseAdvanced | PhaseFinished | MemoryUsed | BuildWarning | BuildFailure | EngineReport

@@ -39,10 +39,22 @@ from engines.progress import Progress, Stage
 _GRACE = 3.0  # seconds in which a cancelled build may end by itself
 
 
-def build_engine(module: str, onnx: Path, out: Path, profiles: Sequence[Ranges], *, progress: Progress) -> EngineReport:
+TIMING_CACHE = "timing.cache"  # next to the engines; all graphs share it, and `--force` keeps it
+
+
+def build_engine(
+    module: str,
+    onnx: Path,
+    out: Path,
+    profiles: Sequence[Ranges],
+    *,
+    optimization_level: int | None = None,
+    progress: Progress,
+) -> EngineReport:
     """Compile the graph at `onnx` to `out`, optimised for `profiles` in their order, with "tensorrt" or "tensorrt_rtx".
 
-    `out` is replaced atomically, and left as it was if the build fails.
+    `out` is replaced atomically, and left as it was if the build fails. With an `optimization_level`, 0 to 5, which
+    "tensorrt" alone has, timings of kernels are reused from build to build by `TIMING_CACHE` next to `out`.
 
     Raises:
         BuildError: a subclass names what is missing: the package, a GPU, an operator, memory or disk space.
@@ -51,8 +63,15 @@ def build_engine(module: str, onnx: Path, out: Path, profiles: Sequence[Ranges],
     if module not in TENSORRT:
         raise Unavailable(f"There is no TensorRT called {module!r}: choose one of {', '.join(TENSORRT)}.")
     temporary = temporary_for(out)
-    profiles = [dict(profile) for profile in profiles]
-    job = BuildJob(module=module, onnx=str(onnx), out=str(out), temporary=str(temporary), profiles=profiles)
+    job = BuildJob(
+        module=module,
+        onnx=str(onnx),
+        out=str(out),
+        temporary=str(temporary),
+        profiles=[dict(profile) for profile in profiles],
+        optimization_level=optimization_level,
+        timing_cache=None if optimization_level is None else str(out.with_name(TIMING_CACHE)),
+    )
     try:
         with tempfile.TemporaryFile() as stderr, _running(job, stderr) as child:
             return _follow(child, stderr, progress)

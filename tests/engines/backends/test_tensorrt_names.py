@@ -42,6 +42,7 @@ OBJECTS = {
     "runtime_cache": "IRuntimeCache",
     "runtime_config": "IRuntimeConfig",
     "severity": "ILogger",
+    "timing_cache": "ITimingCache",
 }
 RESULTS = {
     "create_builder_config": "IBuilderConfig",
@@ -50,6 +51,7 @@ RESULTS = {
     "create_network": "INetworkDefinition",
     "create_runtime_cache": "IRuntimeCache",
     "create_runtime_config": "IRuntimeConfig",
+    "create_timing_cache": "ITimingCache",
     "deserialize_cuda_engine": "ICudaEngine",
     "get_error": "ParserError",
     "get_input": "ITensor",
@@ -130,6 +132,10 @@ def test_the_sources_are_found_and_say_much() -> None:
         ("ILogger", "ERROR"),
         ("Builder", "build_serialized_network"),
         ("IBuilderConfig", "max_aux_streams"),
+        ("IBuilderConfig", "builder_optimization_level"),
+        ("IBuilderConfig", "create_timing_cache"),
+        ("ITimingCache", "serialize"),
+        ("TilingOptimizationLevel", "FULL"),
         ("IOptimizationProfile", "set_shape"),
         ("OnnxParser", "parse_from_file"),
         ("ParserError", "node_operator"),

@@ -115,6 +115,24 @@ def test_tensorrt_engines_are_of_their_profiles_and_of_no_trajectory(manifest: M
     assert tensorrt(manifest.model_copy(update={"examples": ("a boat",)})) == tensorrt(manifest)
 
 
+def test_a_level_is_another_tensorrt_engine(manifest: Manifest) -> None:
+    onnx = manifest.graphs["denoise"].onnx["fp32"]
+    made = {
+        engine_key(
+            manifest,
+            "denoise",
+            onnx,
+            backend="tensorrt",
+            version="1",
+            gpu=None,
+            precision="fp16",
+            optimization_level=level,
+        )
+        for level in range(6)
+    }
+    assert len(made) == 6
+
+
 def test_int8_engines_are_of_the_trajectories_they_were_calibrated_on(manifest: Manifest) -> None:
     """The text encoder's too: prompts are part of a trajectory."""
     changes: dict[str, object] = {
