@@ -91,7 +91,8 @@ class OnnxRuntimeCudaCall:
         """Run and capture. Returns whether that succeeded."""
         options = _run_options(next(self._numbers))
         try:
-            self._run(options)
+            with self._stream.captured_by_a_library():
+                self._run(options)
         except DeviceLost:
             raise
         except EngineError as error:

@@ -75,10 +75,7 @@ class Scratch:
 
 
 class TensorRtCall:
-    """An execution context with its shapes and addresses set. Keeps the memory that the context points to alive.
-
-    Wait for its work before dropping the last reference: TensorRT needs the context until then.
-    """
+    """An execution context with its shapes and addresses set. Keeps the memory that the context points to alive."""
 
     def __init__(
         self,
@@ -98,6 +95,7 @@ class TensorRtCall:
         self._log = log
         self._graph: CudaGraph | None = None
         self._ran = False
+        stream.finish_before(self, context)  # TensorRT needs the context until its work is done
 
     def launch(self) -> None:
         """Enqueue the work: the first time kernel by kernel, from the second time on as one CUDA graph.

@@ -140,14 +140,23 @@ class Executor:
             self._on_ready()
             while self._turn():
                 self._health.test()
-            del self._pipeline  # here and now: only the thread that opened the device may free its memory
+            self._give_back()
             self._set_status("stopped")
         except Exception as error:  # whatever it is, no caller may wait for a thread that is gone
             self._fail_everything(error)
+            failures.forget_tracebacks(error)
         finally:
+            self._give_back()
             self.ready = False
             self._watchdog.close()
             self._trace.close()
+
+    def _give_back(self) -> None:
+        """Drop what is on the device: its memory is freed in this thread, which opened it."""
+        vars(self).pop("_pipeline", None)  # it is missing after a failed start
+        self._plan = None
+        for held in (self._owned, self._in_flight, self._pending_decodes):
+            held.clear()
 
     def _set_status(self, status: str) -> None:
         self.status = status

@@ -29,5 +29,13 @@ def failed(error: Exception, ids: str) -> Failed:
     else:
         _log.error("an unexpected error ended %s", ids, exc_info=error, extra={"fields": {"request_id": ids}})
         failure = StepFailed("An unexpected error ended this request, which the server's log describes: try again.")
+    forget_tracebacks(error)
     failure.__cause__ = error
     return Failed(failure)
+
+
+def forget_tracebacks(error: BaseException | None) -> None:
+    """Drop the tracebacks of `error` and its causes. Errors are kept, and with their frames memory of the device."""
+    while error:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -36,7 +36,8 @@ class Cuda(CudaContext):
         self._ids = itertools.count()
         self._in_use: dict[int, tuple[str, int]] = {}  # purpose and bytes
         check(self.calls.cudaSetDevice(FIRST_GPU))
-        self._zeroing = CudaStream(self)
+        # On a context of its own: in a cycle with this object it would be closed late.
+        self._zeroing = CudaStream(CudaContext(self.calls, releases=self.releases))
 
     def allocate(self, shape: tuple[int, ...], dtype: DTypeLike, *, purpose: str = "other") -> DeviceBuffer:
         """Zeroed memory, aligned to `ALIGNMENT` and freed with its last reference.

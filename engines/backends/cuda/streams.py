@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,10 @@ class CudaStream:
         check(self._calls.cudaMemsetAsync(memory.address, 0, memory.size, self.handle))
         check(self._calls.cudaStreamSynchronize(self.handle))
 
+    def wait(self) -> None:
+        """Wait until the work is done, or has failed."""
+        self._calls.cudaStreamSynchronize(self.handle)
+
     def check_alive(self) -> None:
         """Raise DeviceLost if the device is lost, and EngineError if earlier work of this stream failed."""
         is_complete(self._calls, self._calls.cudaStreamQuery(self.handle))
@@ -100,6 +105,14 @@ class CudaStream:
                 self.abandon_capture()
                 raise
             return self._instantiate(self._calls.cudaStreamEndCapture(self.handle), keep)
+
+    def captured_by_a_library(self) -> AbstractContextManager[None]:
+        """A block in which a library may capture this stream by itself: nothing is released meanwhile."""
+        return self._cuda.releases.paused()
+
+    def finish_before(self, owner: object, held: object) -> None:
+        """Keep `held` after `owner` is garbage until this stream's work is done, which may use it."""
+        self._cuda.releases.release_with(owner, partial(_finish, self, held))
 
     def abandon_capture(self) -> None:
         """End a failed capture, if one is open; the stream stays usable."""
@@ -126,6 +139,12 @@ class CudaStream:
         if size:
             direction = getattr(self._calls.cudaMemcpyKind, kind)
             check(self._calls.cudaMemcpyAsync(to, source, size, direction, self.handle))
+
+
+def _finish(stream: CudaStream, held: object) -> None:
+    """Wait until `stream` no longer uses `held`, which is dropped on return. Lost devices do not let one wait."""
+    stream.wait()
+    del held
 
 
 def as_cuda_stream(stream: object) -> CudaStream:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -344,6 +345,26 @@ def test_a_call_that_cannot_be_captured_runs_plainly_and_leaves_the_others_their
     assert "Calls that run without a CUDA graph: 2 of tiny." in caplog.text
     del calls
     assert bench.device.uncaptured() == {"tiny": 0}
+
+
+def test_nothing_is_freed_while_a_session_captures(bench: Bench, runtime: FakeRuntime, gpu: FakeCuda) -> None:
+    """Not even by the threads that drop what an executor which has ended had left."""
+    left: list[DeviceBuffer] = []
+    owner = Thread(target=lambda: left.append(OnnxRuntimeCudaDevice(Cuda(gpu)).allocate((7,), np.uint8)))
+    owner.start()
+    owner.join()
+
+    def drop_elsewhere() -> None:
+        other = Thread(target=left.clear)
+        other.start()
+        other.join()
+        assert 7 in gpu.live()
+
+    x, y, call = bench.bind()
+    runtime.sessions[0].breaks = drop_elsewhere
+    assert bench.compute(x, y, call, 1) == 2
+    assert 7 not in gpu.live()
+    assert runtime.sessions[0].runs[-1] == "replay"
 
 
 # What is refused

@@ -64,7 +64,8 @@ def test_the_fake_has_only_what_cuda_has(name: str) -> None:
 
 
 def test_the_fake_notices_memory_that_is_not_there(fake: FakeCuda) -> None:
-    handle = Cuda(fake)._zeroing.handle
+    cuda = Cuda(fake)
+    handle = cuda._zeroing.handle
     pinned = fake.cudaHostAlloc(64, 0)[1]
     memory = fake.cudaMalloc(64)[1]
     pageable = np.zeros(64, np.uint8)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +66,59 @@ def test_what_other_threads_drop_is_freed_by_the_one_that_owns_the_device(device
     assert device.memory() == {}
     device.stream("work").record()
     assert fake.live() == []
+
+
+def opened(fake: FakeCuda, also: Callable[[list[Any]], None] = lambda _held: None) -> list[Any]:
+    """What a thread that has ended opened and allocated; `also` is done with it before the end."""
+    held: list[Any] = []
+
+    def own() -> None:
+        device = CudaDevice(Cuda(fake), name="Fake")
+        stream = device.stream("work")
+        buffer = filled(device, stream, 4)
+        held.extend((device, stream.capture(partial(stream.copy, buffer, buffer), keep=(buffer,)), buffer))
+        also(held)
+
+    do_in_a_thread(own)
+    return held
+
+
+def do_in_a_thread(act: Callable[[], object]) -> None:
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+
+
+def test_when_the_owning_thread_has_ended_others_free_what_they_drop(fake: FakeCuda) -> None:
+    held = opened(fake)
+    assert (fake.live(), fake.graphs) == ([16], 1)
+    do_in_a_thread(held.clear)
+    assert (fake.live(), fake.live(pinned=True), fake.graphs) == ([], [], 0)
+    assert (fake._streams, fake._events) == ({}, {})
+
+
+def test_what_others_dropped_before_the_owning_thread_ended_is_freed_at_its_end(fake: FakeCuda) -> None:
+    def drop_elsewhere(held: list[Any]) -> None:
+        do_in_a_thread(held.clear)
+        assert (fake.live(), fake.graphs) == ([16], 1)
+
+    assert opened(fake, drop_elsewhere) == []
+    assert (fake.live(), fake.live(pinned=True), fake.graphs) == ([], [], 0)
+
+
+def test_nothing_is_freed_while_another_device_of_the_process_captures(device: CudaDevice, fake: FakeCuda) -> None:
+    """Where it captures globally, as ONNX Runtime does, CUDA would refuse to free, and break the capture."""
+    held, stream = opened(fake), device.stream("work")
+    buffer = filled(device, stream, 7)
+
+    def enqueue() -> None:
+        do_in_a_thread(held.clear)
+        assert (fake.live(), fake.graphs) == ([16, 28], 1)
+        stream.copy(buffer, buffer)
+
+    graph = stream.capture(enqueue, keep=())
+    assert (fake.live(), fake.graphs) == ([28], 1)
+    graph.launch()
 
 
 def test_a_stream_gives_everything_back(device: CudaDevice, fake: FakeCuda) -> None:
