@@ -134,7 +134,8 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"engines.checkpoints.loading", "engines.demo"},
     "safetensors": {"engines.checkpoints"},  # at the top in `loading` alone: compiling a bundle works without it
     "huggingface_hub": {"engines.checkpoints.hub"},
-    "onnx": {"engines.export", "engines.demo"},
+    "onnx": {"engines.export", "engines.demo", "engines.build.onnxruntime_cuda"},
+    "onnxscript": {"engines.build.onnxruntime_cuda"},
     "cuda": {"engines.backends.cuda"},
     "openvino": {"engines.backends.openvino"},  # which keeps it from sending statistics of its use
     "rich": {
