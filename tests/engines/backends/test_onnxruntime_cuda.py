@@ -146,6 +146,7 @@ class FakeRuntime(SimpleNamespace):
         self, path: Path, options: ort.SessionOptions, *, providers: Any, enable_fallback: int
     ) -> FakeSession:
         assert options.log_severity_level == 3
+        assert not options.enable_mem_pattern
         assert enable_fallback == 0
         [(provider, settings)] = providers
         assert provider == PROVIDER
