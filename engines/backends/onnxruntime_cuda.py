@@ -175,8 +175,8 @@ class OnnxRuntimeCudaDevice(CudaDevice):
         """Raises EngineError if the session does not start, or would compute on the CPU."""
         options = self._runtime.SessionOptions()
         options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(path.parent))
-        # A pattern is one block for all that a run of one shape takes, kept while the blocks of other shapes are in use:
-        # twice the memory, for allocations that a captured call makes only once.
+        # A pattern is one block for all that runs of one shape take. It comes on top of the blocks of the first run, so
+        # that memory doubles, to save allocations that a captured call makes only once.
         options.enable_mem_pattern = False
         options.log_severity_level = 3  # errors only: operators cannot act on the optimiser's warnings
         try:
