@@ -204,14 +204,18 @@ class Profile(Frozen):
 
 
 class FusionReport(Frozen):
-    """Which layers the compiler fused, in the worst profile."""
+    """Which layers the compiler fused, in the worst profile; of graphs for ONNX Runtime's CUDA provider, operators."""
 
     total: int
     attentions: int = Field(description="of the graph")
     fused_attentions: int = Field(description="each one kernel, scores never in memory")
     group_norms: int = Field(description="of the graph")
     fused_group_norms: int = Field(description="each one kernel, with the SiLU behind it if there is one")
-    precisions: dict[str, int] = Field(description="layers by the type they write: Half, Float, BFloat16 …")
+    convolutions: int = Field(default=0, description="of the graph; 0 where they were not counted")
+    channels_last: int = Field(default=0, description="convolutions that compute images channels last, NHWC")
+    precisions: dict[str, int] = Field(
+        default={}, description="layers by the type they write: Half, Float, BFloat16 …; empty where it is not known"
+    )
 
 
 class Compiled(Frozen):

@@ -81,6 +81,7 @@ BACKENDS = tuple(SPECS)  # their names
 ON_CPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "cpu")
 ON_GPU = tuple(spec.name for spec in _SPECS if spec.runs_on == "gpu")
 TENSORRT = tuple(spec.name for spec in _SPECS if spec.compiles)
+ONNXRUNTIME_CUDA = "onnxruntime_cuda"  # its graphs are rewritten for the operators of its own
 
 
 def register(spec: BackendSpec) -> None:

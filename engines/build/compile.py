@@ -6,7 +6,7 @@ Engines of an earlier build are reused if their key and their files are unchange
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.backends.available import gpu_here, installed
-from engines.backends.registry import ON_CPU, SPECS, TENSORRT
+from engines.backends.registry import ON_CPU, ONNXRUNTIME_CUDA, SPECS, TENSORRT, install_command
 from engines.build.keys import engine_key
 from engines.build.profiles import Shapes, shapes
 from engines.build.trajectory import CALIBRATED, record
@@ -25,6 +25,8 @@ from engines.files import write_atomically
 from engines.held import are_intact
 from engines.manifest import Build, Compiled, ComputeDtype, File, FusionReport, Gpu, Manifest, Onnx, Precision, Profile
 from engines.progress import Progress
+
+_Maker = Callable[..., Compiled]  # of a graph's name, precision and ONNX file, and its key
 
 # TensorRT's own. Higher ones take several times as long, which a server that compiles at its first start waits for;
 # what they gain depends on the GPU, and is not yet measured on one.
@@ -162,20 +164,26 @@ class _EngineCompiler:
         self._progress = progress
 
     def engine(self, name: GraphName, precision: Precision) -> Compiled:
-        """The engine of one graph: cached, compiled, or for backends that load ONNX the graph itself."""
+        """The engine of one graph: cached, made by the backend's maker, or the graph itself where it has none."""
         onnx = self._onnx(name, precision)
         key = self._key(name, precision, onnx)
-        if precision != "int8" and self._backend not in TENSORRT:
+        if (make := self._maker(precision)) is None:
             return Compiled(files=onnx.files, precision=precision, key=key, seconds=0, memory=0)
         record_file = self._folder / f"{name}.json"
         if not self._force and (cached := _cached(record_file, key, self._bundle)):
             self._progress.note(f"{name} of {self._backend}: unchanged")
             return cached
         self._folder.mkdir(parents=True, exist_ok=True)
-        make = self._quantized if precision == "int8" else self._tensorrt
         compiled = make(name, precision, onnx, key=key)
         write_atomically(record_file, compiled.model_dump_json(indent=2).encode())
         return compiled
+
+    def _maker(self, precision: Precision) -> _Maker | None:
+        if precision == "int8":
+            return self._quantized
+        if self._backend in TENSORRT:
+            return self._tensorrt
+        return self._rewritten if self._backend == ONNXRUNTIME_CUDA else None
 
     def _onnx(self, name: GraphName, precision: Precision) -> Onnx:
         dtype, exported = _graph_dtype(precision), self._manifest.graphs[name].onnx
@@ -225,6 +233,20 @@ class _EngineCompiler:
             reused_timings=report.reused_timings,
         )
 
+    def _rewritten(self, name: GraphName, precision: Precision, onnx: Onnx, *, key: str) -> Compiled:
+        began = time.monotonic()
+        with self._progress.stage(f"compiling {name} for {self._backend}"):
+            make_graph = _graph_maker()
+            path, layers = make_graph(name, self._manifest, self._bundle / onnx.files[0].path)
+        return Compiled(
+            files=(File.of(path, root=self._bundle), *onnx.files[1:]),
+            precision=precision,
+            layers=layers,
+            key=key,
+            seconds=round(time.monotonic() - began, 1),
+            memory=0,
+        )
+
     @cached_property
     def _recordings(self) -> dict[GraphName, list[dict[str, Array]]]:
         """The calibration data of INT8, which takes minutes to compute and serves all graphs."""
@@ -245,6 +267,18 @@ class _EngineCompiler:
             seconds=round(time.monotonic() - began, 1),
             memory=0,
         )
+
+
+def _graph_maker() -> Callable[[GraphName, Manifest, Path], tuple[Path, FusionReport]]:
+    """The function that makes graphs for ONNX Runtime's CUDA provider. Raises EngineError without its packages."""
+    try:
+        from engines.build.onnxruntime_cuda.make import make_graph  # noqa: PLC0415 - onnx is optional
+    except ImportError as error:
+        raise EngineError(
+            f"Compiling for {ONNXRUNTIME_CUDA} needs the package {error.name}: "
+            f"{install_command(SPECS[ONNXRUNTIME_CUDA].extra)}"
+        ) from error
+    return make_graph
 
 
 def _with_activations(profiles: Sequence[Shapes], activations: Sequence[int] | None) -> tuple[Profile, ...]:

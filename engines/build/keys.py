@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.backends.registry import TENSORRT
+from engines.backends.registry import ONNXRUNTIME_CUDA, TENSORRT
 from engines.build.profiles import shapes
 from engines.build.trajectory import calibration_config
 from engines.contract import GraphName
@@ -22,6 +22,7 @@ from engines.manifest import Gpu, Manifest, Onnx, Precision, Source, Storage
 ENGINES = Path(__file__).parents[1]  # the package whose code is hashed
 EXPORT_CODE = ("contract.py", "checkpoints", "export")
 TENSORRT_CODE = ("build/trt",)
+ONNXRUNTIME_CUDA_CODE = ("build/onnxruntime_cuda",)
 INT8_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/quantize.py", "backends/openvino.py")
 
 
@@ -60,6 +61,8 @@ def engine_key(  # noqa: PLR0913 - what decides the engine, by keyword
     }
     if backend in TENSORRT:
         config |= {"code": _code(TENSORRT_CODE), "optimization_level": optimization_level}
+    elif backend == ONNXRUNTIME_CUDA:
+        config["code"] = _code(ONNXRUNTIME_CUDA_CODE)
     elif precision == "int8":
         config |= {"code": _code(INT8_CODE), "calibration": calibration_config(manifest)}
     return _hash(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from engines.backends.registry import TENSORRT
+from engines.backends.registry import ONNXRUNTIME_CUDA, TENSORRT
 from engines.build.trajectory import CALIBRATED
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.contract import GRAPHS, GraphName
@@ -96,7 +96,7 @@ def compile_stages(backend: str, precisions: Mapping[GraphName, Precision], *, v
             if name == _FIRST_CALIBRATED:
                 yield "recording trajectories to calibrate on"
             yield f"quantizing {name}"
-        elif backend in TENSORRT:
+        elif backend in {*TENSORRT, ONNXRUNTIME_CUDA}:
             yield f"compiling {name} for {backend}"
     if verify:
         yield "drawing an image in FP32"

@@ -134,7 +134,14 @@ def _graph_table(manifest: Manifest) -> Table:
 
 
 def _layer_table(backend: str, build: Build) -> Table:
-    columns = ("graph", "layers", "attentions fused", "GroupNorms fused", "layers by type")
+    columns = (
+        "graph",
+        "layers",
+        "attentions fused",
+        "GroupNorms fused",
+        "convolutions channels last",
+        "layers by type",
+    )
     rows = [
         (name, str(engine.layers.total), *_fused(engine.layers), _layer_types(engine.layers))
         for name, engine in build.engines.items()
@@ -143,15 +150,17 @@ def _layer_table(backend: str, build: Build) -> Table:
     return _table(f"Layers of {backend}", columns, rows)
 
 
-def _fused(layers: FusionReport) -> tuple[str, str]:
+def _fused(layers: FusionReport) -> tuple[str, str, str]:
     return (
         f"{layers.fused_attentions} of {layers.attentions}",
         f"{layers.fused_group_norms} of {layers.group_norms}",
+        f"{layers.channels_last} of {layers.convolutions}" if layers.convolutions else _UNKNOWN,
     )
 
 
 def _layer_types(layers: FusionReport) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(layers.precisions.items(), key=lambda item: -item[1]))
+    types = sorted(layers.precisions.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count} {kind}" for kind, count in types) or _UNKNOWN
 
 
 def _profiles(engine: Compiled) -> str:

@@ -27,6 +27,7 @@ class Counts:
     group_norms: tuple[int, int]
     convolutions: tuple[int, int]
     transposes: int  # of activations that are left
+    operators: int  # of all kinds
 
 
 def rewrite(path: Path, out: Path) -> Counts:
@@ -58,6 +59,7 @@ def rewritten(model: ir.Model) -> Counts:
         group_norms=(group_norms, before["InstanceNormalization"]),
         convolutions=(convolutions, before["Conv"]),
         transposes=sum(node.op_type == "Transpose" and not _is_constant(node) for node in model.graph),
+        operators=sum(not _is_constant(node) for node in model.graph),
     )
 
 

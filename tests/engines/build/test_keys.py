@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.build import keys
-from engines.build.keys import EXPORT_CODE, INT8_CODE, TENSORRT_CODE, engine_key, export_key
+from engines.build.keys import EXPORT_CODE, INT8_CODE, ONNXRUNTIME_CUDA_CODE, TENSORRT_CODE, engine_key, export_key
 from engines.contract import GraphName
 from engines.manifest import Manifest, Precision, Size
 from tests import ROOT
@@ -66,7 +66,11 @@ def int8(manifest: Manifest) -> str:
     return engine(manifest, "openvino")
 
 
-KEYS = {export: EXPORT_CODE, tensorrt: TENSORRT_CODE, int8: INT8_CODE}
+def onnxruntime_cuda(manifest: Manifest) -> str:
+    return engine(manifest, "onnxruntime_cuda")
+
+
+KEYS = {export: EXPORT_CODE, tensorrt: TENSORRT_CODE, int8: INT8_CODE, onnxruntime_cuda: ONNXRUNTIME_CUDA_CODE}
 
 
 @pytest.mark.parametrize(("key", "module"), [(key, module) for key in KEYS for module in modules(KEYS[key])])

@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 
 import build_engines
 from engines.accuracy import psnr
+from engines.build.onnxruntime_cuda.compare import check_same
+from engines.build.onnxruntime_cuda.rewrite import rewrite
+from engines.contract import GraphName
 from engines.manifest import Manifest
 from tests.support.ldm import write_single_file
 from tests.support.references import draw, load_pipeline
@@ -110,6 +113,20 @@ def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
     assert manifest.context.width == (64 if name == "sd2" else 32)
     assert manifest.defaults.scheduler == {"sd2": "ddim", "lcm": "lcm"}.get(name, "pndm")
+
+
+@pytest.mark.parametrize("graph", ["encode_prompt", "denoise"])
+def test_onnxruntime_on_gpus_computes_the_same(family: tuple[str, Path, Path], graph: GraphName) -> None:
+    """By its fused operators, which replace all that they support of every family."""
+    manifest = Manifest.load(family[2])
+    exported = family[2] / manifest.graphs[graph].onnx["fp32"].files[0].path
+    made = exported.with_suffix(".cuda.onnx")
+    counts = rewrite(exported, made)
+    assert counts.attentions[0] == counts.attentions[1] > 0
+    assert counts.convolutions[0] == counts.convolutions[1]
+    assert counts.group_norms[0] == counts.group_norms[1]
+    assert counts.transposes == (3 if graph == "denoise" else 0)
+    assert check_same(graph, manifest, exported, made).largest < 1e-5
 
 
 def test_sd2_computes_in_bf16_on_gpus(family: tuple[str, Path, Path]) -> None:
