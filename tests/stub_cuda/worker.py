@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ import onnxruntime as ort
 
 from engines.backends import onnxruntime_cuda
 from engines.backends.cuda import Cuda, CudaStream, check
+from engines.backends.cuda.pinned import CudaReading
 from engines.backends.onnxruntime_cuda import OnnxRuntimeCudaDevice
+from engines.contract import Array
 from engines.errors import EngineError
 from engines.manifest import Gpu
 from tests.stub_cuda.runtime import StubRuntime
@@ -118,13 +120,24 @@ def run_bundle(task: Task) -> dict[str, Any]:
             return device
 
         stub.mark("start")
-        with Running(Path(task.bundle), open_it, backend="onnxruntime_cuda") as running:
+        with _all_finite(), Running(Path(task.bundle), open_it, backend="onnxruntime_cuda") as running:
             assert not running.failures, running.failures
             stub.mark("serve")
             asked = [running.ask(num_inference_steps=4, num_images=images) for images in (1, 2)]
             drawn = sum(len(one.images()) for one in asked)
             stub.mark("end")
             return {"drawn": drawn, "uncaptured": sum(device.uncaptured().values()), "memory": dict(device.memory())}
+
+
+def _all_finite() -> AbstractContextManager[object]:
+    """Let each verdict about an image be good: no kernel writes it, and 0 is not finite."""
+    result = CudaReading.result
+
+    def read(reading: CudaReading) -> Array:
+        array = result(reading)
+        return np.ones_like(array) if array.ndim == 1 and array.dtype == np.float32 else array
+
+    return patch.object(CudaReading, "result", read)
 
 
 def misuse(task: Task) -> dict[str, Any]:
