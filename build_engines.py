@@ -28,7 +28,7 @@ from rich.markup import escape
 
 from engines.build import api
 from engines.build.console import Display, JsonDisplay, display_on, terminal
-from engines.build.tables import inspect_tables, plan_table, serve_command, summary_table
+from engines.build.tables import findings_tables, inspect_tables, plan_table, serve_command, summary_table
 from engines.build.values import (
     AUTO_OR_BACKEND,
     ONE_OF_BACKENDS,
@@ -296,9 +296,17 @@ class VerifyCommand(_Command, _BundleFlags):
     backend: Annotated[Repeatable[Backend], ONE_OF_BACKENDS] = Field(
         (), description="whose engines, repeatable (default: all that run here)"
     )
+    bisect: CliToggleFlag[bool] = Field(
+        False,
+        description="find the first layer that strays from FP32, and leave the bundle as it is; takes several builds",
+    )
 
     def run(self, display: Display, console: Console) -> None:
         report = _Report(display, console)
+        if self.bisect:
+            found = api.bisect(self.bundle, backends=self.backend, reporter=report.reporter)
+            console.print(findings_tables(found))
+            return
         api.verify(self.bundle, backends=self.backend, reporter=report.reporter)
         report.print()
 

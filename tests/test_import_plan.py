@@ -134,8 +134,9 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"engines.checkpoints.loading", "engines.demo"},
     "safetensors": {"engines.checkpoints"},  # at the top in `loading` alone: compiling a bundle works without it
     "huggingface_hub": {"engines.checkpoints.hub"},
-    "onnx": {"engines.export", "engines.demo", "engines.build.onnxruntime_cuda"},
+    "onnx": {"engines.build.bisect", "engines.build.onnxruntime_cuda", "engines.demo", "engines.export"},
     "onnxscript": {"engines.build.onnxruntime_cuda"},
+    "polygraphy": {"engines.build.bisect"},
     "cuda": {"engines.backends.cuda"},
     "openvino": {"engines.backends.openvino"},  # which keeps it from sending statistics of its use
     "rich": {

@@ -23,8 +23,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from engines.backends.available import check_fits, unavailable_reason
-from engines.backends.registry import ON_CPU
+from engines.backends.registry import ON_CPU, install_command
 from engines.build import verify as verification
+from engines.build.bisect.finding import Finding
 from engines.build.bundle import (
     DEFAULT_ROWS,
     BundleSpec,
@@ -61,10 +62,12 @@ __all__ = [
     "CheckpointSource",
     "Embedding",
     "ExportOptions",
+    "Finding",
     "Lora",
     "Reporter",
     "ShapeOptions",
     "Size",
+    "bisect",
     "build",
     "compile",
     "export",
@@ -299,18 +302,54 @@ def verify(bundle: Path, *, backends: Sequence[str] = (), reporter: Reporter = _
     """
     manifest = inspect(bundle)
     for backend in backends or manifest.builds:
-        if backend not in manifest.builds:
-            raise EngineError(f"{bundle} holds no engines for {backend}: compile them first.")
-        if backends and (reason := unavailable_reason(backend)):
-            raise EngineError(f"{backend} cannot be verified here: {reason}.")
+        _check_comparable(manifest, bundle, backend, required=bool(backends))
         manifest = _verified(manifest, bundle, backend, reporter.progress)
         reporter.on_built(manifest, backend)
     return manifest
 
 
+def bisect(bundle: Path, *, backends: Sequence[str] = (), reporter: Reporter = _SILENT) -> list[Finding]:
+    """Find where engines stray from the FP32 graphs: the first layer that differs, in each graph that does.
+
+    The bundle stays as it is. Engines are compiled and run several times, with some tensors marked as outputs.
+
+    Args:
+        bundle: the bundle's folder.
+        backends: names of backends; empty: all of the bundle that run on this machine.
+        reporter: receives progress.
+
+    Raises:
+        BundleError: there is no bundle, or a file of it is missing or altered.
+        EngineError: a backend in `backends` has no engines or does not run on this machine, or Polygraphy is missing.
+    """
+    try:
+        from engines.build.bisect.run import bisect as find  # noqa: PLC0415 - a package that is needed for this alone
+    except ImportError as error:
+        raise EngineError(f"--bisect needs the package {error.name}: {install_command('bisect')}") from error
+    manifest, found = inspect(bundle), list[Finding]()
+    for backend in backends or manifest.builds:
+        _check_comparable(manifest, bundle, backend, required=bool(backends))
+        if reason := unavailable_reason(backend):
+            reporter.progress.note(f"{backend}: not bisected, since it cannot run here ({reason})")
+            continue
+        check_fits(manifest, backend, bundle)
+        found += find(manifest, bundle, backend, progress=reporter.progress)
+    return found
+
+
 def inspect(bundle: Path) -> Manifest:
     """The manifest of the bundle in a folder, with all of its files verified. Raises BundleError."""
     return Manifest.load(bundle)
+
+
+def _check_comparable(manifest: Manifest, bundle: Path, backend: str, *, required: bool) -> None:
+    """Raise EngineError unless there are engines of `backend`, and they run here if that is `required`."""
+    if backend not in manifest.builds:
+        raise EngineError(
+            f"{bundle} holds no engines for {backend}: compile them first (with --no-verify if verification fails)."
+        )
+    if required and (reason := unavailable_reason(backend)):
+        raise EngineError(f"{backend} cannot be verified here: {reason}.")
 
 
 class _BundleCompiler:

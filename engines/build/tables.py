@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from engines.accuracy import IDENTICAL
-from engines.build.api import BackendPlan
+from engines.build.api import BackendPlan, Finding
 from engines.build.profiles import shapes
 from engines.contract import INPAINT_LANES, LANES, STEPS, GraphName
 from engines.manifest import Build, Compiled, File, FusionReport, Geometry, Manifest, Precision
@@ -91,6 +91,32 @@ def inspect_tables(manifest: Manifest) -> RenderableType:
         if any(engine.layers for engine in build.engines.values()):
             parts.append(_layer_table(backend, build))
     return Group(*parts)
+
+
+def findings_tables(findings: Sequence[Finding]) -> RenderableType:
+    """Where engines stray from FP32."""
+    if not findings:
+        return "Nothing diverges: every engine that runs here agrees with its FP32 graph."
+    return Group(*(_finding_table(finding) for finding in findings))
+
+
+def _finding_table(finding: Finding) -> Table:
+    first = finding.first
+    where = f"first at {first.operator} {first.node} ({first.scope})" if first else "but not once tensors are marked"
+    columns = ("tensor", "operator", "module", "largest error", "of the range", "FP32 up to", "engine up to")
+    rows = [
+        (
+            f"> {row.place.tensor}" if row.place == first else row.place.tensor,
+            row.place.operator,
+            row.place.scope,
+            *(f"{value:.2g}" for value in (row.reading.error, row.reading.relative)),
+            *(f"{value:.3g}" for value in (row.reading.expected, row.reading.computed)),
+        )
+        for row in finding.rows
+    ]
+    table = _table(f"{finding.graph} of {finding.backend} strays ({finding.inputs}), {where}", columns, rows)
+    table.caption = escape(f"{finding.advice[0].upper()}{finding.advice[1:]} ({finding.rounds} rounds)")
+    return table
 
 
 def verdict(build: Build) -> str:

@@ -36,7 +36,7 @@ from engines.errors import EngineError
 from engines.manifest import Build, Difference, Manifest, Precision, Profile, Verification
 from engines.progress import Progress
 
-_STEPS = 6  # denoising steps of the trajectory that engines are compared on
+STEPS_COMPARED = 6  # denoising steps of the trajectory that engines are compared on
 _BATCH = frozenset("SBRn")  # dimensions that grow with the batch; pools of other dimensions are any row's to read
 _CHUNKS = 2  # chunks per row in a random batch
 
@@ -62,8 +62,8 @@ def verify(manifest: Manifest, bundle: Path, backend: str, *, progress: Progress
 
 def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress) -> Build:
     build = manifest.builds[backend]
-    trajectory = Trajectory(manifest, bundle, steps=_STEPS)
-    recording, cases = _expected(manifest, bundle, build, trajectory, progress)
+    trajectory = Trajectory(manifest, bundle, steps=STEPS_COMPARED)
+    recording, cases = expected(manifest, bundle, build, trajectory, progress)
     files = {name: bundle / engine.files[0].path for name, engine in build.engines.items()}
     runner, engines = GraphRunner(manifest, open_device(backend), files), {}
     graphs = finite(runner, lambda name: _remedy(backend, build.engines[name].precision))
@@ -78,7 +78,7 @@ def _verified(manifest: Manifest, bundle: Path, backend: str, progress: Progress
     return build.model_copy(update={"engines": engines, "verification": verification})
 
 
-def _expected(
+def expected(
     manifest: Manifest, bundle: Path, build: Build, trajectory: Trajectory, progress: Progress
 ) -> tuple[Recording, dict[GraphName, list[tuple[Arrays, Arrays]]]]:
     """The trajectory on the FP32 graphs, and each graph's cases: inputs, and the expected outputs of the first image.
@@ -88,12 +88,12 @@ def _expected(
     graphs = reference(manifest, bundle)
     with progress.stage("drawing an image in FP32"):
         recording = trajectory.run(graphs)
-    expected: dict[GraphName, list[tuple[Arrays, Arrays]]] = {}
+    compared: dict[GraphName, list[tuple[Arrays, Arrays]]] = {}
     for name, engine in build.engines.items():
         with progress.stage(f"computing {name} in FP32"):
             cases = _cases(name, manifest, trajectory, recording=recording, profiles=engine.profiles)
-            expected[name] = [(inputs, graphs(name, first)) for inputs, first in cases]
-    return recording, expected
+            compared[name] = [(inputs, graphs(name, first)) for inputs, first in cases]
+    return recording, compared
 
 
 def _remedy(backend: str, precision: Precision) -> str:

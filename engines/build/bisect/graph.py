@@ -1,0 +1,180 @@
+"""What a bisection knows of an ONNX graph: its tensors in topological order, and what of another graph they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+from polygraphy.backend.onnx import OnnxFromPath
+from polygraphy.exception import PolygraphyException
+from polygraphy.logger import G_LOGGER
+
+from engines.build.bisect.finding import Place
+from engines.contract import Array
+from engines.errors import EngineError
+
+# Nodes that pass a value on, in another type: graphs of several precisions differ by them.
+_PASSING = {"Cast", "CastLike", "Identity", "QuantizeLinear", "DequantizeLinear"}
+_FLOATS = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+}
+
+
+class Graph:
+    """An ONNX graph without its weights, which may be large."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with quiet_polygraphy():
+            self.model: Any = OnnxFromPath(str(path), ignore_external_data=True)()
+        self.nodes: list[Any] = list(self.model.graph.node)  # in topological order, as ONNX requires
+        self.outputs: dict[str, Any] = {
+            port.name: onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
+            for port in self.model.graph.output
+        }
+        self._weights = {weight.name: weight for weight in self.model.graph.initializer}
+        self._types = _types(self.model)
+        self._varying = self._find_varying()
+
+    def tensors(self) -> Iterator[str]:
+        """The tensors that can be compared, in topological order: floating point, and no constants. Also outputs."""
+        for node in self.nodes:
+            for name in node.output:
+                if name in self.outputs or (name in self._varying and self.is_float(name)):
+                    yield name
+
+    def is_float(self, tensor: str) -> bool:
+        return self._types.get(tensor) in _FLOATS
+
+    def ancestors(self, tensors: Iterable[str]) -> dict[str, int]:
+        """For each of `tensors`, in topological order, those among them that lead to it: bit n is the nth of them."""
+        wanted = set(tensors)
+        sets: dict[str, int] = {}
+        found: dict[str, int] = {}
+        for node in self.nodes:
+            inherited = 0
+            for name in node.input:
+                inherited |= sets.get(name, 0)
+            for name in node.output:
+                sets[name] = inherited | (1 << len(found) if name in wanted else 0)
+                if name in wanted:
+                    found[name] = sets[name]
+        return found
+
+    def places(self) -> dict[str, Place]:
+        """Where each tensor is computed."""
+        scope, places = "the inputs", dict[str, Place]()
+        constants: dict[str, str] = {name: name for name in self._weights if "." in name}
+        for node in self.nodes:
+            named = [constants[name] for name in node.input if name in constants]
+            if node.output[0] not in self._varying:  # a cast or a transposition of weights
+                constants.update(dict.fromkeys(node.output, named[0]) if named else {})
+                continue
+            scope = _module_of(named[0]) if named else scope
+            shown = scope if named else f"after {scope}"
+            places |= {name: Place(name, node.name, node.op_type, shown) for name in node.output}
+        return places
+
+    def around(self, tensor: str, among: Iterable[str]) -> list[str]:
+        """`tensor` with what it is computed from and what is computed from it, as far as they are `among` these."""
+        known, near = set(among), {tensor}
+        for node in self.nodes:
+            if tensor in node.output:
+                near |= set(node.input)
+            elif tensor in node.input:
+                near |= set(node.output)
+        return [name for node in self.nodes for name in node.output if name in near & known]
+
+    def counterparts(self, other: Graph) -> dict[str, str]:
+        """The tensors of this graph that `other` computes as well, in whatever type, each with its name there."""
+        theirs = other._by_formula()
+        mine: dict[str, list[str]] = defaultdict(list)
+        found = {port.name: port.name for port in self.model.graph.input}
+        formulas = self._formulas()
+        for node in self.nodes:
+            if node.op_type in _PASSING:
+                if node.input[0] in found:
+                    found[node.output[0]] = found[node.input[0]]
+                continue
+            for name in node.output:
+                same = mine[formulas[name]]
+                if len(same) < len(theirs.get(formulas[name], ())):
+                    found[name] = theirs[formulas[name]][len(same)]
+                same.append(name)
+        return found | {name: name for name in self.outputs if name in other.outputs}
+
+    def _by_formula(self) -> Mapping[str, list[str]]:
+        formulas, tensors = self._formulas(), defaultdict[str, list[str]](list)
+        for node in self.nodes:
+            if node.op_type not in _PASSING:
+                for name in node.output:
+                    tensors[formulas[name]].append(name)
+        return tensors
+
+    def _formulas(self) -> dict[str, str]:
+        """What each tensor is computed from, as a hash: operators, attributes, weights by name, inputs by name."""
+        formulas = {port.name: f"input {port.name}" for port in self.model.graph.input}
+        formulas |= {name: _formula_of_weight(weight) for name, weight in self._weights.items()}
+        for node in self.nodes:
+            inputs = [formulas.get(name, "") for name in node.input]
+            if node.op_type in _PASSING:
+                formulas[node.output[0]] = inputs[0]
+                continue
+            attributes = sorted((one.name, one.i, tuple(one.ints)) for one in node.attribute)
+            for number, name in enumerate(node.output):
+                formulas[name] = _hash(repr((node.op_type, attributes, inputs, number)))
+        return formulas
+
+    def _find_varying(self) -> set[str]:
+        varying = {port.name for port in self.model.graph.input}
+        for node in self.nodes:
+            if not varying.isdisjoint(node.input):
+                varying |= set(node.output)
+        return varying
+
+
+def _types(model: Any) -> dict[str, int]:
+    """The type of each tensor, as far as the graph says or ONNX can infer it."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    known = (*inferred.value_info, *model.graph.value_info, *model.graph.output)
+    return {value.name: value.type.tensor_type.elem_type for value in known}
+
+
+def _formula_of_weight(weight: Any) -> str:
+    """The weight's name, if the checkpoint gave it; of constants their shape, and the values of small whole numbers."""
+    if "." in weight.name:
+        return f"weight {weight.name}"
+    return f"constant {list(weight.dims)} {_whole_numbers(weight)}"
+
+
+def _whole_numbers(weight: Any) -> list[int]:
+    if weight.data_type != onnx.TensorProto.INT64 or weight.data_location == onnx.TensorProto.EXTERNAL:
+        return []
+    values: Array = onnx.numpy_helper.to_array(weight)
+    return [int(value) for value in values.ravel()[:64]]
+
+
+def _module_of(weight: str) -> str:
+    return weight.removesuffix(".T").rpartition(".")[0]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def quiet_polygraphy() -> Iterator[None]:
+    """Polygraphy without its log, and with its errors as ours."""
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            yield
+    except PolygraphyException as error:
+        raise EngineError(f"Polygraphy cannot compare the graphs: {error}") from error
