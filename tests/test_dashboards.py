@@ -13,8 +13,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from engines.demo import BUNDLE
+from server.runtime.monitoring.gpu import GpuMetrics
 from server.runtime.monitoring.metrics import Metrics
 from tests import ROOT
+from tests.server.runtime.monitoring.fake_nvml import GPU, FakeNvml
 from tests.support.serving import Serving
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/latentd.json").read_text(encoding="utf-8"))
@@ -52,6 +54,7 @@ def of_gpus() -> str:
     """The metrics of a server on a GPU, which add some series."""
     metrics = Metrics(max_rows=2)
     metrics.watch_captures(lambda: {"denoise": 0})
+    metrics.add_collector(GpuMetrics(GPU, FakeNvml()))
     return metrics.render().decode()
 
 

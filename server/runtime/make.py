@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from weakref import WeakMethod
 
 from engines.backends.device import Device, Reader
+from engines.backends.registry import ON_GPU
 from engines.manifest import Manifest
 from server.requests.intake import Intake
 from server.requests.request import Cache, Request
@@ -23,6 +25,7 @@ from server.runtime.pipeline import Pipeline
 from server.runtime.safety import UNCHECKED, Safety
 from server.runtime.step_times import StepTimeModel
 
+_log = logging.getLogger(__name__)
 _TEST_STEPS = 2
 
 OnStatus = Callable[[str], None]  # called with what the runtime is doing, in a few words
@@ -101,6 +104,8 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         opened = open_model(on_status, lambda: batcher.closed)
         metrics.set_model(opened.manifest, opened.backend)
         metrics.watch_captures(_uncaptured(opened.device))
+        if opened.backend in ON_GPU:
+            _watch_gpu(metrics)
         on_status("loading the engines")
         pipeline = Pipeline.load(
             opened.manifest,
@@ -147,6 +152,17 @@ def _uncaptured(device: Device) -> Callable[[], Mapping[str, int]]:
     """Reads `device` as long as it lives: the metrics outlive the executor, which gives back the device's memory."""
     method = WeakMethod(device.uncaptured)
     return lambda: read() if (read := method()) else {}
+
+
+def _watch_gpu(metrics: Metrics) -> None:
+    """Add what NVML tells of the GPU, where CUDA names it."""
+    from engines.backends.cuda import gpu_uuid  # noqa: PLC0415 - a server on a CPU need not load CUDA
+    from server.runtime.monitoring.gpu import GpuMetrics  # noqa: PLC0415 - as above
+
+    try:
+        metrics.add_collector(GpuMetrics(gpu_uuid()))
+    except Exception as error:  # cuda.bindings raises its own classes where it finds no library to call
+        _log.info("no metrics of the GPU: %s", error)
 
 
 def _test_request(intake: Intake, manifest: Manifest) -> Request:

@@ -6,7 +6,7 @@ that a thread waiting for the GPU does not stop the others.
 
 from engines.backends.cuda.buffers import DeviceBuffer, as_device_buffer
 from engines.backends.cuda.device import Cuda, CudaDevice, open_cuda
-from engines.backends.cuda.discovery import Probe, probe
+from engines.backends.cuda.discovery import Probe, gpu_uuid, probe
 from engines.backends.cuda.graphs import CapturedCalls, CudaGraph, GraphCapture
 from engines.backends.cuda.libraries import Library, load_libraries
 from engines.backends.cuda.status import MEMORY_IS_FULL, check
@@ -26,6 +26,7 @@ __all__ = [
     "as_cuda_stream",
     "as_device_buffer",
     "check",
+    "gpu_uuid",
     "load_libraries",
     "open_cuda",
     "probe",

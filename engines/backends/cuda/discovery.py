@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from engines.backends.cuda import status
 from engines.backends.registry import install_command
@@ -34,3 +35,16 @@ def probe() -> Probe:
 def _describe_gpu(calls: Any) -> Gpu:
     found = status.check(calls.cudaGetDeviceProperties(FIRST_GPU))
     return Gpu(name=found.name.split(b"\0")[0].decode(), compute_capability=f"{found.major}.{found.minor}")
+
+
+def gpu_uuid(calls: Any = None) -> UUID:
+    """The UUID of the first GPU as this process sees it; of its MIG instance, if it is one.
+
+    `calls` stands for `cuda.bindings.driver`. Raises EngineError.
+    """
+    if calls is None:
+        from cuda.bindings import driver  # noqa: PLC0415 - an optional dependency, and only servers ask
+
+        calls = driver
+    status.check(calls.cuInit(0))
+    return UUID(bytes=status.check(calls.cuDeviceGetUuid(status.check(calls.cuDeviceGet(FIRST_GPU)))).bytes)

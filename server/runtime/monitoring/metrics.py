@@ -85,6 +85,10 @@ class Metrics:
         """Add a gauge of the calls that run without a CUDA graph, which `read` counts by engine at every scrape."""
         self._registry.register(_UncapturedCalls(read))
 
+    def add_collector(self, collector: Collector) -> None:
+        """Add metrics that are read at every scrape."""
+        self._registry.register(collector)
+
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Add a gauge that is read at every scrape."""
         Gauge(name, text, registry=self._registry).set_function(read)

@@ -9,8 +9,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.requests.context import APIS
 from server.requests.errors import STATUS, BrokenPicture, ContentBlocked, QueueFull, StepFailed
+from server.runtime.monitoring.gpu import GpuMetrics
 from server.runtime.monitoring.metrics import Metrics
 from tests import ROOT
+from tests.server.runtime.monitoring.fake_nvml import GPU, FakeNvml
 from tests.support.serving import Serving
 
 NAME = re.compile(r"`((?:latentd|process)_[a-z_]+)`")
@@ -57,6 +59,12 @@ def test_calls_without_a_graph_are_read_at_every_scrape() -> None:
     assert samples(metrics)["latentd_uncaptured_calls", "decode"] == 1
 
 
+def of_a_gpu() -> Metrics:
+    metrics = Metrics(max_rows=2)
+    metrics.add_collector(GpuMetrics(GPU, FakeNvml()))
+    return metrics
+
+
 def test_the_documents_name_each_metric_and_no_others(serving: Serving) -> None:
     """A counter by the name that is queried, which ends in _total; anything else by its family's."""
     section = (ROOT / "docs/operation.md").read_text(encoding="utf-8").partition("## Metrics")[2].partition("\n## ")[0]
@@ -64,6 +72,7 @@ def test_the_documents_name_each_metric_and_no_others(serving: Serving) -> None:
         name for row in section.splitlines() if row.startswith("| `") for name in NAME.findall(row.split("|")[1])
     }
     families = list(text_string_to_metric_families(serving.client.get("/metrics").text))
+    families += text_string_to_metric_families(of_a_gpu().render().decode())
     exported = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
     assert {name for name in exported if not name.endswith("_created")} == documented
     assert all(family.documentation.endswith(".") for family in families)
