@@ -23,6 +23,7 @@ from loadtest.arrivals import Arrival
 from server.requests.errors import BrokenPicture, Cancelled, NotReady
 from server.requests.request import Completed, Event, Failed, Request
 from server.requests.schemas import GenerateRequest
+from server.runtime.decodes import DecodePriority
 from server.runtime.make import OnStatus, OpenedModel, make_runtime
 from server.runtime.monitoring.trace import Trace
 
@@ -60,7 +61,7 @@ class Served:
         backend: str,
         *,
         threads: int = 0,
-        overlap_decode: bool = True,
+        decode_priority: DecodePriority = "equal",
         trace: Path | None = None,
         device: Callable[[], Device] | None = None,
     ) -> None:
@@ -89,7 +90,7 @@ class Served:
             hang_factor=_HANG_FACTOR,
             line=self.policy,
             trace=self._trace,
-            overlap_decode=overlap_decode,
+            decode_priority=decode_priority,
             on_ready=self._on_ready,
             on_failure=self._on_failure,
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from loadtest.analysis.statistics import Spread, goodput, percentile
 from loadtest.provenance import ResultModel
+from server.runtime.decodes import DecodePriority
 
 Policy = Literal["by step", "by request"]
 POLICIES: tuple[Policy, ...] = ("by step", "by request")
@@ -112,11 +113,10 @@ class Serving(ResultModel):
 
 
 class Decoding(ResultModel):
-    """Images per second when full, with decodes overlapping steps, and between steps."""
+    """Images per second when full, by how decodes share the device with steps."""
 
     rows: int
-    overlapping: float
-    between: float
+    rates: dict[DecodePriority, float]
     broken: int = 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import get_args
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from benchmarks.spans import (
 from engines.backends.available import precision_of
 from loadtest.analysis.statistics import Spread
 from loadtest.arrivals import Arrival, poisson
+from server.runtime.decodes import DecodePriority
 
 
 def measure_single(session: Served, options: GpuBenchCommand, backend: str) -> Latencies:
@@ -107,16 +109,16 @@ def measure_serving(session: Served, options: GpuBenchCommand) -> Serving:
 
 
 def measure_decoding(model: BenchmarkModel, backend: str, options: GpuBenchCommand) -> Decoding:
-    """The pipeline full at the most rows, with decodes overlapping steps and between steps."""
-    found: dict[bool, float] = {}
+    """The pipeline full at the most rows, with each way of sharing the device between steps and decodes."""
+    found: dict[DecodePriority, float] = {}
     rows = broken = 0
-    for overlapping in (True, False):
-        with Served(model.bundle, backend, threads=options.threads, overlap_decode=overlapping) as session:
+    for priority in get_args(DecodePriority):
+        with Served(model.bundle, backend, threads=options.threads, decode_priority=priority) as session:
             rows = min(max(options.rows), session.manifest.max_rows)
             full = session.saturate(rows, repeat(min(options.steps)), seconds=options.seconds)
-            found[overlapping] = rate(full.moments)
+            found[priority] = rate(full.moments)
             broken += session.broken
-    return Decoding(rows=rows, overlapping=found[True], between=found[False], broken=broken)
+    return Decoding(rows=rows, rates=found, broken=broken)
 
 
 def _mixed(options: GpuBenchCommand) -> Iterator[int]:

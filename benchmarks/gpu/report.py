@@ -182,8 +182,9 @@ def _decode_lines(record: GpuResults, model: str, engine: str) -> Iterator[Repor
     found = _found(record, Decoding, "decode", model, engine)
     text = _why(record, "decode", model, engine)
     if found:
-        text = f"{found.overlapping:.2f} images/s overlapping, {found.between:.2f} between, {found.rows} rows"
-    yield ReportRow(model, engine, "decodes overlapping or between steps", text)
+        rates = ", ".join(f"{rate:.2f} {priority}" for priority, rate in found.rates.items())
+        text = f"images/s: {rates}, {found.rows} rows"
+    yield ReportRow(model, engine, "priority of decodes", text)
 
 
 def _serve_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportRow]:

@@ -2,49 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
+from typing import NamedTuple
 
 from engines import safety
 from engines.backends.device import Event, Reading
+from engines.contract import Array
 from server.requests.errors import BrokenPicture, ContentBlocked
 from server.requests.request import Completed, Image, Request
-from server.runtime.noise import NoiseGenerator
+from server.runtime.noise import NoiseGenerator, StepNoise
 from server.runtime.safety import UNCHECKED, Safety
 
 RowConditioning = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
 
 
-@dataclass(frozen=True, slots=True)
-class StagedImages:
-    """Finished latents in the staging pool, on their way out of the state."""
-
-    entries: tuple[int, ...]  # of the staging pool, one per image
-    copied: Event
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedImages:
-    """Decoded images on their way to the host."""
+@dataclass(frozen=True, eq=False)
+class DecodeCall:
+    """One call of the decoder: images of one request or of several, on their way to the host."""
 
     images: Reading  # [n, H, W, 3] u8
     is_finite: Reading  # [n] f32; 0 where a value was not finite
     scores: tuple[Reading, Reading] | None = None  # of the safety checker, if it runs, as `engines.safety` takes them
+    error: Exception | None = None  # why it was not launched
+
+    @classmethod
+    def failed(cls, error: Exception) -> DecodeCall:
+        """A call that was not launched: it is done, and asking for its images raises `error`."""
+        return cls(_Failed(error), _Failed(error), error=error)
 
     def done(self) -> bool:
         """Whether everything has arrived. Raises DeviceLost."""
         return (self.scores[-1] if self.scores else self.is_finite).done()
 
-    def flagged(self) -> tuple[bool, ...]:
-        """Which images the safety checker flags; none of them where it does not run."""
+    def wait(self) -> None:
+        """Block until everything has arrived. Raises as readings do, and what made the call fail."""
+        (self.scores[-1] if self.scores else self.is_finite).result()
+
+    @cached_property
+    def pixels(self) -> Array:
+        """[n, H, W, 3] u8"""
+        return self.images.result()
+
+    @cached_property
+    def finite(self) -> Array:
+        """[n] bool"""
+        finite: Array = self.is_finite.result() == 1  # false for NaN too
+        return finite
+
+    @cached_property
+    def flags(self) -> tuple[bool, ...]:
+        """Which images the safety checker flags; empty where it does not run."""
         if self.scores is None:
             return ()
         concepts, special_care = self.scores
         return safety.flagged(concepts.result(), special_care.result())
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """The reading of a call that was not launched."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Array:
+        raise self.error
+
+
+class DecodedImage(NamedTuple):
+    """One image of a decode call."""
+
+    call: DecodeCall
+    position: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +110,7 @@ class Placement(Owned):
 
     slots: tuple[int, ...]  # one per image
     prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
-    noise: tuple[NoiseGenerator, ...]  # one per image
+    noise: StepNoise
     features: tuple[tuple[int, ...], ...]  # by image, the feature places of its rows; empty without step cache
 
     @property
@@ -93,29 +128,45 @@ class Placement(Owned):
     def _unguided(self) -> RowConditioning:
         return ((self.prompts[0], 1.0),)
 
+    @cached_property
+    def is_stochastic(self) -> bool:
+        """Whether any step takes fresh noise. Asked before every step, so that others cost next to nothing."""
+        return any(step.draws for step in self.request.table.steps)
+
     @property
     def draws_noise(self) -> bool:
-        """Whether the next step takes fresh noise."""
-        return self.request.table.steps[self.request.step].draws
+        """Whether there is a next step, and it takes fresh noise."""
+        request = self.request
+        return self.is_stochastic and not request.denoised and request.table.steps[request.step].draws
 
 
 @dataclass(frozen=True, eq=False)
 class Finished(Owned):
     """A request whose last step is launched and whose latents are staged for decoding."""
 
-    staged: StagedImages
+    entries: tuple[int, ...]  # of the staging pool, one per image
 
 
 @dataclass(frozen=True, eq=False)
 class PendingDecode(Owned):
-    """A request whose images are being decoded and copied to the host."""
+    """A request whose images are being decoded and copied to the host. It holds their entries of the staging pool."""
 
-    decoded: Sequence[DecodedImages]
+    decoded: tuple[DecodedImage, ...]  # calls are shared with requests that finished in the same step
     safety: Safety = UNCHECKED
+
+    def release(self) -> None:
+        """Give back the entries once no call reads them, which the host only waits for if the request has failed."""
+        for call, _position in self.decoded:
+            if not call.done():
+                call.wait()
+        super().release()
 
     def done(self) -> bool:
         """Whether the images have arrived, and are checked. Raises DeviceLost."""
-        return self.decoded[-1].done() and all(verdict.done() for verdict in self._verdicts)
+        if not all(call.done() for call, _position in self.decoded):
+            return False
+        has_failed = any(call.error for call, _position in self.decoded)
+        return has_failed or all(verdict.done() for verdict in self._verdicts)
 
     def completed(self) -> Completed:
         """Return the images, once they are done.
@@ -123,6 +174,7 @@ class PendingDecode(Owned):
         Raises:
             DeviceLost, BrokenPicture
             ContentBlocked: one is flagged, and such requests are blocked.
+            Exception: what made a call fail.
         """
         images, flagged = self.images(), self._flagged()
         if self.safety.blocks and any(flagged):
@@ -130,8 +182,12 @@ class PendingDecode(Owned):
         return Completed(images, None if self.safety.mode == "off" else flagged)
 
     def images(self) -> tuple[Image, ...]:
-        """Return the images, once they have arrived. Raises DeviceLost; BrokenPicture for one that is not finite."""
-        if not all((chunk.is_finite.result() == 1).all() for chunk in self.decoded):  # NaN counts as true
+        """Return the images, once they have arrived.
+
+        Raises:
+            BrokenPicture: one is not finite; otherwise as `completed`.
+        """
+        if not all(call.finite[position] for call, position in self.decoded):
             raise BrokenPicture(
                 "The model computed NaN or infinity for this image: try another seed or a lower guidance_scale. "
                 "If it happens often, build the model with --precision bf16."
@@ -140,7 +196,7 @@ class PendingDecode(Owned):
 
     @cached_property
     def _pixels(self) -> tuple[Image, ...]:
-        return tuple(image for chunk in self.decoded for image in chunk.images.result())
+        return tuple(call.pixels[position] for call, position in self.decoded)
 
     @cached_property
     def _verdicts(self) -> tuple[Future[bool], ...]:
@@ -152,4 +208,4 @@ class PendingDecode(Owned):
         """Which images are flagged; none of them where nothing checks."""
         if self._verdicts:
             return tuple(verdict.result() for verdict in self._verdicts)
-        return tuple(flag for chunk in self.decoded for flag in chunk.flagged())
+        return tuple(call.flags[position] for call, position in self.decoded if call.scores)

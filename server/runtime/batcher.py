@@ -261,6 +261,24 @@ class Batcher:
             joined = tuple(line.join(self.max_rows))
             return Batch(left, joined, line.take_turn(self.max_rows, self._fair_rows(size)))
 
+    def next_newcomer(self, *, timeout: float) -> Request | None:
+        """Let one request join those that may take the next step. Wait for it at most `timeout` seconds.
+
+        The turns are not touched: `next_batch` will say who takes the step.
+        """
+        with self._changed:
+            if newcomer := self._joining():
+                return newcomer
+            self._changed.wait(timeout)
+            return self._joining()
+
+    def _joining(self) -> Request | None:
+        """The next request that may join those of the size whose turn is next, if there is one; it joins."""
+        if not self._lines:
+            return None
+        line = min(self._lines.values(), key=lambda line: line.turns)
+        return next(line.join(self.max_rows), None)
+
     def _next_size(self) -> Size:
         """The size whose turn it is: of several with as many turns, the one that waited longest."""
         if len(self._lines) == 1:

@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from engines.errors import DeviceLost, EngineError
-from server.requests.errors import BrokenPicture, ContentBlocked, ServerError
+from server.requests.errors import ContentBlocked, ServerError
 from server.requests.request import Failed, Outcome, Request, Started, Stepped
 from server.runtime import failures
 from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement
 from server.runtime.batcher import Batch, Batcher
+from server.runtime.decodes import PendingDecodes, outcome_of
+from server.runtime.launch_timing import LaunchTiming
 from server.runtime.monitoring.health import Health
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.stacks import stacks
 from server.runtime.monitoring.trace import Trace
 from server.runtime.monitoring.watchdog import Watchdog
+from server.runtime.noise import NoiseAhead
 from server.runtime.pipeline import InFlightStep, Pipeline
 from server.runtime.plan import Plan
 from server.runtime.step_times import StepTimeModel
@@ -27,7 +30,7 @@ from server.runtime.step_times import StepTimeModel
 _log = logging.getLogger(__name__)
 
 _MAX_IN_FLIGHT = 2  # steps: one that the device computes, and one that it finds when it is done
-_POLL = 0.001  # seconds between checks for decoded images, while no step can be launched
+_POLL = 0.001  # seconds between checks for what streams have done, while no step is launched
 
 
 class StartStopped(EngineError):
@@ -72,7 +75,9 @@ class Executor:
         self._batch = Batch((), (), ())
         self._owned: dict[Request, Owned] = {}  # what each admitted request holds, until its outcome
         self._in_flight: deque[InFlightStep] = deque()
-        self._pending_decodes: deque[PendingDecode] = deque()
+        self._decodes = PendingDecodes(self._collect)
+        self._noise = NoiseAhead()
+        self._timing = LaunchTiming()
         self._plan: Plan | None = None  # the last one
         self._step_began = 0.0  # when the device was last known to begin a step
         self._health = Health(lambda: batcher.submit(test_request()))
@@ -125,7 +130,7 @@ class Executor:
     @property
     def decoding(self) -> int:
         """Requests that take no more steps and have no outcome yet."""
-        return len(self._pending_decodes)
+        return len(self._decodes)
 
     def _run(self) -> None:
         try:
@@ -148,6 +153,7 @@ class Executor:
         finally:
             self._give_back()
             self.ready = False
+            self._noise.close()
             self._watchdog.close()
             self._trace.close()
 
@@ -184,15 +190,32 @@ class Executor:
 
     def _turn(self) -> bool:
         """Launch a step, and complete what is done; returns whether there is, or may be, more to do."""
+        is_due = self._await_newcomers()
         batch = self._batcher.next_batch(timeout=self._timeout)
         if self._fault:
             raise self._fault
-        if batch is None and not self._in_flight and not self._pending_decodes:
+        if batch is None and not self._in_flight and not self._decodes:
             return False
-        launched = batch is not None and self._start(batch)
+        launched = batch is not None and self._start(batch, is_due=is_due)
         self._complete_steps(wait=not launched)
-        self._complete_decodes(wait=batch is None and not self._in_flight)
+        self._decodes.collect(wait=batch is None and not self._in_flight)
         self._trace.collect()
+        return True
+
+    def _await_newcomers(self) -> bool:
+        """Until the next step is due, admit and place those who come, so that they take part in it.
+
+        Returns whether it is due now: the device will soon be done with the step before.
+        """
+        step = self._in_flight[0] if len(self._in_flight) == 1 else None
+        due = self._timing.due(step.key, self._step_began) if step else None
+        if step is None or due is None or due <= time.perf_counter():
+            return False
+        with self._trace.span("wait"):
+            while (left := due - time.perf_counter()) > 0 and not step.completed.done():
+                busy = self._decodes.collect_one(wait=False) or self._place_one()
+                if newcomer := self._batcher.next_newcomer(timeout=0 if busy else min(left, _POLL)):
+                    self._admit(newcomer)
         return True
 
     @property
@@ -200,47 +223,58 @@ class Executor:
         """How long to wait for work: not at all while steps are in flight, and briefly while images are decoded."""
         if self._in_flight:
             return 0
-        if self._pending_decodes:
+        if self._decodes:
             return _POLL
         return self._health.test_every if self._health.reason else None
 
-    def _start(self, batch: Batch) -> bool:
-        """Admit newcomers and launch a step; returns whether one was launched."""
+    def _start(self, batch: Batch, *, is_due: bool) -> bool:
+        """Admit newcomers and launch a step, in this order unless it `is_due`; returns whether one was launched."""
         self._batch = batch
         for request in batch.left:
-            self._finish(request, _why_left(request, stopping=self._cancelling))
-        for request in batch.joined:
-            self._admit(request)
-        placements = [placement for request in batch.requests if (placement := self._placed(request))]
-        if placements:
+            self._finish(request, failures.left(request, server_stops=self._cancelling))
+        if is_due and (placements := self._placements(batch)):
+            launched = self._launch(placements)
+            self._timing.launched(time.perf_counter(), late=self._in_flight[0].completed.done())
+            self._admit(*batch.joined)
+            return launched
+        self._admit(*batch.joined)
+        while self._place_one():
+            pass
+        if placements := self._placements(batch):
             return self._launch(placements)
-        owned = (self._owned.get(request) for request in batch.requests)
+        owned = map(self._owned.get, batch.requests)
         if admission := next((one for one in owned if isinstance(one, Admission)), None):
             self._wait_for(admission)
         return False
 
+    def _placements(self, batch: Batch) -> list[Placement]:
+        """Those who can take the step; others are still being encoded."""
+        owned = map(self._owned.get, batch.requests)
+        return [one for one in owned if isinstance(one, Placement)]
+
     def _wait_for(self, admission: Admission) -> None:
         """No request can step yet: wait for the next one to be encoded, but not while others are being decoded."""
-        if self._pending_decodes:
+        if self._decodes:
             time.sleep(_POLL)
         elif not self._in_flight:
             with self._limit_of(admission.request):
                 admission.encoded.wait()
 
-    def _limit_of(self, request: Request) -> AbstractContextManager[None]:
-        """Watch what is done for `request` alone, before its first step and after its last."""
-        size = request.params.size
-        expected = self._step_times.encode_decode(size) * request.images
+    def _limit_of(self, *requests: Request) -> AbstractContextManager[None]:
+        """Watch what is done for `requests` of one size alone, before their first step and after their last."""
+        size = requests[0].params.size
+        expected = self._step_times.encode_decode(size) * sum([request.images for request in requests])
         return self._watchdog.limit(expected, f"Encoding or decoding an image at {size}")
 
-    def _admit(self, request: Request) -> None:
-        request.finish_stage("queue")
-        with self._fails_alone(request), self._trace.span("admit"), self._limit_of(request):
-            self._owned[request] = self._pipeline.admit(request)
+    def _admit(self, *requests: Request) -> None:
+        for request in requests:
+            request.finish_stage("queue")
+            with self._fails_alone(request), self._trace.span("admit"), self._limit_of(request):
+                self._owned[request] = self._pipeline.admit(request)
 
     @contextmanager
-    def _fails_alone(self, request: Request) -> Iterator[None]:
-        """What is done for `request` alone: whatever goes wrong, only that request fails, unless the device is lost.
+    def _fails_alone(self, *requests: Request) -> Iterator[None]:
+        """What is done for `requests` alone: whatever goes wrong, only they fail, unless the device is lost.
 
         The pipeline holds nothing of a call that failed, so the others go on as if it had not been made.
         """
@@ -249,30 +283,36 @@ class Executor:
         except DeviceLost:
             raise
         except Exception as error:
-            self._fail([request], error)
+            self._fail(requests, error)
 
-    def _placed(self, request: Request) -> Placement | None:
-        """The placement of `request`; None while what it needs is being encoded, and where that has failed."""
-        owned = self._owned.get(request)
-        if isinstance(owned, Admission) and owned.encoded.done():
-            owned = self._place(owned)
-        return owned if isinstance(owned, Placement) else None
-
-    def _place(self, admission: Admission) -> Placement | None:
+    def _place_one(self) -> bool:
+        """Place one of the requests that are encoded; returns whether there was one."""
+        admissions = (one for one in self._owned.values() if isinstance(one, Admission))
+        if not (admission := next((one for one in admissions if one.encoded.done()), None)):
+            return False
         request = admission.request
         with self._fails_alone(request):
-            placement = self._owned[request] = self._pipeline.place(admission)
+            self._owned[request] = self._pipeline.place(admission)
             request.finish_stage("encode")
             request.notify(Started())
-            return placement
-        return None
+        return True
 
     def _launch(self, placements: list[Placement]) -> bool:
+        """Launch a step; returns whether that was possible: not while its images could not be staged."""
+        if self._pipeline.lacks_staging(placements):
+            if not self._in_flight:
+                self._decodes.collect(wait=True)
+            return False
+        if drawing := [placement for placement in placements if placement.draws_noise]:
+            for one in drawing:
+                with self._fails_alone(one.request):
+                    one.noise.fetch()
+            placements = [one for one in placements if one.request.outcome is None]
+        return bool(placements) and self._launch_plan(placements)
+
+    def _launch_plan(self, placements: list[Placement]) -> bool:
         with self._trace.span("plan"):
             plan = self._plan = self._pipeline.plan(placements)
-        while self._pipeline.lacks_staging(plan):
-            self._complete_steps(wait=True)
-            self._complete_decodes(wait=True)
         if not self._in_flight:
             self._step_began = time.perf_counter()
         size = placements[0].request.params.size
@@ -287,6 +327,10 @@ class Executor:
         for finished in step.finished:
             self._owned[finished.request] = finished
             self._batcher.leave(finished.request)
+        if not step.completed.done():  # where it is, callers hear of the step first
+            self._decode(step)
+        if coming := [placement.noise for placement in placements if placement.draws_noise]:
+            self._noise.begin(coming)
         return True
 
     def _complete_steps(self, *, wait: bool) -> None:
@@ -309,47 +353,33 @@ class Executor:
         seconds, self._step_began = now - self._step_began, now
         self._metrics.step(step.plan.rows, seconds)
         self._step_times.observe(step.kind, step.plan.shape.rows, seconds)
+        self._timing.observe(step.key, seconds)
         for request, number, previews in step.moves:
             if request.outcome is None:
                 with self._fails_alone(request):
                     shown = tuple(map(self._pipeline.to_rgb, previews))
                     request.notify(Stepped(number, request.steps, shown))
+            if request.outcome is None and number == request.steps:
+                request.finish_stage("denoise")
+        self._decode(step)
         for finished in step.finished:
-            if finished.request.outcome is None:
-                self._decode(finished)
+            if isinstance(pending := self._owned.get(finished.request), PendingDecode):
+                self._decodes.add(pending)
 
-    def _decode(self, finished: Finished) -> None:
-        request = finished.request
-        request.finish_stage("denoise")
-        with self._fails_alone(request), self._trace.span("decode"), self._limit_of(request):
-            pending = self._owned[request] = self._pipeline.decode(finished)
-            self._pending_decodes.append(pending)
+    def _decode(self, step: InFlightStep) -> None:
+        """Launch the decoding of those who finished in `step`, behind it, unless that is done."""
+        owned = [self._owned.get(finished.request) for finished in step.finished]
+        if finished := [one for one in owned if isinstance(one, Finished) and one.request.outcome is None]:
+            requests = [one.request for one in finished]
+            with self._fails_alone(*requests), self._trace.span("decode"), self._limit_of(*requests):
+                for pending in self._pipeline.decode(finished, step.completed):
+                    self._owned[pending.request] = pending
 
-    def _complete_decodes(self, *, wait: bool) -> None:
-        """Finish the requests whose images have arrived. Wait for the first if asked to."""
-        while self._pending_decodes and (wait or self._pending_decodes[0].done()):
-            pending = self._pending_decodes[0]
-            with self._trace.span("collect"), self._limit_of(pending.request):
-                outcome = self._outcome(pending)
-            pending.request.finish_stage("decode")
-            self._finish(pending.request, outcome)
-            self._pending_decodes.popleft()
-            wait = False
-
-    def _outcome(self, pending: PendingDecode) -> Outcome:
-        try:
-            return pending.completed()
-        except ContentBlocked as error:
-            return Failed(error)
-        except BrokenPicture as error:
-            _log.error(
-                "request %s: %s", pending.request.id, error, extra={"fields": {"request_id": pending.request.id}}
-            )
-            return Failed(error)
-        except DeviceLost:
-            raise
-        except Exception as error:
-            return failures.failed(error, pending.request.id)
+    def _collect(self, pending: PendingDecode) -> None:
+        with self._trace.span("collect"), self._limit_of(pending.request):
+            outcome = outcome_of(pending)
+        pending.request.finish_stage("decode")
+        self._finish(pending.request, outcome)
 
     def _finish(self, request: Request, outcome: Outcome) -> None:
         """Release what `request` holds, and give it its outcome."""
@@ -384,21 +414,6 @@ class Executor:
     def _on_hang(self, what: str) -> None:
         """The device hangs, and this thread with it. Called in the watchdog's thread."""
         self.hangs = True
-        _log.critical("%s The last plan: %s", what, self._last_plan())
+        _log.critical("%s The last plan: %s", what, self._plan.describe() if self._plan else "none.")
         _log.critical("the stacks of all threads:\n%s", stacks())
         self._fail_everything(DeviceLost(f"{what} The process ends: see nvidia-smi and the kernel's log."))
-
-    def _last_plan(self) -> str:
-        """Its requests, and its numbers without those that fill pages."""
-        if self._plan is None:
-            return "none."
-        ids = ", ".join(placement.request.id for placement in self._plan.placements)
-        return (
-            f"of {ids}: { ({name: array.tolist() for name, array in self._plan.arrays.items() if array.size <= 64}) }"
-        )
-
-
-def _why_left(request: Request, *, stopping: bool) -> Failed:
-    """The outcome of a request that was cancelled, whether by its caller, its time limit or a stop of the server."""
-    reason = request.cancelled
-    return failures.stopping() if stopping or reason is None else Failed(reason)

@@ -6,7 +6,7 @@ import logging
 
 from engines.errors import EngineError
 from server.requests.errors import NotReady, ServerStopping, StepFailed
-from server.requests.request import Failed
+from server.requests.request import Failed, Request
 
 _log = logging.getLogger(__name__)
 _RETRY_AFTER = 5  # seconds, in which another server is asked, or this one has started again
@@ -15,6 +15,12 @@ _RETRY_AFTER = 5  # seconds, in which another server is asked, or this one has s
 def stopping() -> Failed:
     error = ServerStopping("The server stopped before this image was done: ask another one.", retry_after=_RETRY_AFTER)
     return Failed(error)
+
+
+def left(request: Request, *, server_stops: bool) -> Failed:
+    """The outcome of a request that was cancelled, whether by its caller, its time limit or a stop of the server."""
+    reason = request.cancelled
+    return stopping() if server_stops or reason is None else Failed(reason)
 
 
 def after_fault() -> Failed:

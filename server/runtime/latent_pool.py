@@ -25,7 +25,8 @@ from engines.contract import (
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Image, Mask
-from server.runtime.admission import DecodedImages, StagedImages
+from server.runtime.admission import DecodeCall
+from server.runtime.decodes import DecodePriority
 from server.runtime.noise import NoiseGenerator
 from server.runtime.plan import Plan, StepShape
 
@@ -41,6 +42,19 @@ class Streams:
     encode: Stream  # prompts and init images of admitted requests
     steps: Stream  # everything that touches the state
     decode: Stream  # latents that have left the state
+
+    @classmethod
+    def open(cls, device: Device, decode_priority: DecodePriority) -> Streams:
+        """The streams of `device`, where decodes run in parallel with steps or between them."""
+        steps = device.stream("steps", urgent=True)
+        # A CPU shares nothing between streams: there the threads of an urgent one would spin, and slow the steps.
+        urgent = device.pads and decode_priority != "low"
+        parallel = decode_priority != "between"
+        return cls(
+            encode=device.stream("encode", urgent=urgent),
+            steps=steps,
+            decode=device.stream("decode", urgent=urgent) if parallel else steps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +153,8 @@ class LatentPool:
         pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
         self._states = tuple(self._allocate_pool(pools["state"]) for _ in range(2))
         self._staging = self._allocate_pool(pools["state"], S=manifest.max_rows)
+        self._state_lanes = tuple(map(self._lanes_of, self._states))
+        self._staging_lanes = self._lanes_of(self._staging)
         self._pools = {"context": context} | {
             name: self._allocate_pool(port) for name, port in pools.items() if name not in ("state", "context")
         }
@@ -156,9 +172,14 @@ class LatentPool:
         ]
 
     @property
-    def staging_places(self) -> int:
-        """How many images may finish before one is decoded."""
-        return len(self._entries)
+    def staged(self) -> int:
+        """How many finished images wait for the decoder, or are decoded."""
+        return self.spare - len(self._entries)
+
+    @property
+    def decode_chunk(self) -> int:
+        """The most images that one call decodes."""
+        return len(self._decode)
 
     def take_slot(self, x: Latents, inpaint: InpaintLatents | None) -> int:
         """Take a free slot for an image that starts as `x`; `inpaint` keeps a part of its init image."""
@@ -205,31 +226,36 @@ class LatentPool:
             steps.copy(self._made_features, self._pools["features"], source_at=row, at=place)
         self._parity ^= 1
 
-    def read(self, slot: int) -> Reading:
-        """The lanes [LANES, channels, h, w] of a slot, the last of which is the x0 estimate."""
-        return self._streams.steps.read(self._states[self._parity], at=slot)
+    def read_x0(self, slot: int) -> Reading:
+        """The x0 estimate [channels, h, w] of a slot, its last lane."""
+        return self._streams.steps.read(self._state_lanes[self._parity], at=slot * LANES + LANES - 1)
 
-    def stage(self, slots: Sequence[int]) -> StagedImages:
-        """Copy finished latents to free places of the staging pool; their slots may be freed afterwards."""
+    def stage(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Copy finished latents to free entries of the staging pool; their slots may be freed afterwards.
+
+        Only x, the first lane, is copied: the decoder reads no other.
+        """
         entries = tuple(self._entries.pop() for _ in slots)
         for slot, entry in zip(slots, entries, strict=True):
-            self._streams.steps.copy(self._states[self._parity], self._staging, source_at=slot, at=entry)
-        return StagedImages(entries, self._streams.steps.record())
+            self._streams.steps.copy(
+                self._state_lanes[self._parity], self._staging_lanes, source_at=slot * LANES, at=entry * LANES
+            )
+        return entries
 
-    def decode(self, staged: StagedImages) -> list[DecodedImages]:
-        """Launch the decoding of staged latents, a chunk at a time. Raises EngineError."""
-        self._streams.decode.follow(staged.copied)
-        chunk = len(self._decode)
-        starts = range(0, len(staged.entries), chunk)
-        try:
-            return [self._decode_some(staged.entries[start : start + chunk]) for start in starts]
-        except Exception:
-            self._streams.decode.record().wait()  # for the chunks before it: their entries are about to be freed
-            raise
+    def decode(self, entries: Sequence[int]) -> DecodeCall:
+        """Launch the decoding of staged latents, at most `decode_chunk`. Raises EngineError.
 
-    def free_entries(self, staged: StagedImages) -> None:
-        """Free places of the staging pool, once their images have been read or are abandoned."""
-        self._entries.extend(staged.entries)
+        The stream of decodes follows the step that staged them.
+        """
+        bound, stream = self._decode[len(entries) - 1], self._streams.decode
+        stream.write(bound.buffers["slot"], np.array(entries))
+        bound.call.launch()
+        images, is_finite = stream.read(bound.buffers["images"]), stream.read(bound.buffers["is_finite"])
+        return DecodeCall(images, is_finite, self._check_some(len(entries)) if self._safety else None)
+
+    def free_entries(self, entries: Sequence[int]) -> None:
+        """Free entries of the staging pool, once no call reads them."""
+        self._entries.extend(entries)
 
     def encode(self, image: Image, noise: Sequence[NoiseGenerator]) -> tuple[Reading, ...]:
         """Launch the encoding of an image [H, W, 3], with noise of each generator, to latents [1, channels, h, w].
@@ -243,9 +269,7 @@ class LatentPool:
         blank = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         self._encode_with(blank, np.zeros(self.latent_shape, np.float32)).result()
         for count in range(1, len(self._decode) + 1):
-            decoded = self._decode_some(range(count))
-            decoded.is_finite.result()
-            decoded.flagged()
+            self.decode(range(count)).wait()
 
     def _encode_with(self, image: Image, noise: Latents) -> Reading:
         bound, stream = self._encode, self._streams.encode
@@ -253,13 +277,6 @@ class LatentPool:
         stream.write(bound.buffers["noise"], noise[None])
         bound.call.launch()
         return stream.read(bound.buffers["latents"])
-
-    def _decode_some(self, entries: Sequence[int]) -> DecodedImages:
-        bound, stream = self._decode[len(entries) - 1], self._streams.decode
-        stream.write(bound.buffers["slot"], np.array(entries))
-        bound.call.launch()
-        images, is_finite = stream.read(bound.buffers["images"]), stream.read(bound.buffers["is_finite"])
-        return DecodedImages(images, is_finite, self._check_some(len(entries)) if self._safety else None)
 
     def _check_some(self, count: int) -> tuple[Reading, Reading]:
         """Launch the safety checker on the images that were decoded last, and read its scores."""
@@ -275,6 +292,10 @@ class LatentPool:
         if port.fill:  # memory is allocated as zeros
             self._streams.steps.write(buffer, neutral(port, dims))
         return buffer
+
+    def _lanes_of(self, state: Buffer) -> Buffer:
+        """A state pool [S, LANES, channels, h, w] as one entry per lane, of which copies take only what they need."""
+        return state.view((state.shape[0] * LANES, *self.latent_shape), np.float32, offset=0)
 
     def _bind_step(self, plan: Plan) -> _BoundStep:
         images, rows, chunks, depth = plan.shape

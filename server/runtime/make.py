@@ -18,6 +18,7 @@ from server.requests.request import Cache, Request
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher, Line
+from server.runtime.decodes import DecodePriority
 from server.runtime.executor import Executor
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
@@ -68,8 +69,8 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     line: Callable[[], Line] = Line,
     trace: Trace | None = None,
     cache: Cache = "off",
-    decode_chunk: int = 1,
-    overlap_decode: bool = True,
+    decode_chunk: int | None = None,
+    decode_priority: DecodePriority = "equal",
     safety: Safety = UNCHECKED,
     read: Reader = Path.read_bytes,
     on_loaded: Callable[[LoadedModel], None] = lambda _model: None,
@@ -83,8 +84,8 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         max_waiting: requests that may wait; see `Batcher`, as for `line`.
         hang_factor: see `Watchdog`.
         cache: the step cache of requests that do not set it.
-        decode_chunk: images decoded in one call.
-        overlap_decode: decode on a stream of its own, in parallel with steps.
+        decode_chunk: images decoded in one call; see `Pipeline`.
+        decode_priority: how decodes share a GPU with steps.
         safety: whether images are checked, and what becomes of flagged ones.
         read: gives the contents of a file of the bundle.
         on_loaded, on_ready, on_failure: called in the executor's thread.
@@ -115,7 +116,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
             step_times=step_times,
             trace=trace,
             decode_chunk=decode_chunk,
-            overlap_decode=overlap_decode,
+            decode_priority=decode_priority,
             safety=safety,
             read=read,
             on_lookup=metrics.prompt_lookup,

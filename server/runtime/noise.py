@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +59,64 @@ class NoiseGenerator:
         r, theta = math.sqrt(-2 * math.log1p(-u2)), 2 * math.pi * u1
         self._spare = r * math.sin(theta)
         return r * math.cos(theta)
+
+
+class StepNoise:
+    """The fresh noise of a request's steps: an array [images, c, h, w] f32 for each that takes some."""
+
+    def __init__(self, generators: Sequence[NoiseGenerator], shape: tuple[int, ...]) -> None:
+        """`generators` are one per image; `shape` is [c, h, w]."""
+        self._generators = generators
+        self._shape = shape
+        self.ahead: Future[None] | None = None  # done when the next array is drawn, if that was begun
+        self._drawn: NDArray[np.float32] | None = None
+        self._error: Exception | None = None
+
+    def draw(self) -> None:
+        """Draw the next array, unless it is drawn. What goes wrong is raised by `fetch`, and by every later one."""
+        if self._drawn is None and self._error is None:
+            try:
+                self._drawn = np.stack([generator.randn(self._shape) for generator in self._generators])
+            except Exception as error:  # whatever it is: the generators are not where they were
+                self._error = error
+
+    def fetch(self) -> None:
+        """Return when the next array is drawn, in this thread unless that was begun in another one."""
+        if self.ahead:
+            self.ahead.result()
+            self.ahead = None
+        self.draw()
+        if self._error:
+            raise self._error
+
+    def take(self) -> NDArray[np.float32]:
+        """The next array."""
+        self.fetch()
+        drawn, self._drawn = self._drawn, None
+        assert drawn is not None  # noqa: S101 - it was fetched
+        return drawn
+
+
+class NoiseAhead:
+    """Draws the noise of coming steps in a thread of its own, beside others: numpy draws without Python's lock."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "noise")
+
+    def begin(self, coming: Sequence[StepNoise]) -> None:
+        """Draw the next array of each."""
+        drawn = self._thread.submit(_draw_each, coming)
+        for noise in coming:
+            noise.ahead = drawn
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _draw_each(coming: Sequence[StepNoise]) -> None:
+    for noise in coming:
+        noise.draw()
 
 
 def _seeded(seed: int) -> np.random.RandomState:

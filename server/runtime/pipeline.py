@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ import numpy as np
 from engines.backends.available import engine_path
 from engines.backends.device import Device, Engine, Event, Reader, Reading, Stream
 from engines.contract import GraphName
+from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Depth, Image, Request
-from server.runtime.admission import Admission, Finished, PendingDecode, Placement
+from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement
+from server.runtime.decodes import DecodePriority
 from server.runtime.latent_pool import InpaintLatents, LatentPool, Latents, Streams, encoded
 from server.runtime.monitoring.trace import Trace
-from server.runtime.noise import NoiseGenerator
+from server.runtime.noise import NoiseGenerator, StepNoise
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.safety import UNCHECKED, Safety
@@ -39,7 +42,7 @@ class Move(NamedTuple):
 
     request: Request
     step: int  # UNet calls done when the step has completed
-    previews: tuple[Reading, ...]  # lanes of each image, where this step shows previews
+    previews: tuple[Reading, ...]  # the x0 estimate of each image, where this step shows previews
 
 
 class InFlightStep(NamedTuple):
@@ -54,6 +57,11 @@ class InFlightStep(NamedTuple):
     @property
     def kind(self) -> Kind:
         return self.size, self.plan.shape.depth
+
+    @property
+    def key(self) -> tuple[Size, StepShape]:
+        """What its duration depends on."""
+        return self.size, self.plan.shape
 
 
 class Pipeline:
@@ -73,17 +81,21 @@ class Pipeline:
         streams: Streams,
         step_times: StepTimeModel,
         trace: Trace,
-        decode_chunk: int = 1,
+        decode_chunk: int | None = None,
         safety: Safety = UNCHECKED,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
         """Allocate all memory, over `engines` that were loaded for `streams`.
 
-        At most `decode_chunk` images are decoded in one call. `on_lookup` is called for every chunk of a prompt with
-        whether its embeddings were cached. Raises EngineError where the memory is full.
+        At most `decode_chunk` images are decoded in one call: unless given, on a GPU as many as the bundle was built
+        for, and on a CPU one, since several would come no faster together. `on_lookup` is called for every chunk of a
+        prompt with whether its embeddings were cached. Raises EngineError where the memory is full.
         """
         self._device, self._streams, self._step_times, self._trace = device, streams, step_times, trace
         self._safety = safety
+        chunk = min(decode_chunk or (manifest.decode_batch if device.pads else 1), manifest.decode_batch)
+        # A full step of guided requests may finish at once. More would only wait: they come faster than the decoder is.
+        self._most_staged = max(manifest.max_rows // 2, chunk)
         self._prompts = PromptPool(
             manifest,
             engines["encode_prompt"],
@@ -100,7 +112,7 @@ class Pipeline:
                 device=device,
                 streams=streams,
                 context=self._prompts.context,
-                decode_chunk=min(decode_chunk, manifest.decode_batch),
+                decode_chunk=chunk,
             )
             for size in manifest.resolutions
         }
@@ -120,13 +132,13 @@ class Pipeline:
         device: Device,
         step_times: StepTimeModel,
         trace: Trace,
-        decode_chunk: int = 1,
-        overlap_decode: bool = True,
+        decode_chunk: int | None = None,
+        decode_priority: DecodePriority = "equal",
         safety: Safety = UNCHECKED,
         read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
-        """Load the engines of the verified bundle in folder `bundle`; decode in parallel with steps, or between them.
+        """Load the engines of the verified bundle in folder `bundle`.
 
         `safety` says whether the bundle's safety checker is among them. `read` gives the contents of a file of the
         bundle.
@@ -134,12 +146,7 @@ class Pipeline:
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.
         """
-        steps = device.stream("steps", urgent=True)
-        streams = Streams(
-            encode=device.stream("encode"),
-            steps=steps,
-            decode=device.stream("decode") if overlap_decode else steps,
-        )
+        streams = Streams.open(device, decode_priority)
         stream_of: dict[GraphName, Stream] = {
             "denoise": streams.steps,  # the largest first, while it is alone: loading brings its whole file to memory
             "denoise_shallow": streams.steps,
@@ -224,8 +231,9 @@ class Pipeline:
         features = tuple(
             tuple(places[start : start + rows_per_image]) for start in range(0, len(places), rows_per_image)
         )
+        noise = StepNoise(admission.noise, pool.latent_shape)
         return Placement(
-            request, resources, slots=tuple(slots), prompts=admission.prompts, noise=admission.noise, features=features
+            request, resources, slots=tuple(slots), prompts=admission.prompts, noise=noise, features=features
         )
 
     def plan(self, placements: Sequence[Placement]) -> Plan:
@@ -236,9 +244,14 @@ class Pipeline:
             shape = self._padded(shape, placements[0].request)
         return self._make_plan(pool, shape, placements)
 
-    def lacks_staging(self, plan: Plan) -> bool:
-        """Whether images have to be decoded before those that this step would finish can be staged."""
-        return sum(request.images for request in plan.finishing) > self._pool_of(plan).staging_places
+    def lacks_staging(self, placements: Sequence[Placement]) -> bool:
+        """Whether images have to be decoded before those that the next step of `placements` finishes can be staged."""
+        staged = sum([pool.staged for pool in self._latent_pools.values()])
+        if not staged:
+            return False
+        requests = [placement.request for placement in placements]
+        finishing = sum([request.images for request in requests if request.step + 1 == request.steps])
+        return finishing > 0 and staged + finishing > self._most_staged
 
     def step(self, plan: Plan) -> InFlightStep:
         """Launch `plan`, and advance its requests by a step. Those that finish are staged for decoding.
@@ -254,18 +267,39 @@ class Pipeline:
         self._last_step = self._streams.steps.record()
         return InFlightStep(plan, pool.size, moves, finished, self._last_step)
 
-    def decode(self, finished: Finished) -> PendingDecode:
-        """Launch the decoding of a finished request; the result takes over what it holds. Raises EngineError."""
-        request = finished.request
-        pool = self._latent_pools[request.params.size]
-        with self._trace.device(f"decode, {request.images}", self._streams.decode, track="decode"):
-            decoded = pool.decode(finished.staged)
-            return PendingDecode(request, finished.resources, decoded=decoded, safety=self._safety)
+    def decode(self, finished: Sequence[Finished], after: Event) -> tuple[PendingDecode, ...]:
+        """Launch the decoding of requests that finished in one step, when its event `after` is complete.
+
+        The results take over what the requests hold. Images of several requests share a call. If one cannot be
+        launched, only its images are missing, and asking for them raises why. Raises DeviceLost.
+        """
+        pool = self._latent_pools[finished[0].request.params.size]
+        self._streams.decode.follow(after)
+        entries = [entry for one in finished for entry in one.entries]
+        chunks = (entries[start : start + pool.decode_chunk] for start in range(0, len(entries), pool.decode_chunk))
+        images = (DecodedImage(call, index) for call, count in self._decode(pool, chunks) for index in range(count))
+        return tuple(
+            PendingDecode(
+                one.request, one.resources, decoded=tuple(islice(images, len(one.entries))), safety=self._safety
+            )
+            for one in finished
+        )
+
+    def _decode(self, pool: LatentPool, chunks: Iterable[Sequence[int]]) -> Iterator[tuple[DecodeCall, int]]:
+        """Launch a call for each chunk of entries; yield it with the number of its images."""
+        for entries in chunks:
+            try:
+                with self._trace.device(f"decode, {len(entries)}", self._streams.decode, track="decode"):
+                    call = pool.decode(entries)
+            except DeviceLost:
+                raise
+            except Exception as error:  # whatever it is: the decoder changes nothing that others read
+                call = DecodeCall.failed(error)
+            yield call, len(entries)
 
     def to_rgb(self, preview: Reading) -> Image:
         """The x0 estimate of a slot as an image with a pixel per latent: an affine map from its channels to RGB."""
-        latents = preview.result()[-1]
-        colours = np.tensordot(self._to_rgb[:, :-1], latents, axes=1) + self._to_rgb[:, -1, None, None]
+        colours = np.tensordot(self._to_rgb[:, :-1], preview.result(), axes=1) + self._to_rgb[:, -1, None, None]
         image: Image = (np.nan_to_num(colours).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
         return image
 
@@ -274,14 +308,14 @@ class Pipeline:
 
     def _stage(self, placement: Placement, pool: LatentPool) -> Finished:
         """Copy the latents of a finished request out of the state, and free its slots."""
-        staged = pool.stage(placement.slots)
+        entries = pool.stage(placement.slots)
         placement.release()
         resources = ExitStack()
-        resources.callback(pool.free_entries, staged)
-        return Finished(placement.request, resources, staged=staged)
+        resources.callback(pool.free_entries, entries)
+        return Finished(placement.request, resources, entries=entries)
 
     def _advance(self, placement: Placement, pool: LatentPool) -> Move:
-        """Count the launched step, and read the lanes of the images where it shows previews.
+        """Count the launched step, and read the x0 estimates of the images where it shows previews.
 
         There are none where flagged images are blocked: they would show what is not checked yet.
         """
@@ -289,7 +323,7 @@ class Pipeline:
         step = request.advance()
         every = request.params.preview_every
         shown = every and not step % every and not request.denoised and not self._safety.blocks
-        return Move(request, step, tuple(map(pool.read, placement.slots)) if shown else ())
+        return Move(request, step, tuple(map(pool.read_x0, placement.slots)) if shown else ())
 
     def _padded(self, shape: StepShape, first: Request) -> StepShape:
         """The captured shape that `shape` is padded to; for an isolated request the same one every time."""

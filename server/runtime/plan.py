@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.contract import LANES, TERMS, Array
 from engines.schedulers import NUMBERS
-from server.requests.request import Depth, Request
+from server.requests.request import Depth
 from server.runtime.admission import Placement, RowConditioning
 
 _PADDING = np.zeros(NUMBERS, np.float32)  # the scheduler's numbers for an image of the spare slot
@@ -40,7 +40,6 @@ class Plan(NamedTuple):
 
     placements: Sequence[Placement]
     layout: RowLayout
-    finishing: tuple[Request, ...]  # requests whose last step it is
     arrays: dict[str, Array]
 
     @property
@@ -56,6 +55,11 @@ class Plan(NamedTuple):
     def feature_copies(self) -> tuple[tuple[int, int], ...]:
         """(row, place) for each row whose features are kept after the step."""
         return self.layout.feature_copies
+
+    def describe(self) -> str:
+        """Its requests, and its numbers without those that fill pages."""
+        ids = ", ".join(placement.request.id for placement in self.placements)
+        return f"of {ids}: { ({name: array.tolist() for name, array in self.arrays.items() if array.size <= 64}) }"
 
     def __str__(self) -> str:
         ids = ", ".join(placement.request.id for placement in self.placements)
@@ -87,7 +91,7 @@ def make_plan(
 
     Padding is images of the slot `spare`, and rows with the features of the place of that number: no request owns
     either. `before` is the layout of an earlier plan with the same `spare`, and is reused if nothing in it changed.
-    Stochastic schedulers draw their noise here, so a plan must be run, or its requests ended.
+    The noise of stochastic schedulers is taken here, so a plan must be run, or its requests ended.
     """
     conditioning = [(placement, placement.conditioning) for placement in placements]
     if before and before.conditioning == conditioning and before.shape == shape:
@@ -108,8 +112,7 @@ def make_plan(
     }
     if any(placement.draws_noise for placement in placements):
         arrays["noise"] = _draw(placements, (shape.images, *latent_shape))
-    finishing = tuple([one.request for one in placements if one.request.step + 1 == one.request.steps])
-    return Plan(placements, layout, finishing, arrays)
+    return Plan(placements, layout, arrays)
 
 
 def _lay_out(
@@ -171,7 +174,6 @@ def _draw(placements: Sequence[Placement], shape: tuple[int, ...]) -> Array:
     image = 0
     for placement in placements:
         if placement.draws_noise:
-            for index, generator in enumerate(placement.noise, start=image):
-                noise[index] = generator.randn(shape[1:])
+            noise[image : image + len(placement.slots)] = placement.noise.take()
         image += len(placement.slots)
     return noise

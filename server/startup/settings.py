@@ -16,6 +16,7 @@ from engines.demo import BUNDLE as DEMO
 from server.access.hosts import ALLOWED
 from server.access.rates import check_rate
 from server.requests.request import Cache
+from server.runtime.decodes import DecodePriority
 from server.runtime.safety import Mode
 from server.startup.logs import LogFormat
 
@@ -177,18 +178,20 @@ class ServerSettings(BaseSettings):
         le=65_536,
         description="MiB that request bodies of over 64 KiB may take until they are decoded; further ones get 503",
     )
-    decode_chunk: int = Field(
-        1,
+    decode_chunk: int | None = Field(
+        None,
         ge=1,
         le=64,
-        description="maximum images per VAE decode call, limited by what the bundle was built for. "
-        "Larger values increase decode throughput and delay denoising steps for longer",
+        description="maximum images per VAE decode call, of requests that finish in the same step; limited by what the "
+        "bundle was built for, which is the default on a GPU; on a CPU it is 1",
     )
-    overlap_decode: bool = Field(
-        True,
-        description="on a GPU, decode in parallel with denoising steps; --no-overlap-decode decodes between them. "
-        "Overlapping makes steps a little slower, and no request waits for a whole decode",
+    decode_priority: DecodePriority = Field(
+        "equal",
+        description="on a GPU, how decodes share it with denoising steps: equal runs both in parallel at the same "
+        "priority; low, too, but decodes wait for what steps leave, which may be little; between runs decodes between "
+        "steps, which wait for them",
     )
+    overlap_decode: bool = Field(True, description="--no-overlap-decode is --decode-priority between")
     embed_parameters: bool = Field(
         True,
         description="write the prompt and the settings into image files, as AUTOMATIC1111's web UI does; "

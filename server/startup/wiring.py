@@ -70,7 +70,7 @@ def make_service(
         trace=Trace(Path(f"latentd-trace-{os.getpid()}.json") if settings.profile else None),
         cache=settings.cache,
         decode_chunk=settings.decode_chunk,
-        overlap_decode=settings.overlap_decode,
+        decode_priority=settings.decode_priority if settings.overlap_decode else "between",
         safety=choose_safety(settings.safety, manifest),
         read=files.read,
         on_loaded=on_loaded,

@@ -465,11 +465,12 @@ def dumped(record: GpuResults, stage: str) -> dict[str, Any]:
     return result.figures.model_dump()
 
 
-def test_decoding_is_measured_overlapping_and_between(tmp_path: Path) -> None:
+def test_decoding_is_measured_at_every_priority(tmp_path: Path) -> None:
     demo = BenchmarkModel("demo", None, DEMO, given=True)
     measured = measure_decoding(demo, "onnxruntime", options(tmp_path))
     assert measured.rows == 4
-    assert min(measured.overlapping, measured.between) > 0
+    assert measured.rates.keys() == {"equal", "low", "between"}
+    assert min(measured.rates.values()) > 0
 
 
 def test_pytorch_is_timed_over_a_checkpoint(checkpoint: Path) -> None:

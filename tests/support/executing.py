@@ -19,6 +19,7 @@ from engines.contract import GraphName
 from engines.manifest import Manifest
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
 from server.requests.schemas import GenerateRequest
+from server.runtime.decodes import DecodePriority
 from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
 from server.runtime.monitoring.trace import Trace
 
@@ -142,8 +143,8 @@ class Running(AbstractContextManager["Running"]):
         max_waiting: int = 1000,
         hang_factor: float = 0,
         trace: Trace | None = None,
-        decode_chunk: int = 1,
-        overlap_decode: bool = True,
+        decode_chunk: int | None = None,
+        decode_priority: DecodePriority = "equal",
     ) -> None:
         self.manifest = manifest or Manifest.read(bundle)
         self.trace = trace or Trace()
@@ -162,7 +163,7 @@ class Running(AbstractContextManager["Running"]):
             hang_factor=hang_factor,
             trace=self.trace,
             decode_chunk=decode_chunk,
-            overlap_decode=overlap_decode,
+            decode_priority=decode_priority,
             on_loaded=self._loaded,
             on_ready=self._ready,
             on_failure=self._failed,

@@ -16,7 +16,7 @@ from engines.schedulers import Scheduler, table
 from server.requests.errors import BrokenPicture, ContentBlocked
 from server.requests.request import GenerationParams, Image, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.admission import DecodedImages, PendingDecode
+from server.runtime.admission import DecodeCall, DecodedImage, PendingDecode
 from server.runtime.safety import UNCHECKED, Mode, Safety
 
 
@@ -45,11 +45,12 @@ def pending(*flags: float, safety: Safety = UNCHECKED, scores: tuple[float, ...]
         tuple(range(7, 7 + len(flags))),
     )
     request = Request(params, table(params.scheduler, 1, NoiseSchedule()), (), "a")
-    chunks = [
-        DecodedImages(Arrived(np.full((1, 8, 8, 3), index, np.uint8)), Arrived(np.array([flag], np.float32)), said)
+    calls = [
+        DecodeCall(Arrived(np.full((1, 8, 8, 3), index, np.uint8)), Arrived(np.array([flag], np.float32)), said)
         for index, (flag, said) in enumerate(zip_longest(flags, map(_said, scores)))
     ]
-    return PendingDecode(request, ExitStack(), decoded=chunks, safety=safety)
+    images = tuple(DecodedImage(call, 0) for call in calls)
+    return PendingDecode(request, ExitStack(), decoded=images, safety=safety)
 
 
 def _said(score: float) -> tuple[Arrived, Arrived]:

@@ -32,7 +32,7 @@ def plan(value: float, *, noise: bool) -> Plan:
     }
     if noise:
         arrays["noise"] = np.full((2, *LATENT), value, np.float32)
-    return Plan((), RowLayout((), 3, StepShape(2, 3, 1), {}, ()), (), arrays)
+    return Plan((), RowLayout((), 3, StepShape(2, 3, 1), {}, ()), arrays)
 
 
 @pytest.mark.parametrize("first_draws", [False, True])

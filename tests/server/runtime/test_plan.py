@@ -13,7 +13,7 @@ from engines.schedulers import Scheduler, table
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.admission import Placement
-from server.runtime.noise import NoiseGenerator
+from server.runtime.noise import NoiseGenerator, StepNoise
 from server.runtime.plan import StepShape, make_plan, step_shape
 
 LATENT = (4, 8, 8)
@@ -37,7 +37,7 @@ def placement(
     request = Request(params, table(method, 4, NoiseSchedule()), (), "a")
     advance(request, step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
-    noise = tuple(map(NoiseGenerator, params.seeds))
+    noise = StepNoise([NoiseGenerator(seed) for seed in params.seeds], LATENT)
     return Placement(request, ExitStack(), slots=slots, prompts=prompts, noise=noise, features=features)
 
 
@@ -132,8 +132,3 @@ def test_another_company_is_seated_anew(change: str) -> None:
     assert after.layout is not before
     for name, array in anew.arrays.items():
         np.testing.assert_array_equal(after.arrays[name], array, err_msg=name)
-
-
-def test_a_plan_says_who_takes_its_last_step() -> None:
-    last, other = placement(slots=(0,), step=3), placement(slots=(1,), step=2)
-    assert make_plan([other, last], LATENT, shape=StepShape(4, 4, 1), spare=SPARE).finishing == (last.request,)
