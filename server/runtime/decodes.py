@@ -9,7 +9,7 @@ from typing import Literal
 
 from engines.errors import DeviceLost
 from server.requests.errors import BrokenPicture, ContentBlocked
-from server.requests.request import Failed, Outcome, Request
+from server.requests.request import Failed, Outcome
 from server.runtime import failures
 from server.runtime.admission import PendingDecode
 
@@ -52,7 +52,7 @@ class PendingDecodes:
 
 def outcome_of(pending: PendingDecode) -> Outcome:
     """The images, or why there are none. Raises DeviceLost."""
-    request: Request = pending.request
+    request = pending.request
     try:
         return pending.completed()
     except ContentBlocked as error:

@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 from engines.errors import DeviceLost, EngineError
 from server.requests.errors import ContentBlocked, ServerError
@@ -141,12 +142,12 @@ class Executor:
             self._prove()
             self._pipeline.start_trace()
             self.ready = self.was_ready = True
-            self._set_status("ready")
+            self.status = "ready"
             self._on_ready()
             while self._turn():
                 self._health.test()
             self._give_back()
-            self._set_status("stopped")
+            self.status = "stopped"
         except Exception as error:  # whatever it is, no caller may wait for a thread that is gone
             self._fail_everything(error)
             failures.forget_tracebacks(error)
@@ -161,17 +162,14 @@ class Executor:
         """Drop what is on the device: its memory is freed in this thread, which opened it."""
         vars(self).pop("_pipeline", None)  # it is missing after a failed start
         self._plan = None
-        for held in (self._owned, self._in_flight, self._pending_decodes):
+        for held in (self._owned, self._encoding, self._in_flight, self._decodes):
             held.clear()
-
-    def _set_status(self, status: str) -> None:
-        self.status = status
 
     def _begin(self, stage: str) -> None:
         """Begin a stage of the start. Raises StartStopped."""
         if self._batcher.closed:
             raise StartStopped(f"The server was told to stop before it was ready: it was {self.status}.")
-        self._set_status(stage)
+        self.status = stage
 
     def _prove(self) -> None:
         """Draw an image as a request does. Raises EngineError: it failed, so every request would."""
@@ -203,10 +201,7 @@ class Executor:
         return True
 
     def _await_newcomers(self) -> bool:
-        """Until the next step is due, admit and place those who come, so that they take part in it.
-
-        Returns whether it is due now: the device will soon be done with the step before.
-        """
+        """Until the next step is due, admit and place those who come, who then take part in it. Whether it is due."""
         step = self._in_flight[0] if len(self._in_flight) == 1 else None
         due = self._timing.due(step.key, self._step_began) if step else None
         if step is None or due is None or due <= time.perf_counter():
@@ -272,18 +267,12 @@ class Executor:
             with self._fails_alone(request), self._trace.span("admit"), self._limit_of(request):
                 self._owned[request] = self._pipeline.admit(request)
 
-    @contextmanager
-    def _fails_alone(self, *requests: Request) -> Iterator[None]:
+    def _fails_alone(self, *requests: Request) -> AbstractContextManager[None]:
         """What is done for `requests` alone: whatever goes wrong, only they fail, unless the device is lost.
 
         The pipeline holds nothing of a call that failed, so the others go on as if it had not been made.
         """
-        try:
-            yield
-        except DeviceLost:
-            raise
-        except Exception as error:
-            self._fail(requests, error)
+        return failures.contained(partial(self._fail, requests))
 
     def _place_one(self) -> bool:
         """Place one of the requests that are encoded; returns whether there was one."""
@@ -327,7 +316,7 @@ class Executor:
         for finished in step.finished:
             self._owned[finished.request] = finished
             self._batcher.leave(finished.request)
-        if not step.completed.done():  # where it is, callers hear of the step first
+        if step.finished and not step.completed.done():  # where it is done, callers hear of that first
             self._decode(step)
         if coming := [placement.noise for placement in placements if placement.draws_noise]:
             self._noise.begin(coming)
@@ -401,7 +390,7 @@ class Executor:
     def _fail_everything(self, error: Exception) -> None:
         """Give every request that waits, wherever it is, its outcome."""
         self.ready = False
-        self._set_status(f"stopped after a fault: {error}")
+        self.status = f"stopped after a fault: {error}"
         self._batcher.close()
         self._finish_everyone(failures.after_fault())
         self._on_failure(error)

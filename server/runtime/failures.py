@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from engines.errors import EngineError
+from engines.errors import DeviceLost, EngineError
 from server.requests.errors import NotReady, ServerStopping, StepFailed
 from server.requests.request import Failed, Request
 
@@ -25,6 +27,17 @@ def left(request: Request, *, server_stops: bool) -> Failed:
 
 def after_fault() -> Failed:
     return Failed(NotReady("The server is stopping after a fault: ask another one.", retry_after=_RETRY_AFTER))
+
+
+@contextmanager
+def contained(fail: Callable[[Exception], None]) -> Iterator[None]:
+    """Hand any exception of the body to `fail`. Raises DeviceLost: that is no request's fault."""
+    try:
+        yield
+    except DeviceLost:
+        raise
+    except Exception as error:
+        fail(error)
 
 
 def failed(error: Exception, ids: str) -> Failed:

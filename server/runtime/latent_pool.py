@@ -24,7 +24,7 @@ from engines.contract import (
 )
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
-from server.requests.request import DEPTHS, Image, Mask
+from server.requests.request import DEPTHS, Image, Mask, Request
 from server.runtime.admission import DecodeCall
 from server.runtime.decodes import DecodePriority
 from server.runtime.noise import NoiseGenerator
@@ -330,6 +330,22 @@ def encoded(reading: Reading) -> Latents:
     if not np.isfinite(latents).all():
         raise EngineError("The image encoder computed NaN or infinity: build it in a higher --precision.")
     return latents
+
+
+def first_latents(
+    request: Request, pool: LatentPool, generator: NoiseGenerator, latents: Latents | None
+) -> tuple[Latents, InpaintLatents | None]:
+    """The first x of one image, noise or the noised init image; the inpainting latents. Draws in diffusers' order."""
+    init_image, table = request.params.init_image, request.table
+    noise = generator.randn(pool.latent_shape)
+    if init_image is None or latents is None:
+        return noise * np.float32(table.init_scale), None
+    signal, sigma = (0.0, table.init_scale) if init_image.starts_from_noise else table.steps[0].level
+    x = np.float32(signal) * latents + np.float32(sigma) * noise
+    if init_image.mask is None:
+        return x, None
+    generator.randn(pool.latent_shape)  # diffusers encodes the masked image too, which only inpainting UNets read
+    return x, InpaintLatents(latents, noise, init_image.mask)
 
 
 def _aligned(size: int) -> int:

@@ -18,9 +18,10 @@ from engines.contract import GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Depth, Image, Request
+from server.requests.tokenizer import Prompt
 from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement
 from server.runtime.decodes import DecodePriority
-from server.runtime.latent_pool import InpaintLatents, LatentPool, Latents, Streams, encoded
+from server.runtime.latent_pool import LatentPool, Streams, encoded, first_latents
 from server.runtime.monitoring.trace import Trace
 from server.runtime.noise import NoiseGenerator, StepNoise
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
@@ -201,8 +202,8 @@ class Pipeline:
             # As in diffusers, clip_skip does not apply to the negative prompt.
             prompts = [(params.prompt, params.clip_skip), (params.negative_prompt, 0)]
             for prompt, clip_skip in prompts if params.guided else prompts[:1]:
-                rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip, after=self._last_step))
-                resources.callback(self._prompts.release, prompt, clip_skip=clip_skip)
+                rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip))
+                resources.callback(self._release_prompt, prompt, clip_skip)
             latents = () if params.init_image is None else pool.encode(params.init_image.image, noise)
             encoded = self._streams.encode.record()
             return Admission(
@@ -224,7 +225,7 @@ class Pipeline:
         resources.callback(pool.free_feature_places, places)
         for index, generator in enumerate(admission.noise):
             latents = encoded(admission.init_latents[index]) if admission.init_latents else None
-            slots.append(pool.take_slot(*_first_latents(request, pool, generator, latents)))
+            slots.append(pool.take_slot(*first_latents(request, pool, generator, latents)))
         if request.params.cache == "fast":
             places.extend(pool.take_feature_place() for _ in range(request.rows))
         rows_per_image = request.rows // request.images
@@ -265,6 +266,9 @@ class Pipeline:
         moves = tuple([self._advance(placement, pool) for placement in plan.placements])
         finished = tuple([self._stage(one, pool) for one in plan.placements if one.request.denoised])
         self._last_step = self._streams.steps.record()
+        for placement in plan.placements if finished else ():
+            if placement.request.denoised:
+                placement.release()  # now that it is known which step read its prompts last
         return InFlightStep(plan, pool.size, moves, finished, self._last_step)
 
     def decode(self, finished: Sequence[Finished], after: Event) -> tuple[PendingDecode, ...]:
@@ -303,13 +307,15 @@ class Pipeline:
         image: Image = (np.nan_to_num(colours).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
         return image
 
+    def _release_prompt(self, prompt: Prompt, clip_skip: int) -> None:
+        self._prompts.release(prompt, clip_skip=clip_skip, last_read=self._last_step)
+
     def _pool_of(self, plan: Plan) -> LatentPool:
         return self._latent_pools[plan.placements[0].request.params.size]
 
     def _stage(self, placement: Placement, pool: LatentPool) -> Finished:
-        """Copy the latents of a finished request out of the state, and free its slots."""
+        """Copy the latents of a finished request out of the state, whose slots may then be freed."""
         entries = pool.stage(placement.slots)
-        placement.release()
         resources = ExitStack()
         resources.callback(pool.free_entries, entries)
         return Finished(placement.request, resources, entries=entries)
@@ -384,19 +390,3 @@ class Pipeline:
         )
         self._layout = plan.layout
         return plan
-
-
-def _first_latents(
-    request: Request, pool: LatentPool, generator: NoiseGenerator, latents: Latents | None
-) -> tuple[Latents, InpaintLatents | None]:
-    """The first x of one image, noise or the noised init image; the inpainting latents. Draws in diffusers' order."""
-    init_image, table = request.params.init_image, request.table
-    noise = generator.randn(pool.latent_shape)
-    if init_image is None or latents is None:
-        return noise * np.float32(table.init_scale), None
-    signal, sigma = (0.0, table.init_scale) if init_image.starts_from_noise else table.steps[0].level
-    x = np.float32(signal) * latents + np.float32(sigma) * noise
-    if init_image.mask is None:
-        return x, None
-    generator.randn(pool.latent_shape)  # diffusers encodes the masked image too, which only inpainting UNets read
-    return x, InpaintLatents(latents, noise, init_image.mask)

@@ -47,12 +47,13 @@ class PromptPool:
         self._free = list(range(rows))
         self._rows: OrderedDict[_Key, int] = OrderedDict()  # least recently used first
         self._users: Counter[_Key] = Counter()
+        self._last_read: dict[_Key, Event] = {}  # by steps, of those that nobody uses
 
-    def acquire(self, prompt: Prompt, *, clip_skip: int = 0, after: Event | None = None) -> tuple[int, ...]:
+    def acquire(self, prompt: Prompt, *, clip_skip: int = 0) -> tuple[int, ...]:
         """Return the rows of the embeddings of the prompt's chunks, which are kept until `release`.
 
-        They are valid once the stream has done the work queued on it. It overwrites none before it has passed `after`,
-        since steps that read a released row may still be in flight.
+        They are valid once the stream has done the work queued on it. It overwrites none before the last step that
+        reads it is done, which is mostly long ago: so an encoding rarely waits for steps that are in flight.
 
         Raises:
             EngineError: and no row is held, as with any other exception.
@@ -61,39 +62,42 @@ class PromptPool:
         with ExitStack() as undo:
             undo.callback(self._release, held)
             for chunk in prompt.chunks:
-                self._hold((chunk, clip_skip), after)
+                self._hold((chunk, clip_skip))
                 held.append((chunk, clip_skip))
             undo.pop_all()
         return tuple(self._rows[key] for key in held)
 
-    def release(self, prompt: Prompt, *, clip_skip: int = 0) -> None:
-        self._release([(chunk, clip_skip) for chunk in prompt.chunks])
+    def release(self, prompt: Prompt, *, clip_skip: int = 0, last_read: Event | None = None) -> None:
+        """Release the rows of a prompt, which no step reads after `last_read`; None: none has read them."""
+        self._release([(chunk, clip_skip) for chunk in prompt.chunks], last_read)
 
     def warm_up(self) -> None:
         """Encode a blank chunk, and keep nothing of it."""
         tokens = self._ids.shape[1]
         self._launch(Chunk((0,) * tokens, (1.0,) * tokens), 0)
 
-    def _hold(self, key: _Key, after: Event | None) -> None:
+    def _hold(self, key: _Key) -> None:
         self._on_lookup(key in self._rows)
         if key not in self._rows:
-            self._rows[key] = self._encoded(key, after)
+            self._rows[key] = self._encoded(key)
         self._rows.move_to_end(key)
         self._users[key] += 1
 
-    def _release(self, keys: list[_Key]) -> None:
+    def _release(self, keys: list[_Key], last_read: Event | None = None) -> None:
         for key in keys:
             self._users[key] -= 1
+            if last_read:
+                self._last_read[key] = last_read
             if not self._users[key]:
                 del self._users[key]
 
-    def _encoded(self, key: _Key, after: Event | None) -> int:
+    def _encoded(self, key: _Key) -> int:
         self._launch(*key)
-        row = self._free.pop() if self._free else self._evict()
+        row, last_read = (self._free.pop(), None) if self._free else self._evict()
         with ExitStack() as undo:
             undo.callback(self._free.append, row)
-            if after:
-                self._stream.follow(after)
+            if last_read:
+                self._stream.follow(last_read)
             self._stream.copy(self._embeddings, self.context, at=row)
             undo.pop_all()
         return row
@@ -104,6 +108,7 @@ class PromptPool:
         self._stream.write(self._weights, np.array([chunk.weights], np.float32))
         self._encode.launch()
 
-    def _evict(self) -> int:
+    def _evict(self) -> tuple[int, Event | None]:
+        """A row that nobody uses, and the last step that reads it."""
         unused = next(key for key in self._rows if key not in self._users)
-        return self._rows.pop(unused)
+        return self._rows.pop(unused), self._last_read.pop(unused, None)
