@@ -75,6 +75,7 @@ class Executor:
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._batch = Batch((), (), ())
         self._owned: dict[Request, Owned] = {}  # what each admitted request holds, until its outcome
+        self._encoding: list[Admission] = []
         self._in_flight: deque[InFlightStep] = deque()
         self._decodes = PendingDecodes(self._collect)
         self._noise = NoiseAhead()
@@ -84,9 +85,7 @@ class Executor:
         self._health = Health(lambda: batcher.submit(test_request()))
         self._cancelling = False  # everyone, since the server stops
         self.status = "starting"
-        self.ready = False
-        self.was_ready = False
-        self.hangs = False
+        self.ready = self.was_ready = self.hangs = False
         self._fault: EngineError | None = None
 
     def start(self) -> None:
@@ -204,7 +203,7 @@ class Executor:
         """Until the next step is due, admit and place those who come, who then take part in it. Whether it is due."""
         step = self._in_flight[0] if len(self._in_flight) == 1 else None
         due = self._timing.due(step.key, self._step_began) if step else None
-        if step is None or due is None or due <= time.perf_counter():
+        if not step or due is None or due <= time.perf_counter():
             return False
         with self._trace.span("wait"):
             while (left := due - time.perf_counter()) > 0 and not step.completed.done():
@@ -237,18 +236,16 @@ class Executor:
             pass
         if placements := self._placements(batch):
             return self._launch(placements)
-        owned = map(self._owned.get, batch.requests)
-        if admission := next((one for one in owned if isinstance(one, Admission)), None):
-            self._wait_for(admission)
+        if self._encoding:
+            self._wait_for(self._encoding[0])
         return False
 
     def _placements(self, batch: Batch) -> list[Placement]:
         """Those who can take the step; others are still being encoded."""
-        owned = map(self._owned.get, batch.requests)
-        return [one for one in owned if isinstance(one, Placement)]
+        return [one for one in map(self._owned.get, batch.requests) if isinstance(one, Placement)]
 
     def _wait_for(self, admission: Admission) -> None:
-        """No request can step yet: wait for the next one to be encoded, but not while others are being decoded."""
+        """No request can step yet: wait for one to be encoded, but not while others are being decoded."""
         if self._decodes:
             time.sleep(_POLL)
         elif not self._in_flight:
@@ -265,7 +262,8 @@ class Executor:
         for request in requests:
             request.finish_stage("queue")
             with self._fails_alone(request), self._trace.span("admit"), self._limit_of(request):
-                self._owned[request] = self._pipeline.admit(request)
+                admission = self._owned[request] = self._pipeline.admit(request)
+                self._encoding.append(admission)
 
     def _fails_alone(self, *requests: Request) -> AbstractContextManager[None]:
         """What is done for `requests` alone: whatever goes wrong, only they fail, unless the device is lost.
@@ -276,14 +274,15 @@ class Executor:
 
     def _place_one(self) -> bool:
         """Place one of the requests that are encoded; returns whether there was one."""
-        admissions = (one for one in self._owned.values() if isinstance(one, Admission))
-        if not (admission := next((one for one in admissions if one.encoded.done()), None)):
+        if not (admission := next((one for one in self._encoding if one.encoded.done()), None)):
             return False
+        self._encoding.remove(admission)
         request = admission.request
-        with self._fails_alone(request):
-            self._owned[request] = self._pipeline.place(admission)
-            request.finish_stage("encode")
-            request.notify(Started())
+        if request in self._owned:  # otherwise it was cancelled
+            with self._fails_alone(request):
+                self._owned[request] = self._pipeline.place(admission)
+                request.finish_stage("encode")
+                request.notify(Started())
         return True
 
     def _launch(self, placements: list[Placement]) -> bool:
@@ -292,11 +291,10 @@ class Executor:
             if not self._in_flight:
                 self._decodes.collect(wait=True)
             return False
-        if drawing := [placement for placement in placements if placement.draws_noise]:
-            for one in drawing:
-                with self._fails_alone(one.request):
-                    one.noise.fetch()
-            placements = [one for one in placements if one.request.outcome is None]
+        for drawing in [one for one in placements if one.draws_noise]:
+            with self._fails_alone(drawing.request):
+                drawing.noise.fetch()
+        placements = [one for one in placements if one.request.outcome is None]
         return bool(placements) and self._launch_plan(placements)
 
     def _launch_plan(self, placements: list[Placement]) -> bool:
@@ -344,12 +342,14 @@ class Executor:
         self._step_times.observe(step.kind, step.plan.shape.rows, seconds)
         self._timing.observe(step.key, seconds)
         for request, number, previews in step.moves:
-            if request.outcome is None:
+            if request.outcome is None and previews:
                 with self._fails_alone(request):
-                    shown = tuple(map(self._pipeline.to_rgb, previews))
-                    request.notify(Stepped(number, request.steps, shown))
-            if request.outcome is None and number == request.steps:
-                request.finish_stage("denoise")
+                    request.notify(Stepped(number, request.steps, tuple(map(self._pipeline.to_rgb, previews))))
+            elif request.outcome is None:
+                request.notify(Stepped(number, request.steps))
+        for finished in step.finished:
+            if finished.request.outcome is None:
+                finished.request.finish_stage("denoise")
         self._decode(step)
         for finished in step.finished:
             if isinstance(pending := self._owned.get(finished.request), PendingDecode):

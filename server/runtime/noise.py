@@ -110,8 +110,8 @@ class NoiseAhead:
             noise.ahead = drawn
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the thread, which draws for milliseconds at most."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _draw_each(coming: Sequence[StepNoise]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from server.requests.request import DEPTHS, Image
 from server.runtime.admission import Owned, Placement
 from server.runtime.monitoring import watchdog
 from server.runtime.monitoring.trace import Trace
+from server.runtime.noise import NoiseGenerator
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
 
@@ -175,6 +177,35 @@ def test_an_engine_that_fails_to_decode_ends_one_request(cpu: Machine) -> None:
         crowd = [running.ask(num_inference_steps=steps, num_images=2) for steps in (2, 4)]
         assert [asked.outcome_name() for asked in crowd] == ["StepFailed", "Completed"]
         assert running.ask(num_images=4).outcome_name() == "Completed", "its places were not freed"
+
+
+def test_noise_is_drawn_beside_the_executor_and_what_fails_in_it_is_one_requests(
+    cpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    randn, drawing = NoiseGenerator.randn, list[str]()
+
+    def watched(generator: NoiseGenerator, shape: tuple[int, ...]) -> Any:
+        drawing.append(threading.current_thread().name)
+        return randn(generator, shape)
+
+    def fail() -> None:
+        placement = running.executor._owned[requests[0]]
+        assert isinstance(placement, Placement)
+        monkeypatch.setattr(placement.noise, "_generators", (None,))
+
+    with cpu.running() as running:
+        monkeypatch.setattr(NoiseGenerator, "randn", watched)
+        running.device.before("denoise", 2, fail)
+        asked = [Asked() for _ in range(2)]
+        requests = [running.request(one, num_inference_steps=4, scheduler="euler_ancestral") for one in asked]
+        with running.batcher._changed:
+            for request in requests:
+                running.batcher.submit(request)
+        assert [one.outcome_name() for one in asked] == ["StepFailed", "Completed"]
+    # Both draw x and the first noise in the executor; of the second, one draws two more and the other none.
+    assert sorted(drawing) == ["executor"] * 4 + ["noise_0"] * (len(drawing) - 4)
+    assert len(drawing) > 4
+    assert not any(thread.is_alive() for thread in running.executor._noise._thread._threads)
 
 
 def test_an_encoder_that_fails_ends_one_request(cpu: Machine) -> None:

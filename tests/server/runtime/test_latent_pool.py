@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from engines import contract
-from engines.backends.device import Buffer, Call
+from engines.backends.device import Buffer, Call, Device, Stream
+from engines.backends.host import HostReading, HostStream
 from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.contract import GRAPHS, LANES, STEPS, TERMS, Array, GraphName, Port, inputs_of
 from engines.manifest import Manifest
@@ -74,6 +75,39 @@ def manifest() -> Manifest:
     return Manifest.read(ROOT / "engines" / "demo")
 
 
+def test_a_preview_reads_one_lane_and_staging_copies_one(manifest: Manifest) -> None:
+    device, copied = OnnxRuntimeDevice(threads=1), list[tuple[int, ...]]()
+
+    class Watched(HostStream):
+        """Notes the shape of what it copies and reads."""
+
+        def copy(self, source: Buffer, to: Buffer, *, source_at: int | None = None, at: int | None = None) -> None:
+            copied.append(source.shape[1:])
+            super().copy(source, to, source_at=source_at, at=at)
+
+        def read(self, buffer: Buffer, *, at: int | None = None) -> HostReading:
+            copied.append(buffer.shape[1:])
+            return super().read(buffer, at=at)
+
+    stream = Watched(urgent=False)
+    pool = make_pool(manifest, device, stream, {name: Recorder() for name in GRAPHS})
+    slots = [pool.take_slot(np.full(pool.latent_shape, value, np.float32), None) for value in (1, 2)]
+    lanes = np.arange(LANES).reshape(LANES, 1, 1, 1)
+    for slot in slots:
+        stream.write(
+            pool._states[pool._parity], np.broadcast_to(10 * slot + lanes, (LANES, *pool.latent_shape)), at=slot
+        )
+    (x0,) = {float(value) for value in pool.read_x0(slots[1]).result().flat}
+    assert x0 == 10 * slots[1] + LANES - 1
+    entries = pool.stage(slots)
+    assert copied == [pool.latent_shape] * 3
+    staged = stream.read(pool._staging).result()
+    assert [float(staged[entry, 0].mean()) for entry in entries] == [10 * slot for slot in slots]
+    assert pool.staged == 2
+    pool.free_entries(entries)
+    assert pool.staged == 0
+
+
 class Recorder:
     """An engine that computes nothing, and remembers its buffers."""
 
@@ -85,6 +119,19 @@ class Recorder:
         return self
 
     def launch(self) -> None: ...
+
+
+def make_pool(manifest: Manifest, device: Device, stream: Stream, engines: Mapping[GraphName, Recorder]) -> LatentPool:
+    context = device.allocate((manifest.context_rows, manifest.context.tokens, manifest.context.width), np.float32)
+    return LatentPool(
+        manifest.resolutions[0],
+        manifest,
+        engines=engines,
+        device=device,
+        streams=Streams(stream, stream, stream),
+        context=context,
+        decode_chunk=1,
+    )
 
 
 @pytest.mark.parametrize("depth", ["full", "shallow"])
@@ -99,16 +146,7 @@ def test_memory_follows_the_inputs_that_are_declared(
     declared, device = with_inputs(manifest, scale, control), OnnxRuntimeDevice(threads=1)
     stream = device.stream("all")
     engines: dict[GraphName, Recorder] = {name: Recorder() for name in GRAPHS}
-    context = device.allocate((declared.context_rows, declared.context.tokens, declared.context.width), np.float32)
-    pool = LatentPool(
-        declared.resolutions[0],
-        declared,
-        engines=engines,
-        device=device,
-        streams=Streams(stream, stream, stream),
-        context=context,
-        decode_chunk=1,
-    )
+    pool = make_pool(declared, device, stream, engines)
     pool.step(make_plan((), pool.latent_shape, shape=StepShape(2, 4, 1, depth), spare=pool.spare))
     graph = STEPS[DEPTHS.index(depth)]
     there, back = engines[graph].bound

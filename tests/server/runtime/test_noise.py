@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
-from server.runtime.noise import NoiseGenerator
+from server.runtime.noise import NoiseAhead, NoiseGenerator, StepNoise
 
 SEEDS = [0, 1, 42, 2**32 - 1, 2**32 + 5, 2**63]
+SHAPE = (4, 8, 8)
 SHAPES = [(1, 4, 64, 64), (1, 4, 9, 9), (4, 16, 16), (3, 5, 7), (16,), (17,), (31,), (15,), (2, 3), (1,), (), (0,)]
 
 
@@ -59,3 +62,44 @@ def test_a_generator_begins_anew_whoever_drew_before() -> None:
     again, other = NoiseGenerator(3), NoiseGenerator(9)
     other.randn((5,))
     np.testing.assert_array_equal(again.randn((4, 16, 16)), first)
+
+
+def step_noise(*seeds: int) -> StepNoise:
+    return StepNoise([NoiseGenerator(seed) for seed in seeds], SHAPE)
+
+
+def test_noise_that_is_drawn_ahead_is_the_same_to_the_bit() -> None:
+    ahead, inline = NoiseAhead(), step_noise(1, 2)
+    noise, other = step_noise(1, 2), step_noise(3)
+    for _step in range(4):
+        ahead.begin([other, noise])
+        np.testing.assert_array_equal(noise.take(), inline.take())
+    expected = NoiseGenerator(3).randn(SHAPE)
+    np.testing.assert_array_equal(other.take(), [expected], err_msg="begun again and again, it is drawn once")
+    ahead.close()
+
+
+def test_what_goes_wrong_while_noise_is_drawn_is_raised_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead, broken, sound = NoiseAhead(), step_noise(1), step_noise(2)
+    error = MemoryError()
+
+    def fail(_shape: tuple[int, ...]) -> None:
+        raise error
+
+    monkeypatch.setattr(broken._generators[0], "randn", fail)
+    ahead.begin([broken, sound])
+    assert sound.take().shape == (1, *SHAPE)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            broken.fetch()
+    ahead.close()
+
+
+def test_the_thread_ends_when_it_is_closed() -> None:
+    ahead, noise = NoiseAhead(), step_noise(1)
+    ahead.begin([noise])
+    noise.fetch()
+    (thread,) = [one for one in threading.enumerate() if one.name.startswith("noise")]
+    ahead.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
