@@ -33,6 +33,9 @@ class PendingDecodes:
     def __len__(self) -> int:
         return len(self._pending)
 
+    def clear(self) -> None:
+        self._pending.clear()
+
     def add(self, pending: PendingDecode) -> None:
         self._pending.append(pending)
 

@@ -34,10 +34,6 @@ _MAX_IN_FLIGHT = 2  # steps: one that the device computes, and one that it finds
 _POLL = 0.001  # seconds between checks for what streams have done, while no step is launched
 
 
-class StartStopped(EngineError):
-    """The server was told to stop before it was ready."""
-
-
 class Executor:
     """Loads the pipeline, then takes batch after batch until the batcher is closed and everything has completed.
 
@@ -167,7 +163,7 @@ class Executor:
     def _begin(self, stage: str) -> None:
         """Begin a stage of the start. Raises StartStopped."""
         if self._batcher.closed:
-            raise StartStopped(f"The server was told to stop before it was ready: it was {self.status}.")
+            raise failures.StartStopped(f"The server was told to stop before it was ready: it was {self.status}.")
         self.status = stage
 
     def _prove(self) -> None:
@@ -236,21 +232,16 @@ class Executor:
             pass
         if placements := self._placements(batch):
             return self._launch(placements)
-        if self._encoding:
-            self._wait_for(self._encoding[0])
+        if self._encoding and self._decodes:
+            time.sleep(_POLL)
+        elif self._encoding and not self._in_flight:
+            with self._limit_of(self._encoding[0].request):
+                self._encoding[0].encoded.wait()
         return False
 
     def _placements(self, batch: Batch) -> list[Placement]:
         """Those who can take the step; others are still being encoded."""
         return [one for one in map(self._owned.get, batch.requests) if isinstance(one, Placement)]
-
-    def _wait_for(self, admission: Admission) -> None:
-        """No request can step yet: wait for one to be encoded, but not while others are being decoded."""
-        if self._decodes:
-            time.sleep(_POLL)
-        elif not self._in_flight:
-            with self._limit_of(admission.request):
-                admission.encoded.wait()
 
     def _limit_of(self, *requests: Request) -> AbstractContextManager[None]:
         """Watch what is done for `requests` of one size alone, before their first step and after their last."""

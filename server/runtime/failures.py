@@ -14,6 +14,10 @@ _log = logging.getLogger(__name__)
 _RETRY_AFTER = 5  # seconds, in which another server is asked, or this one has started again
 
 
+class StartStopped(EngineError):
+    """The server was told to stop before it was ready."""
+
+
 def stopping() -> Failed:
     error = ServerStopping("The server stopped before this image was done: ask another one.", retry_after=_RETRY_AFTER)
     return Failed(error)

@@ -24,7 +24,7 @@ from engines.backends.registry import open_device
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
-from server.runtime.executor import StartStopped
+from server.runtime.failures import StartStopped
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import Kind, StepTimeModel

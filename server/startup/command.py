@@ -14,7 +14,7 @@ from engines.cli import parse
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.access.keys import KeyFileError
-from server.runtime.executor import StartStopped
+from server.runtime.failures import StartStopped
 from server.startup import logs
 from server.startup.http_server import listen, make_http_server, url_of
 from server.startup.memory import return_large_blocks

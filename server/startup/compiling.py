@@ -27,7 +27,7 @@ from engines.backends.registry import ON_CPU, build_command, install_command
 from engines.contract import GRAPHS
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from server.runtime.executor import StartStopped
+from server.runtime.failures import StartStopped
 
 _log = logging.getLogger(__name__)
 _LOCK = ".compiling"  # in the bundle's folder; the file stays, since removing it would let two hold the lock
