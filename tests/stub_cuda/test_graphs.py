@@ -6,10 +6,15 @@ Bounds are a tenth above what was found, with onnxruntime-gpu 1.31.1.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engines.build.onnxruntime_cuda.make import SUFFIX
+from engines.build.onnxruntime_cuda.rewrite import rewrite
 from tests import ROOT
 from tests.stub_cuda.report import Report
 
@@ -23,6 +28,27 @@ LARGER = (64, 256)  # sides at which blocks are so large that they are not reuse
 Runs = Callable[..., Report]
 
 
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the graphs as they are built for the backend."""
+    folder = tmp_path_factory.mktemp("fused") / "onnx"
+    shutil.copytree(ONNX, folder)
+    for graph in folder.glob("*.onnx"):
+        rewrite(graph, graph.with_suffix(SUFFIX))
+    return folder
+
+
+def check(report: Report, *, kernels: int, megabytes: float) -> None:
+    """Check that the graph runs on the GPU alone, that every call is captured, and that it stays within its bounds."""
+    assert report.nodes_on_cpu() == set()
+    assert report.result["copies"] == 0
+    assert (len(report.captured), report.result["uncaptured"]) == (report.result["calls"], 0)
+    assert report.faults() == []
+    assert report.replayed() == {"replay": report.result["calls"]}, "one launch for each, which waits for nothing"
+    assert report.kernels <= kernels
+    assert report.arena <= megabytes * 1e6
+
+
 @pytest.mark.parametrize(
     ("graph", "kernels", "megabytes"),
     [
@@ -33,17 +59,30 @@ Runs = Callable[..., Report]
         ("decode", 281, 43.7),
     ],
 )
-def test_a_graph_runs_on_the_gpu_alone_and_every_call_is_captured(
-    runs: Runs, graph: str, kernels: int, megabytes: float
-) -> None:
-    report = runs(graph=str(ONNX / f"{graph}.onnx"))
-    assert report.nodes_on_cpu() == set()
-    assert report.result["copies"] == 0
-    assert (len(report.captured), report.result["uncaptured"]) == (report.result["calls"], 0)
-    assert report.faults() == []
-    assert report.replayed() == {"replay": report.result["calls"]}, "one launch for each, which waits for nothing"
-    assert report.kernels <= kernels
-    assert report.arena <= megabytes * 1e6
+def test_an_exported_graph(runs: Runs, graph: str, kernels: int, megabytes: float) -> None:
+    check(runs(graph=str(ONNX / f"{graph}.onnx")), kernels=kernels, megabytes=megabytes)
+
+
+@pytest.mark.parametrize(
+    ("graph", "kernels", "megabytes"),
+    [
+        ("denoise", 620, 12.6),
+        ("denoise_shallow", 86, 4.4),
+        ("encode_prompt", 82, 2.1),
+        ("encode_image", 106, 14.8),
+        ("decode", 159, 42.5),
+    ],
+)
+def test_a_graph_with_fused_operators(runs: Runs, fused: Path, graph: str, kernels: int, megabytes: float) -> None:
+    check(runs(graph=str(fused / f"{graph}{SUFFIX}")), kernels=kernels, megabytes=megabytes)
+
+
+def test_a_graph_whose_attention_is_not_fused_exceeds_the_bounds_of_one_that_is(runs: Runs, fused: Path) -> None:
+    bounds: dict[str, Any] = {"kernels": 530, "megabytes": 165}
+    check(runs(graph=str(fused / f"denoise{SUFFIX}"), sides=LARGER), **bounds)
+    plain = runs(graph=DENOISE, sides=LARGER)
+    assert plain.kernels > bounds["kernels"]
+    assert plain.arena > 1.9 * bounds["megabytes"] * 1e6
 
 
 def test_all_memory_is_that_of_the_largest_rows_when_those_come_first(runs: Runs) -> None:
