@@ -193,7 +193,7 @@ class _PrecisionFlags(CommandLine):
     precision: Precision | None = Field(
         None,
         description="what the engines compute in (default: fp16 on GPUs, bf16 for SD 2.x there, fp32 on CPUs; "
-        "openvino has bf16 and int8 too)",
+        "openvino has bf16 and int8 too, tensorrt and tensorrt_rtx fp8 and int8 for the UNet)",
     )
     force: CliToggleFlag[bool] = Field(False, description="build again what is there already")
 

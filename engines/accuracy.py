@@ -11,7 +11,13 @@ from engines.errors import EngineError
 from engines.manifest import Difference, Precision
 
 IDENTICAL = 999.0  # dB, of equal images
-_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1, "int8": 2.5e-1}  # largest error, relative to the range
+_TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 5e-2,
+    "bf16": 2e-1,
+    "fp8": 2.5e-1,
+    "int8": 2.5e-1,
+}  # largest error, relative to the range
 _ROUNDING = 2 / 255  # of images: a value between two levels may become either
 
 

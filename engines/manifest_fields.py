@@ -21,7 +21,7 @@ SPECIAL_TOKENS = 2  # of a chunk: its begin and its end
 
 Storage = Literal["fp32", "fp16"]  # how weights lie on disk
 ComputeDtype = Literal["fp32", "fp16", "bf16"]  # what an ONNX graph computes in
-Precision = Literal["fp32", "fp16", "bf16", "int8"]  # what an engine computes in
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8"]  # what an engine computes in
 
 
 class Frozen(BaseModel):
@@ -239,6 +239,10 @@ class Compiled(Frozen):
     difference: Difference | None = Field(
         default=None,
         description="compared with the FP32 graph in ONNX Runtime, on the model's own trajectory and on noise",
+    )
+    quantization: Difference | None = Field(
+        default=None,
+        description="of FP8 and INT8 for TensorRT: what the eight bits alone change, computed on a CPU at the build",
     )
 
 

@@ -9,6 +9,8 @@ from engines.backends.registry import build_command
 from engines.errors import EngineError
 from engines.manifest import Build, Gpu
 
+_FP8_FROM = (8, 9)  # the compute capability of Ada, the first with it
+
 
 def check_fits(build: Build, *, backend: str, version: str, gpu: Gpu | None, bundle: Path) -> None:
     """Check that the engines of `build` run with `version` of the backend's package on `gpu`.
@@ -30,6 +32,8 @@ def check_fits(build: Build, *, backend: str, version: str, gpu: Gpu | None, bun
             f"{title(backend)} {_release(version)} supports compute capabilities {', '.join(supported)}; "
             f"this machine has {_describe(gpu)}. Build engines that run on it: {_command(bundle, 'tensorrt')}"
         )
+    if build.precision == "fp8":
+        check_fp8(gpu)
     same_gpu = build.gpu is None or build.gpu.compute_capability == gpu.compute_capability
     if not same_gpu or _release(build.version) != _release(version):
         built_for = f" for {_describe(build.gpu)}" if build.gpu else ""
@@ -37,6 +41,15 @@ def check_fits(build: Build, *, backend: str, version: str, gpu: Gpu | None, bun
             f"The {backend} engines in {bundle} were built by {title(backend)} {_release(build.version)}{built_for}; "
             f"this machine has {title(backend)} {_release(version)} and {_describe(gpu)}. "
             f"Rebuild them on this machine: {_command(bundle, backend)}"
+        )
+
+
+def check_fp8(gpu: Gpu) -> None:
+    """Raise EngineError unless `gpu` computes in FP8: Ada (8.9), Hopper (9.0) and Blackwell (10.x, 12.x) do."""
+    if tuple(map(int, gpu.compute_capability.split("."))) < _FP8_FROM:
+        raise EngineError(
+            f"{_describe(gpu)} does not compute in FP8, which needs compute capability 8.9 or higher: "
+            "compile with --precision int8, or fp16."
         )
 
 

@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engines.backends.available import Choice, choose, gpu_here, installed, probe
-from engines.backends.registry import ON_CPU, SPECS, install_command
+from engines.backends.registry import ON_CPU, SPECS, TENSORRT, install_command
+from engines.backends.tensorrt_compatibility import check_fp8
 from engines.build.bundle import ExportOptions, exporter_versions, geometry_of, request_defaults
 from engines.build.compile import check_precision
+from engines.build.qdq.quantize import EIGHT_BITS, modelopt_version
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import EngineError
 from engines.limits import LONGEST_NAME
@@ -59,12 +61,16 @@ def check_compilers(
         installed(backend)
         if backend == "tensorrt":
             gpu_here()
+        if backend in TENSORRT and precision in EIGHT_BITS:
+            modelopt_version()
+        if backend in TENSORRT and precision == "fp8" and (gpu := probe().gpu):
+            check_fp8(gpu)
     if optimization_level is not None and "tensorrt" not in backends:
         raise EngineError(
             f"--optimization-level is of --backend tensorrt alone, and this build is for {', '.join(backends)}: leave "
             "it out (tensorrt_rtx chooses kernels on the GPU that runs them)."
         )
-    if precision == "int8" and find_spec("nncf") is None:
+    if precision == "int8" and not set(backends) <= set(TENSORRT) and find_spec("nncf") is None:
         raise EngineError(f"INT8 needs the package nncf: {install_command('int8')}")
 
 

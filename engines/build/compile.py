@@ -15,8 +15,10 @@ from pydantic import ValidationError
 
 from engines.backends.available import gpu_here, installed
 from engines.backends.registry import ON_CPU, ONNXRUNTIME_CUDA, SPECS, TENSORRT, install_command
-from engines.build.keys import engine_key
+from engines.build.keys import engine_key, quantized_key
 from engines.build.profiles import Shapes, shapes
+from engines.build.qdq.graphs import QuantizedGraphs
+from engines.build.qdq.quantize import EIGHT_BITS, EightBits, modelopt_version
 from engines.build.trajectory import CALIBRATED, record
 from engines.build.trt.parent import build_engine
 from engines.contract import GRAPHS, STEPS, Array, GraphName
@@ -46,7 +48,8 @@ def engine_precisions(
 ) -> dict[GraphName, Precision]:
     """The precision that each engine of `backend` computes in.
 
-    INT8 applies to all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the
+    FP8 and INT8 on GPUs apply to the UNet, and FP16 to the rest of it and to the other graphs. INT8 on CPUs applies to
+    all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the
     UNet, and on a CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its
     range and it keeps more digits, and in FP32 on CPUs. The safety checker is one of these others with INT8 as well:
     its verdicts depend on small differences.
@@ -58,10 +61,16 @@ def engine_precisions(
         graphs: the model's graphs.
 
     Raises:
-        EngineError: the backend does not compute in `precision`.
+        EngineError: the backend does not compute in `precision`, or the model does not.
     """
     check_precision(backend, precision)
     chosen = precision or _default_precision(backend, prefers_bf16=prefers_bf16)
+    if chosen in EIGHT_BITS and backend in TENSORRT:
+        if prefers_bf16:
+            raise EngineError(
+                f"{chosen} leaves a part of the UNet in FP16, whose range this model exceeds: use --precision bf16."
+            )
+        return {name: chosen if name in STEPS else "fp16" for name in graphs}
     if chosen == "int8":
         return {name: "fp32" if name == "safety" else chosen for name in graphs}
     if chosen != "bf16":
@@ -76,13 +85,15 @@ def required_dtypes(
 ) -> frozenset[tuple[GraphName, ComputeDtype]]:
     """The `graphs` that `backend` requires in another dtype than FP32, each with that dtype. Raises EngineError."""
     precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16, graphs=graphs)
-    dtypes = {name: _graph_dtype(engine_precision) for name, engine_precision in precisions.items()}
+    dtypes = {name: _graph_dtype(backend, engine_precision) for name, engine_precision in precisions.items()}
     return frozenset((name, dtype) for name, dtype in dtypes.items() if dtype != "fp32")
 
 
-def _graph_dtype(precision: Precision) -> ComputeDtype:
-    """The dtype of the ONNX graph that an engine is compiled from; INT8 engines are quantized from FP32."""
-    return "fp32" if precision == "int8" else precision
+def _graph_dtype(backend: str, precision: Precision) -> ComputeDtype:
+    """The dtype of the ONNX graph that an engine is compiled from, or quantized from: other layers keep it."""
+    if precision in ("fp32", "fp16", "bf16"):
+        return precision
+    return "fp16" if backend in TENSORRT else "fp32"
 
 
 def _default_precision(backend: str, *, prefers_bf16: bool) -> Precision:
@@ -179,14 +190,21 @@ class _EngineCompiler:
         return compiled
 
     def _maker(self, precision: Precision) -> _Maker | None:
+        if self._backend in TENSORRT:
+            return self._tensorrt_in_eight_bits if precision in EIGHT_BITS else self._tensorrt
         if precision == "int8":
             return self._quantized
-        if self._backend in TENSORRT:
-            return self._tensorrt
         return self._rewritten if self._backend == ONNXRUNTIME_CUDA else None
 
+    def _tensorrt_in_eight_bits(self, name: GraphName, precision: EightBits, onnx: Onnx, *, key: str) -> Compiled:
+        graphs = QuantizedGraphs(self._manifest, self._bundle, lambda: self._recordings, self._progress)
+        made_from = quantized_key(self._manifest, onnx, precision, modelopt=modelopt_version())
+        graph = graphs.graph(name, precision, key=made_from)
+        compiled = self._tensorrt(name, precision, graph, key=key)
+        return compiled.model_copy(update={"quantization": graph.difference})
+
     def _onnx(self, name: GraphName, precision: Precision) -> Onnx:
-        dtype, exported = _graph_dtype(precision), self._manifest.graphs[name].onnx
+        dtype, exported = _graph_dtype(self._backend, precision), self._manifest.graphs[name].onnx
         if dtype not in exported:
             raise EngineError(
                 f"{self._bundle} holds {name} in {', '.join(exported)}, not in {dtype}: export it once more with "
@@ -249,7 +267,7 @@ class _EngineCompiler:
 
     @cached_property
     def _recordings(self) -> dict[GraphName, list[dict[str, Array]]]:
-        """The calibration data of INT8, which takes minutes to compute and serves all graphs."""
+        """The calibration data of FP8 and INT8, which takes minutes to compute and serves all graphs."""
         return record(self._manifest, self._bundle, self._progress)
 
     def _quantized(self, name: GraphName, precision: Precision, onnx: Onnx, *, key: str) -> Compiled:

@@ -14,6 +14,7 @@ from typing import Any
 
 from engines.backends.registry import ONNXRUNTIME_CUDA, TENSORRT
 from engines.build.profiles import shapes
+from engines.build.qdq.quantize import EIGHT_BITS, modelopt_version
 from engines.build.trajectory import calibration_config
 from engines.contract import GraphName
 from engines.files import sha256_of_code
@@ -23,6 +24,7 @@ ENGINES = Path(__file__).parents[1]  # the package whose code is hashed
 EXPORT_CODE = ("contract.py", "checkpoints", "export")
 TENSORRT_CODE = ("build/trt",)
 ONNXRUNTIME_CUDA_CODE = ("build/onnxruntime_cuda",)
+QDQ_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/qdq")
 INT8_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/quantize.py", "backends/openvino.py")
 
 
@@ -61,11 +63,26 @@ def engine_key(  # noqa: PLR0913 - what decides the engine, by keyword
     }
     if backend in TENSORRT:
         config |= {"code": _code(TENSORRT_CODE), "optimization_level": optimization_level}
+        if precision in EIGHT_BITS:
+            config["quantized"] = quantized_key(manifest, onnx, precision, modelopt=modelopt_version())
     elif backend == ONNXRUNTIME_CUDA:
         config["code"] = _code(ONNXRUNTIME_CUDA_CODE)
     elif precision == "int8":
         config |= {"code": _code(INT8_CODE), "calibration": calibration_config(manifest)}
     return _hash(config)
+
+
+def quantized_key(manifest: Manifest, onnx: Onnx, precision: Precision, *, modelopt: str) -> str:
+    """The key of the graph in FP8 or INT8 that `modelopt`, its version, makes of `onnx` for TensorRT."""
+    return _hash(
+        {
+            "onnx": [file.sha256 for file in onnx.files],
+            "precision": precision,
+            "modelopt": modelopt,
+            "code": _code(QDQ_CODE),
+            "calibration": calibration_config(manifest),
+        }
+    )
 
 
 def _code(names: tuple[str, ...]) -> str:

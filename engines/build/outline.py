@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from engines.backends.registry import ONNXRUNTIME_CUDA, TENSORRT
+from engines.build.qdq.quantize import EIGHT_BITS
 from engines.build.trajectory import CALIBRATED
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.contract import GRAPHS, GraphName
@@ -92,11 +93,13 @@ def export_stages(
 def compile_stages(backend: str, precisions: Mapping[GraphName, Precision], *, verify: bool) -> Iterator[str]:
     """The stages of compiling all engines of a backend, and of verifying them if `verify`."""
     for name, precision in precisions.items():
-        if precision == "int8":
+        if precision in EIGHT_BITS:
             if name == _FIRST_CALIBRATED:
                 yield "recording trajectories to calibrate on"
-            yield f"quantizing {name}"
-        elif backend in {*TENSORRT, ONNXRUNTIME_CUDA}:
+            yield f"quantizing {name} to {precision}" if backend in TENSORRT else f"quantizing {name}"
+            if backend in TENSORRT:
+                yield f"comparing {name} in {precision} with FP32 on the CPU"
+        if backend in {*TENSORRT, ONNXRUNTIME_CUDA}:
             yield f"compiling {name} for {backend}"
     if verify:
         yield "drawing an image in FP32"

@@ -19,7 +19,7 @@ from engines.manifest import Build, Compiled, File, FusionReport, Geometry, Mani
 _ROOT = Path(__file__).parents[2]
 # Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
 _ACTIVATIONS = {"denoise": 10_000, "denoise_shallow": 10_000, "decode": 1_600, "encode_image": 810, "safety": 100}
-_BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a weight
+_BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}  # of a weight
 _UNKNOWN = "-"
 
 

@@ -23,6 +23,7 @@ class BuildLog:
     warn: Callable[[str], None]
     layers: list[EngineLayer] = field(default_factory=list)
     activations: list[int] = field(default_factory=list)  # bytes, by profile
+    _warned: set[str] = field(default_factory=set)
     _errors: deque[str] = field(default_factory=lambda: deque(maxlen=20))
 
     def write(self, severity: Any, text: str) -> None:
@@ -30,7 +31,8 @@ class BuildLog:
         if severity <= severity.ERROR:
             self._errors.append(text.strip())
         elif severity == severity.WARNING:
-            if _INT64 not in text:
+            if _INT64 not in text and text not in self._warned:  # some come once for every layer
+                self._warned.add(text)
                 self.warn(text.strip())
         elif is_layer_table(text):
             self.layers = logged_layers(text)
