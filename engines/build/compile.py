@@ -49,8 +49,8 @@ def engine_precisions(
     """The precision that each engine of `backend` computes in.
 
     FP8 and INT8 on GPUs apply to the UNet, and FP16 to the rest of it and to the other graphs. INT8 on CPUs applies to
-    all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the
-    UNet, and on a CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its
+    all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the UNet, and on a
+    CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its
     range and it keeps more digits, and in FP32 on CPUs. The safety checker is one of these others with INT8 as well:
     its verdicts depend on small differences.
 

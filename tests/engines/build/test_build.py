@@ -214,7 +214,7 @@ def test_weights_that_are_nan_are_an_error_before_anything_is_exported(
     ("arguments", "words"),
     [
         (["--backend", "onnxruntime", "--precision", "fp16"], "--weights fp16"),
-        (["--backend", "tensorrt_rtx", "--precision", "int8"], "fp16 or bf16 or fp32, not in int8"),
+        (["--backend", "onnxruntime_cuda", "--precision", "int8"], "fp16 or fp32, not in int8"),
         (["--backend", "openvino", "--precision", "fp16"], "fp32 or bf16 or int8, not in fp16"),
     ],
 )

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 import build_engines
+from engines.backends.cuda import Probe
 from engines.build import api, checks
 from engines.build.checks import check_compilers, check_options, check_out
+from engines.build.qdq import quantize as quantizing
+from engines.build.qdq.quantize import EIGHT_BITS
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.find import find_checkpoint
 from engines.errors import EngineError
-from engines.manifest import Size
+from engines.manifest import Gpu, Size
 from tests.support.checkpoints import edit
 
 SPARE = api.ExportOptions(rows=(2,))
@@ -163,6 +168,33 @@ def test_int8_needs_nncf(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"INT8 needs the package nncf: .*int8"):
         check_compilers(["openvino"], "int8")
     check_compilers(["openvino"], "bf16")
+
+
+def test_eight_bits_for_tensorrt_need_modelopt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(quantizing, "version", missing)
+    monkeypatch.setattr(checks, "installed", lambda backend: "1")  # noqa: ARG005
+    for precision in EIGHT_BITS:
+        with pytest.raises(EngineError, match=r"need the package nvidia-modelopt: .*quantize"):
+            check_compilers(["tensorrt_rtx"], precision)
+    check_compilers(["tensorrt_rtx"], "bf16")
+
+
+@pytest.mark.parametrize(("capability", "has_it"), [("8.6", False), ("8.9", True), ("9.0", True), ("12.0", True)])
+def test_a_gpu_that_is_here_has_to_compute_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, capability: str, has_it: bool
+) -> None:
+    found = Probe(Gpu(name="Here", compute_capability=capability))
+    monkeypatch.setattr(checks, "probe", lambda: found)
+    monkeypatch.setattr(checks, "gpu_here", lambda: found.gpu)
+    monkeypatch.setattr(checks, "installed", lambda backend: "1")  # noqa: ARG005
+    monkeypatch.setattr(checks, "modelopt_version", lambda: "1")
+    for backend in ("tensorrt", "tensorrt_rtx"):
+        with nullcontext() if has_it else pytest.raises(EngineError, match=r"--precision int8, or fp16"):
+            check_compilers([backend], "fp8")
+        check_compilers([backend], "int8")
 
 
 def test_sizes_are_checked_before_weights_are_looked_for(checkpoint: Path, tmp_path: Path) -> None:

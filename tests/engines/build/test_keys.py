@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from engines.build import keys
-from engines.build.keys import EXPORT_CODE, INT8_CODE, ONNXRUNTIME_CUDA_CODE, TENSORRT_CODE, engine_key, export_key
+from engines.build.keys import (
+    EXPORT_CODE,
+    INT8_CODE,
+    ONNXRUNTIME_CUDA_CODE,
+    QDQ_CODE,
+    TENSORRT_CODE,
+    engine_key,
+    export_key,
+    quantized_key,
+)
 from engines.contract import GraphName
 from engines.manifest import Manifest, Precision, Size
 from tests import ROOT
@@ -52,9 +61,8 @@ def export(manifest: Manifest) -> str:
     return export_key(manifest.source, manifest.weights, manifest.versions)
 
 
-def engine(manifest: Manifest, backend: str, graph: GraphName = "denoise") -> str:
+def engine(manifest: Manifest, backend: str, graph: GraphName = "denoise", *, precision: Precision = "fp16") -> str:
     onnx = manifest.graphs[graph].onnx["fp32"]
-    precision: Precision = "int8" if backend == "openvino" else "fp16"
     return engine_key(manifest, graph, onnx, backend=backend, version="1", gpu=None, precision=precision)
 
 
@@ -63,14 +71,24 @@ def tensorrt(manifest: Manifest) -> str:
 
 
 def int8(manifest: Manifest) -> str:
-    return engine(manifest, "openvino")
+    return engine(manifest, "openvino", precision="int8")
 
 
 def onnxruntime_cuda(manifest: Manifest) -> str:
     return engine(manifest, "onnxruntime_cuda")
 
 
-KEYS = {export: EXPORT_CODE, tensorrt: TENSORRT_CODE, int8: INT8_CODE, onnxruntime_cuda: ONNXRUNTIME_CUDA_CODE}
+def fp8_graph(manifest: Manifest, modelopt: str = "0.47.0") -> str:
+    return quantized_key(manifest, manifest.graphs["denoise"].onnx["fp32"], "fp8", modelopt=modelopt)
+
+
+KEYS = {
+    export: EXPORT_CODE,
+    tensorrt: TENSORRT_CODE,
+    int8: INT8_CODE,
+    onnxruntime_cuda: ONNXRUNTIME_CUDA_CODE,
+    fp8_graph: QDQ_CODE,
+}
 
 
 @pytest.mark.parametrize(("key", "module"), [(key, module) for key in KEYS for module in modules(KEYS[key])])
@@ -147,5 +165,22 @@ def test_int8_engines_are_of_the_trajectories_they_were_calibrated_on(manifest: 
         "graphs": {**manifest.graphs, "encode_prompt": manifest.graphs["decode"]},
     }
     for field, value in changes.items():
-        assert int8(manifest.model_copy(update={field: value})) != int8(manifest), field
-    assert int8(manifest.model_copy(update={"name": "another"})) == int8(manifest)
+        for key in (int8, fp8_graph):
+            assert key(manifest.model_copy(update={field: value})) != key(manifest), field
+    for key in (int8, fp8_graph):
+        assert key(manifest.model_copy(update={"name": "another"})) == key(manifest)
+
+
+def test_an_engine_in_fp8_is_of_its_graph_and_a_graph_of_modelopts_version(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph serves all rows, so that others need no new calibration."""
+    assert fp8_graph(manifest, "0.48.0") != fp8_graph(manifest)
+    assert fp8_graph(manifest.model_copy(update={"rows": (2, 4)})) == fp8_graph(manifest)
+
+    def fp8(version: str) -> str:
+        monkeypatch.setattr(keys, "modelopt_version", lambda: version)
+        return engine(manifest, "tensorrt", precision="fp8")
+
+    assert fp8("0.47.0") == fp8("0.47.0") != fp8("0.48.0")
+    assert fp8("0.47.0") != tensorrt(manifest)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends.tensorrt_compatibility import check_fits
+from engines.backends.tensorrt_compatibility import check_fits, check_fp8
 from engines.errors import EngineError
-from engines.manifest import Build, Gpu
+from engines.manifest import Build, Compiled, Gpu
 
 
 def build(version: str, gpu: Gpu | None) -> Build:
@@ -84,3 +84,16 @@ def test_engines_that_fit_are_taken(case: Case) -> None:
 def test_engines_that_do_not_fit_say_what_to_build(case: Case, message: str) -> None:
     with pytest.raises(EngineError, match=re.escape(message)):
         check_case(case)
+
+
+@pytest.mark.parametrize("gpu", [L4, H200, RTX_5090], ids=str)
+def test_ada_hopper_and_blackwell_compute_in_fp8(gpu: Gpu) -> None:
+    check_fp8(gpu)
+
+
+def test_a_gpu_without_fp8_is_told_the_precisions_that_it_has() -> None:
+    engine = Compiled.model_construct(precision="fp8")
+    in_fp8 = build("1.7.1.116", None).model_copy(update={"engines": {"denoise": engine}})
+    with pytest.raises(EngineError, match=r"NVIDIA A10 \(compute capability 8.6\) does not compute in FP8.*int8"):
+        check_fits(in_fp8, backend="tensorrt_rtx", version="1.7.1.116", gpu=A10, bundle=Path("bundles/sd"))
+    check_fits(in_fp8, backend="tensorrt_rtx", version="1.7.1.116", gpu=L4, bundle=Path("bundles/sd"))
