@@ -9,7 +9,7 @@ import pytest
 
 from engines.backends.tensorrt_compatibility import check_fits, check_fp8
 from engines.errors import EngineError
-from engines.manifest import Build, Compiled, Gpu
+from engines.manifest import Build, Compiled, File, Gpu
 
 
 def build(version: str, gpu: Gpu | None) -> Build:
@@ -92,7 +92,8 @@ def test_ada_hopper_and_blackwell_compute_in_fp8(gpu: Gpu) -> None:
 
 
 def test_a_gpu_without_fp8_is_told_the_precisions_that_it_has() -> None:
-    engine = Compiled.model_construct(precision="fp8")
+    file = File(path="engines/denoise.engine", size=0, sha256="0" * 64)
+    engine = Compiled(files=(file,), precision="fp8", key="", seconds=0, memory=0)
     in_fp8 = build("1.7.1.116", None).model_copy(update={"engines": {"denoise": engine}})
     with pytest.raises(EngineError, match=r"NVIDIA A10 \(compute capability 8.6\) does not compute in FP8.*int8"):
         check_fits(in_fp8, backend="tensorrt_rtx", version="1.7.1.116", gpu=A10, bundle=Path("bundles/sd"))
