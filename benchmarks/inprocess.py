@@ -99,7 +99,11 @@ class Served:
     def __enter__(self) -> Self:
         self._runtime.executor.start()
         self._started.wait()
-        self._check()
+        try:
+            self._check()
+        except EngineError:
+            self._runtime.executor.close()
+            raise
         return self
 
     def __exit__(

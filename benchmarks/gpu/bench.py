@@ -42,7 +42,7 @@ class GpuBench:
 
     def due(self, stage: Stage, model: str = "", engine: str = "") -> bool:
         found = self.results.record.find(stage, model, engine)
-        kept = not self.options.only and found is not None and found.figures is not None
+        kept = not self.options.only and found is not None and found.complete
         return self.options.wants(stage) and not kept
 
     def measure(

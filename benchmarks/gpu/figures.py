@@ -41,6 +41,21 @@ class Latencies(ResultModel):
     broken: int = 0  # images that were not finite, which random weights may cause; they take as long
 
 
+class Batch(ResultModel):
+    """Several images at a time in one call of PyTorch's pipeline."""
+
+    precision: str
+    rows: int  # of the UNet: two for each image
+    steps: int
+    seconds: Spread  # of a call
+    first: float  # seconds of the first call, which compiles
+    mode: str  # of torch.compile; empty if eager
+
+    @property
+    def images_per_second(self) -> float:
+        return self.rows / 2 / self.seconds.median
+
+
 class Built(ResultModel):
     """The bundle that is measured."""
 
@@ -120,7 +135,7 @@ class Decoding(ResultModel):
     broken: int = 0
 
 
-Figures = Peak | Latencies | Built | Rows | Serving | Decoding
+Figures = Peak | Latencies | Batch | Built | Rows | Serving | Decoding
 
 
 def quantiles(seconds: Sequence[float]) -> Quantiles | None:

@@ -28,6 +28,7 @@ Counts = Annotated[
     BeforeValidator(_split),
     AfterValidator(lambda counts: tuple(sorted(set(counts)))),
 ]
+_OF_TORCH = {"torch", "batch", "compile", "compile_batch"}
 LOADING = 45  # seconds: an estimate of loading engines and warming up
 
 
@@ -36,6 +37,7 @@ class GpuBenchCommand(CommandLine):
 
     python -m benchmarks.gpu --out DIR                          all backends that run here, with the small model
     python -m benchmarks.gpu --out DIR --only rows,serve        some stages, measured again
+    python -m benchmarks.gpu --out DIR --plan                   what each call would measure, and its seconds
     python -m benchmarks.gpu --out DIR --bundle engines/demo    an existing bundle, on any machine
 
     Each result is saved at once, in DIR/<device>-<date>.json. A second call continues where the first ended: it
@@ -56,7 +58,7 @@ class GpuBenchCommand(CommandLine):
     only: Stages = Field((), description=f"stages to measure, again if need be, of {','.join(STAGES)}")
     skip_torch: bool = Field(False, description="leave out PyTorch")
     steps: Counts = Field((20, 50), description="denoising steps of an image")
-    rows: Counts = Field((2, 4, 8, 16, 32, 64), description="UNet rows in a step")
+    rows: Counts = Field((2, 8, 16, 32), description="UNet rows in a step, and of PyTorch's batches")
     runs: PositiveInt = Field(10, description="images for each latency")
     seconds: Seconds = Field(8.0, description="seconds at each number of rows")
     serve_seconds: Seconds = Field(20.0, description="seconds in which requests arrive, for each load")
@@ -66,8 +68,9 @@ class GpuBenchCommand(CommandLine):
     seed: int = Field(0, description="seed of arrival times")
     threads: NonNegativeInt = Field(0, description="CPU threads of engines on a CPU; 0 takes one per core")
     budget: float = Field(
-        float("inf"), gt=0, description="seconds this call may take: stages that do not fit are skipped"
+        540.0, gt=0, description="seconds this call may take: what does not fit is left to the next call"
     )
+    plan: bool = Field(False, description="only print the calls that are to be made, by guesses of each stage")
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ class GpuBenchCommand(CommandLine):
         return min(self.steps), max(self.steps)
 
     def wants(self, stage: Stage) -> bool:
-        if self.skip_torch and stage in {"torch", "compile"}:
+        if self.skip_torch and stage in _OF_TORCH:
             return False
         return stage in self.only if self.only else True
 
@@ -95,10 +98,12 @@ class GpuBenchCommand(CommandLine):
         return {
             "peak": 10.0,
             "torch": 60.0,
+            "batch": 45.0,
             "build": 240.0,
             "rows": self.seconds * len(self.rows) * 1.5,
             "single": 20.0,
             "serve": serving,
             "decode": 2 * (LOADING + self.seconds * 1.5),
             "compile": 300.0,
+            "compile_batch": 150.0,
         }[stage]

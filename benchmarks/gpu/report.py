@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu.figures import POLICIES, Built, Decoding, FullSteps, Latencies, Peak, Rows, ServedLoad, Serving
-from benchmarks.gpu.results_file import GpuResults, Stage
+from benchmarks.gpu.figures import (
+    POLICIES,
+    Batch,
+    Built,
+    Decoding,
+    FullSteps,
+    Latencies,
+    Peak,
+    Rows,
+    ServedLoad,
+    Serving,
+)
+from benchmarks.gpu.results_file import PYTORCH, GpuResults, Stage, StageResult, pytorch_at, trace_name
 from benchmarks.models import ARCHITECTURES
 from engines.backends.registry import ON_CPU
 from loadtest.analysis.statistics import Spread
 
-_SPEED_UP = 4.0  # times PyTorch eager
+_OVER_EAGER = {"tensorrt": 4.0, "tensorrt_rtx": 4.0, "onnxruntime_cuda": 2.0}  # one image, times PyTorch eager
+_OVER_COMPILED = {"tensorrt": 1.5, "tensorrt_rtx": 1.5}  # and compiled
+_TARGET_STEPS = 50  # at which those are the targets
+_TARGET_ROWS, _OF_PEAK = 32, 0.6  # share of the measured peak in full steps
+_IMAGES = {"small": 29.0, "sd15": 20.0}  # per second at that many rows and 20 steps, of an H200
+_IMAGE_STEPS = 20
 _IDLE = 0.03  # of the device's time
 _GOODPUT, _P99 = 0.35, 0.30  # goodput and p99 compared with request-level batching
 _LOAD = 0.8  # at which that is the target
 _ENOUGH = 100  # requests that a p99 needs to be meaningful
-_TENSORRT = ("tensorrt", "tensorrt_rtx")
+_EVIDENCE = """Evidence, the strongest first: (1) results above are measured on this device, ratios within this table;
+(2) captures, copies and allocations are counted by tests over stub libraries of CUDA, without a GPU;
+(3) targets are aims, taken from published figures of others; what is marked 'not measured' is not known."""
 Kind = TypeVar("Kind")
 
 
@@ -38,7 +56,8 @@ class ReportRow:
 
 def table(record: GpuResults) -> Table:
     """All measurements."""
-    made = Table(title=f"{record.device}, {record.runs[-1].began[:10]}" if record.runs else record.device)
+    title = f"{record.device}, {record.runs[-1].began[:10]}" if record.runs else record.device
+    made = Table(title=title, caption=_EVIDENCE, caption_justify="left")
     for heading in ("model", "engine", "measurement", "result", "target"):
         made.add_column(heading, overflow="fold", ratio=1 if heading == "result" else None)
     previous = ("", "")
@@ -59,10 +78,10 @@ def lines(record: GpuResults) -> Iterator[ReportRow]:
     for model in dict.fromkeys(result.model for result in record.results if result.model):
         yield from _torch_lines(record, model)
         engines = dict.fromkeys(
-            result.engine for result in record.results if result.model == model and result.engine not in {"", "PyTorch"}
+            result.engine for result in record.results if result.model == model and not _is_torch(result.engine)
         )
         for engine in engines or ("ours",):
-            yield from _engine_lines(record, model, engine, peak)
+            yield from _engine_lines(record, model, engine)
 
 
 def _torch_lines(record: GpuResults, model: str) -> Iterator[ReportRow]:
@@ -76,13 +95,32 @@ def _torch_lines(record: GpuResults, model: str) -> Iterator[ReportRow]:
             measured = f"{_spread(spread)}; first image {_time(found.first)}" if stage == "compile" else _spread(spread)
             yield ReportRow(model, "PyTorch", f"{name}, one image, {steps} steps, {found.precision}", measured)
 
+    for result in record.results:
+        if result.model == model and result.stage in {"batch", "compile_batch"}:
+            yield _batch_line(result)
 
-def _engine_lines(record: GpuResults, model: str, engine: str, peak: Peak | None) -> Iterator[ReportRow]:
+
+def _is_torch(engine: str) -> bool:
+    return not engine or engine.startswith(PYTORCH)
+
+
+def _batch_line(result: StageResult) -> ReportRow:
+    name = "eager" if result.stage == "batch" else "compiled"
+    figure, found = f"{name}, {result.engine.removeprefix(f'{PYTORCH} at ')}", result.figures
+    if not isinstance(found, Batch):
+        return ReportRow(result.model, PYTORCH, figure, f"not measured: {result.note}")
+    measured = f"{found.images_per_second:.2f} images/s; a call {_spread(found.seconds)}"
+    return ReportRow(result.model, PYTORCH, f"{figure}, {found.steps} steps, {found.precision}", measured)
+
+
+def _engine_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportRow]:
     yield from _build_lines(record, model, engine)
     yield from _single_lines(record, model, engine)
-    yield from _rows_lines(record, model, engine, peak)
+    yield from _rows_lines(record, model, engine)
     yield from _decode_lines(record, model, engine)
     yield from _serve_lines(record, model, engine)
+    if _found(record, Rows, "rows", model, engine):
+        yield ReportRow(model, engine, "profile of the steps", f"{trace_name(model, engine)}, for Perfetto")
 
 
 def _build_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportRow]:
@@ -97,21 +135,49 @@ def _build_lines(record: GpuResults, model: str, engine: str) -> Iterator[Report
 
 def _single_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportRow]:
     found = _found(record, Latencies, "single", model, engine)
-    target = f"TensorRT: ≥ {_SPEED_UP:.0f}× eager"
     if found is None:
-        yield ReportRow(model, engine, "one image", _why(record, "single", model, engine), target)
+        yield ReportRow(model, engine, "one image", _why(record, "single", model, engine), _target(engine))
         return
-    eager = _found(record, Latencies, "torch", model, "PyTorch")
     for steps, spread in found.by_steps.items():
-        theirs = eager.by_steps.get(steps) if eager else None
-        factor = theirs.median / spread.median if theirs else None
-        speed_up = f"{factor:.2f}× PyTorch eager" if factor else "PyTorch eager not measured"
-        met = factor >= _SPEED_UP if factor and engine in _TENSORRT else None
-        figure = f"one image, {steps} steps, {found.precision}"
-        yield ReportRow(model, engine, figure, f"{_spread(spread)}; {speed_up}{_broken(found.broken)}", target, met)
+        factors = {
+            name: theirs.by_steps[steps].median / spread.median
+            for name, stage in (("eager", "torch"), ("compiled", "compile"))
+            if (theirs := _found(record, Latencies, cast(Stage, stage), model, PYTORCH)) and steps in theirs.by_steps
+        }
+        is_target = steps == _TARGET_STEPS
+        yield ReportRow(
+            model,
+            engine,
+            f"one image, {steps} steps, {found.precision}",
+            f"{_spread(spread)}; {_speed_ups(factors)}{_broken(found.broken)}",
+            _target(engine) if is_target else "",
+            _fast_enough(engine, factors) if is_target else None,
+        )
 
 
-def _rows_lines(record: GpuResults, model: str, engine: str, peak: Peak | None) -> Iterator[ReportRow]:
+def _targets(engine: str) -> dict[str, float]:
+    """Factors that one image is to reach, by what it is compared with."""
+    both = {"eager": _OVER_EAGER.get(engine), "compiled": _OVER_COMPILED.get(engine)}
+    return {name: factor for name, factor in both.items() if factor}
+
+
+def _target(engine: str) -> str:
+    return ", ".join(f"≥ {factor:g}× {name}" for name, factor in _targets(engine).items())
+
+
+def _fast_enough(engine: str, factors: Mapping[str, float]) -> bool | None:
+    """None as long as something that the target names is not measured."""
+    targets = _targets(engine)
+    if not targets or not targets.keys() <= factors.keys():
+        return None
+    return all(factors[name] >= least for name, least in targets.items())
+
+
+def _speed_ups(factors: Mapping[str, float]) -> str:
+    return ", ".join(f"{factor:.2f}× PyTorch {name}" for name, factor in factors.items()) or "PyTorch not measured"
+
+
+def _rows_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportRow]:
     found = _found(record, Rows, "rows", model, engine)
     if found is None:
         reason = _why(record, "rows", model, engine)
@@ -120,7 +186,7 @@ def _rows_lines(record: GpuResults, model: str, engine: str, peak: Peak | None) 
         yield ReportRow(model, engine, "host time per step, of device time", reason, "less than the step")
         return
     for point in found.points:
-        yield ReportRow(model, engine, f"{point.rows} rows, {found.steps} steps", _full(point, found, model, peak))
+        yield _point_line(record, model, engine, found, point)
     if found.left_out:
         yield ReportRow(model, engine, f"{_list(found.left_out)} rows", "not measured: out of time")
     yield _idle_line(found, model, engine)
@@ -128,20 +194,43 @@ def _rows_lines(record: GpuResults, model: str, engine: str, peak: Peak | None) 
     yield from _overlap_lines(found, model, engine)
 
 
+def _point_line(record: GpuResults, model: str, engine: str, found: Rows, point: FullSteps) -> ReportRow:
+    """A number of rows, beside PyTorch's batches of as many."""
+    peak = _found(record, Peak, "peak")
+    measured = "".join([_full(point, found, model, peak), *_over_batches(record, model, found, point)])
+    target, met = "", None
+    if point.rows == _TARGET_ROWS and found.steps == _IMAGE_STEPS and model in _IMAGES:
+        target = f"≥ {_OF_PEAK:.0%} of peak, ≥ {_IMAGES[model]:.0f} images/s"
+        share = _share(point, found, model, peak)
+        if share is not None and engine not in ON_CPU:
+            met = share >= _OF_PEAK and point.images_per_second >= _IMAGES[model]
+    return ReportRow(model, engine, f"{point.rows} rows, {found.steps} steps", measured, target, met)
+
+
+def _over_batches(record: GpuResults, model: str, found: Rows, point: FullSteps) -> Iterator[str]:
+    stages: tuple[tuple[Stage, str], ...] = (("batch", "eager"), ("compile_batch", "compiled"))
+    for stage, name in stages:
+        batch = _found(record, Batch, stage, model, pytorch_at(point.rows))
+        if batch and (batch.rows, batch.steps) == (point.rows, found.steps):
+            yield f"; {point.images_per_second / batch.images_per_second:.2f}× {name} at as many rows"
+
+
 def _full(point: FullSteps, rows: Rows, model: str, peak: Peak | None) -> str:
     seconds = rows.step_seconds(point.rows)
     parts = [f"{point.images_per_second:.2f} images/s"]
     if seconds:
         parts.append(f"{_time(seconds)} per step")
-        parts.append(_share(point.rows / seconds, model, peak))
+        share = _share(point, rows, model, peak)
+        parts.append("share of peak not measured" if share is None else f"{share:.0%} of peak")
     return ", ".join(parts)
 
 
-def _share(rows_per_second: float, model: str, peak: Peak | None) -> str:
-    """Share of the measured peak, by the operations of one UNet row."""
-    if peak is None or model not in ARCHITECTURES:
-        return "share of peak not measured"
-    return f"{rows_per_second * ARCHITECTURES[model].flops.row / peak.flops:.0%} of peak"
+def _share(point: FullSteps, rows: Rows, model: str, peak: Peak | None) -> float | None:
+    """Share of the measured peak, by the operations of one UNet row; None if it cannot be told."""
+    seconds = rows.step_seconds(point.rows)
+    if peak is None or not seconds or model not in ARCHITECTURES:
+        return None
+    return point.rows / seconds * ARCHITECTURES[model].flops.row / peak.flops
 
 
 def _idle_line(found: Rows, model: str, engine: str) -> ReportRow:

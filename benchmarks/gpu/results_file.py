@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import BaseModel, Field
 
-from benchmarks.gpu.figures import Figures
+from benchmarks.gpu.figures import Figures, Rows
 from engines.files import write_atomically
 from loadtest.provenance import ResultModel, Run, now
 
-Stage = Literal["peak", "torch", "build", "rows", "single", "serve", "decode", "compile"]
+Stage = Literal["peak", "torch", "batch", "build", "rows", "single", "serve", "decode", "compile", "compile_batch"]
 
 
-STAGES: tuple[Stage, ...] = ("peak", "torch", "build", "rows", "single", "serve", "decode", "compile")
+STAGES: tuple[Stage, ...] = get_args(Stage)
+PYTORCH = "PyTorch"
+
+
+def pytorch_at(rows: int) -> str:
+    """What stands as the engine of PyTorch's results at a number of rows: each is a stage of its own."""
+    return f"{PYTORCH} at {rows} rows"
 
 
 class StageResult(ResultModel):
@@ -28,6 +34,11 @@ class StageResult(ResultModel):
     seconds: float = Field(description="duration of the stage")
     figures: Figures | None = None
     note: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left to a later call."""
+        return self.figures is not None and not (isinstance(self.figures, Rows) and self.figures.left_out)
 
     @property
     def key(self) -> tuple[Stage, str, str]:
@@ -82,3 +93,8 @@ class ResultsFile:
 def slug(name: str) -> str:
     """`name` as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def trace_name(model: str, engine: str) -> str:
+    """The file with what the executor and the device did in the rows stage, beside the results."""
+    return f"trace-{slug(model)}-{slug(engine)}.json"

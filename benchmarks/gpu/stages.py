@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from benchmarks import models
 from benchmarks.gpu.bench import GpuBench, first_line
 from benchmarks.gpu.figures import Built, Figures
 from benchmarks.gpu.measure import measure_decoding, measure_rows, measure_serving, measure_single
 from benchmarks.gpu.options import LOADING, GpuBenchCommand
-from benchmarks.gpu.results_file import Stage
+from benchmarks.gpu.results_file import PYTORCH, Stage, pytorch_at, trace_name
 from benchmarks.inprocess import Served
 from benchmarks.models import BenchmarkModel, checkpoint_of
 from engines.backends.available import precision_of, unavailable_reason
 from engines.backends.registry import BACKENDS, ON_CPU
-from engines.errors import EngineError
 from engines.manifest import Manifest
 
 _SERVED: tuple[Stage, ...] = ("rows", "single", "serve")  # share an executor; the first is traced, and ends the trace
-_PYTORCH = "PyTorch"
 
 
 def measure_all(bench: GpuBench, benchmark_models: Sequence[BenchmarkModel]) -> None:
@@ -27,16 +26,18 @@ def measure_all(bench: GpuBench, benchmark_models: Sequence[BenchmarkModel]) -> 
         bench.measure("peak", "", "", _peak)
     for model in benchmark_models:
         measure_torch(bench, model, "torch")
+        measure_batches(bench, model, "batch")
     for model in benchmark_models:
         for backend in _backends(bench.options, model):
             measure_engine(bench, model, backend)
     for model in benchmark_models:
         measure_torch(bench, model, "compile")
+        measure_batches(bench, model, "compile_batch")
 
 
 def measure_torch(bench: GpuBench, model: BenchmarkModel, stage: Stage) -> None:
     """One image at a time in PyTorch."""
-    if not bench.due(stage, model.name, _PYTORCH):
+    if not bench.due(stage, model.name, PYTORCH):
         return
     options = bench.options
 
@@ -46,7 +47,20 @@ def measure_torch(bench: GpuBench, model: BenchmarkModel, stage: Stage) -> None:
         measure = torch_bench.measure_compiled if stage == "compile" else torch_bench.measure_eager
         return measure(checkpoint_of(model), options.steps, options.runs)
 
-    bench.measure(stage, model.name, _PYTORCH, make)
+    bench.measure(stage, model.name, PYTORCH, make)
+
+
+def measure_batches(bench: GpuBench, model: BenchmarkModel, stage: Stage) -> None:
+    """PyTorch at each number of rows, each a stage of its own: one may not fit into memory."""
+    for rows in bench.options.rows:
+        if bench.due(stage, model.name, pytorch_at(rows)):
+            bench.measure(stage, model.name, pytorch_at(rows), partial(_batch, bench, model, stage, rows))
+
+
+def _batch(bench: GpuBench, model: BenchmarkModel, stage: Stage, rows: int) -> Figures:
+    from benchmarks.gpu import torch_bench  # noqa: PLC0415 - seconds of imports, and only where torch is
+
+    return torch_bench.measure_batch(checkpoint_of(model), rows, bench.options, compiled=stage == "compile_batch")
 
 
 def measure_engine(bench: GpuBench, model: BenchmarkModel, backend: str) -> None:
@@ -79,21 +93,30 @@ def _built(bench: GpuBench, model: BenchmarkModel, backend: str, *, wanted: bool
 
 
 def _measure_served(bench: GpuBench, model: BenchmarkModel, backend: str, stages: list[Stage]) -> None:
-    """Run the stages that share an executor."""
-    needed = LOADING + min(bench.options.needs(stage) for stage in stages)
-    if not bench.budget.fits(needed):
-        note = f"with loading engines it needs about {needed:.0f} s, {bench.budget.left:.0f} s were left"
-        bench.fail(stages, model.name, backend, note)
-        return
-    trace = bench.options.out / "trace.json" if "rows" in stages else None
+    """Run the stages that share an executor. After a failed stage the others have a new one."""
     left = list(stages)
-    try:
-        with Served(model.bundle, backend, threads=bench.options.threads, trace=trace) as session:
-            while left:
-                stage = left.pop(0)
-                bench.measure(stage, model.name, backend, _maker(stage, session, bench, backend))
-    except EngineError as error:
-        bench.fail(left, model.name, backend, first_line(error))
+    while left:
+        needed = LOADING + min(bench.options.needs(stage) for stage in left)
+        if not bench.budget.fits(needed):
+            note = f"with loading engines it needs about {needed:.0f} s, {bench.budget.left:.0f} s were left"
+            bench.fail(left, model.name, backend, note)
+            return
+        try:
+            _serve_until_failure(bench, model, backend, left)
+        except Exception as error:  # whatever a library raises, the other models and backends can still run
+            bench.fail(left, model.name, backend, first_line(error))
+            return
+
+
+def _serve_until_failure(bench: GpuBench, model: BenchmarkModel, backend: str, left: list[Stage]) -> None:
+    """Run the stages of `left` in one executor, and take them out, up to one that fails."""
+    trace = bench.options.out / trace_name(model.name, backend) if left[0] == "rows" else None
+    with Served(model.bundle, backend, threads=bench.options.threads, trace=trace) as session:
+        sound = True
+        while left and sound:
+            stage = left.pop(0)
+            skipped = not bench.budget.fits(bench.options.needs(stage))
+            sound = bench.measure(stage, model.name, backend, _maker(stage, session, bench, backend)) or skipped
 
 
 def _maker(stage: Stage, session: Served, bench: GpuBench, backend: str) -> Callable[[], Figures]:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.figures import Latencies, Peak
+from benchmarks.gpu.figures import Batch, Latencies, Peak
+from benchmarks.gpu.options import GpuBenchCommand
 from engines.errors import EngineError
 from loadtest.analysis.statistics import Spread
 
 _SIDE = 8192
 _PRODUCTS, _ROUNDS = 50, 5
+_BATCH_MODE = "reduce-overhead"  # trying kernels takes minutes for each batch size
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _DTYPE = torch.float16 if _DEVICE == "cuda" else torch.float32
 _PRECISION = {torch.float16: "fp16", torch.float32: "fp32"}
@@ -54,13 +56,54 @@ def measure_eager(checkpoint: Path, steps: Sequence[int], runs: int) -> Latencie
 def measure_compiled(checkpoint: Path, steps: Sequence[int], runs: int) -> Latencies:
     """The same with the UNet under torch.compile, which takes minutes. Raises EngineError without a GPU."""
     _require_gpu()
-    with _loaded(checkpoint) as pipeline:
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune", fullgraph=True)
-        try:
-            return _latencies(pipeline, steps, runs)
-        finally:
-            torch.compiler.reset()
+    with _loaded(checkpoint) as pipeline, _compiled(pipeline, "max-autotune"):
+        return _latencies(pipeline, steps, runs)
+
+
+def measure_batch(checkpoint: Path, rows: int, options: GpuBenchCommand, *, compiled: bool) -> Batch:
+    """Calls with as many guided images as fill `rows`, channels last; compiled without trying many kernels.
+
+    Raises:
+        EngineError: the GPU's memory is full; or compiled, without a GPU.
+    """
+    if compiled:
+        _require_gpu()
+    steps, images = min(options.steps), max(rows // 2, 1)
+    with _loaded(checkpoint) as pipeline, _memory_told(), _compiled(pipeline, _BATCH_MODE if compiled else ""):
+        first = _generate(pipeline, steps, images)
+        _generate(pipeline, steps, images)
+        seconds = [_generate(pipeline, steps, images)]
+        while sum(seconds) < options.seconds or len(seconds) < 2:
+            seconds.append(_generate(pipeline, steps, images))
+    return Batch(
+        precision=_PRECISION[_DTYPE],
+        rows=2 * images,
+        steps=steps,
+        seconds=Spread(values=tuple(seconds)),
+        first=first,
+        mode=_BATCH_MODE if compiled else "",
+    )
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"The GPU's memory is full: {str(error).partition('. ')[0]}.") from error
+
+
+@contextmanager
+def _compiled(pipeline: Any, mode: str) -> Iterator[None]:
+    """Channels last, and the UNet compiled unless `mode` is empty."""
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)
+    if mode:
+        pipeline.unet = torch.compile(pipeline.unet, mode=mode, fullgraph=True)
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
 
 
 @contextmanager
@@ -77,11 +120,13 @@ def _loaded(checkpoint: Path) -> Iterator[Any]:
         # one UNet call per step, as ours
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         pipeline.set_progress_bar_config(disable=True)
-        yield pipeline
-    del pipeline
-    gc.collect()
-    if _DEVICE == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            yield pipeline
+        finally:
+            del pipeline
+            gc.collect()
+            if _DEVICE == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _latencies(pipeline: Any, steps: Sequence[int], runs: int) -> Latencies:
@@ -91,14 +136,15 @@ def _latencies(pipeline: Any, steps: Sequence[int], runs: int) -> Latencies:
     return Latencies(precision=_PRECISION[_DTYPE], first=first, by_steps=by_steps)
 
 
-def _generate(pipeline: Any, steps: int) -> float:
-    """Seconds from the request to the image's pixels."""
+def _generate(pipeline: Any, steps: int, images: int = 1) -> float:
+    """Seconds from the request to the images' pixels."""
     _synchronize()
     began = time.perf_counter()
     pipeline(
         "a photograph of a lighthouse on a rock in the sea",
         num_inference_steps=steps,
         guidance_scale=7.5,
+        num_images_per_prompt=images,
         generator=torch.Generator("cpu").manual_seed(0),
         output_type="np",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
 from benchmarks.gpu import __main__ as gpu_bench
-from benchmarks.gpu import torch_bench
+from benchmarks.gpu import stages, torch_bench
 from benchmarks.gpu.bench import GpuBench
 from benchmarks.gpu.figures import (
     POLICIES,
+    Batch,
     Figures,
     FullSteps,
     Latencies,
@@ -35,8 +37,8 @@ from benchmarks.gpu.figures import (
 from benchmarks.gpu.measure import measure_decoding
 from benchmarks.gpu.options import GpuBenchCommand
 from benchmarks.gpu.report import lines, table
-from benchmarks.gpu.results_file import STAGES, GpuResults, ResultsFile, StageResult, slug
-from benchmarks.gpu.stages import measure_engine
+from benchmarks.gpu.results_file import STAGES, GpuResults, ResultsFile, StageResult, pytorch_at, slug, trace_name
+from benchmarks.gpu.stages import measure_batches, measure_engine
 from benchmarks.inprocess import Served
 from benchmarks.models import BenchmarkModel
 from benchmarks.policies import SwitchablePolicy
@@ -222,7 +224,7 @@ def book(folder: Path) -> ResultsFile:
 
 
 def latencies(seconds: float) -> Latencies:
-    return Latencies(precision="fp16", first=9.0, by_steps={20: Spread(values=(seconds, seconds + 0.2, seconds + 0.1))})
+    return Latencies(precision="fp16", first=9.0, by_steps={50: Spread(values=(seconds, seconds + 0.2, seconds + 0.1))})
 
 
 def load(ours: float, theirs: float) -> ServedLoad:
@@ -272,11 +274,17 @@ def test_an_empty_record_claims_nothing() -> None:
 def test_figures_stand_beside_what_we_aim_at(tmp_path: Path) -> None:
     kept = book(tmp_path)
     kept.put(found(figures=latencies(1.0)))
-    assert output(kept.record, "one image, 20") == [
-        ("1.10 s (1.00 s to 1.20 s, 3 runs); PyTorch eager not measured", None)
-    ]
+    assert output(kept.record, "one image, 50") == [("1.10 s (1.00 s to 1.20 s, 3 runs); PyTorch not measured", None)]
     kept.put(found(stage="torch", engine="PyTorch", figures=latencies(5.0)))
-    assert output(kept.record, "one image, 20")[-1] == ("1.10 s (1.00 s to 1.20 s, 3 runs); 4.64× PyTorch eager", True)
+    assert output(kept.record, "one image, 50")[-1] == (
+        "1.10 s (1.00 s to 1.20 s, 3 runs); 4.64× PyTorch eager",
+        None,  # as the target names compiled too
+    )
+    kept.put(found(stage="compile", engine="PyTorch", figures=latencies(2.0)))
+    assert output(kept.record, "one image, 50")[-1] == (
+        "1.10 s (1.00 s to 1.20 s, 3 runs); 4.64× PyTorch eager, 1.91× PyTorch compiled",
+        True,
+    )
     kept.put(found(stage="peak", model="", engine="", figures=Peak(flops=8e14, side=8192, dtype="fp16")))
     assert output(kept.record, "matrix") == [("800 TFLOP/s, 8192×8192", None)]
     assert output(kept.record, "idle") == [("not measured", None)]
@@ -307,6 +315,54 @@ def test_full_steps_stand_beside_the_peak(tmp_path: Path) -> None:
         False,
         False,
     ]
+
+
+def test_each_engine_has_its_own_aim_for_one_image(tmp_path: Path) -> None:
+    kept = book(tmp_path)
+    kept.put(found(stage="torch", engine="PyTorch", figures=latencies(2.5)))
+    for engine in ("onnxruntime_cuda", "tensorrt", "onnxruntime"):
+        kept.put(found(engine=engine, figures=latencies(1.0)))
+    kept.put(found(stage="compile", engine="PyTorch", figures=latencies(2.0)))
+    judged = {line.engine: (line.target, line.met) for line in lines(kept.record) if "one image, 50" in line.figure}
+    assert judged["onnxruntime_cuda"] == ("≥ 2× eager", True)
+    assert judged["tensorrt"] == ("≥ 4× eager, ≥ 1.5× compiled", False)
+    assert judged["onnxruntime"] == ("", None)
+
+
+@pytest.mark.parametrize(("images", "seconds", "met"), [(30.0, 0.03, True), (28.0, 0.03, False), (30.0, 0.04, False)])
+def test_32_rows_are_judged_by_images_and_by_the_peak(images: float, seconds: float, met: bool, tmp_path: Path) -> None:
+    """447 GFLOP a row: 32 rows in 30 ms are 477 TFLOP/s."""
+    kept = book(tmp_path)
+    kept.put(found(stage="peak", model="", engine="", figures=Peak(flops=750e12, side=8192, dtype="fp16")))
+    step = Quantiles(count=9, p5=seconds, median=seconds, p95=seconds)
+    point = full(32, images_per_second=images, step=step)
+    kept.put(found(stage="rows", figures=Rows(steps=20, points=(full(2), point), curve={})))
+    assert [line.met for line in lines(kept.record) if line.figure.startswith("32 rows")] == [met]
+
+
+def batch_of(rows: int, seconds: float) -> Batch:
+    return Batch(precision="fp16", rows=rows, steps=20, seconds=Spread(values=(seconds,)), first=9.0, mode="")
+
+
+def test_full_steps_stand_beside_pytorch_at_as_many_rows(tmp_path: Path) -> None:
+    kept = book(tmp_path)
+    kept.put(found(stage="rows", figures=Rows(steps=20, points=(full(2), full(4)), curve={})))
+    kept.put(found(stage="batch", engine=pytorch_at(4), figures=batch_of(4, 1.0)))
+    kept.put(found(stage="compile_batch", engine=pytorch_at(4), figures=batch_of(4, 0.5)))
+    kept.put(found(stage="batch", engine=pytorch_at(64), note="The GPU's memory is full."))
+    assert output(kept.record, "4 rows, 20 steps")[:2] == [
+        ("2.00 images/s; a call 1.00 s (1.00 s to 1.00 s, 1 runs)", None),
+        ("4.00 images/s; a call 500 ms (500 ms to 500 ms, 1 runs)", None),
+    ]
+    (ours,) = [line for line in lines(kept.record) if line.figure.startswith("4 rows")]
+    assert ours.measured.endswith("; 4.00× eager at as many rows; 2.00× compiled at as many rows")
+    assert output(kept.record, "64 rows") == [("not measured: The GPU's memory is full.", None)]
+    assert output(kept.record, "profile") == [("trace-small-tensorrt.json, for Perfetto", None)]
+
+
+def test_the_table_says_how_sure_each_kind_of_figure_is() -> None:
+    caption = str(table(GpuResults(device="A GPU")).caption)
+    assert [word in caption for word in ("measured on this device", "stub libraries", "aims")] == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -355,6 +411,73 @@ def test_a_stage_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert not unlucky.measure("single", "small", "tensorrt", fail)
     assert unlucky.measure("rows", "small", "tensorrt", lambda: latencies(1.0))
     assert output(unlucky.results.record, "one image")[-1] == ("not measured: The GPU is full.", None)
+
+
+def test_rows_that_were_left_out_are_measured_by_the_next_call(tmp_path: Path) -> None:
+    hurried = bench(tmp_path)
+    part = Rows(steps=20, points=(full(2),), curve={}, left_out=(4,))
+    hurried.measure("rows", "small", "tensorrt", lambda: part)
+    assert bench(tmp_path).due("rows", "small", "tensorrt")
+    hurried.measure("rows", "small", "tensorrt", lambda: part.model_copy(update={"left_out": ()}))
+    assert not bench(tmp_path).due("rows", "small", "tensorrt")
+
+
+def test_a_stage_that_breaks_the_executor_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages after it have an executor of their own."""
+    opened: list[Served] = []
+
+    class Counted(Served):
+        def __enter__(self) -> Counted:
+            opened.append(self)
+            return super().__enter__()
+
+    def breaks(session: Served, *_rest: Any) -> Figures:
+        session._runtime.executor.fail(EngineError("The GPU fell off the bus."))
+        session.draw(1)
+        raise AssertionError
+
+    monkeypatch.setattr(stages, "Served", Counted)
+    monkeypatch.setattr(stages, "measure_single", breaks)
+    unlucky = bench(tmp_path)
+    measure_engine(unlucky, BenchmarkModel("demo", None, DEMO, given=True), "onnxruntime")
+    results = {result.stage: result for result in unlucky.results.record.results}
+    assert results["rows"].figures
+    assert results["serve"].figures
+    assert not results["single"].figures
+    assert results["single"].note
+    assert len(opened) == 2
+    assert (tmp_path / trace_name("demo", "onnxruntime")).exists()
+
+
+def test_a_batch_that_is_too_large_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_checkpoint: Path, rows: int, _options: Any, *, compiled: bool) -> Batch:
+        if rows > 2:
+            raise EngineError("The GPU's memory is full.")
+        return batch_of(rows, 2.0 - compiled)
+
+    monkeypatch.setattr(torch_bench, "measure_batch", measure)
+    large = bench(tmp_path, skip_torch=False)
+    for stage in ("batch", "compile_batch"):
+        measure_batches(large, BenchmarkModel("demo", tmp_path, DEMO, given=True), stage)
+    found = {(result.stage, result.engine): result for result in large.results.record.results}
+    assert [(found[key].figures is not None, found[key].note) for key in sorted(found)] == [
+        (True, ""),
+        (False, "The GPU's memory is full."),
+    ] * 2
+
+
+def test_a_plan_tells_the_calls_that_the_budget_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--out", str(tmp_path / "none"), "--model", "small", "sd15", "--plan"]
+    assert gpu_bench.main(command) == 0
+    shown = capsys.readouterr().out
+    seconds = [int(found) for found in re.findall(r"about (\d+) s", shown)]
+    assert len(seconds) > 3
+    assert max(seconds) <= 540
+    for model in ("small", "sd15"):
+        for stage in set(STAGES) - {"peak"}:
+            assert f"{stage} {model}" in shown
+    assert "--plan" not in shown
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -476,6 +599,24 @@ def test_decoding_is_measured_at_every_priority(tmp_path: Path) -> None:
 def test_pytorch_is_timed_over_a_checkpoint(checkpoint: Path) -> None:
     timed = torch_bench.measure_eager(checkpoint, (1, 2), 2)
     assert {steps: len(spread.values) for steps, spread in timed.by_steps.items()} == {1: 2, 2: 2}
+
+
+def test_pytorch_is_timed_in_batches(checkpoint: Path, tmp_path: Path) -> None:
+    timed = torch_bench.measure_batch(checkpoint, 4, options(tmp_path), compiled=False)
+    assert (timed.rows, timed.steps, timed.mode) == (4, 1, "")
+    assert len(timed.seconds.values) >= 2
+    assert timed.images_per_second == pytest.approx(2 / timed.seconds.median)
+    with pytest.raises(EngineError, match="torch finds no GPU"):
+        torch_bench.measure_batch(checkpoint, 4, options(tmp_path), compiled=True)
+
+
+def test_a_batch_without_memory_is_told(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tmp_path: Path) -> None:
+    def full_memory(*_words: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB.")
+
+    monkeypatch.setattr(torch_bench, "_generate", full_memory)
+    with pytest.raises(EngineError, match="memory is full: CUDA out of memory"):
+        torch_bench.measure_batch(checkpoint, 4, options(tmp_path), compiled=False)
 
 
 def test_engines_that_do_not_load_are_told_for_each_stage(tmp_path: Path) -> None:
