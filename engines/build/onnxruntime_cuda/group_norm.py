@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class _GroupNorm(pattern.RewriteRuleClassBase):  # type: ignore[misc] # onnxscri
 
     def __init__(self) -> None:
         super().__init__(remove_nodes=False)  # shapes are computed from values inside the pattern
+        self._numbers = itertools.count(1)
 
     def pattern(  # noqa: PLR0913, PLR0917 - named by the pattern
         self, op: Any, image: Any, groups: Any, ones: Any, zeros: Any, gamma: Any, beta: Any, epsilon: Any
@@ -55,8 +57,8 @@ class _GroupNorm(pattern.RewriteRuleClassBase):  # type: ignore[misc] # onnxscri
         whole = _image(image) or image
         made = op.GroupNorm(
             op.Transpose(whole, perm=LAST),
-            op.initializer(_vector(gamma)),
-            op.initializer(_vector(beta)),
+            op.initializer(self._vector(gamma)),
+            op.initializer(self._vector(beta)),
             activation=self.activation,
             channels_last=1,
             epsilon=epsilon.as_float(),
@@ -67,6 +69,13 @@ class _GroupNorm(pattern.RewriteRuleClassBase):  # type: ignore[misc] # onnxscri
         first.shape, first.type = whole.shape, whole.type
         flat = made_by(image, "Reshape") if rank(image) == 3 else None
         return op.Reshape(first, flat.inputs[1], allowzero=1) if flat else first
+
+    def _vector(self, value: ir.Value) -> ir.TensorProtocol:
+        """Scales or shifts [C], which the kernel takes in FP32. Several norms may share one value: names differ."""
+        array = constant(value)
+        assert array is not None  # noqa: S101 - checked
+        name = f"{value.name}.channels{self.activation}.{next(self._numbers)}"
+        return ir.tensor(array.astype(np.float32).reshape(-1), name=name)
 
 
 class _GroupNormSilu(_GroupNorm):
@@ -105,13 +114,6 @@ def _by_channel(value: ir.Value, image: ir.Value) -> bool:
     """Whether it is a constant [C, 1, ...], which broadcasts over the image's pixels."""
     array = constant(value)
     return array is not None and array.shape == (size(image, 1), *[1] * ((rank(image) or 0) - 2))
-
-
-def _vector(value: ir.Value) -> ir.TensorProtocol:
-    """Scales or shifts [C], which the kernel takes in FP32."""
-    array = constant(value)
-    assert array is not None  # noqa: S101 - checked
-    return ir.tensor(array.astype(np.float32).reshape(-1), name=f"{value.name}.channels")
 
 
 def fuse_group_norm(model: ir.Model) -> int:

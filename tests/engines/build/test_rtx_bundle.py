@@ -18,7 +18,9 @@ import build_engines
 from engines.backends import available
 from engines.backends.cuda import Probe, probe
 from engines.backends.registry import ON_CPU, install_command
-from engines.contract import GRAPHS
+from engines.build.onnxruntime_cuda.compare import check_same
+from engines.build.onnxruntime_cuda.rewrite import rewrite
+from engines.contract import GRAPHS, GraphName
 from engines.errors import EngineError
 from engines.manifest import MANIFEST, BundleError, Gpu, Manifest
 from tests import ROOT
@@ -66,6 +68,20 @@ def test_the_manifest_tells_of_every_engine(built: Path) -> None:
     activations = [one.activations or 0 for one in made.engines["denoise"].profiles]
     assert 0 < activations[0] < activations[1]
     assert 0 < activations[2] < activations[3]
+
+
+@pytest.mark.parametrize(("name", "attentions"), [("encode_prompt", 2), ("denoise", 8), ("denoise_shallow", 2)])
+def test_its_graphs_in_fp16_are_rewritten_for_onnxruntime_on_gpus(
+    copied: Path, name: GraphName, attentions: int
+) -> None:
+    """Compared with them in FP32, which shows that nothing but the operators has changed."""
+    manifest = Manifest.read(copied)
+    exported = copied / manifest.graphs[name].onnx["fp16"].files[0].path
+    made = exported.with_suffix(".cuda.onnx")
+    counts = rewrite(exported, made)
+    assert counts.attentions == (attentions, attentions)
+    assert counts.transposes == (0 if name == "encode_prompt" else 3)
+    assert check_same(name, manifest, exported, made).largest < 1e-5
 
 
 def test_precisions_share_the_weights(built: Path) -> None:

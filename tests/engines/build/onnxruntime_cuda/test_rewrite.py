@@ -10,7 +10,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from engines.build.onnxruntime_cuda import attention
 from engines.build.onnxruntime_cuda.compare import check_same, compute, small_inputs
+from engines.build.onnxruntime_cuda.group_norm import is_supported
 from engines.build.onnxruntime_cuda.rewrite import IR_VERSION, Counts, rewrite
 from engines.contract import GRAPHS, GraphName
 from engines.demo import BUNDLE
@@ -96,3 +98,40 @@ def test_a_graph_that_cannot_be_checked_is_told(demo: Path, manifest: Manifest, 
     path.write_bytes((demo / "denoise.onnx").read_bytes())  # without its weights
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot compute .* on the CPU, to check it"):
         compute(path, small_inputs("denoise", manifest))
+
+
+def test_attention_with_wider_heads_stays_as_it_is(
+    demo: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the VAE's of real models, with one head of 512 channels. What lies around it is rewritten all the same."""
+    monkeypatch.setattr(attention, "LARGEST_HEAD", 95)
+    exported, made = demo / "encode_image.onnx", demo / "encode_image.wide.onnx"
+    counts = rewrite(exported, made)
+    assert (counts.attentions, counts.group_norms, counts.convolutions) == ((0, 1), (12, 12), (17, 17))
+    assert check_same("encode_image", manifest, exported, made).largest < CLOSE
+
+
+def test_norms_may_share_their_scales(demo: Path, manifest: Manifest) -> None:
+    """Exporters store equal vectors once, such as those of an untrained model."""
+    exported, made = demo / "shared.onnx", demo / "shared.cuda.onnx"
+    model = ir.load(demo / "encode_image.onnx")
+    scales = [node.inputs[1] for node in model.graph if node.op_type == "Mul" and _is_scale(node.inputs[1])]
+    for scale in scales[1:]:
+        if scale and scales[0] and scale.shape == scales[0].shape:
+            scale.replace_all_uses_with(scales[0])
+    ir.save(model, exported)
+    assert rewrite(exported, made).group_norms == (12, 12)
+    assert check_same("encode_image", manifest, exported, made).largest < CLOSE
+
+
+def _is_scale(value: ir.Value | None) -> bool:
+    return value is not None and "norm" in str(value.name) and str(value.name).endswith("weight")
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "supported"),
+    [(320, 32, True), (128, 32, True), (512, 1, True), (96, 32, False), (100, 32, False), (1024, 1, False)],
+)
+def test_group_norms_that_the_kernel_supports(channels: int, groups: int, supported: bool) -> None:
+    """Two channels of a group by each thread, and up to 512 by each block."""
+    assert is_supported(channels, groups) == supported
