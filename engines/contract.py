@@ -101,6 +101,11 @@ def _f32(name: str, *dims: int | str, role: Role = "data", below: int | None = N
     return Port(name, "float32", dims, role, below, fill)
 
 
+def _features(first: str) -> Port:
+    """Deep features of the UNet, in FP16 at every precision: they are the largest pool."""
+    return Port("features", "float16", (first, "f", "h", "w"), role="pool")
+
+
 def _index(name: str, *dims: int | str, of: int | str, role: Role = "data") -> Port:
     return Port(name, "int64", dims, role, of)
 
@@ -126,7 +131,7 @@ _STEP = (
     _f32("level", "B", 2, role="plan"),  # signal and noise of the inpainting latents after this step
 )
 _FEATURES = (
-    _f32("features", "P", "f", "h", "w", role="pool"),  # of earlier steps' deep layers
+    _features("P"),  # of earlier steps' deep layers
     _index("row_feature", "R", of="P", role="plan"),  # the place whose features each row takes
 )
 # Of UNets distilled with their guidance, such as latent consistency models: the guidance scale minus 1.
@@ -146,7 +151,7 @@ INPUTS: dict[GraphName, tuple[Port, ...]] = {
 }
 OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_prompt": (_f32("embeddings", "N", "T", "D"),),
-    "denoise": (_STATE_NEXT, _f32("features", "R", "f", "h", "w", role="pool")),
+    "denoise": (_STATE_NEXT, _features("R")),
     "denoise_shallow": (_STATE_NEXT,),
     "decode": (_images("images"), _f32("is_finite", "n")),  # 1, or 0 where latents or pixels are NaN or infinite
     "encode_image": (_f32("latents", "n", "c", "h", "w"),),

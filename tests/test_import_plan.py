@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.limits": set(),
     "engines.progress": set(),
     "engines.contract": set(),
+    "engines.row_buckets": {"engines.contract"},
     "engines.manifest_fields": {"engines.contract", "engines.files"},
     "engines.held": {"engines.errors", "engines.files", "engines.manifest_fields"},
     "engines.manifest": {

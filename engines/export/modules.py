@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engines.contract import MEMORY, OUTPUTS, GraphName, Port, inputs_of
 
 _LARGEST = torch.finfo(torch.float32).max
+_LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 class GraphModule(nn.Module):
@@ -105,7 +106,7 @@ class Denoise(GraphModule):
         lanes_next = (coef @ terms.flatten(2)).view_as(lanes)
         x_next = _inpainted(lanes_next[:, :1], inpaint[slot], level)
         state_next = state.index_put((slot,), torch.cat([x_next, lanes_next[:, 1:]], dim=1))
-        return state_next if deep is None else (state_next, deep.float())
+        return state_next if deep is None else (state_next, _half(deep))
 
     def _full(self, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """The UNet's output for each row, and its last layer's input from the deeper ones: [R, f, h, w]."""
@@ -216,6 +217,15 @@ def _inpainted(x: Tensor, inpaint: Tensor, level: Tensor) -> Tensor:
     keep_mask = inpaint[:, 2:]  # [B, 1, c, h, w]
     original = (level[:, :, None, None, None] * inpaint[:, :2]).sum(dim=1, keepdim=True)
     return x * (1 - keep_mask) + original * keep_mask
+
+
+def _half(values: Tensor) -> Tensor:
+    """`values` in FP16, within its range; NaN stays NaN, which ONNX's Clip does not promise."""
+    if values.dtype == torch.float16:
+        return values
+    wide = values.float()
+    limited = torch.where(wide > _LARGEST_HALF, _LARGEST_HALF, wide)
+    return torch.where(limited < -_LARGEST_HALF, -_LARGEST_HALF, limited).half()
 
 
 def _finite(values: Tensor) -> Tensor:

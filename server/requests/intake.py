@@ -14,7 +14,7 @@ from engines.schedulers import Scheduler, Table, find, table
 from server.requests import uploads
 from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
-from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request
+from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request, StepCache
 from server.requests.schemas import MAX_SEED, GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 
@@ -30,8 +30,8 @@ _BY_TRANSPARENCY = (
 class Intake:
     """Makes requests by the model's defaults and limits. Knows neither queues nor devices."""
 
-    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: Cache = "off") -> None:
-        """`cache` is the step cache of requests that do not set it."""
+    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: StepCache = "off") -> None:
+        """`cache` is the step cache of requests that do not set it; `disabled` refuses those that ask for one."""
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._cache = cache
@@ -70,7 +70,7 @@ class Intake:
             preview_every=body.preview_every,
             embeds_guidance=self._manifest.embeds_guidance,
             isolated=body.exact,
-            cache=body.cache or self._cache,
+            cache=self._step_cache(body),
         )
         return Request(
             params,
@@ -136,6 +136,18 @@ class Intake:
             return table(scheduler, steps, self._manifest.noise_schedule, skip=steps - taken)
         except ValueError as error:
             raise _rejected("num_inference_steps", str(error)) from error
+
+    @property
+    def has_step_cache(self) -> bool:
+        """Whether requests may ask for the step cache."""
+        return self._cache != "disabled"
+
+    def _step_cache(self, body: GenerateRequest) -> Cache:
+        if self._cache != "disabled":
+            return body.cache or self._cache
+        if body.cache == "fast":
+            raise _rejected("cache", "This server runs without the step cache: leave out cache, or set it to off.")
+        return "off"
 
     def _clip_skip(self, body: GenerateRequest) -> int:
         layers = self._manifest.context.layers

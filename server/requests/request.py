@@ -26,6 +26,7 @@ Image = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
 Stage = Literal["queue", "encode", "denoise", "decode"]
 Cache = Literal["off", "fast"]
+StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
 Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 

@@ -286,6 +286,7 @@ class ModelInfo(BaseModel):
     scheduler: str = Field(description="default scheduler")
     num_inference_steps: int = Field(description="default number of steps")
     guidance_scale: float = Field(description="default guidance scale")
+    step_cache: bool = Field(description="whether requests may set cache to fast")
     max_rows: int = Field(
         description="maximum UNet rows per request; a guided image takes two rows, an unguided image one"
     )

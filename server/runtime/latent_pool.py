@@ -24,7 +24,7 @@ from engines.contract import (
 )
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
-from server.requests.request import DEPTHS, Image, Mask, Request
+from server.requests.request import DEPTHS, Depth, Image, Mask, Request
 from server.runtime.admission import DecodeCall
 from server.runtime.decodes import DecodePriority
 from server.runtime.noise import NoiseGenerator
@@ -72,6 +72,7 @@ class _BoundStep:
 
     plan: PlanMemory
     calls: tuple[Call, Call]
+    features: Buffer  # those that a full step makes, or a shallow one takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,13 @@ class LatentPool:
         device: Device,
         streams: Streams,
         context: Buffer,
+        made_features: Buffer,
         decode_chunk: int,
     ) -> None:
-        """`engines` were loaded for their streams; at most `decode_chunk` images are decoded in one call."""
+        """`engines` were loaded for their streams; at most `decode_chunk` images are decoded in one call.
+
+        `made_features` is memory for those of one full step, which may belong to the pools of all sizes.
+        """
         self.size = size
         self._dims = manifest.dims(size)
         self.latent_shape = (self._dims["c"], self._dims["h"], self._dims["w"])
@@ -149,6 +154,7 @@ class LatentPool:
         self._inputs = {
             depth: inputs_of(graph, guidance_embedded=manifest.embeds_guidance)
             for depth, graph in zip(DEPTHS, STEPS, strict=True)
+            if graph in engines
         }
         pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
         self._states = tuple(self._allocate_pool(pools["state"]) for _ in range(2))
@@ -158,9 +164,9 @@ class LatentPool:
         self._pools = {"context": context} | {
             name: self._allocate_pool(port) for name, port in pools.items() if name not in ("state", "context")
         }
-        (features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
-        self._made_features = self._allocate_pool(features, R=manifest.max_rows)
-        self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=True)}
+        (self._features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
+        self._made_features = made_features
+        self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=True) if graph in engines}
         self._steps: dict[StepShape, _BoundStep] = {}
         staged = {"state": self._staging}
         self._decode = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]
@@ -170,6 +176,11 @@ class LatentPool:
             for n, decode in enumerate(self._decode, start=1)
             if "safety" in engines
         ]
+
+    @property
+    def depths(self) -> tuple[Depth, ...]:
+        """The depths of steps that can be taken: without the step cache only full ones."""
+        return tuple(self._denoise)
 
     @property
     def staged(self) -> int:
@@ -223,7 +234,7 @@ class LatentPool:
         bound.plan.write(plan, steps)
         bound.calls[self._parity].launch()
         for row, place in plan.feature_copies:
-            steps.copy(self._made_features, self._pools["features"], source_at=row, at=place)
+            steps.copy(bound.features, self._pools["features"], source_at=row, at=place)
         self._parity ^= 1
 
     def read_x0(self, slot: int) -> Reading:
@@ -303,13 +314,13 @@ class LatentPool:
         memory = PlanMemory(self._device, ports, {**self._dims, "B": images, "R": rows, "L": chunks})
         pools = {port.name: self._pools[port.name] for port in ports if port.name in self._pools}
         if depth == "full":
-            shape = (rows, *self._made_features.shape[1:])
-            pools["features"] = self._made_features.view(shape, np.float32, offset=0)
+            shape = self._features.shape({**self._dims, "R": rows})
+            pools["features"] = self._made_features.view(shape, self._features.dtype, offset=0)
         there, back = (
             self._denoise[depth].bind({**memory.buffers, **pools, "state": current, "state_next": following})
             for current, following in (self._states, self._states[::-1])
         )
-        return _BoundStep(memory, (there, back))
+        return _BoundStep(memory, (there, back), pools["features"])
 
     def _bind(
         self, graph: GraphName, engines: Mapping[GraphName, Engine], n: int, pools: Mapping[str, Buffer]
@@ -322,6 +333,13 @@ class LatentPool:
             if port.name not in pools
         }
         return _BoundCall(buffers, engines[graph].bind({**buffers, **pools}))
+
+
+def features_bytes(manifest: Manifest) -> int:
+    """Bytes of the features that the largest full step makes: of every size, since steps run one after the other."""
+    (features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
+    shapes = (features.shape({**manifest.dims(size), "R": manifest.max_rows}) for size in manifest.resolutions)
+    return max(map(math.prod, shapes)) * np.dtype(features.dtype).itemsize
 
 
 def encoded(reading: Reading) -> Latents:

@@ -14,7 +14,7 @@ from engines.backends.device import Device, Reader
 from engines.backends.registry import ON_GPU
 from engines.manifest import Manifest
 from server.requests.intake import Intake
-from server.requests.request import Cache, Request
+from server.requests.request import Request, StepCache
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher, Line
@@ -68,7 +68,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     hang_factor: float,
     line: Callable[[], Line] = Line,
     trace: Trace | None = None,
-    cache: Cache = "off",
+    cache: StepCache = "off",
     decode_chunk: int | None = None,
     decode_priority: DecodePriority = "equal",
     safety: Safety = UNCHECKED,
@@ -83,7 +83,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         open_model: called in the executor's thread with a status callback and a function that says whether to stop.
         max_waiting: requests that may wait; see `Batcher`, as for `line`.
         hang_factor: see `Watchdog`.
-        cache: the step cache of requests that do not set it.
+        cache: the step cache of requests that do not set it; `disabled` does without its engine and its memory.
         decode_chunk: images decoded in one call; see `Pipeline`.
         decode_priority: how decodes share a GPU with steps.
         safety: whether images are checked, and what becomes of flagged ones.
@@ -118,6 +118,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
             decode_chunk=decode_chunk,
             decode_priority=decode_priority,
             safety=safety,
+            step_cache=cache != "disabled",
             read=read,
             on_lookup=metrics.prompt_lookup,
         )
@@ -174,7 +175,7 @@ def _test_request(intake: Intake, manifest: Manifest) -> Request:
     return intake.request(GenerateRequest(prompt=prompt, seed=0, num_inference_steps=steps))
 
 
-def _intake(manifest: Manifest, bundle: Path, cache: Cache, read: Reader) -> Intake:
+def _intake(manifest: Manifest, bundle: Path, cache: StepCache, read: Reader) -> Intake:
     tokenizer = PromptTokenizer(
         path := bundle / manifest.tokenizer.file.path,
         content=read(path),

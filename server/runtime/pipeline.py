@@ -17,11 +17,12 @@ from engines.backends.device import Device, Engine, Event, Reader, Reading, Stre
 from engines.contract import GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
-from server.requests.request import DEPTHS, Depth, Image, Request
+from engines.row_buckets import CHUNK_BUCKETS, row_buckets, step_buckets
+from server.requests.request import Depth, Image, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement
 from server.runtime.decodes import DecodePriority
-from server.runtime.latent_pool import LatentPool, Streams, encoded, first_latents
+from server.runtime.latent_pool import LatentPool, Streams, encoded, features_bytes, first_latents
 from server.runtime.monitoring.trace import Trace
 from server.runtime.noise import NoiseGenerator, StepNoise
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
@@ -31,7 +32,6 @@ from server.runtime.step_times import Kind, StepTimeModel
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_BUCKETS = (1, 2, 6)  # prompt lengths that steps of fixed shapes are padded to; prompts have 1, 2, 3 or 6
 _CAPTURED_AFTER = 2  # launches of a call: the first is plain, the second is captured
 _MEASURED = 4  # steps
 _LONG = 0.5  # seconds of a step, after which a device without captured graphs is warm enough
@@ -86,7 +86,7 @@ class Pipeline:
         safety: Safety = UNCHECKED,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
-        """Allocate all memory, over `engines` that were loaded for `streams`.
+        """Allocate all memory, over `engines` that were loaded for `streams`: without the shallow step, no step cache.
 
         At most `decode_chunk` images are decoded in one call: unless given, on a GPU as many as the bundle was built
         for, and on a CPU one, since several would come no faster together. `on_lookup` is called for every chunk of a
@@ -105,6 +105,7 @@ class Pipeline:
             rows=manifest.context_rows,
             on_lookup=on_lookup,
         )
+        made_features = device.allocate((features_bytes(manifest),), np.uint8, purpose="features of steps")
         self._latent_pools = {
             size: LatentPool(
                 size,
@@ -113,11 +114,12 @@ class Pipeline:
                 device=device,
                 streams=streams,
                 context=self._prompts.context,
+                made_features=made_features,
                 decode_chunk=chunk,
             )
             for size in manifest.resolutions
         }
-        self._buckets = manifest.rows
+        self._built_rows = manifest.rows
         self._embeds_guidance = manifest.embeds_guidance
         self._to_rgb = np.array(manifest.preview, np.float32)  # [3, channels + 1]
         self._last_step: Event | None = None
@@ -136,12 +138,14 @@ class Pipeline:
         decode_chunk: int | None = None,
         decode_priority: DecodePriority = "equal",
         safety: Safety = UNCHECKED,
+        step_cache: bool = True,
         read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
         """Load the engines of the verified bundle in folder `bundle`.
 
-        `safety` says whether the bundle's safety checker is among them. `read` gives the contents of a file of the
+        `safety` says whether the bundle's safety checker is among them, `step_cache` whether the shallow step is. `read`
+        gives the contents of a file of the
         bundle.
 
         Raises:
@@ -155,6 +159,8 @@ class Pipeline:
             "decode": streams.decode,
             "encode_image": streams.encode,
         }
+        if not step_cache:
+            del stream_of["denoise_shallow"]
         if safety.runs_graph:
             stream_of["safety"] = streams.decode
         engines = {
@@ -177,7 +183,7 @@ class Pipeline:
         """Run every graph, as often as it takes to be captured, and measure the steps. Raises EngineError."""
         for size, pool in self._latent_pools.items():
             on_status(f"warming up {size}")
-            for depth in DEPTHS:  # steps first: an engine's weights are in memory twice while it first runs
+            for depth in pool.depths:  # steps first: an engine's weights are in memory twice while it first runs
                 self._warm_up_steps(pool, depth)
             self._step_times.observe_encode_decode(size, self._warm_up_encode_decode(pool))
         self._device.end_warm_up()
@@ -333,10 +339,10 @@ class Pipeline:
 
     def _padded(self, shape: StepShape, first: Request) -> StepShape:
         """The captured shape that `shape` is padded to; for an isolated request the same one every time."""
-        fitting = [rows for rows in self._buckets if rows >= shape.rows]
+        chunks = next(chunks for chunks in CHUNK_BUCKETS if chunks % shape.chunks == 0)
+        fitting = [rows for rows in row_buckets(self._built_rows, chunks=chunks) if rows >= shape.rows]
         isolated = first.params.isolated
         rows = fitting[0] if isolated else self._step_times.cheapest((first.params.size, shape.depth), fitting)
-        chunks = next(chunks for chunks in _CHUNK_BUCKETS if chunks % shape.chunks == 0)
         return StepShape(rows, rows, chunks, shape.depth)
 
     def _warm_up_steps(self, pool: LatentPool, depth: Depth) -> None:
@@ -350,9 +356,9 @@ class Pipeline:
 
     def _warm_up_shapes(self, depth: Depth) -> Iterator[StepShape]:
         if self._device.pads:
-            yield from (StepShape(rows, rows, chunks, depth) for rows in self._buckets for chunks in _CHUNK_BUCKETS)
+            yield from (StepShape(rows, rows, chunks, depth) for rows, chunks in step_buckets(self._built_rows))
         else:  # the smallest, and the largest, which takes all memory: times in between are interpolated
-            extremes = sorted({self._buckets[0], self._buckets[-1]})
+            extremes = sorted({self._built_rows[0], self._built_rows[-1]})
             yield from (StepShape(max(rows // 2, 1), rows, 1, depth) for rows in extremes)
 
     def _warm_up_encode_decode(self, pool: LatentPool) -> float:

@@ -165,7 +165,9 @@ def seconds_of_picture(bundle: Path, backend: str, *, threads: int) -> float:
     alone = manifest.model_copy(update={"resolutions": manifest.resolutions[:1], "rows": manifest.rows[:1]})
     step_times = _Shortest(max_rows=alone.max_rows)
     device = open_device(backend, threads=threads)
-    pipeline = Pipeline.load(alone, bundle, backend=backend, device=device, step_times=step_times, trace=Trace())
+    pipeline = Pipeline.load(
+        alone, bundle, backend=backend, device=device, step_times=step_times, trace=Trace(), step_cache=False
+    )
     began = time.monotonic()
     for _ in range(_RUNS):
         pipeline.warm_up(lambda _stage: None)

@@ -15,7 +15,7 @@ from engines.backends.registry import BACKENDS
 from engines.demo import BUNDLE as DEMO
 from server.access.hosts import ALLOWED
 from server.access.rates import check_rate
-from server.requests.request import Cache
+from server.requests.request import StepCache
 from server.runtime.decodes import DecodePriority
 from server.runtime.safety import Mode
 from server.startup.logs import LogFormat
@@ -131,10 +131,11 @@ class ServerSettings(BaseSettings):
         description="CPU threads of the engines; 0: one per core, or as many as the container's CPU quota allows. "
         "Fewer threads leave CPU time to other programs and slow each step",
     )
-    cache: Cache = Field(
+    cache: StepCache = Field(
         "off",
         description="step cache of requests that do not set one. fast: reuse deep UNet features between steps, "
-        "which is faster and changes images slightly",
+        "which is faster and changes images slightly. disabled: requests cannot ask for it either, which saves its "
+        "memory and a part of the start",
     )
     safety: Mode | None = Field(
         None,

@@ -78,7 +78,7 @@ def test_every_file_is_verified(copied: Path, manifest: Manifest) -> None:
     ("change", "words"),
     [
         (lambda fields: fields["graphs"].pop("decode"), "graph decode is missing"),
-        (lambda fields: fields.update(format=1), "has format 1, and this version reads format 2. Build it again"),
+        (lambda fields: fields.update(format=2), "has format 2, and this version reads format 3. Build it again"),
         (
             lambda fields: fields["graphs"]["decode"]["outputs"].pop(),
             "outputs of the graph decode are images, and this version has images, is_finite. Build it again",
@@ -196,7 +196,7 @@ def test_absurd_values_are_refused_in_one_line_that_names_them(described: Path, 
         (b"[]", "Input should be an object"),
         (b"\xff\xfe{}", "Invalid JSON"),
         (b"[" * 100_000, "Invalid JSON: recursion limit exceeded"),
-        (b'{"format": 2, "name": "\xff"}', "Invalid JSON"),
+        (b'{"format": 3, "name": "\xff"}', "Invalid JSON"),
         (b"{" + b'"a": 1, ' * 1000 + b'"b": 2}', "Field required|Extra inputs"),
     ],
 )

@@ -108,7 +108,7 @@ def steps(denoise: Loaded, prompts: tuple[str, ...], *, seed: int) -> Iterator[t
 
 def stepped(denoise: Loaded, inputs: dict[str, Array]) -> Array:
     """The next state."""
-    features = np.empty((len(inputs["row_image"]), 64, *inputs["state"].shape[3:]), np.float32)
+    features = np.empty((len(inputs["row_image"]), 64, *inputs["state"].shape[3:]), np.float16)
     return denoise(inputs, {"state_next": inputs["state"], "features": features})["state_next"]
 
 

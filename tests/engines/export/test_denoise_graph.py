@@ -69,7 +69,7 @@ def run(denoise: Loaded, plan: dict[str, Array]) -> Array:
 def run_whole(denoise: Loaded, plan: dict[str, Array]) -> dict[str, Array]:
     """Features too, which a full step makes."""
     shape = (len(plan["row_image"]), CHANNELS, *plan["state"].shape[3:])
-    return denoise(plan, {"state_next": plan["state"], "features": np.zeros(shape, np.float32)})
+    return denoise(plan, {"state_next": plan["state"], "features": np.zeros(shape, np.float16)})
 
 
 def rows_of(unet: Any, plan: dict[str, Array]) -> Iterator[Array]:
@@ -201,6 +201,20 @@ def test_large_numbers_are_numbers(denoise: Loaded) -> None:
     assert np.isfinite(run(denoise, plan)).all()
 
 
+def test_features_are_fp16_within_its_range_and_nan_stays_nan(denoise: Loaded) -> None:
+    """Of one image's prompt that is NaN, and one so large that its features leave FP16's range."""
+    plan = guided_plan(np.random.default_rng(12))
+    plan["context"] = plan["context"].copy()
+    plan["context"][2] = np.nan  # the rows 2 and 3
+    plan["context"][3] *= 1e9  # the row 4
+    features = run_whole(denoise, plan)["features"]
+    assert features.dtype == np.float16
+    assert np.isnan(features[2:4]).all(axis=(1, 2, 3)).all()
+    assert np.isfinite(np.delete(features, (2, 3), axis=0)).all()
+    assert np.abs(features[4]).max() == np.finfo(np.float16).max
+    assert np.abs(features[[0, 1, 5, 6]]).max() < 1000
+
+
 # The shallow step
 
 
@@ -210,7 +224,7 @@ def shallow(bundle: Path, backend: str) -> Loaded:
 
 
 def shallow_plan(rng: np.random.Generator, *, images: int, rows: int, h: int, w: int) -> dict[str, Array]:
-    features = rng.standard_normal((PLACES, CHANNELS, h, w)).astype(np.float32)
+    features = rng.standard_normal((PLACES, CHANNELS, h, w)).astype(np.float16)
     plan = random_plan(rng, images=images, rows=rows, h=h, w=w)
     return {**plan, "features": features, "row_feature": rng.integers(PLACES, size=rows)}
 
@@ -220,7 +234,7 @@ def shallow_reference(unet: Any, plan: dict[str, Array]) -> Array:
     places = iter(plan["row_feature"])
 
     def replace(_layer: Any, _given: Any, made: Any) -> Any:
-        kept = torch.from_numpy(plan["features"][next(places)][None])
+        kept = torch.from_numpy(plan["features"][next(places)][None]).float()
         return (kept,) if isinstance(made, tuple) else kept
 
     hook = unet.up_blocks[-1].attentions[-2].register_forward_hook(replace)
@@ -250,7 +264,7 @@ def test_over_its_own_features_a_shallow_step_is_the_full_one(denoise: Loaded, s
 
 def test_in_a_shallow_step_too_an_image_breaks_alone(shallow: Loaded) -> None:
     plan = {**guided_plan(np.random.default_rng(10)), "row_feature": np.arange(7)}
-    plan["features"] = np.random.default_rng(11).standard_normal((PLACES, CHANNELS, 8, 8)).astype(np.float32)
+    plan["features"] = np.random.default_rng(11).standard_normal((PLACES, CHANNELS, 8, 8)).astype(np.float16)
     broken = {**plan, "features": plan["features"].copy()}
     broken["features"][3, 0, 1, 1] = np.nan
     like = {"state_next": plan["state"]}

@@ -1,0 +1,91 @@
+"""A server that does without the step cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.backends.registry import open_device
+from engines.manifest import Manifest
+from server.requests.errors import InvalidRequest
+from server.requests.intake import Intake
+from server.requests.request import StepCache
+from server.requests.schemas import GenerateRequest
+from server.requests.tokenizer import PromptTokenizer
+from server.runtime.monitoring.trace import Trace
+from server.runtime.pipeline import Pipeline
+from server.runtime.step_times import StepTimeModel
+from tests.support import ROOT
+
+DEMO = ROOT / "engines" / "demo"
+SMALL = np.dtype(np.float16).itemsize * 64 * 16 * 16  # bytes of the features of one row of the demo
+
+
+def loaded(*, step_cache: bool) -> tuple[set[str], dict[str, int], StepTimeModel]:
+    """The files that were read, the memory in use after the warm-up, and the times that it measured."""
+    read = set[str]()
+
+    def reader(path: Path) -> bytes:
+        read.add(path.name)
+        return path.read_bytes()
+
+    manifest, device = Manifest.read(DEMO), open_device("onnxruntime", threads=1)
+    times = StepTimeModel(max_rows=manifest.max_rows)
+    pipeline = Pipeline.load(
+        manifest,
+        DEMO,
+        backend="onnxruntime",
+        device=device,
+        step_times=times,
+        trace=Trace(),
+        step_cache=step_cache,
+        read=reader,
+    )
+    pipeline.warm_up(lambda _stage: None)
+    return read, dict(device.memory()), times
+
+
+def test_without_it_neither_its_engine_nor_its_features_are_there() -> None:
+    read, memory, times = loaded(step_cache=False)
+    assert "denoise.onnx" in read
+    assert "denoise_shallow.onnx" not in read
+    assert "features of 64x64" not in memory
+    assert memory["features of steps"] == 16 * SMALL
+    assert {depth for _size, depth in times.curves()} == {"full"}
+
+
+def test_with_it_features_of_every_row_are_kept_in_fp16() -> None:
+    read, memory, times = loaded(step_cache=True)
+    assert "denoise_shallow.onnx" in read
+    assert memory["features of 64x64"] == 17 * SMALL
+    assert memory["features of steps"] == 16 * SMALL
+    assert {depth for _size, depth in times.curves()} == {"full", "shallow"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "expected"),
+    [("off", None, "off"), ("fast", None, "fast"), ("off", "fast", "fast"), ("disabled", None, "off")],
+)
+def test_the_cache_of_a_request(setting: StepCache, asked: str | None, expected: str) -> None:
+    assert intake(setting).request(GenerateRequest(prompt="a", cache=asked)).params.cache == expected
+
+
+def test_a_request_for_it_is_refused_where_there_is_none() -> None:
+    with pytest.raises(InvalidRequest, match="leave out cache, or set it to off") as refused:
+        intake("disabled").request(GenerateRequest(prompt="a", cache="fast"))
+    assert [error.field for error in refused.value.fields] == ["cache"]
+
+
+def intake(cache: StepCache) -> Intake:
+    manifest = Manifest.read(DEMO)
+    path = DEMO / manifest.tokenizer.file.path
+    tokenizer = PromptTokenizer(
+        path,
+        content=path.read_bytes(),
+        tokens=manifest.context.tokens,
+        pad=manifest.tokenizer.pad,
+        embeddings=manifest.tokenizer.embeddings,
+    )
+    return Intake(manifest, tokenizer, cache=cache)
