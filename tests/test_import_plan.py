@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.contract",
         "engines.errors",
         "engines.manifest",
+        "engines.row_buckets",
         "engines.safety",
         "engines.schedulers",
         "server.requests",

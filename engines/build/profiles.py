@@ -1,16 +1,18 @@
 """The shapes that engines are optimised for: static height and width, and one profile per row bucket.
 
 Fixed sides matter: TensorRT fuses no GroupNorm whose height and width vary, and takes three times the memory. The
-number of rows and the length of prompts may vary within a profile without losing a fusion.
+number of rows and the length of prompts may vary within a profile without losing a fusion. A profile takes the shapes
+that a server binds and no others: memory and kernels are planned for its whole range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engines.contract import MAX_CHUNKS, GraphName, TensorSpec
-from engines.manifest import Geometry, Profile
+from engines.build.served_shapes import pool_sizes
+from engines.contract import MAX_CHUNKS, STEPS, GraphName, TensorSpec
+from engines.manifest import Geometry, Profile, Size
 
 Range = tuple[int, int, int]  # least, best, largest
 
@@ -33,35 +35,33 @@ def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
     """Every profile of `graph`, in the order in which engines hold them: by size, then by batch, ascending."""
     if graph == "encode_prompt":
         return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1)}),)
-    batches = {
+    batches: Sequence[int] = {
         "denoise": geometry.rows,
         "denoise_shallow": geometry.rows,
         "decode": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
         "safety": range(1, geometry.decode_batch + 1),
     }[graph]
+    # Steps of row counts between two of these take the larger one's profile; see `engines.row_buckets`.
+    leasts = [batches[0], *(before + 1 for before in batches[:-1])] if graph in STEPS else batches
     return tuple(
-        Shapes(profile, _dims(profile, graph, geometry))
-        for profile in (Profile(size=size, batch=batch) for size in geometry.resolutions for batch in batches)
+        Shapes(Profile(size=size, batch=batch), _dims(size, (least, batch, batch), geometry, graph))
+        for size in geometry.resolutions
+        for least, batch in zip(leasts, batches, strict=True)
     )
 
 
-def _dims(profile: Profile, graph: GraphName, geometry: Geometry) -> dict[str, Range]:
-    assert profile.size is not None  # noqa: S101 - only encode_prompt has no size
-    size, batch = profile.size, profile.batch
-    up_to_batch = (1, batch, batch)
+def _dims(size: Size, batch: Range, geometry: Geometry, graph: GraphName) -> dict[str, Range]:
     return {
         "h": _exactly(size.height // geometry.latent.downscale),
         "w": _exactly(size.width // geometry.latent.downscale),
         "H": _exactly(size.height),
         "W": _exactly(size.width),
-        "S": (1, geometry.slots, geometry.slots),
-        "C": (1, geometry.context_rows, geometry.context_rows),
+        **{name: _exactly(places) for name, places in pool_sizes(geometry, graph).items()},
         "L": (1, 1, MAX_CHUNKS),
-        "B": up_to_batch,
-        "R": up_to_batch,
-        "P": (1, geometry.feature_places, geometry.feature_places),
-        "n": _exactly(batch) if graph in ("decode", "safety") else up_to_batch,
+        "B": batch,
+        "R": batch,
+        "n": batch,
     }
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from engines.accuracy import AccuracyError, check_finite
 from engines.backends.device import Device, Engine
 from engines.backends.registry import open_device
+from engines.build.served_shapes import ServedShapes
 from engines.contract import GRAPHS, LANES, OUTPUTS, STEPS, Array, Arrays, GraphName, build_inputs, inputs_of, sizes_of
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
@@ -39,7 +40,10 @@ class NotFiniteError(EngineError):
 
 
 class GraphRunner:
-    """Runs a bundle's graphs on one device, over arrays. Each graph is loaded when it is first called."""
+    """Runs a bundle's graphs on one device, over arrays. Each graph is loaded when it is first called.
+
+    On a device that pads, calls have the shapes of a server's, which are the only ones that engines take.
+    """
 
     def __init__(self, manifest: Manifest, device: Device, files: Mapping[GraphName, Path]) -> None:
         self._manifest = manifest
@@ -50,6 +54,12 @@ class GraphRunner:
 
     def __call__(self, graph: GraphName, inputs: Arrays) -> dict[str, Array]:
         """The outputs of `graph` by name. Raises EngineError."""
+        if not self._device.pads:
+            return self._run(graph, inputs)
+        served = ServedShapes(self._manifest, graph, inputs)
+        return served.cut(self._run(graph, served.inputs))
+
+    def _run(self, graph: GraphName, inputs: Arrays) -> dict[str, Array]:
         if graph not in self._engines:
             self._engines[graph] = self._device.load(self._files[graph], self._stream)
         bound = {name: self._device.allocate(array.shape, array.dtype) for name, array in inputs.items()}

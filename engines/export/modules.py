@@ -220,12 +220,11 @@ def _inpainted(x: Tensor, inpaint: Tensor, level: Tensor) -> Tensor:
 
 
 def _half(values: Tensor) -> Tensor:
-    """`values` in FP16, within its range; NaN stays NaN, which ONNX's Clip does not promise."""
+    """`values` in FP16, within its range: NaN where they are not finite, which ONNX's Clip alone does not promise."""
     if values.dtype == torch.float16:
         return values
     wide = values.float()
-    limited = torch.where(wide > _LARGEST_HALF, _LARGEST_HALF, wide)
-    return torch.where(limited < -_LARGEST_HALF, -_LARGEST_HALF, limited).half()
+    return torch.where(_finite(wide), wide.clamp(-_LARGEST_HALF, _LARGEST_HALF), torch.nan).half()
 
 
 def _finite(values: Tensor) -> Tensor:

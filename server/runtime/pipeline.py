@@ -86,7 +86,7 @@ class Pipeline:
         safety: Safety = UNCHECKED,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
-        """Allocate all memory, over `engines` that were loaded for `streams`: without the shallow step, no step cache.
+        """Allocate all memory, over `engines` that were loaded for `streams`; without the shallow step, no step cache.
 
         At most `decode_chunk` images are decoded in one call: unless given, on a GPU as many as the bundle was built
         for, and on a CPU one, since several would come no faster together. `on_lookup` is called for every chunk of a
@@ -144,9 +144,8 @@ class Pipeline:
     ) -> Pipeline:
         """Load the engines of the verified bundle in folder `bundle`.
 
-        `safety` says whether the bundle's safety checker is among them, `step_cache` whether the shallow step is. `read`
-        gives the contents of a file of the
-        bundle.
+        `safety` says whether the bundle's safety checker is among them, `step_cache` whether the shallow step is.
+        `read` gives the contents of a file of the bundle.
 
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.

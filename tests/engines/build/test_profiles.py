@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from engines.build.profiles import shapes
+from engines.contract import STEPS, GraphName
 from engines.manifest import Manifest, Size
+from engines.row_buckets import step_buckets
 
 
 def test_the_denoising_has_a_profile_for_each_size_and_bucket(manifest: Manifest) -> None:
@@ -13,9 +17,11 @@ def test_the_denoising_has_a_profile_for_each_size_and_bucket(manifest: Manifest
     ]
     inputs = {spec.name: spec for spec in manifest.graphs["denoise"].inputs}
     least, best, largest = made[4].of(inputs["state"])
-    assert (least, best, largest) == ((1, 5, 4, 16, 24), (9, 5, 4, 16, 24), (9, 5, 4, 16, 24))
-    assert made[4].of(inputs["guidance"]) == ((1, 1), (4, 4), (4, 4))
-    assert made[4].of(inputs["coef"]) == ((1, 5, 6), (4, 5, 6), (4, 5, 6))
+    assert least == best == largest == (9, 5, 4, 16, 24)
+    assert made[3].of(inputs["guidance"]) == ((2, 2), (2, 2), (2, 2))
+    assert made[4].of(inputs["guidance"]) == ((3, 3), (4, 4), (4, 4))
+    assert made[5].of(inputs["coef"]) == ((5, 5, 6), (8, 5, 6), (8, 5, 6))
+    assert made[5].of(inputs["row_context"]) == ((5, 1), (8, 1), (8, 6))
 
 
 def test_decoding_has_a_profile_for_each_batch(manifest: Manifest) -> None:
@@ -24,9 +30,21 @@ def test_decoding_has_a_profile_for_each_batch(manifest: Manifest) -> None:
     assert [one.of(slot) for one in shapes(several, "decode")] == [((n,), (n,), (n,)) for n in (1, 2, 3)]
 
 
-def test_the_pools_of_the_server_lie_within(manifest: Manifest) -> None:
-    """It allocates as many slots and context rows as the manifest says, and steps up to the largest bucket."""
-    made = shapes(manifest, "denoise")[-1]
-    assert made.dims["S"][2] == manifest.slots == manifest.max_rows + 1
-    assert made.dims["C"][2] == manifest.context_rows >= manifest.max_rows
-    assert made.dims["R"][2] == manifest.max_rows
+@pytest.mark.parametrize("graph", STEPS)
+def test_every_step_that_is_captured_lies_in_one_profile_with_the_pools_as_they_are(
+    manifest: Manifest, graph: GraphName
+) -> None:
+    sizes = manifest.dims(manifest.resolutions[0])
+    for bucket in step_buckets(manifest.rows):
+        bound = {**sizes, "B": bucket.rows, "R": bucket.rows, "L": bucket.chunks, "n": bucket.rows}
+        fitting = [
+            one.profile.batch
+            for one in shapes(manifest, graph)
+            if all(least <= bound[dim] <= largest for dim, (least, _, largest) in one.dims.items())
+        ]
+        assert fitting == [min(rows for rows in manifest.rows if rows >= bucket.rows)]
+
+
+def test_decoding_reads_the_staging_pool(manifest: Manifest) -> None:
+    (state,) = (spec for spec in manifest.graphs["decode"].inputs if spec.name == "state")
+    assert {shape[0] for shape in shapes(manifest, "decode")[0].of(state)} == {manifest.max_rows}

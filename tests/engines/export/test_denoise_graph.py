@@ -259,7 +259,7 @@ def test_over_its_own_features_a_shallow_step_is_the_full_one(denoise: Loaded, s
     full = run_whole(denoise, plan)
     plan |= {"features": full["features"], "row_feature": np.arange(5)}
     again = shallow(plan, {"state_next": plan["state"]})["state_next"]
-    assert np.abs(again - full["state_next"]).max() <= 1e-5 * np.abs(again).max()
+    assert np.abs(again - full["state_next"]).max() <= 5e-4 * np.abs(again).max()  # the features are FP16
 
 
 def test_in_a_shallow_step_too_an_image_breaks_alone(shallow: Loaded) -> None:

@@ -14,7 +14,7 @@ from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.contract import GRAPHS, LANES, STEPS, TERMS, Array, GraphName, Port, inputs_of
 from engines.manifest import Manifest
 from server.requests.request import DEPTHS, Depth
-from server.runtime.latent_pool import LatentPool, PlanMemory, Streams
+from server.runtime.latent_pool import LatentPool, PlanMemory, Streams, features_bytes
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan
 from tests import ROOT
 from tests.support.contracts import with_inputs

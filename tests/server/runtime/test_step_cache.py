@@ -17,7 +17,7 @@ from server.requests.tokenizer import PromptTokenizer
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import StepTimeModel
-from tests.support import ROOT
+from tests import ROOT
 
 DEMO = ROOT / "engines" / "demo"
 SMALL = np.dtype(np.float16).itemsize * 64 * 16 * 16  # bytes of the features of one row of the demo
