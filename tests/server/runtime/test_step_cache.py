@@ -11,7 +11,7 @@ from engines.backends.registry import open_device
 from engines.manifest import Manifest
 from server.requests.errors import InvalidRequest
 from server.requests.intake import Intake
-from server.requests.request import StepCache
+from server.requests.request import Cache, StepCache
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.monitoring.trace import Trace
@@ -68,7 +68,7 @@ def test_with_it_features_of_every_row_are_kept_in_fp16() -> None:
     ("setting", "asked", "expected"),
     [("off", None, "off"), ("fast", None, "fast"), ("off", "fast", "fast"), ("disabled", None, "off")],
 )
-def test_the_cache_of_a_request(setting: StepCache, asked: str | None, expected: str) -> None:
+def test_the_cache_of_a_request(setting: StepCache, asked: Cache | None, expected: Cache) -> None:
     assert intake(setting).request(GenerateRequest(prompt="a", cache=asked)).params.cache == expected
 
 
