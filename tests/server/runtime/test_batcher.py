@@ -56,6 +56,41 @@ def test_newcomers_join_between_steps_and_the_finished_leave() -> None:
     assert names(policy.next_batch()) == ["late"]
 
 
+def test_newcomers_join_one_by_one_before_the_step_and_no_turn_is_taken() -> None:
+    long, first, second = request("long"), request("first"), request("second")
+    policy = batcher(long, max_rows=4)
+    assert names(policy.next_batch()) == ["long"]
+    assert policy.next_newcomer(timeout=0) is None
+    policy.submit(first)
+    policy.submit(second)
+    assert policy.next_newcomer(timeout=60) is first
+    assert policy.next_newcomer(timeout=0) is None, "there is no room for two"
+    batch = policy.next_batch()
+    assert names(batch) == ["long", "first"]
+    assert batch is not None
+    assert not batch.joined, "it has joined before"
+
+
+def test_a_newcomer_is_waited_for() -> None:
+    late = request("late")
+    policy = batcher(request("long"))
+    policy.next_batch()
+    submitting = threading.Timer(0.05, policy.submit, [late])
+    submitting.start()
+    assert policy.next_newcomer(timeout=60) is late
+    submitting.join()
+
+
+def test_newcomers_of_the_size_whose_turn_is_next_join() -> None:
+    other, large, small = request("other", size=LARGE), request("large", size=LARGE), request("small", size=SMALL)
+    policy = batcher(request("first", size=SMALL), other)
+    assert names(policy.next_batch()) == ["first"]
+    for one in (small, large):
+        policy.submit(one)
+    assert [policy.next_newcomer(timeout=0) for _ in range(3)] == [other, large, None]
+    assert names(policy.next_batch()) == ["other", "large"]
+
+
 def test_a_step_holds_no_more_rows_than_the_engines() -> None:
     policy = batcher(*(request(str(index), images=2) for index in range(3)), max_rows=8)
     assert names(policy.next_batch()) == ["0", "1"]
