@@ -36,10 +36,7 @@ class Graph:
         with quiet_polygraphy():
             self.model: Any = OnnxFromPath(str(path), ignore_external_data=True)()
         self.nodes: list[Any] = list(self.model.graph.node)  # in topological order, as ONNX requires
-        self.outputs: dict[str, Any] = {
-            port.name: onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
-            for port in self.model.graph.output
-        }
+        self.inputs, self.outputs = _dtypes(self.model.graph.input), _dtypes(self.model.graph.output)
         self._weights = {weight.name: weight for weight in self.model.graph.initializer}
         self._types = _types(self.model)
         self._varying = self._find_varying()
@@ -97,7 +94,7 @@ class Graph:
         """The tensors of this graph that `other` computes as well, in whatever type, each with its name there."""
         theirs = other._by_formula()
         mine: dict[str, list[str]] = defaultdict(list)
-        found = {port.name: port.name for port in self.model.graph.input}
+        found = {name: name for name in self.inputs}
         formulas = self._formulas()
         for node in self.nodes:
             if node.op_type in _PASSING:
@@ -121,7 +118,7 @@ class Graph:
 
     def _formulas(self) -> dict[str, str]:
         """What each tensor is computed from, as a hash: operators, attributes, weights by name, inputs by name."""
-        formulas = {port.name: f"input {port.name}" for port in self.model.graph.input}
+        formulas = {name: f"input {name}" for name in self.inputs}
         formulas |= {name: _formula_of_weight(weight) for name, weight in self._weights.items()}
         for node in self.nodes:
             inputs = [formulas.get(name, "") for name in node.input]
@@ -134,11 +131,16 @@ class Graph:
         return formulas
 
     def _find_varying(self) -> set[str]:
-        varying = {port.name for port in self.model.graph.input}
+        varying = set(self.inputs)
         for node in self.nodes:
             if not varying.isdisjoint(node.input):
                 varying |= set(node.output)
         return varying
+
+
+def _dtypes(ports: Iterable[Any]) -> dict[str, Any]:
+    """numpy's dtype of each input or output."""
+    return {port.name: onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type) for port in ports}
 
 
 def _types(model: Any) -> dict[str, int]:

@@ -26,6 +26,7 @@ _MARK = "marked:"  # before the name of a marked tensor: an output in FP32, whic
 _MASK = 1e30  # values beyond it hide scores from a softmax, and are others in every type
 _REFERENCE, _ENGINE = "FP32 in ONNX Runtime", "engine"
 
+Ports = Mapping[str, tuple[tuple[int, ...], Any]]  # shape and dtype by name
 Compile = Callable[[Path], Path]  # a marked ONNX graph to the file that the device loads
 
 
@@ -73,7 +74,8 @@ class MarkedEngine:
         dtypes = {name: self._graph.outputs.get(name, np.float32) for name in shapes}
         outputs = {name: (shape, dtypes[name]) for name, shape in shapes.items()}
         with _marked(self._graph, {name: name for name in marks}, "engine") as path:
-            runner = DeviceRunner(self._device, self._compile(path), self._inputs, outputs)
+            inputs = {name: (array.shape, self._graph.inputs[name]) for name, array in self._inputs.items()}
+            runner = DeviceRunner(self._device, self._compile(path), inputs, outputs)
             return Comparator.run([runner], data_loader=[self._inputs])
 
     def _compared(self, expected: Any, computed: Any) -> dict[str, Reading]:
@@ -102,10 +104,7 @@ class MarkedEngine:
 class DeviceRunner(BaseRunner):  # type: ignore[misc] # it ships no types
     """A marked engine on one of our devices, for Polygraphy."""
 
-    def __init__(
-        self, device: Device, path: Path, inputs: Arrays, outputs: Mapping[str, tuple[tuple[int, ...], Any]]
-    ) -> None:
-        """`outputs` are the shape and dtype of each."""
+    def __init__(self, device: Device, path: Path, inputs: Ports, outputs: Ports) -> None:
         super().__init__(name=_ENGINE)
         self._device, self._path, self._inputs, self._outputs = device, path, inputs, outputs
 
@@ -115,13 +114,13 @@ class DeviceRunner(BaseRunner):  # type: ignore[misc] # it ships no types
 
     def get_input_metadata_impl(self) -> Any:
         metadata = TensorMetadata()
-        for name, array in self._inputs.items():
-            metadata.add(name, dtype=array.dtype, shape=array.shape)
+        for name, (shape, dtype) in self._inputs.items():
+            metadata.add(name, dtype=dtype, shape=shape)
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         began = time.monotonic()
-        bound = {name: self._device.allocate(array.shape, array.dtype) for name, array in feed_dict.items()}
+        bound = {name: self._device.allocate(*port) for name, port in self._inputs.items()}
         outputs = {name: self._device.allocate(*port) for name, port in self._outputs.items()}
         for name, array in feed_dict.items():
             self._stream.write(bound[name], array)

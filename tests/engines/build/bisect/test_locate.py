@@ -118,6 +118,14 @@ def test_a_fault_of_the_last_node_is_found(reference: Path, tmp_path: Path) -> N
     assert all(row.reading.passed for row in finding.rows if row.place != finding.first)
 
 
+def test_engines_of_openvino_are_marked_alike(reference: Path, tmp_path: Path) -> None:
+    node = named(reference, "Conv")[1]
+    path = damaged(reference, tmp_path / "engine.onnx", [node], half)
+    finding = bisected(path, reference, device=open_device("openvino"))
+    assert finding.first is not None
+    assert finding.first.node == node
+
+
 def test_of_two_faults_the_first_is_named(reference: Path, tmp_path: Path) -> None:
     nodes = [named(reference, "Conv")[1], named(reference, "MatMul")[1]]
     finding = bisected(damaged(reference, tmp_path / "engine.onnx", nodes, half), reference)
