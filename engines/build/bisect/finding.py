@@ -73,7 +73,7 @@ class Finding:
 
 def advice_for(backend: str, precision: Precision, first: Reading, before: list[Reading]) -> str:
     """The likely reason why `first` differs, after what it is computed from did as `before`."""
-    wider = "bf16, or fp32" if precision == "fp16" else "fp32"
+    wider = "fp32" if precision == "bf16" else "bf16, or fp32"
     reached = f"FP32 reaches {first.expected:.2g} here"
     if precision == "fp16" and first.expected > _LARGEST_FP16:
         return f"overflow: fp16 ends at {_LARGEST_FP16}, and {reached}: compile with --precision {wider}."

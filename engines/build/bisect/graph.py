@@ -133,7 +133,8 @@ class Graph:
     def _find_varying(self) -> set[str]:
         varying = set(self.inputs)
         for node in self.nodes:
-            if not varying.isdisjoint(node.input):
+            values = node.input[:1] if node.op_type in _PASSING else node.input  # the second of CastLike is a type
+            if not varying.isdisjoint(values):
                 varying |= set(node.output)
         return varying
 

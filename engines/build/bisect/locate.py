@@ -8,7 +8,7 @@ from typing import NamedTuple
 from engines.build.bisect.finding import Finding, Reading, Row, advice_for, vanished
 from engines.build.bisect.graph import Graph
 from engines.build.bisect.measure import MarkedEngine
-from engines.build.bisect.search import first_divergent
+from engines.build.bisect.search import MARKS, first_divergent
 from engines.contract import GraphName
 from engines.manifest import Precision
 
@@ -29,21 +29,24 @@ class _Vanished(Exception):
 def locate(engine: MarkedEngine, graph: Graph, counterparts: Mapping[str, str], case: Case) -> Finding:
     """The first tensor of `engine` that differs from FP32, and those around it. Raises EngineError."""
     tensors = [name for name in graph.tensors() if name in counterparts]
+    ancestors = graph.ancestors(tensors)
     rounds = _Rounds(engine, graph)
     try:
-        found = first_divergent(graph.ancestors(tensors), rounds.differing_outputs(), rounds)
+        found = first_divergent(ancestors, rounds.differing_outputs(), rounds)
         while True:
             near = graph.around(found, tensors)
-            readings = rounds.read(near)
-            before = near[: near.index(found)]
-            if not (earlier := [name for name in before if not readings[name].passed]):
+            closest = [name for index, name in enumerate(ancestors) if ancestors[found] >> index & 1][-MARKS:-1]
+            readings = rounds.read(list(dict.fromkeys((*closest, *near))))
+            if not (earlier := [name for name in closest if not readings[name].passed]):
                 break
             found = earlier[0]  # which a larger sum behind it hid
     except _Vanished:
         return Finding(case.graph, case.backend, case.inputs, None, (), vanished(case.backend), rounds.count)
     places = graph.places()
     rows = tuple(Row(places[name], readings[name]) for name in near)
-    advice = advice_for(case.backend, case.precision, readings[found], [readings[name] for name in before])
+    advice = advice_for(
+        case.backend, case.precision, readings[found], [readings[name] for name in near[: near.index(found)]]
+    )
     return Finding(case.graph, case.backend, case.inputs, places[found], rows, advice, rounds.count)
 
 

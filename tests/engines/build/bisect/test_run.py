@@ -47,7 +47,6 @@ def with_damage(manifest: Manifest, bundle: Path, graph: GraphName, *weights: st
             "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.weight.T",
             "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v",
         ),
-        ("denoise", "unet.conv_out.weight", "unet.conv_out"),
         ("decode", "vae.decoder.conv_in.weight", "vae.decoder.conv_in"),
     ],
 )
