@@ -18,8 +18,7 @@ compiling needs no torch, and for TensorRT it needs the GPU. `build_engines.py` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from engines.backends.available import check_fits, unavailable_reason
@@ -45,6 +44,7 @@ from engines.build.compile import (
     prefers_bf16,
     required_dtypes,
 )
+from engines.build.options import BackendPlan, CheckpointSource, Reporter, ShapeOptions
 from engines.build.outline import compile_stages, export_stages
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora
@@ -53,7 +53,7 @@ from engines.checkpoints.find import find_checkpoint
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.manifest import Geometry, Manifest, Precision, Size
-from engines.progress import NullProgress, Progress
+from engines.progress import Progress
 
 __all__ = [
     "AUTO",
@@ -74,75 +74,6 @@ __all__ = [
     "inspect",
     "verify",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSource:
-    """A checkpoint to build from, and what is added to it before the export.
-
-    Attributes:
-        model: a diffusers folder, a .safetensors file, or a hub id.
-        revision: the hub revision to download: a branch, tag or commit.
-        config: for a single file, the diffusers folder or hub id whose configs describe it.
-        loras: LoRAs that are fused into the weights, in this order.
-        embeddings: textual inversions, whose tokens are added to the vocabulary.
-        decoder: folder, hub id or .safetensors file of an `AutoencoderTiny` that decodes in place of the VAE.
-        vae: folder or .safetensors file of a VAE that replaces the checkpoint's own.
-        allow_pickle: whether pickled weights may be read, which can run code.
-        variant: weights of a folder or hub id to read, such as fp16; parts that lack it have their plain weights.
-        safety_checker: whether the checkpoint's safety checker becomes a graph too, where it has one.
-    """
-
-    model: str
-    _: KW_ONLY
-    revision: str | None = None
-    config: str | None = None
-    loras: tuple[Lora, ...] = ()
-    embeddings: tuple[Embedding, ...] = ()
-    decoder: str | None = None
-    vae: str | None = None
-    allow_pickle: bool = False
-    variant: str | None = None
-    safety_checker: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapeOptions:
-    """Input shapes that a compilation changes in the bundle. None and empty values leave those of the bundle."""
-
-    resolutions: tuple[Size, ...] = ()
-    rows: tuple[int, ...] = ()
-    decode_batch: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BackendPlan:
-    """What will be compiled for one backend."""
-
-    backend: str
-    geometry: Geometry
-    precisions: Mapping[GraphName, Precision]
-    parameters: Mapping[GraphName, int]  # weights of each graph, where they are known
-
-
-def _ignore(*_: object) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reporter:
-    """Where a build reports. By default nowhere.
-
-    Attributes:
-        progress: receives stages and notes.
-        on_plan: called for each backend before it is compiled; before the export, where there is one.
-        on_built: called with the manifest and the backend once engines are compiled and verified.
-        on_not_followed: called at the end with what the configs ask for and latentd does not do, a sentence for each.
-    """
-
-    progress: Progress = field(default_factory=NullProgress)
-    on_plan: Callable[[BackendPlan], None] = _ignore
-    on_built: Callable[[Manifest, str], None] = _ignore
-    on_not_followed: Callable[[Sequence[str]], None] = _ignore
 
 
 _SILENT = Reporter()

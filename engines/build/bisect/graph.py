@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from engines.errors import EngineError
 
 # Nodes that pass a value on, in another type: graphs of several precisions differ by them.
 _PASSING = {"Cast", "CastLike", "Identity", "QuantizeLinear", "DequantizeLinear"}
+_NUMBERED = re.compile(r"val_\d+")
 _FLOATS = {
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,
@@ -49,7 +51,7 @@ class Graph:
                     yield name
 
     def is_float(self, tensor: str) -> bool:
-        return self._types.get(tensor) in _FLOATS
+        return self._types.get(tensor, onnx.TensorProto.FLOAT) in _FLOATS  # rewritten graphs know not all
 
     def ancestors(self, tensors: Iterable[str]) -> dict[str, int]:
         """For each of `tensors`, in topological order, those among them that lead to it: bit n is the nth of them."""
@@ -137,6 +139,24 @@ class Graph:
             if not varying.isdisjoint(values):
                 varying |= set(node.output)
         return varying
+
+
+def matched(graph: Graph, exported: Graph, reference: Graph) -> dict[str, str]:
+    """The tensors of `graph` that `reference` computes as well, each with its name there.
+
+    Where `graph` was rewritten after it was `exported`, formulas differ behind the first rewritten node. What kept its
+    name and its operator is the same there, unless tools gave it that name: they number what has none.
+    """
+    found = graph.counterparts(reference)
+    if graph.path == exported.path:
+        return found
+    known, here, there = exported.counterparts(reference), graph.places(), exported.places()
+    kept = (
+        name
+        for name in here.keys() & there.keys() & known.keys()
+        if here[name].operator == there[name].operator and not _NUMBERED.fullmatch(name)
+    )
+    return {name: known[name] for name in kept} | found
 
 
 def _dtypes(ports: Iterable[Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from engines.accuracy import AccuracyError, tolerance, worst_difference
 from engines.backends.registry import TENSORRT, open_device
 from engines.build.bisect.finding import Finding
-from engines.build.bisect.graph import Graph
+from engines.build.bisect.graph import Graph, matched
 from engines.build.bisect.locate import Case, locate
 from engines.build.bisect.measure import Compile, MarkedEngine
 from engines.build.profiles import shapes
@@ -91,8 +91,7 @@ class _Bisection:
             )
         self._graph = Graph(bundle / source.path)
         self._reference = Graph(bundle / onnx["fp32"].files[0].path)
-        # Rewritten graphs keep the names of the tensors of the exported ones, which have all that FP32 has.
-        self._counterparts = Graph(bundle / exported.path).counterparts(self._reference)
+        self._counterparts = matched(self._graph, Graph(bundle / exported.path), self._reference)
 
     def find(self, case: str, inputs: Arrays, progress: Progress) -> Finding:
         outputs = self._manifest.graphs[self._name].outputs

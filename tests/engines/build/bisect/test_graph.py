@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from engines.build.bisect.graph import Graph
+from engines.build.bisect.graph import Graph, matched
 from engines.contract import GraphName
 from tests.engines.build.trt.block import draw
 
@@ -65,6 +65,21 @@ def test_a_name_that_means_another_tensor_is_not_trusted(exact: Graph, tmp_path:
     assert [counterparts[renamed.get(node.output[0], node.output[0])] for node in original.nodes] == [
         node.output[0] for node in original.nodes
     ]
+
+
+def test_behind_a_rewritten_node_names_are_trusted_that_no_tool_gave(exact: Graph, tmp_path: Path) -> None:
+    first, second = (node for node in exact.nodes if node.op_type == "Conv")
+    exported, reference = Graph(exact.path), Graph(exact.path)
+    first.op_type = "NhwcConv"
+    rewritten = edited(tmp_path, exact)
+    found = matched(rewritten, exported, reference)
+    assert first.output[0] not in found
+    assert found[second.output[0]] == second.output[0]
+    for node in rewritten.nodes:
+        node.input[:] = [f"val_{name[5:]}" if name == second.output[0] else name for name in node.input]
+        node.output[:] = [f"val_{name[5:]}" if name == second.output[0] else name for name in node.output]
+    numbered = edited(tmp_path, rewritten)
+    assert not [name for name in matched(numbered, exported, reference) if name.startswith("val_")]
 
 
 @pytest.mark.parametrize("name", ["denoise", "decode"])
