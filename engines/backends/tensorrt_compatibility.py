@@ -32,7 +32,7 @@ def check_fits(build: Build, *, backend: str, version: str, gpu: Gpu | None, bun
             f"{title(backend)} {_release(version)} supports compute capabilities {', '.join(supported)}; "
             f"this machine has {_describe(gpu)}. Build engines that run on it: {_command(bundle, 'tensorrt')}"
         )
-    if any(engine.precision == "fp8" for engine in build.engines.values()):
+    if any(one.precision == "fp8" for one in build.engines.values()):
         check_fp8(gpu)
     same_gpu = build.gpu is None or build.gpu.compute_capability == gpu.compute_capability
     if not same_gpu or _release(build.version) != _release(version):

@@ -176,7 +176,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     backends: Sequence[str] = (AUTO,),
     precision: Precision | None = None,
     optimization_level: int | None = None,
-    shapes: ShapeOptions = ShapeOptions(),
+    shapes: ShapeOptions = ShapeOptions(),  # noqa: B008 - frozen
     verify: bool = True,
     force: bool = False,
     reporter: Reporter = _SILENT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engines.accuracy import AccuracyError, tolerance, worst_difference
 from engines.backends.registry import TENSORRT, open_device
@@ -14,6 +14,7 @@ from engines.build.bisect.graph import Graph, matched
 from engines.build.bisect.locate import Case, locate
 from engines.build.bisect.measure import Compile, MarkedEngine
 from engines.build.profiles import shapes
+from engines.build.qdq.quantize import EIGHT_BITS
 from engines.build.trajectory import GraphRunner, Trajectory
 from engines.build.trt.disk import remove
 from engines.build.trt.messages import Ranges
@@ -73,6 +74,28 @@ def _label(name: GraphName, engine: Compiled, number: int) -> str:
     return f"noise, {engine.profiles[number].batch} at once" if engine.profiles else "noise"
 
 
+def sources(manifest: Manifest, backend: str, name: GraphName, engine: Compiled) -> tuple[str, str]:
+    """The ONNX graph that `engine` computes, and the exported one that was made from, relative to the bundle.
+
+    Raises:
+        EngineError: it computes no ONNX graph.
+    """
+    onnx = manifest.graphs[name].onnx
+    plain = onnx.get("fp16", onnx["fp32"]) if backend in TENSORRT else onnx["fp32"]
+    exported = next((one for dtype, one in onnx.items() if dtype == engine.precision), plain).files[0].path
+    if backend not in TENSORRT:
+        source = engine.files[0].path
+    elif engine.precision in EIGHT_BITS:
+        source = str(PurePosixPath(exported).with_name(f"{name}.{engine.precision}.onnx"))
+    else:
+        source = exported
+    if not source.endswith(".onnx"):
+        raise EngineError(
+            f"{source} is no ONNX graph, whose tensors could be marked: bisect {name} in another --precision."
+        )
+    return source, exported
+
+
 class _Bisection:
     """The bisection of one engine."""
 
@@ -82,16 +105,10 @@ class _Bisection:
         self._backend = backend
         self._name = name
         self._engine = engine
-        onnx = manifest.graphs[name].onnx
-        exported = next((one for dtype, one in onnx.items() if dtype == engine.precision), onnx["fp32"]).files[0]
-        source = exported if backend in TENSORRT else engine.files[0]
-        if not source.path.endswith(".onnx"):
-            raise EngineError(
-                f"{source.path} is no ONNX graph, whose tensors could be marked: bisect {name} in another --precision."
-            )
-        self._graph = Graph(bundle / source.path)
-        self._reference = Graph(bundle / onnx["fp32"].files[0].path)
-        self._counterparts = matched(self._graph, Graph(bundle / exported.path), self._reference)
+        source, exported = sources(manifest, backend, name, engine)
+        self._graph = Graph(bundle / source)
+        self._reference = Graph(bundle / manifest.graphs[name].onnx["fp32"].files[0].path)
+        self._counterparts = matched(self._graph, Graph(bundle / exported), self._reference)
 
     def find(self, case: str, inputs: Arrays, progress: Progress) -> Finding:
         outputs = self._manifest.graphs[self._name].outputs
