@@ -176,7 +176,11 @@ class Served:
         )
         request = self._runtime.intake.request(body, on_event)
         self._open.add(request)
-        self.batcher.submit(request)
+        try:
+            self.batcher.submit(request)
+        except NotReady as error:  # the executor has ended, and says why
+            self._failure = self._failure or error
+            self._check()
         return request
 
     def _whole(self, event: Completed | Failed) -> bool:
@@ -216,7 +220,7 @@ class Served:
         time.sleep(0.05)  # for the last words of its loop
 
     def _check(self) -> None:
-        if isinstance(self._failure, NotReady):  # the outcome of requests that waited; the reason follows
+        if isinstance(self._failure, NotReady):  # what requests hear; the reason follows
             self._failed.wait(timeout=_POLL)
         if self._failure:
             raise EngineError(f"The executor failed: {self._failure}") from self._failure

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-PART = 28  # MiB: with the working tree of about 33 it has to stay under 64
+PART = 29  # MiB: with the working tree of about 32 it has to stay under 64
 _INDEX = "index.json"
 _BLOCK = 2**20
 _ON_THE_IMAGE = (  # what a machine for PyTorch usually has, and the benchmark needs

@@ -444,7 +444,7 @@ def test_a_stage_that_breaks_the_executor_costs_only_itself(tmp_path: Path, monk
     assert results["rows"].figures
     assert results["serve"].figures
     assert not results["single"].figures
-    assert results["single"].note
+    assert results["single"].note == "The executor failed: The GPU fell off the bus."
     assert len(opened) == 2
     assert (tmp_path / trace_name("demo", "onnxruntime")).exists()
 
