@@ -48,6 +48,7 @@ __version__ = "11.4.0.106"
 SCRATCH = 4096  # bytes that every context needs, if the engine's file names no others
 FAKE_GPU = Gpu(name="Fake", compute_capability="8.9")
 _ALIGNMENT = 256
+_INDICES = {"state": "slot", "inpaint": "slot", "context": "row_context", "features": "row_feature"}  # of pools' rows
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # least, best, largest shape of each input
@@ -338,12 +339,21 @@ class IExecutionContext:
             raw = cuda.memory(address, math.prod(shape) * dtype.itemsize)
             return None if raw is None else raw.view(dtype).reshape(shape)
 
+        def use_all(tensors: Mapping[str, Array | None]) -> None:
+            """Tell which bytes are read and written; of pools only the rows that a step gathers."""
+            cuda.use(scratch, size, writes=True)
+            for name, array in tensors.items():
+                chosen, entry = _gathered(name, tensors), _there(array).nbytes // max(len(_there(array)), 1)
+                for start, length in [(row * entry, entry) for row in chosen] or [(0, _there(array).nbytes)]:
+                    cuda.use(places[name][0] + start, length, writes=name not in engine._inputs)
+
         def compute() -> None:
             used = cuda.memory(scratch, size)
             tensors = {name: tensor(name) for name in places}
             if used is None or any(one is None for one in tensors.values()):
                 return  # a fault, and noted as one
             with cuda.using(scratch, size):
+                use_all(tensors)
                 used[:] = 0xCD
                 outputs = engine._outputs()
                 feeds = {name: np.array(tensors[name]) for name in engine._inputs}
@@ -379,6 +389,14 @@ class IExecutionContext:
     def _refuse(self, reason: str) -> bool:
         self._engine._logger.log(ILogger.ERROR, reason)
         return False
+
+
+def _gathered(name: str, tensors: Mapping[str, Array | None]) -> set[int]:
+    """The rows of the pool `name` that the graphs of a bundle read; empty where they read all, as a step its state."""
+    index = _INDICES.get(name, "")
+    if index not in tensors or (name == "state" and "state_next" in tensors):
+        return set()
+    return set(_there(tensors[index]).ravel().tolist())
 
 
 def _there(array: Array | None) -> Array:

@@ -12,7 +12,7 @@ from engines.backends.tensorrt import TensorRtCall
 from engines.backends.tensorrt_log import logger_for
 from engines.errors import DeviceLost, EngineError
 from tests.engines.backends import fake_tensorrt as fake
-from tests.engines.backends.fake_cuda import FakeCuda
+from tests.engines.backends.fake_cuda import ByPriority, FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device, write_engine
 from tests.engines.backends.tensorrt.tiny import PROFILES, Bench, inputs
 
@@ -143,6 +143,19 @@ def test_a_refused_graph_is_an_error(bench: Bench, gpu: FakeCuda) -> None:
     with pytest.raises(EngineError, match="CUDA error 701"):
         call.launch()
     call.launch()
+
+
+def test_a_context_lives_until_its_work_is_done(tiny: Path, engine: Path) -> None:
+    """TensorRT needs it; and here nothing is done before the host waits."""
+    write_engine(engine, tiny, PROFILES)
+    device = fake_device(FakeCuda(schedule=ByPriority()))
+    bench = Bench(device, device.stream("steps"), engine, tiny)
+    _buffers, call = bench.bind(inputs(2))
+    call.launch()
+    event = bench.stream.record()
+    assert not event.done()
+    del call
+    assert event.done()
 
 
 @pytest.mark.parametrize("launched", [0, 1, 2])

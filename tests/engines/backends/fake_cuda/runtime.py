@@ -1,63 +1,38 @@
-"""CUDA's runtime over the host's memory: a stand-in for the module `cuda.bindings.runtime`, as asynchronous as CUDA.
-
-A stream is a thread with a queue, so copies and kernels run later, and code that reuses memory too early reads wrong
-values. Statuses are CUDA's own and are returned, never raised. Misuse that CUDA would not notice, or that would give
-undefined results, is a fault: it is added to `faults`, which the tests require to be empty.
-"""
+"""The module `cuda.bindings.runtime`, with a GPU of its own."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
-from queue import SimpleQueue
-from time import perf_counter
 from typing import Any, ClassVar, TypeVar, cast
-from weakref import WeakValueDictionary, finalize, ref
+from weakref import finalize
 
 import numpy as np
 from cuda.bindings import runtime
 
 from engines.contract import Array
+from tests.engines.backends.fake_cuda.hazards import Hazards, Use
+from tests.engines.backends.fake_cuda.schedules import Schedule, Threads
+from tests.engines.backends.fake_cuda.streams import Capture, FakeStream, Mark, Work, handles, running
 
 Status = runtime.cudaError_t
-Work = Callable[[], None]
 _Api = TypeVar("_Api", bound=Callable[..., Any])
 
 GIB = 2**30
 _ALIGNMENT = 256
 _OLD = 0xAB  # what fresh memory is full of
 _FREED = 0xDB  # what freed memory is full of
-_handles = itertools.count(0x1000, 0x10)  # of streams, events and graphs: no two fakes share one
-_streams: WeakValueDictionary[int, FakeStream] = WeakValueDictionary()
 _thread = threading.local()
 
 
 def current() -> FakeCuda:
     """The GPU of this thread, as libraries find it."""
     return cast("FakeCuda", _thread.cuda)
-
-
-def stream_of(handle: int) -> FakeStream | None:
-    """The stream behind a handle, as libraries find it."""
-    return _streams.get(int(handle))
-
-
-class Mark:
-    """A point in a stream's work, with the time at which it was passed."""
-
-    def __init__(self) -> None:
-        self.passed = threading.Event()
-        self.time = 0.0
-
-    def set(self) -> None:
-        self.time = perf_counter()
-        self.passed.set()
 
 
 @dataclass(eq=False)
@@ -67,19 +42,6 @@ class FakeEvent:
     captured: tuple[Capture, FakeStream, int] | None = None  # recorded in a capture, after so much of a stream's work
 
 
-@dataclass(eq=False)
-class Capture:
-    """Work that is recorded in place of being done, in an order in which it could be."""
-
-    origin: FakeStream
-    mode: Any
-    thread: int
-    work: list[Work] = field(default_factory=list)
-    given: Counter[FakeStream] = field(default_factory=Counter)  # pieces of work, by stream
-    joined: Counter[FakeStream] = field(default_factory=Counter)  # of these, how many the origin waits for
-    broken: bool = False
-
-
 @dataclass
 class Block:
     """Allocated memory."""
@@ -87,50 +49,6 @@ class Block:
     array: Array
     size: int
     pinned: bool
-
-
-class FakeStream:
-    """A thread that works in order. It ends when its stream is destroyed or its GPU is garbage."""
-
-    def __init__(self, cuda: FakeCuda, priority: int) -> None:
-        self._cuda = ref(cuda)
-        self.priority = priority
-        self.handle = next(_handles)
-        self.capture: Capture | None = None
-        self._queue: SimpleQueue[tuple[Work, bool] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"stream {self.handle:#x}", daemon=True)
-        self._thread.start()
-
-    def give(self, work: Work, *, always: bool = False) -> None:
-        """Do `work` later, or record it where the stream captures. Marks are set `always`, also on a lost device."""
-        if self.capture:
-            self.capture.work.append(work)
-            self.capture.given[self] += 1
-        else:
-            self._queue.put((work, always))
-
-    def mark(self) -> Mark:
-        mark = Mark()
-        self._queue.put((mark.set, True))
-        return mark
-
-    def close(self) -> None:
-        """Do what was given, and end."""
-        self._queue.put(None)
-
-    def _run(self) -> None:
-        while given := self._queue.get():
-            self._do(*given)
-            del given  # work knows the GPU, which would live as long as this waits for more
-
-    def _do(self, work: Work, always: bool) -> None:
-        cuda = self._cuda()
-        try:
-            if always or (cuda and cuda.lost is None):
-                work()
-        except Exception as error:  # a kernel that fails
-            if cuda:
-                cuda.fault(f"{type(error).__name__} in a stream: {error}")
 
 
 # The values after the status: None unless it is success.
@@ -178,8 +96,10 @@ class FakeCuda:
 
     priorities: ClassVar = (0, -5)  # the least and the greatest
 
-    def __init__(self, *, total: int = 24 * GIB, others: int = 0) -> None:
+    def __init__(self, *, total: int = 24 * GIB, others: int = 0, schedule: Schedule | None = None) -> None:
         """A GPU with so many bytes of memory, of which other programs hold some."""
+        self.schedule = schedule or Threads()
+        self.hazards = Hazards()
         self.total = total
         self.others = others
         self.faults: list[str] = []
@@ -216,11 +136,12 @@ class FakeCuda:
     def gate(self, handle: int) -> Iterator[None]:
         """Hold a stream: what is given to it inside is done only after."""
         opened = threading.Event()
-        self._streams[int(handle)].give(lambda: _wait(opened))
+        self._streams[int(handle)].hold(opened)
         try:
             yield
         finally:
             opened.set()
+            self.schedule.changed()
 
     def priority_of(self, handle: int) -> int:
         return self._streams[int(handle)].priority
@@ -238,18 +159,26 @@ class FakeCuda:
 
     def give_back(self, address: int) -> None:
         block = self.blocks.pop(address)
+        self.hazards.freed(address)
         block.array[:] = _FREED
         self._graveyard.append(block.array)
 
     def memory(self, address: int, size: int, *, pinned: bool = False) -> Array | None:
         """The bytes there, or None, and a fault, where not all of them are allocated."""
-        for start, block in list(self.blocks.items()):
-            if start <= address and address + size <= start + block.size and block.pinned == pinned:
-                raw = (ctypes.c_uint8 * size).from_address(address)
-                return np.ctypeslib.as_array(raw)
+        block = self._block(address, size)
+        if block is not None and self.blocks[block].pinned == pinned:
+            raw = (ctypes.c_uint8 * size).from_address(address)
+            return np.ctypeslib.as_array(raw)
         kind = "pinned" if pinned else "device"
         self.fault(f"{size} bytes at {address:#x} are not in allocated {kind} memory")
         return None
+
+    def use(self, address: int, size: int, *, writes: bool = False) -> None:
+        """Note that the work which is being done uses the bytes there; a fault if nothing orders it and another one."""
+        stamp, block = running(), self._block(address, size)
+        if stamp and block is not None:
+            hazard = self.hazards.add(block, Use(stamp, address, address + size, writes))
+            self.faults += [hazard] if hazard else []
 
     @contextmanager
     def using(self, address: int, size: int) -> Iterator[None]:
@@ -338,6 +267,8 @@ class FakeCuda:
         def copy() -> None:
             to, source = self.memory(dst, count, pinned=to_host), self.memory(src, count, pinned=from_host)
             if to is not None and source is not None:
+                self.use(src, count)
+                self.use(dst, count, writes=True)
                 to[:] = source
 
         return self._give(stream, copy)
@@ -350,6 +281,7 @@ class FakeCuda:
         def fill() -> None:
             memory = self.memory(devPtr, count)
             if memory is not None:
+                self.use(devPtr, count, writes=True)
                 memory[:] = value
 
         return self._give(stream, fill)
@@ -359,7 +291,7 @@ class FakeCuda:
         if flags != self.cudaStreamNonBlocking:
             return Status.cudaErrorInvalidValue, None
         made = FakeStream(self, priority)
-        self._streams[made.handle] = _streams[made.handle] = made
+        self._streams[made.handle] = made
         return Status.cudaSuccess, runtime.cudaStream_t(init_value=made.handle)
 
     def cudaStreamDestroy(self, stream: int) -> Any:  # noqa: N802 - also on a lost device: its thread has to end
@@ -375,7 +307,7 @@ class FakeCuda:
         if found.capture:
             found.capture.broken = True
             return (Status.cudaErrorStreamCaptureUnsupported,)
-        _wait(found.mark().passed)
+        self._wait(found.mark())
         return (self._outcome(),)
 
     @_api
@@ -384,7 +316,7 @@ class FakeCuda:
         if found.capture:
             found.capture.broken = True
             return (Status.cudaErrorStreamCaptureUnsupported,)
-        return (self._outcome() if found.mark().passed.is_set() else Status.cudaErrorNotReady,)
+        return (self._outcome() if self._passed(found.mark()) else Status.cudaErrorNotReady,)
 
     @_api
     def cudaStreamWaitEvent(self, stream: int, event: Any, flags: int) -> Any:  # noqa: N802, ARG002
@@ -392,16 +324,15 @@ class FakeCuda:
         if awaited.captured:
             return (self._joined(found, awaited.captured),)
         if awaited.mark:
-            passed = awaited.mark.passed
             if found.capture:  # a capture knows only its own work
                 found.capture.broken = True
                 return (Status.cudaErrorStreamCaptureIsolation,)
-            found.give(lambda: _wait(passed), always=True)
+            found.follow(awaited.mark)
         return (Status.cudaSuccess,)
 
     @_api
     def cudaEventCreateWithFlags(self, flags: int) -> Any:  # noqa: N802
-        handle = next(_handles)
+        handle = next(handles)
         self._events[handle] = FakeEvent(flags)
         return Status.cudaSuccess, runtime.cudaEvent_t(init_value=handle)
 
@@ -424,7 +355,7 @@ class FakeCuda:
         found = self._events[int(event)]
         if refusal := self._event_refusal(found):
             return (refusal,)
-        ready = found.mark is None or found.mark.passed.is_set()
+        ready = found.mark is None or self._passed(found.mark)
         return (self._outcome() if ready else Status.cudaErrorNotReady,)
 
     @_api
@@ -433,7 +364,7 @@ class FakeCuda:
         if refusal := self._event_refusal(found):
             return (refusal,)
         if found.mark:
-            _wait(found.mark.passed)
+            self._wait(found.mark)
         return (self._outcome(),)
 
     @_api
@@ -502,7 +433,7 @@ class FakeCuda:
         return len(self._graphs)
 
     def _graph(self, work: list[Work]) -> int:
-        handle = next(_handles)
+        handle = next(handles)
         self._graphs[handle] = work
         return handle
 
@@ -530,7 +461,24 @@ class FakeCuda:
     def _wait_for_all(self) -> None:
         """As freeing the GPU's memory does."""
         for mark in [stream.mark() for stream in list(self._streams.values())]:
-            _wait(mark.passed)
+            self._wait(mark)
+
+    def _wait(self, mark: Mark) -> None:
+        """The host waits for `mark`, and knows then of all before it."""
+        self.schedule.until(mark.passed)
+        self.hazards.host_waited(mark.clock)
+
+    def _passed(self, mark: Mark) -> bool:
+        """The host looks whether `mark` is passed."""
+        self.schedule.look()
+        if mark.passed.is_set():
+            self.hazards.host_waited(mark.clock)
+        return mark.passed.is_set()
+
+    def _block(self, address: int, size: int) -> int | None:
+        """The address of the allocated block in which so many bytes are."""
+        blocks = list(self.blocks.items())
+        return next((start for start, one in blocks if start <= address and address + size <= start + one.size), None)
 
     def _forbidden_in_capture(self) -> bool:
         """Whether a capture forbids what waits for the GPU: one of this thread, or of any in global mode."""
@@ -561,9 +509,3 @@ class FakeCuda:
 def _close(streams: dict[int, FakeStream]) -> None:
     for stream in streams.values():
         stream.close()
-
-
-def _wait(opened: threading.Event) -> None:
-    """Wait for at most a minute, so that a deadlock fails the test."""
-    if not opened.wait(timeout=60):
-        raise TimeoutError("a stream was held for a minute")
