@@ -137,10 +137,12 @@ def _lay_out(
     of_image = np.array(row_image + [images - 1] * spare_rows, np.int64)
     guidance = np.zeros((images, rows), np.float32)
     guidance[of_image, np.arange(rows)] = weights + [0.0] * spare_rows
+    # Spare rows weigh nothing, and read what others read too: any other row may be overwritten during the step.
+    padding = contexts[:1] or [(0,) * chunks]
     arrays: dict[str, Array] = {
         "slot": np.array(slots + [spare] * (images - len(slots)), np.int64),
         "row_image": of_image,
-        "row_context": np.array(contexts + [(0,) * chunks] * spare_rows, np.int64),
+        "row_context": np.array(contexts + padding * spare_rows, np.int64),
         "guidance": guidance,
     }
     places = _feature_places(conditioning, spare)

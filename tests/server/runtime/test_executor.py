@@ -1,4 +1,4 @@
-"""The loop over real engines: on the CPU, and on a GPU that is the host (`tests/engines/backends/fake_cuda.py`)."""
+"""The loop over real engines: on the CPU, and on a GPU that is the host (`tests/engines/backends/fake_cuda`)."""
 
 from __future__ import annotations
 
