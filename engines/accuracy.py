@@ -11,6 +11,7 @@ from engines.errors import EngineError
 from engines.manifest import Difference, Precision
 
 IDENTICAL = 999.0  # dB, of equal images
+# Eight bits: 0.20 (FP8) and 0.15 (INT8) were measured along the demo's trajectories.
 _TOLERANCE = {
     "fp32": 1e-3,
     "fp16": 5e-2,

@@ -48,7 +48,17 @@ def plan_table(plan: BackendPlan) -> RenderableType:
 def summary_table(manifest: Manifest, backend: str) -> RenderableType:
     """The engines of a backend: sizes, build times, memory, and differences from FP32."""
     build = manifest.builds[backend]
-    columns = ("graph", "precision", "MB", "profiles", "activations MB", "built in", "peak MB", "largest error")
+    columns = (
+        "graph",
+        "precision",
+        "MB",
+        "profiles",
+        "activations MB",
+        "built in",
+        "peak MB",
+        "largest error",
+        "error of 8 bits",
+    )
     rows = [(name, *_engine_cells(build.engines[name])) for name in manifest.graph_names]
     table = _table(f"{manifest.name} for {backend} {build.version}", columns, rows)
     table.caption = "; ".join((*_build_time(build), verdict(build)))
@@ -64,6 +74,7 @@ def _engine_cells(engine: Compiled) -> tuple[str, ...]:
         _built_in(engine),
         _mb(engine.memory) if engine.memory else _UNKNOWN,
         f"{engine.difference.largest:.1e}" if engine.difference else _UNKNOWN,
+        f"{engine.quantization.largest:.1e}" if engine.quantization else _UNKNOWN,
     )
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from engines.backends.cuda import Probe, probe
 from engines.backends.registry import ON_CPU, install_command
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
-from engines.contract import GRAPHS, GraphName
+from engines.contract import GRAPHS, STEPS, GraphName
 from engines.errors import EngineError
 from engines.manifest import MANIFEST, BundleError, Gpu, Manifest
 from tests import ROOT
@@ -107,6 +108,28 @@ def test_every_attention_and_group_norm_of_the_unet_is_fused(built: Path) -> Non
     assert layers.attentions == 8
     assert layers.group_norms > 15
     assert layers.precisions["Half"] > layers.precisions["Float"]
+
+
+@pytest.mark.skipif(find_spec("modelopt") is None, reason="ModelOpt is not installed: extra quantize")
+def test_fp8_keeps_every_fusion_and_shares_the_weights(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text encoder and the decoder stay what they were, and other rows need no new calibration."""
+    before = Manifest.load(copied).builds["tensorrt_rtx"].engines
+    words = ["compile", copied, "--backend", "tensorrt_rtx", "--precision", "fp8", "--no-verify"]
+    assert build(*words, "--resolution", "64x64", "--rows", "2") == 0
+    engines = Manifest.load(copied).builds["tensorrt_rtx"].engines
+    assert {name for name, engine in engines.items() if engine.precision == "fp8"} == set(STEPS)
+    made, was = engines["denoise"].layers, before["denoise"].layers
+    assert made is not None
+    assert was is not None
+    assert made.precisions["FP8"] > 10
+    assert (made.fused_attentions, made.fused_group_norms) == (was.fused_attentions, was.fused_group_norms)
+    assert engines["denoise"].quantization
+    assert len(list(copied.rglob("*.weights"))) == 5
+    assert "error of 8 bits" in capsys.readouterr().err
+    assert build(*words, "--resolution", "64x64", "--rows", "4") == 0
+    said = capsys.readouterr().err
+    assert "encode_prompt of tensorrt_rtx: unchanged" in said
+    assert "quantizing denoise to fp8: " not in said
 
 
 @without_gpu
