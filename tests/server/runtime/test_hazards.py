@@ -10,8 +10,9 @@ import pytest
 
 from engines.accuracy import psnr
 from engines.backends.cuda import CudaStream
+from engines.backends.device import Event
 from server.requests.request import Image
-from server.runtime.pipeline import Pipeline
+from server.requests.tokenizer import Chunk, Prompt
 from server.runtime.prompt_pool import PromptPool
 from tests.engines.backends.fake_cuda import ByPriority, FakeCuda, Seeded
 from tests.engines.backends.fake_tensorrt import fake_device
@@ -21,7 +22,6 @@ from tests.support.machines import FakeMachine
 Patch = pytest.MonkeyPatch
 
 SCHEDULES: dict[str, Callable[[], Any]] = {
-    "seed 1": lambda: Seeded(1),
     "seed 2": lambda: Seeded(2),
     "by priority": ByPriority,
 }
@@ -35,8 +35,9 @@ def machine(bundle: Path, cuda: FakeCuda) -> FakeMachine:
 def newest_rows_are_overwritten() -> Iterator[None]:
     """Evict the rows that were released last, which steps in flight may read. Safety must not depend on the policy."""
 
-    def evict(pool: PromptPool) -> int:
-        return pool._rows.pop(next(key for key in reversed(pool._rows) if key not in pool._users))
+    def evict(pool: PromptPool) -> tuple[int, Event | None]:
+        newest = next(key for key in reversed(pool._rows) if key not in pool._users)
+        return pool._rows.pop(newest), pool._last_read.pop(newest, None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PromptPool, "_evict", evict)
@@ -54,11 +55,16 @@ def draw(running: Running) -> list[Image]:
 
 
 @pytest.fixture(scope="module")
-def expected(fake_bundle: Path) -> list[Image]:
-    cuda = FakeCuda()
+def executor(fake_bundle: Path) -> Iterator[tuple[Running, FakeCuda]]:
+    cuda = FakeCuda(schedule=Seeded(1))
     with machine(fake_bundle, cuda).running() as running:
-        images = draw(running)
-    assert not cuda.faults
+        yield running, cuda
+
+
+@pytest.fixture(scope="module")
+def expected(executor: tuple[Running, FakeCuda]) -> list[Image]:
+    images = draw(executor[0])
+    assert not executor[1].faults
     return images
 
 
@@ -72,14 +78,6 @@ def test_images_do_not_depend_on_when_the_gpu_works(fake_bundle: Path, expected:
         assert psnr(image, other) >= 50
 
 
-@pytest.fixture(scope="module")
-def executor(fake_bundle: Path) -> Iterator[tuple[Running, FakeCuda]]:
-    cuda = FakeCuda(schedule=Seeded(3))
-    with machine(fake_bundle, cuda).running() as running:
-        draw(running)
-        yield running, cuda
-
-
 def newcomers_are_taken_for_encoded(patch: Patch, running: Running) -> None:
     """Steps read rows of prompts which the encoder writes."""
     streams, real = running.pipeline._streams, CudaStream.record
@@ -90,30 +88,18 @@ def newcomers_are_taken_for_encoded(patch: Patch, running: Running) -> None:
     )
 
 
-def rows_of_prompts_are_not_kept_for_the_last_step(patch: Patch, _running: Running) -> None:
-    """The encoder overwrites rows which steps in flight read."""
-    real = Pipeline.step
-
-    def step(pipeline: Pipeline, plan: Any) -> Any:
-        launched = real(pipeline, plan)
-        pipeline._last_step = None
-        return launched
-
-    patch.setattr(Pipeline, "step", step)
+def decodes_do_not_follow_the_last_step(patch: Patch, running: Running) -> None:
+    """They read places of the staging pool which it is about to fill."""
+    decode, real = running.pipeline._streams.decode, CudaStream.follow
+    patch.setattr(CudaStream, "follow", lambda stream, event: None if stream is decode else real(stream, event))
 
 
-def the_encoder_follows_nothing(patch: Patch, _running: Running) -> None:
-    patch.setattr(CudaStream, "follow", lambda _stream, _event: None)
-
-
-@pytest.mark.parametrize(
-    "mutation",
-    [newcomers_are_taken_for_encoded, rows_of_prompts_are_not_kept_for_the_last_step, the_encoder_follows_nothing],
-)
+@pytest.mark.parametrize("mutation", [newcomers_are_taken_for_encoded, decodes_do_not_follow_the_last_step])
 def test_an_event_that_is_left_out_is_noticed(
     executor: tuple[Running, FakeCuda], monkeypatch: Patch, mutation: Callable[[Patch, Running], None]
 ) -> None:
     running, cuda = executor
+    draw(running)
     assert not cuda.faults
     with monkeypatch.context() as patch:
         mutation(patch, running)
@@ -122,3 +108,23 @@ def test_an_event_that_is_left_out_is_noticed(
     cuda.faults.clear()
     draw(running)
     assert not cuda.faults, "with its events again, the executor is sound"
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_row_of_a_prompt_is_overwritten_after_the_last_step_that_reads_it(
+    executor: tuple[Running, FakeCuda], *, is_known: bool
+) -> None:
+    running, cuda = executor
+    pool, steps = running.pipeline._prompts, running.pipeline._streams.steps
+    pool._free.clear()
+    first, second = (Prompt("", (Chunk((word,) * 16, (1.0,) * 16),)) for word in (1, 2))
+    (row,) = pool.acquire(first)
+    running.pipeline._streams.encode.record().wait()
+    reading = steps.read(pool.context, at=row)  # as a step does
+    pool.release(first, last_read=steps.record() if is_known else None)
+    assert pool.acquire(second) == (row,)
+    reading.result()
+    pool.release(second)
+    running.pipeline._streams.encode.record().wait()
+    assert any("no event orders them" in fault for fault in cuda.faults) != is_known
+    cuda.faults.clear()
