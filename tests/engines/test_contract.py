@@ -161,4 +161,4 @@ def test_a_declared_input_is_in_trajectories_verification_and_profiles(manifest:
         assert (batch["row_scale"].shape, first["row_scale"].shape) == ((4, 2), (1, 2))
         assert batch["pooled"].shape == first["pooled"].shape == (4, width)
     specs = {spec.name: spec for spec in declared.graphs["denoise"].inputs}
-    assert shapes(declared, "denoise")[0].of(specs["row_scale"]) == ((1, 2), (2, 2), (2, 2))
+    assert shapes(declared, "denoise")[0].of(specs["row_scale"]) == ((2, 2), (2, 2), (2, 2))
