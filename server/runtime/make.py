@@ -164,7 +164,8 @@ def _watch_gpu(metrics: Metrics) -> None:
     try:
         metrics.add_collector(GpuMetrics(gpu_uuid()))
     except Exception as error:  # cuda.bindings raises its own classes where it finds no library to call
-        _log.info("no metrics of the GPU: %s", error)
+        # Not the error itself: its traceback would keep the pipeline for as long as something keeps the log record.
+        _log.info("no metrics of the GPU: %s", str(error))
 
 
 def _test_request(intake: Intake, manifest: Manifest) -> Request:

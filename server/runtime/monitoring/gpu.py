@@ -46,7 +46,7 @@ class GpuMetrics(Collector):
         except ImportError:
             _log.info("no metrics of the GPU: nvidia-ml-py is not installed")
         except self._nvml.NVMLError as error:
-            _log.warning("no metrics of the GPU: %s", error)
+            _log.warning("no metrics of the GPU: %s", str(error))
         return None
 
     def _find(self) -> Any:
@@ -78,7 +78,7 @@ class GpuMetrics(Collector):
         except self._nvml.NVMLError as error:  # MIG instances have no utilization, for one
             if family.name not in self._told:
                 self._told.add(family.name)
-                _log.warning("%s is missing at /metrics: %s", family.name, error)
+                _log.warning("%s is missing at /metrics: %s", family.name, str(error))
             return False
         return True
 

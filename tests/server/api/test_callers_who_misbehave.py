@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import httpx
 import pytest
@@ -51,6 +52,10 @@ def quick(*headers: str) -> bytes:
 def unended(serving: Serving) -> float:
     metrics = serving.metrics()
     return metrics["latentd_requests_waiting"] + metrics["latentd_requests_running"]
+
+
+def is_running(serving: Serving, count: int) -> bool:
+    return serving.metrics()["latentd_requests_running"] >= count
 
 
 def check_refused(answer: bytes, status: int, *words: str) -> None:
@@ -145,11 +150,12 @@ def answer_to(server: Serving, head: bytes) -> bytes:
 
 def test_a_full_queue_refuses_before_the_body_is_sent(server: Serving) -> None:
     with ExitStack() as leaving:
-        streams = [leaving.enter_context(connect(server)) for _ in range(4)]
         body = json.dumps(LONG).encode()
-        for stream in streams:
+        for started in (1, 2, 3):  # the third has no rows, and waits
+            stream = leaving.enter_context(connect(server))
             stream.sendall(post(f"Content-Length: {len(body)}", body=body, accept="text/event-stream"))
             read_until(stream, b"\r\n\r\n")
+            wait_until(partial(is_running, server, min(started, 2)))
         wait_until(lambda: server.metrics()["latentd_requests_waiting"] >= 1)
         with connect(server) as connection:
             connection.sendall(post(f"Content-Length: {30 * 2**20}"))
