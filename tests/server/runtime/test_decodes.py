@@ -1,9 +1,10 @@
-"""How finished images leave a GPU, which is the host (`tests/engines/backends/fake_cuda.py`): together, and in time."""
+"""How finished images leave a GPU, which is the host (`tests/engines/backends/fake_cuda`): together, and in time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from engines.backends.cuda import CudaStream
 from engines.backends.host import HostStream
 from engines.errors import EngineError
 from server.requests.request import Completed, Request, Stepped
-from server.runtime.admission import PendingDecode, Placement
+from server.runtime.admission import Admission, PendingDecode, Placement
 from server.runtime.decodes import DecodePriority
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
@@ -25,10 +26,18 @@ def ask_together(running: Running, wishes: Sequence[dict[str, Any]]) -> tuple[li
     """Submit all of them before the first step."""
     asked = [Asked() for _ in wishes]
     requests = [running.request(one, **fields) for one, fields in zip(asked, wishes, strict=True)]
+    pytest.MonkeyPatch().setattr(running.pipeline, "admit", partial(_encode_at_once, running.pipeline.admit))
     with running.batcher._changed:
         for request in requests:
             running.batcher.submit(request)
     return asked, requests
+
+
+def _encode_at_once(admit: Callable[[Request], Admission], request: Request) -> Admission:
+    """Otherwise one may be encoded a step later than the others, and finish after them."""
+    admission = admit(request)
+    admission.encoded.wait()
+    return admission
 
 
 def entries(running: Running) -> list[list[int]]:
