@@ -195,7 +195,7 @@ def _rows_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportR
 
 
 def _point_line(record: GpuResults, model: str, engine: str, found: Rows, point: FullSteps) -> ReportRow:
-    """A number of rows, beside PyTorch's batches of as many."""
+    """A number of rows, compared with PyTorch's batches of the same size."""
     peak = _found(record, Peak, "peak")
     measured = "".join([_full(point, found, model, peak), *_over_batches(record, model, found, point)])
     target, met = "", None
@@ -226,7 +226,7 @@ def _full(point: FullSteps, rows: Rows, model: str, peak: Peak | None) -> str:
 
 
 def _share(point: FullSteps, rows: Rows, model: str, peak: Peak | None) -> float | None:
-    """Share of the measured peak, by the operations of one UNet row; None if it cannot be told."""
+    """Share of the measured peak, by the operations of one UNet row; None if it is unknown."""
     seconds = rows.step_seconds(point.rows)
     if peak is None or not seconds or model not in ARCHITECTURES:
         return None

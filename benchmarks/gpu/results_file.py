@@ -96,5 +96,5 @@ def slug(name: str) -> str:
 
 
 def trace_name(model: str, engine: str) -> str:
-    """The file with what the executor and the device did in the rows stage, beside the results."""
+    """The file with what the executor and the device did in the rows stage, in the folder of the results."""
     return f"trace-{slug(model)}-{slug(engine)}.json"

@@ -223,9 +223,8 @@ class Executor:
         for request in batch.left:
             self._finish(request, failures.left(request, server_stops=self._cancelling))
         if is_due and (placements := self._placements(batch)):
-            launched = self._launch(placements)
-            found_idle = not self._in_flight or self._in_flight[0].completed.done()
-            self._timing.launched(time.perf_counter(), late=found_idle)
+            if launched := self._launch(placements):
+                self._timing.launched(time.perf_counter(), late=self._in_flight[0].completed.done())
             self._admit(*batch.joined)
             return launched
         self._admit(*batch.joined)

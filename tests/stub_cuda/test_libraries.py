@@ -32,11 +32,11 @@ device.load(Path("engines/demo/onnx/denoise_shallow.onnx"), device.stream("steps
 sys.stdout.write(device.name)
 """
 PLAIN = """
-from pathlib import Path
+import sys
 import onnxruntime as ort
 ort.preload_dlls()
 session = ort.InferenceSession("engines/demo/onnx/denoise_shallow.onnx", providers=["CUDAExecutionProvider"])
-assert session.get_providers() == ["CPUExecutionProvider"], session.get_providers()
+sys.stdout.write(",".join(session.get_providers()))
 """
 
 
@@ -45,7 +45,8 @@ def test_libraries_in_another_folder_than_onnx_runtime_are_found(stub: Stub) -> 
 
 
 def test_onnx_runtime_alone_does_not_find_them(stub: Stub) -> None:
-    stub.python("-c", PLAIN)
+    providers = stub.python("-c", PLAIN).splitlines()[-1]
+    assert providers == "CPUExecutionProvider"
 
 
 def test_a_missing_library_is_named(stub: Stub, tmp_path: Path) -> None:
