@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +83,15 @@ class Serving:
         lines = self.client.get("/metrics").text.splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
+
+    def logged(self, text: str, seconds: float = 10) -> bool:
+        """Whether `text` is on standard error. Answers come sooner than lines, which are waited for."""
+        until = time.monotonic() + seconds
+        while text not in "".join(self.stderr):
+            if time.monotonic() > until or not self._reader.is_alive():
+                return text in "".join(self.stderr)
+            time.sleep(0.02)
+        return True
 
     def stop(self, *, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
         """Send a signal and return the exit code."""

@@ -119,9 +119,8 @@ def test_a_check_that_fails_lets_nothing_through_and_logs_no_prompt(blocking: Se
         500,
         "The prompt could not be checked; see the server log.",
     )
-    log = "".join(blocking.stderr)
-    assert "prompt_checks:refuse_boats raised ValueError" in log
-    assert "a secret" not in log
+    assert blocking.logged("prompt_checks:refuse_boats raised ValueError")
+    assert "a secret" not in "".join(blocking.stderr)
 
 
 def test_without_the_check_images_are_neither_checked_nor_blocked(checked_bundle: Path, expected: list[bool]) -> None:
