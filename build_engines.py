@@ -36,6 +36,7 @@ from engines.build.values import (
     BackendOrAuto,
     Count,
     Guidance,
+    LoraCount,
     Name,
     OptimizationLevel,
     Prompt,
@@ -174,12 +175,23 @@ class _ResolutionFlag(CommandLine):
 class _ExportFlags(_ResolutionFlag, _SourceFlags):
     rows: RowBuckets = Field((), description=f"{_ROWS_HELP} (default: {','.join(map(str, api.DEFAULT_ROWS))})")
     decode_batch: Count = Field(1, description="decode up to N images in one call; each takes memory")
+    lora_slots: Annotated[LoraCount, Metavar("N")] = Field(
+        0,
+        ge=0,
+        description="let each request choose LoRAs of its own, of which the device holds N (default: 0, none); "
+        "graphs that apply them are built beside the others",
+    )
+    lora_rank: Annotated[LoraCount, Metavar("N")] = Field(
+        64, ge=1, description="the largest rank of such a LoRA; LoRAs of lower ranks take less of the device's memory"
+    )
 
     def options(self) -> api.ExportOptions:
+        capacity = api.LoraCapacity(slots=self.lora_slots, rank=self.lora_rank) if self.lora_slots else None
         return api.ExportOptions(
             weights=self.weights,
             rows=self.rows or api.DEFAULT_ROWS,
             decode_batch=self.decode_batch,
+            lora=capacity,
             name=self.name,
             resolutions=self.resolution,
             steps=self.steps,

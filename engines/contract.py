@@ -5,9 +5,10 @@ trajectories and verification take their ports from here, so all of them have it
 
 Dimensions are numbers, or letters whose sizes are known later. Those of `VARYING` differ between calls: S slots, C rows
 of the context pool, L chunks of a prompt per row, B images and R UNet rows of one step, P places in the feature pool,
-N chunks to encode, n images to decode or encode, h×w latent size, H×W image size. The others are fixed by the
-checkpoint: c latent channels, f feature channels, T tokens per chunk, D context width, V words of the vocabulary,
-E hidden states of the text encoder, k concepts and j special-care concepts of the safety checker.
+N chunks to encode, n images to decode or encode, h×w latent size, H×W image size, Q ranks of the LoRA pool, A ranks
+that update one row. The others are fixed by the checkpoint: c latent channels, f feature channels, T tokens per chunk,
+D context width, V words of the vocabulary, E hidden states of the text encoder, k concepts and j special-care concepts
+of the safety checker, G values of one rank of a LoRA.
 """
 
 from __future__ import annotations
@@ -23,13 +24,35 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
-GraphName = Literal["encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image", "safety"]
-# Every model has these; those whose checkpoint has a safety checker have the graph `safety` too, as the last.
+GraphName = Literal[
+    "encode_prompt",
+    "denoise",
+    "denoise_shallow",
+    "decode",
+    "encode_image",
+    "safety",
+    "encode_prompt_lora",
+    "denoise_lora",
+    "denoise_shallow_lora",
+]
+# Every model has these graphs.
 GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image")
-GRAPHS_WITH_SAFETY: tuple[GraphName, ...] = (*GRAPHS, "safety")
-STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # a denoising step; the others run before and after
+# Graphs that LoRAs update, and for each the variant that applies those of its rows.
+LORA_GRAPHS: Mapping[GraphName, GraphName] = {
+    "encode_prompt": "encode_prompt_lora",
+    "denoise": "denoise_lora",
+    "denoise_shallow": "denoise_shallow_lora",
+}
+# Some models have `safety` too, and the variants for LoRAs, all of them or none.
+ALL_GRAPHS: tuple[GraphName, ...] = (*GRAPHS, "safety", *LORA_GRAPHS.values())
+STEPS: tuple[GraphName, ...] = (  # a denoising step; the others run before and after
+    "denoise",
+    "denoise_shallow",
+    "denoise_lora",
+    "denoise_shallow_lora",
+)
 
-VARYING = frozenset("SCLBRPNnhwHW")
+VARYING = frozenset("SCLBRPNnhwHWQA")
 MEMORY = 3  # K: lanes of scheduler memory
 LANES = 1 + MEMORY + 1  # of the state: x, the memory, and the x0 estimate that previews show
 TERMS = 3 + MEMORY  # what a lane is a sum of: x, the model's output, fresh noise, the memory
@@ -65,6 +88,7 @@ class Port:
     role: Role = "data"
     below: int | str | None = None  # exclusive upper bound of its values: a number, or the size of a dimension
     fill: float = 0  # the neutral value, which changes nothing
+    spread: float = 1  # the standard deviation of random values without a bound
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where dimensions have `sizes`. Raises ValueError for a dimension without one."""
@@ -134,20 +158,38 @@ _FEATURES = (
     _features("P"),  # of earlier steps' deep layers
     _index("row_feature", "R", of="P", role="plan"),  # the place whose features each row takes
 )
+# The pool holds LoRAs as updates of rank one. One rank is the factors of every layer, one behind the other, with every
+# scale of the file in them; see `engines.lora.layout`. A row is updated by the sum over its ranks, each by its weight.
+LORA_POOL = Port("lora_pool", "float16", ("Q", "G"), role="pool", spread=1 / 8)
+
+
+def _lora(rows: str, role: Role = "data") -> tuple[Port, ...]:
+    """The ranks and weights that update each of `rows`. Ranks that are not needed weigh nothing."""
+    return (
+        LORA_POOL,
+        _index("row_lora", rows, "A", of="Q", role=role),
+        _f32("lora_weight", rows, "A", role=role),
+    )
+
+
 # Of UNets distilled with their guidance, such as latent consistency models: the guidance scale minus 1.
 GUIDANCE_EMBEDDED = _f32("guidance_embedded", "R", role="plan")
 
+_ENCODE_PROMPT = (
+    _index("ids", "N", "T", of="V"),
+    _index("layer", "N", of="E"),  # which hidden state; the last, unless clip_skip asks for an earlier one
+    _f32("weights", "N", "T", below=2, fill=1),  # of the tokens
+)
 INPUTS: dict[GraphName, tuple[Port, ...]] = {
-    "encode_prompt": (
-        _index("ids", "N", "T", of="V"),
-        _index("layer", "N", of="E"),  # which hidden state; the last, unless clip_skip asks for an earlier one
-        _f32("weights", "N", "T", below=2, fill=1),  # of the tokens
-    ),
+    "encode_prompt": _ENCODE_PROMPT,
     "denoise": _STEP,
     "denoise_shallow": (*_STEP, *_FEATURES),
     "decode": (_STATE, _index("slot", "n", of="S", role="plan")),
     "encode_image": (_images("images"), _f32("noise", "n", "c", "h", "w")),
     "safety": (_images("images"),),  # as `decode` returns them
+    "encode_prompt_lora": (*_ENCODE_PROMPT, *_lora("N")),
+    "denoise_lora": (*_STEP, *_lora("R", "plan")),
+    "denoise_shallow_lora": (*_STEP, *_FEATURES, *_lora("R", "plan")),
 }
 OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_prompt": (_f32("embeddings", "N", "T", "D"),),
@@ -157,6 +199,7 @@ OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_image": (_f32("latents", "n", "c", "h", "w"),),
     "safety": (_f32("concepts", "n", "k"), _f32("special_care", "n", "j")),  # similarity above each threshold
 }
+OUTPUTS |= {variant: OUTPUTS[graph] for graph, variant in LORA_GRAPHS.items()}
 
 
 def inputs_of(graph: GraphName, *, guidance_embedded: bool = False) -> tuple[Port, ...]:
@@ -177,7 +220,8 @@ def random_values(generator: np.random.Generator) -> Callable[[Port, Mapping[str
     def draw(port: Port, sizes: Mapping[str, int]) -> Array:
         shape, below = port.shape(sizes), port.bound(sizes)
         if below is None:
-            return generator.standard_normal(shape, np.float32).astype(port.dtype, copy=False)
+            values = generator.standard_normal(shape, np.float32) * np.float32(port.spread)
+            return values.astype(port.dtype, copy=False)
         if np.issubdtype(port.dtype, np.floating):
             return generator.uniform(0, below, shape).astype(port.dtype)
         if math.prod(shape) <= below:

@@ -12,9 +12,11 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from engines.contract import (
+    ALL_GRAPHS,
     GRAPHS,
-    GRAPHS_WITH_SAFETY,
     GUIDANCE_EMBEDDED,
+    LORA_GRAPHS,
+    LORA_POOL,
     OUTPUTS,
     GraphName,
     Port,
@@ -39,6 +41,9 @@ from engines.manifest_fields import (
     Gpu,
     Graph,
     Latent,
+    LoraCapacity,
+    LoraLayer,
+    LoraPart,
     NoiseSchedule,
     Onnx,
     Precision,
@@ -67,6 +72,9 @@ __all__ = [
     "Gpu",
     "Graph",
     "Latent",
+    "LoraCapacity",
+    "LoraLayer",
+    "LoraPart",
     "Manifest",
     "NoiseSchedule",
     "Onnx",
@@ -83,7 +91,7 @@ MANIFEST = "manifest.json"
 FORMAT: Final = 3  # raised when older bundles can no longer be read
 _LARGEST = 8 << 20  # bytes of a manifest; those we write have some tens of thousands
 _LONGEST_MESSAGE = 300
-_WIDEST = 65536  # of a fixed dimension
+_WIDEST = 65536  # of a fixed dimension, but for the values of one rank of a LoRA
 _MOST_MEMORY = 1 << 40  # bytes; no device has more
 
 
@@ -108,6 +116,10 @@ class Manifest(Geometry):
         default=(), max_length=1000, description="prompts that show what the model can do"
     )
     notes: str = Field(default="", max_length=1000, description="what users should know of it, in a sentence or two")
+    lora_layers: tuple[LoraLayer, ...] = Field(default=(), max_length=10_000, description="layers that LoRAs update")
+    lora_refused: tuple[Word, ...] = Field(
+        default=(), max_length=10_000, description="layers that LoRAs may name, and the graphs cannot update"
+    )
     graphs: dict[GraphName, Graph]
     builds: dict[str, Build] = Field(
         default={}, description="by backend; the first is the one the bundle was built for"
@@ -128,6 +140,8 @@ class Manifest(Geometry):
     def _has_every_graph(self) -> Self:
         if missing := [name for name in GRAPHS if name not in self.graphs]:
             raise ValueError(f"the graph {missing[0]} is missing")
+        if missing := [name for name in LORA_GRAPHS.values() if self.lora and name not in self.graphs]:
+            raise ValueError(f"the graph {missing[0]} is missing, which applies LoRAs")
         for name, graph in self.graphs.items():
             inputs = inputs_of(name, guidance_embedded=self.embeds_guidance)
             _check_ports(f"inputs of the graph {name}", inputs, graph.inputs)
@@ -152,8 +166,9 @@ class Manifest(Geometry):
             shapes = {spec.name: spec.shape for spec in (*graph.inputs, *graph.outputs)}
             for port in ports:
                 for dim, size in sizes_of([port], shapes).items():
-                    if not 0 < size <= _WIDEST or known.setdefault(dim, size) != size:
-                        expected = known.get(dim, f"1 to {_WIDEST}")
+                    widest = _MOST_MEMORY if dim == "G" else _WIDEST
+                    if not 0 < size <= widest or known.setdefault(dim, size) != size:
+                        expected = known.get(dim, f"1 to {widest}")
                         raise ValueError(f"the graph {name}: {port.name} has {size} for {dim}, not {expected}")
         return self
 
@@ -196,7 +211,7 @@ class Manifest(Geometry):
     @property
     def graph_names(self) -> tuple[GraphName, ...]:
         """The graphs of this model, in the contract's order."""
-        return tuple(name for name in GRAPHS_WITH_SAFETY if name in self.graphs)
+        return tuple(name for name in ALL_GRAPHS if name in self.graphs)
 
     @property
     def has_safety_checker(self) -> bool:
@@ -215,6 +230,8 @@ class Manifest(Geometry):
             for port in (*pools, *staging, *OUTPUTS["decode"])
             if port not in shared
         )
+        if self.lora:
+            shared.append(LORA_POOL)
         return each + sum(_bytes(port, self.dims(self.resolutions[0])) for port in shared)
 
     @property
@@ -242,6 +259,7 @@ class Manifest(Geometry):
             "S": self.slots,
             "C": self.context_rows,
             "P": self.feature_places,
+            "Q": self.lora.ranks if self.lora else 0,
             "h": size.height // self.latent.downscale,
             "w": size.width // self.latent.downscale,
             "H": size.height,

@@ -15,6 +15,7 @@ from engines.files import sha256_of
 _CACHED_CHUNKS = 32  # embeddings that may outlive their requests
 _LONGEST_SIDE = 8192  # pixels, as in requests
 _MOST_ROWS = 1024
+_WIDEST = 65536  # of a fixed dimension
 _MOST_TIMESTEPS = 10_000  # models are trained on 1000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 SPECIAL_TOKENS = 2  # of a chunk: its begin and its end
@@ -291,6 +292,37 @@ class Source(Frozen):
     decoder: str | None = Field(default=None, description="the distilled decoder that replaces the VAE's, if any")
 
 
+LoraPart = Literal["unet", "text_encoder"]
+
+
+class LoraLayer(Frozen):
+    """A layer that LoRAs update, and where its factors lie within one rank of the LoRA pool."""
+
+    part: LoraPart
+    name: Word = Field(description="the module's name within its part, as in diffusers and transformers")
+    inputs: Annotated[int, Field(gt=0, le=_WIDEST)]
+    outputs: Annotated[int, Field(gt=0, le=_WIDEST)]
+    down: Annotated[int, Field(ge=0)] = Field(description="position of the first value of down, which has `inputs`")
+    up: Annotated[int, Field(ge=0)] = Field(description="position of the first value of up, which has `outputs`")
+
+
+class LoraCapacity(Frozen):
+    """How many LoRAs the device holds at once."""
+
+    slots: Annotated[int, Field(gt=0, le=1024)] = Field(description="LoRAs of the largest rank")
+    rank: Annotated[int, Field(gt=0, le=1024)] = Field(description="the largest of one LoRA")
+
+    @property
+    def ranks(self) -> int:
+        """Those of the pool: LoRAs of lower ranks take fewer, so more of them fit."""
+        return self.slots * self.rank
+
+    @property
+    def ranks_per_row(self) -> int:
+        """The most ranks that update one row: two LoRAs of the largest rank, or more of lower ones."""
+        return min(2 * self.rank, self.ranks)
+
+
 class Geometry(Frozen):
     """The sizes of a model's inputs, which decide shapes, pools and profiles."""
 
@@ -299,6 +331,7 @@ class Geometry(Frozen):
     decode_batch: Rows = Field(default=1, description="images that one call may decode")
     latent: Latent
     context: Context
+    lora: LoraCapacity | None = Field(default=None, description="None: requests have no LoRAs of their own")
 
     @model_validator(mode="after")
     def _rows_ascend(self) -> Self:

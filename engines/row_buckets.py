@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from engines.contract import MAX_CHUNKS
+from engines.manifest_fields import LoraCapacity
 
 CHUNK_BUCKETS = (1, 2, MAX_CHUNKS)  # prompts have 1, 2, 3 or 6 chunks, and 3 repeated are 6
+
+
+def rank_buckets(capacity: LoraCapacity) -> tuple[int, ...]:
+    """The ranks per row, ascending, that steps with LoRAs are padded to: half of the largest LoRA, or the most."""
+    return tuple(sorted({max(capacity.rank // 2, 1), capacity.ranks_per_row}))
 
 
 class StepBucket(NamedTuple):

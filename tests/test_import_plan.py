@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.limits": set(),
     "engines.progress": set(),
     "engines.contract": set(),
-    "engines.row_buckets": {"engines.contract"},
+    "engines.row_buckets": {"engines.contract", "engines.manifest_fields"},
     "engines.manifest_fields": {"engines.contract", "engines.files"},
     "engines.held": {"engines.errors", "engines.files", "engines.manifest_fields"},
     "engines.manifest": {
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.held",
         "engines.manifest_fields",
     },
+    "engines.lora": {"engines.manifest"},
     "engines.safety": {"engines.contract"},
     "engines.accuracy": {"engines.contract", "engines.errors", "engines.manifest"},
     "engines.schedulers": {"engines.contract", "engines.limits", "engines.manifest"},
@@ -43,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "engines.checkpoints.loading": {"engines.checkpoints", "engines.progress"},  # the half of it that needs torch
     "engines.export": {
+        "engines.lora",
         "engines.accuracy",
         "engines.backends",
         "engines.checkpoints",

@@ -52,7 +52,7 @@ from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.find import find_checkpoint
 from engines.contract import GraphName
 from engines.errors import EngineError
-from engines.manifest import Geometry, Manifest, Precision, Size
+from engines.manifest import Geometry, LoraCapacity, Manifest, Precision, Size
 from engines.progress import Progress
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "ExportOptions",
     "Finding",
     "Lora",
+    "LoraCapacity",
     "Reporter",
     "ShapeOptions",
     "Size",

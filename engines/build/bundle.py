@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,10 +15,22 @@ from engines.build.keys import export_key
 from engines.build.profiles import shapes
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.contract import GraphName
+from engines.contract import LORA_GRAPHS, GraphName
 from engines.errors import EngineError
 from engines.held import are_intact
-from engines.manifest import Build, BundleError, ComputeDtype, Defaults, Geometry, Graph, Manifest, Size, Storage
+from engines.manifest import (
+    Build,
+    BundleError,
+    ComputeDtype,
+    Defaults,
+    Geometry,
+    Graph,
+    LoraCapacity,
+    LoraLayer,
+    Manifest,
+    Size,
+    Storage,
+)
 from engines.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +51,7 @@ class ExportOptions:
             all its backends run on GPUs, otherwise fp32.
         rows: row buckets, ascending. The largest bounds a step; a guided image takes two rows.
         decode_batch: images that one call of the decoder may take.
+        lora: how many LoRAs of requests the device holds. None: requests have none.
         name: the model's name in the API.
         resolutions: the image sizes to serve; the first is the default of requests.
         steps: the default number of denoising steps of requests: 50, or 4 for latent consistency models.
@@ -49,6 +63,7 @@ class ExportOptions:
     weights: Storage | None = None
     rows: tuple[int, ...] = DEFAULT_ROWS
     decode_batch: int = 1
+    lora: LoraCapacity | None = None
     name: str | None = None
     resolutions: tuple[Size, ...] = ()
     steps: int | None = None
@@ -94,6 +109,7 @@ def geometry_of(checkpoint: Checkpoint, options: ExportOptions) -> Geometry:
         decode_batch=options.decode_batch,
         latent=config.latent,
         context=config.context,
+        lora=options.lora,
     )
 
 
@@ -157,6 +173,8 @@ def _earlier_export(out: Path, key: str) -> Manifest | None:
 
 
 def _has_graphs(manifest: Manifest, spec: BundleSpec) -> bool:
+    if spec.options.lora and not manifest.lora_layers:
+        return False
     return all(dtype in manifest.graphs[name].onnx for name, dtype in spec.dtypes)
 
 
@@ -167,10 +185,22 @@ def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
         resolutions=options.resolutions or (manifest.trained_size,),
         rows=options.rows,
         decode_batch=options.decode_batch,
+        lora=options.lora,
+        **_without_lora_graphs(manifest) if options.lora is None else {},
         defaults=request_defaults(manifest.defaults.scheduler, options),
         examples=options.examples,
         notes=options.notes,
     )
+
+
+def _without_lora_graphs(manifest: Manifest) -> dict[str, Any]:
+    """The fields of a manifest whose graphs apply no LoRAs."""
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name not in LORA_GRAPHS.values()}
+    builds = {
+        backend: build.model_copy(update={"engines": {name: build.engines[name] for name in graphs}})
+        for backend, build in manifest.builds.items()
+    }
+    return {"graphs": graphs, "builds": builds, "lora_layers": (), "lora_refused": ()}
 
 
 def request_defaults(scheduler: str, options: ExportOptions) -> Defaults:
@@ -214,7 +244,22 @@ class _Exporter:
             with self._progress.stage("reading the weights"):
                 modules = load_modules(config, self._checkpoint)
             self._out.mkdir(parents=True, exist_ok=True)
-            return self._manifest(config, self._graphs(config, modules), self._preview(config, modules))
+            lora = self._lora(modules)
+            graphs = self._graphs(config, modules, lora.get("lora_layers", ()))
+            manifest = self._manifest(config, graphs, self._preview(config, modules))
+            return Manifest.model_validate({**dict(manifest), **lora})
+
+    def _lora(self, modules: Modules) -> dict[str, Any]:
+        """The fields of the manifest that tell which layers LoRAs update, where requests may have them."""
+        from engines.export.lora import other_layers  # noqa: PLC0415 - as above
+        from engines.export.trace import lora_layers  # noqa: PLC0415 - as above
+
+        if self._spec.options.lora is None:
+            return {}
+        return {
+            "lora_layers": lora_layers(modules),
+            "lora_refused": tuple(other_layers(modules.unet)),
+        }
 
     def _warn_of_memory(self) -> None:
         """Warn before minutes of work that the system may end the process, which it does without a message."""
@@ -227,7 +272,9 @@ class _Exporter:
                 "and compiled here."
             )
 
-    def _graphs(self, config: CheckpointConfig, modules: Modules) -> dict[GraphName, Graph]:
+    def _graphs(
+        self, config: CheckpointConfig, modules: Modules, layers: Sequence[LoraLayer]
+    ) -> dict[GraphName, Graph]:
         from engines.export.run import export_graphs  # noqa: PLC0415 - as above
 
         return export_graphs(
@@ -238,6 +285,7 @@ class _Exporter:
             typed=sorted(self._spec.dtypes),
             size=self._size(config),
             known=dict(self._earlier.graphs) if self._earlier else {},
+            layers=layers,
             progress=self._progress,
         )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from engines.build.served_shapes import pool_sizes
 from engines.contract import MAX_CHUNKS, STEPS, GraphName, TensorSpec
 from engines.manifest import Geometry, Profile, Size
+from engines.row_buckets import rank_buckets
 
 Range = tuple[int, int, int]  # least, best, largest
 
@@ -33,11 +34,13 @@ class Shapes:
 
 def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
     """Every profile of `graph`, in the order in which engines hold them: by size, then by batch, ascending."""
-    if graph == "encode_prompt":
-        return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1)}),)
+    if graph in ("encode_prompt", "encode_prompt_lora"):
+        return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1), **_lora_dims(geometry)}),)
     batches: Sequence[int] = {
         "denoise": geometry.rows,
         "denoise_shallow": geometry.rows,
+        "denoise_lora": geometry.rows,
+        "denoise_shallow_lora": geometry.rows,
         "decode": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
         "safety": range(1, geometry.decode_batch + 1),
@@ -62,7 +65,16 @@ def _dims(size: Size, batch: Range, geometry: Geometry, graph: GraphName) -> dic
         "B": batch,
         "R": batch,
         "n": batch,
+        **_lora_dims(geometry),
     }
+
+
+def _lora_dims(geometry: Geometry) -> dict[str, Range]:
+    """Those of the LoRA pool, and of the ranks that update a row."""
+    if geometry.lora is None:
+        return {}
+    least, *_, most = (*rank_buckets(geometry.lora), geometry.lora.ranks_per_row)
+    return {"Q": _exactly(geometry.lora.ranks), "A": (least, least, most)}
 
 
 def _exactly(value: int) -> Range:

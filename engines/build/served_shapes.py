@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engines.contract import OUTPUTS, STEPS, Array, Arrays, GraphName, Port, inputs_of, sizes_of
+from engines.contract import LORA_GRAPHS, OUTPUTS, STEPS, Array, Arrays, GraphName, Port, inputs_of, sizes_of
 from engines.manifest import Geometry, Manifest
 
 
@@ -38,7 +38,10 @@ def pool_sizes(geometry: Geometry, graph: GraphName) -> dict[str, int]:
     """The sizes of the pools that a server binds to `graph`: decoding reads the staging pool, without a spare slot."""
     if graph == "decode":
         return {"S": geometry.max_rows}
-    return {"S": geometry.slots, "C": geometry.context_rows, "P": geometry.feature_places} if graph in STEPS else {}
+    loras = {"Q": geometry.lora.ranks} if geometry.lora and graph in LORA_GRAPHS.values() else {}
+    if graph not in STEPS:
+        return loras
+    return {"S": geometry.slots, "C": geometry.context_rows, "P": geometry.feature_places, **loras}
 
 
 def _padded(port: Port, array: Array, sizes: Mapping[str, int]) -> Array:

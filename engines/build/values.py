@@ -89,6 +89,7 @@ AUTO_OR_BACKEND = Metavar("{" + ",".join((AUTO, *BACKENDS)) + "}")
 Resolution = Annotated[Size, parsed_by(_size)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 OptimizationLevel = Annotated[int, Field(ge=0, le=5)]
+LoraCount = Annotated[int, Field(le=1024)]
 Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_name)]
 Prompt = Annotated[str, AfterValidator(_example)]

@@ -21,6 +21,8 @@ from engines.build.trajectory import (
 )
 from engines.contract import (
     LANES,
+    LORA_GRAPHS,
+    LORA_POOL,
     MEMORY,
     STEPS,
     TERMS,
@@ -35,6 +37,7 @@ from engines.contract import (
 from engines.errors import EngineError
 from engines.manifest import Build, Difference, Manifest, Precision, Profile, Verification
 from engines.progress import Progress
+from engines.row_buckets import rank_buckets
 
 STEPS_COMPARED = 6  # denoising steps of the trajectory that engines are compared on
 _BATCH = frozenset("SBRn")  # dimensions that grow with the batch; pools of other dimensions are any row's to read
@@ -106,6 +109,12 @@ def _remedy(backend: str, precision: Precision) -> str:
 def _cases(
     name: GraphName, manifest: Manifest, trajectory: Trajectory, *, recording: Recording, profiles: Sequence[Profile]
 ) -> Iterator[Case]:
+    if name in LORA_GRAPHS.values():
+        (plain,) = (graph for graph, variant in LORA_GRAPHS.items() if variant == name)
+        ports = [port for port in inputs_of(name) if port not in inputs_of(plain)]
+        cases = _cases(plain, manifest, trajectory, recording=recording, profiles=profiles)
+        yield from (_updated(case, ports, manifest) for case in cases)
+        return
     if name == "encode_prompt":
         recorded: Sequence[Arrays] = trajectory.chunks
     else:
@@ -121,6 +130,20 @@ def _cases(
             "safety": [{"images": recording.images}],
         }[name]
     yield from ((inputs, inputs) for inputs in recorded)
+
+
+def _updated(case: Case, ports: Sequence[Port], manifest: Manifest) -> Case:
+    """A case of a graph's variant for LoRAs, whose inputs beside the graph's own are `ports`: random LoRAs."""
+    inputs, first = case
+    assert manifest.lora  # noqa: S101 - it has such a graph
+    rows, ranks = len(inputs["ids"] if "ids" in inputs else inputs["timestep"]), rank_buckets(manifest.lora)[0]
+    sizes = {**manifest.dims(manifest.resolutions[0]), "R": rows, "N": rows, "A": ranks, "Q": min(ranks + 1, 9)}
+    loras = build_inputs(ports, sizes, make=random_values(np.random.default_rng(4)))
+    kept = len(first["ids"] if "ids" in first else first["timestep"])
+    return {**inputs, **loras}, {
+        **first,
+        **{name: loras[name] if name == LORA_POOL.name else loras[name][:kept] for name in loras},
+    }
 
 
 def random_case(name: GraphName, manifest: Manifest, profile: Profile) -> Case:

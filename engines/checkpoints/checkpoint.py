@@ -17,7 +17,7 @@ from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, SAFETY_C
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.vae import Vae, vae_name
-from engines.contract import GRAPHS, GRAPHS_WITH_SAFETY, GraphName
+from engines.contract import GRAPHS, GraphName
 from engines.files import sha256_of
 from engines.manifest import Source
 
@@ -86,7 +86,7 @@ class Checkpoint:
     @property
     def graphs(self) -> tuple[GraphName, ...]:
         """The graphs that it is exported to."""
-        return GRAPHS_WITH_SAFETY if self.has_safety_checker else GRAPHS
+        return (*GRAPHS, "safety") if self.has_safety_checker else GRAPHS
 
     @property
     def wants_safety_checker(self) -> bool:

@@ -6,12 +6,16 @@ Shapes in comments use the letters of `engines.contract`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from engines.contract import MEMORY, OUTPUTS, GraphName, Port, inputs_of
+from engines.export.lora import LoraUpdates
+from engines.manifest import LoraLayer
 
 _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -38,14 +42,24 @@ class GraphModule(nn.Module):
 class EncodePrompt(GraphModule):
     """Token ids to embeddings: one of the text encoder's hidden states, normalized, and its tokens weighted."""
 
-    graph = "encode_prompt"
+    graph: ClassVar[GraphName] = "encode_prompt"
+    updates: LoraUpdates | None = None  # of its LoRA variant
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
-    def forward(self, ids: Tensor, layer: Tensor, weights: Tensor) -> Tensor:
-        states = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states
+    def forward(
+        self,
+        ids: Tensor,
+        layer: Tensor,
+        weights: Tensor,
+        lora_pool: Tensor | None = None,
+        row_lora: Tensor | None = None,
+        lora_weight: Tensor | None = None,
+    ) -> Tensor:
+        with _updated(self.updates, lora_pool, row_lora, lora_weight):
+            states = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states
         chosen = torch.stack(states, dim=1)[torch.arange(ids.shape[0]), layer]  # [N, T, D]
         embeddings: Tensor = self.text_encoder.final_layer_norm(chosen).float()
         weighted = embeddings * weights[:, :, None]
@@ -54,6 +68,16 @@ class EncodePrompt(GraphModule):
         before, after = (values.mean(dim=(1, 2), keepdim=True) for values in (embeddings, weighted))
         meant = after.abs() > 1e-3 * weighted.abs().mean(dim=(1, 2), keepdim=True)
         return weighted * torch.where(meant, before / torch.where(meant, after, 1.0), 1.0)
+
+
+class LoraEncodePrompt(EncodePrompt):
+    """Chunks of prompts, each with the LoRAs of its own request."""
+
+    graph: ClassVar[GraphName] = "encode_prompt_lora"
+
+    def __init__(self, text_encoder: Any, layers: Sequence[LoraLayer]) -> None:
+        super().__init__(text_encoder)
+        self.updates = LoraUpdates("text_encoder", text_encoder, layers)
 
 
 class Denoise(GraphModule):
@@ -67,9 +91,11 @@ class Denoise(GraphModule):
 
     graph: ClassVar[GraphName] = "denoise"
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, lora_layers: Sequence[LoraLayer] = ()) -> None:
+        """`lora_layers` are those that LoRAs update, in the variants for them."""
         super().__init__()
         self.unet = unet
+        self.updates = LoraUpdates("unet", unet, lora_layers)
         self.guidance_embedded = unet.config.time_cond_proj_dim is not None
         self.feature_channels: int = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
 
@@ -90,6 +116,9 @@ class Denoise(GraphModule):
         guidance_embedded: Tensor | None = None,
         features: Tensor | None = None,
         row_feature: Tensor | None = None,
+        lora_pool: Tensor | None = None,
+        row_lora: Tensor | None = None,
+        lora_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         dtype = self.unet.dtype
         lanes = state[slot]  # [B, LANES, c, h, w]
@@ -97,10 +126,11 @@ class Denoise(GraphModule):
         sample = (x * scale[:, None, None, None])[row_image].to(dtype)  # [R, c, h, w]
         text = context[row_context].flatten(1, 2).to(dtype)  # [R, L·T, D]
         condition = None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
-        if features is None or row_feature is None:
-            rows, deep = self._full(sample, timestep, text, condition)
-        else:
-            rows, deep = self._shallow(sample, timestep, text, condition, features[row_feature].to(dtype)), None
+        with _updated(self.updates, lora_pool, row_lora, lora_weight):
+            if features is None or row_feature is None:
+                rows, deep = self._full(sample, timestep, text, condition)
+            else:
+                rows, deep = self._shallow(sample, timestep, text, condition, features[row_feature].to(dtype)), None
         model = _guided(guidance, rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         lanes_next = (coef @ terms.flatten(2)).view_as(lanes)
@@ -150,6 +180,18 @@ class ShallowDenoise(Denoise):
     graph: ClassVar[GraphName] = "denoise_shallow"
 
 
+class LoraDenoise(Denoise):
+    """A step whose rows have LoRAs, each those of its own request."""
+
+    graph: ClassVar[GraphName] = "denoise_lora"
+
+
+class LoraShallowDenoise(Denoise):
+    """As `ShallowDenoise`, with LoRAs."""
+
+    graph: ClassVar[GraphName] = "denoise_shallow_lora"
+
+
 class Decode(GraphModule):
     """Latents of some slots to RGB images, and whether each image is finite: no NaN or infinity before rounding.
 
@@ -188,6 +230,15 @@ class EncodeImage(GraphModule):
         posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
         return latents * self.scaling_factor
+
+
+def _updated(
+    updates: LoraUpdates | None, pool: Tensor | None, index: Tensor | None, weight: Tensor | None
+) -> AbstractContextManager[None]:
+    """Within it, layers are updated by LoRAs, if there are any."""
+    if updates is None or pool is None or index is None or weight is None:
+        return nullcontext()
+    return updates.applied(pool, index, weight)
 
 
 def _attends(block: Any) -> bool:

@@ -13,11 +13,11 @@ from engines.backends.onnxruntime import open_device
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.loading.modules import Modules, load_tokenizer
-from engines.contract import Array, GraphName
+from engines.contract import LORA_GRAPHS, Array, GraphName
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed
 from engines.files import write_atomically
-from engines.manifest import MANIFEST, ComputeDtype, Difference, File, Graph, Onnx, Size, Storage, Tokenizer
+from engines.manifest import MANIFEST, ComputeDtype, Difference, File, Graph, LoraLayer, Onnx, Size, Storage, Tokenizer
 from engines.progress import Progress
 
 _FP16_ENDS = 65504.0
@@ -32,16 +32,19 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     typed: Sequence[tuple[GraphName, ComputeDtype]],
     size: Size,
     known: dict[GraphName, Graph],
+    layers: Sequence[LoraLayer] = (),
     progress: Progress,
 ) -> dict[GraphName, Graph]:
     """Write every graph in FP32, and those of `typed` in that precision, to folder `out`, except those in `known`.
+
+    With `layers` that LoRAs update, the variants for LoRAs are among them.
 
     Graphs that compute in FP16 are checked first to stay within its range at `size`.
 
     Raises:
         ExportError: a graph differs from torch, or leaves FP16's range.
     """
-    traced = traced_graphs(modules, config.latent, config.context)
+    traced = traced_graphs(modules, config.latent, config.context, layers)
     exports = {name: _Export(name, graph, out, progress) for name, graph in traced.items()}
     wanted = {name: [precision for graph, precision in typed if graph == name] for name in traced}
     for name, one in exports.items():  # of all, before minutes go into the first
@@ -67,6 +70,7 @@ class _Export:
 
     def __init__(self, name: GraphName, traced: Traced, out: Path, progress: Progress) -> None:
         self._name = name
+        self._plain = next((graph for graph, variant in LORA_GRAPHS.items() if variant == name), None)
         self._traced = traced
         self._out = out
         self._progress = progress
@@ -125,13 +129,18 @@ class _Export:
         path.parent.mkdir(parents=True, exist_ok=True)
         (self._out / MANIFEST).unlink(missing_ok=True)  # it lists the hash of the graph that is replaced
         with self._progress.stage(f"exporting {self._name}"):
-            files = save_reference(to_onnx(self._traced), path, storage=storage)
+            model = to_onnx(self._traced)
+            if self._plain:  # over the weights of the graph that it is a variant of
+                files = save_typed(model, path, reference=path.with_stem(self._plain))
+            else:
+                files = save_reference(model, path, storage=storage)
         return self._checked(files, storage)
 
     def _typed(self, precision: ComputeDtype) -> Onnx:
+        reference = self._path("fp32") if self._plain is None else self._path("fp32").with_stem(self._plain)
         with self._progress.stage(f"exporting {self._name} in {precision}"):
             model = to_onnx(self._traced.rounded(DTYPES[precision]))
-            files = save_typed(model, self._path(precision), reference=self._path("fp32"))
+            files = save_typed(model, self._path(precision), reference=reference)
             del model
             gc.collect()  # its cycles hold a copy of the weights
         return self._checked(files, precision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +19,21 @@ from engines.checkpoints.loading.libraries import quiet
 from engines.checkpoints.loading.modules import Modules
 from engines.contract import VARYING, Array, GraphName, Port, TensorSpec, build_inputs, random_values
 from engines.errors import EngineError
-from engines.export.modules import Decode, Denoise, EncodeImage, EncodePrompt, GraphModule, ShallowDenoise
+from engines.export.lora import updated_layers
+from engines.export.modules import (
+    Decode,
+    Denoise,
+    EncodeImage,
+    EncodePrompt,
+    GraphModule,
+    LoraDenoise,
+    LoraEncodePrompt,
+    LoraShallowDenoise,
+    ShallowDenoise,
+)
 from engines.export.safety import Safety
-from engines.manifest import ComputeDtype, Context, Latent
+from engines.lora.layout import lay_out, width_of
+from engines.manifest import ComputeDtype, Context, Latent, LoraLayer
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
 _MASK = 1e30  # values beyond it, -inf among them, hide a score from softmax, in FP16 as well
@@ -66,8 +78,17 @@ class Traced:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[GraphName, Traced]:
-    """Every graph of `modules`, with small sizes to trace and check it at."""
+def lora_layers(modules: Modules) -> tuple[LoraLayer, ...]:
+    """The layers of `modules` that LoRAs update, and where their factors lie."""
+    return lay_out(
+        (*updated_layers("unet", modules.unet), *updated_layers("text_encoder", modules.text_encoder)),
+    )
+
+
+def traced_graphs(
+    modules: Modules, latent: Latent, context: Context, layers: Sequence[LoraLayer] = ()
+) -> dict[GraphName, Traced]:
+    """Every graph of `modules`, with small sizes to trace and check it at; with `layers` also those for LoRAs."""
     unit = latent.multiple // latent.downscale
     denoise = Denoise(modules.unet)
     sizes = {
@@ -100,6 +121,11 @@ def traced_graphs(modules: Modules, latent: Latent, context: Context) -> dict[Gr
     if checker := modules.safety_checker:
         safety = graphs["safety"] = Safety(checker.module, checker.preprocessing)
         sizes |= {"k": safety.concepts, "j": safety.special_care}
+    if layers:
+        graphs["encode_prompt_lora"] = LoraEncodePrompt(modules.text_encoder, layers)
+        graphs["denoise_lora"] = LoraDenoise(modules.unet, layers)
+        graphs["denoise_shallow_lora"] = LoraShallowDenoise(modules.unet, layers)
+        sizes |= {"Q": 9, "A": 4, "G": width_of(layers)}
     return {name: Traced(module.eval(), sizes, latent) for name, module in graphs.items()}
 
 

@@ -49,6 +49,36 @@ class InitImage:
         return self.mask is not None and self.strength == 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Lora:
+    """A LoRA that requests may choose, as the device's pool holds it."""
+
+    name: str
+    sha256: str  # of its file: the same contents take the same place in the pool
+    values: NDArray[np.float16]  # [ranks, G], every scale of the file included
+    updates_unet: bool
+    updates_text_encoder: bool  # otherwise prompts are encoded as without it
+
+    @property
+    def ranks(self) -> int:
+        """How many updates of rank one it is."""
+        return len(self.values)
+
+
+class WeightedLora(NamedTuple):
+    """A LoRA of a request, and how strongly it applies."""
+
+    lora: Lora
+    weight: float
+
+
+class Lane(NamedTuple):
+    """What requests must share to share a step: the model and the image size."""
+
+    model: str
+    size: Size
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """Everything that decides the images, with every default filled in."""
@@ -68,6 +98,8 @@ class GenerationParams:
     embeds_guidance: bool = False  # guidance is an input of the UNet, and the negative prompt is not used
     isolated: bool = False  # shares no step, so that batching cannot change a bit
     cache: Cache = "off"  # fast: most steps reuse the UNet's deep features of an earlier step
+    loras: tuple[WeightedLora, ...] = ()  # each once
+    model: str = ""  # its name in this server
 
     @property
     def guided(self) -> bool:
@@ -158,6 +190,16 @@ class Request:
         """Count one more UNet call, and return how many there are now."""
         self._step += 1
         return self._step
+
+    @cached_property
+    def lane(self) -> Lane:
+        """What others must share with it to share its steps."""
+        return Lane(self.params.model, self.params.size)
+
+    @cached_property
+    def ranks(self) -> int:
+        """The ranks of LoRAs that update each of its rows."""
+        return sum(weighted.lora.ranks for weighted in self.params.loras)
 
     @cached_property
     def images(self) -> int:

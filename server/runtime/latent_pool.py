@@ -153,7 +153,7 @@ class LatentPool:
         self._parity = 0  # which of the states is current
         self._inputs = {
             depth: inputs_of(graph, guidance_embedded=manifest.embeds_guidance)
-            for depth, graph in zip(DEPTHS, STEPS, strict=True)
+            for depth, graph in zip(DEPTHS, STEPS, strict=False)
             if graph in engines
         }
         pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
@@ -166,7 +166,7 @@ class LatentPool:
         }
         (self._features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
         self._made_features = made_features
-        self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=True) if graph in engines}
+        self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=False) if graph in engines}
         self._steps: dict[StepShape, _BoundStep] = {}
         staged = {"state": self._staging}
         self._decode = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]

@@ -16,7 +16,7 @@ from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
-from engines.contract import GRAPHS, GRAPHS_WITH_SAFETY
+from engines.contract import GRAPHS
 from tests.support.checkpoints import load
 from tests.support.tiny import edit_index
 
@@ -37,7 +37,7 @@ def preprocessor(folder: Path, content: Mapping[str, Any]) -> None:
 
 def test_it_is_one_more_graph(folder: Path) -> None:
     checkpoint = find_checkpoint(str(folder))
-    assert checkpoint.graphs == GRAPHS_WITH_SAFETY
+    assert checkpoint.graphs == (*GRAPHS, "safety")
     assert not checkpoint.not_followed
     assert count_parameters(checkpoint)["safety"] == sum(one.numel() for one in load_file(folder / WEIGHTS).values())
 
@@ -129,7 +129,7 @@ def test_what_is_not_followed_stops_the_build(folder: Path, content: Mapping[str
 
 def test_its_verdicts_are_not_quantized() -> None:
     def precision(backend: str, wanted: Any, *, prefers_bf16: bool = False) -> str:
-        chosen = engine_precisions(backend, wanted, prefers_bf16=prefers_bf16, graphs=GRAPHS_WITH_SAFETY)
+        chosen = engine_precisions(backend, wanted, prefers_bf16=prefers_bf16, graphs=(*GRAPHS, "safety"))
         return chosen["safety"]
 
     assert precision("openvino", "int8") == precision("openvino", "bf16") == precision("onnxruntime", None) == "fp32"

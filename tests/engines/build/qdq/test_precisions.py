@@ -8,15 +8,15 @@ from engines.backends.registry import TENSORRT
 from engines.build.compile import engine_precisions, required_dtypes
 from engines.build.outline import compile_stages
 from engines.build.qdq.quantize import EIGHT_BITS, EightBits
-from engines.contract import GRAPHS_WITH_SAFETY, STEPS
+from engines.contract import GRAPHS, STEPS
 from engines.errors import EngineError
 
 
 @pytest.mark.parametrize("backend", TENSORRT)
 @pytest.mark.parametrize("precision", EIGHT_BITS)
 def test_the_unet_is_quantized_and_the_rest_is_in_fp16(backend: str, precision: EightBits) -> None:
-    chosen = engine_precisions(backend, precision, prefers_bf16=False, graphs=GRAPHS_WITH_SAFETY)
-    assert chosen == {name: precision if name in STEPS else "fp16" for name in GRAPHS_WITH_SAFETY}
+    chosen = engine_precisions(backend, precision, prefers_bf16=False, graphs=(*GRAPHS, "safety"))
+    assert chosen == {name: precision if name in STEPS else "fp16" for name in (*GRAPHS, "safety")}
     dtypes = required_dtypes(backend, precision, prefers_bf16=False)
     assert {dtype for _name, dtype in dtypes} == {"fp16"}
 

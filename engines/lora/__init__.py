@@ -1,0 +1,1 @@
+"""LoRAs that requests choose: where their factors lie in the pool on the device."""
