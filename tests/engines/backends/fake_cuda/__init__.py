@@ -8,7 +8,8 @@ When a stream's work is done is up to a schedule (`schedules`): as soon as possi
 late as the host allows, in an order that a seed or the priorities choose.
 """
 
-from tests.engines.backends.fake_cuda.runtime import GIB, FakeCuda, current
+from tests.engines.backends.fake_cuda.gpu import GIB
+from tests.engines.backends.fake_cuda.runtime import FakeCuda, current
 from tests.engines.backends.fake_cuda.schedules import ByPriority, Seeded, Threads
 from tests.engines.backends.fake_cuda.streams import FakeStream, stream_of
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary, ref
 from tests.engines.backends.fake_cuda.hazards import Clock, Stamp, merge
 
 if TYPE_CHECKING:
-    from tests.engines.backends.fake_cuda.runtime import FakeCuda
+    from tests.engines.backends.fake_cuda.gpu import Gpu
 
 Work = Callable[[], None]
 
@@ -65,7 +65,7 @@ class Piece:
 
     work: Work
     stamp: Stamp
-    cuda: ref[FakeCuda]
+    cuda: ref[Gpu]
     always: bool = False  # also on a lost device
     awaited: threading.Event | None = None  # what has to come before it
     last: bool = False
@@ -89,7 +89,7 @@ class Piece:
 class FakeStream:
     """A queue of work that is done in order."""
 
-    def __init__(self, cuda: FakeCuda, priority: int) -> None:
+    def __init__(self, cuda: Gpu, priority: int) -> None:
         self.priority = priority
         self.handle = next(handles)
         self.capture: Capture | None = None
