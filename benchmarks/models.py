@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,9 @@ ARCHITECTURES = {
 }
 
 
+LORA_CAPACITY = api.LoraCapacity(slots=8, rank=64)
+
+
 @dataclass(frozen=True, slots=True)
 class BenchmarkModel:
     """A model to measure: the checkpoint that PyTorch loads, None if there is none, and the bundle built from it."""
@@ -72,6 +75,11 @@ def find_model(model: str, folder: Path) -> BenchmarkModel:
     return BenchmarkModel(name, Path(model), folder / name / "bundle")
 
 
+def with_loras(model: BenchmarkModel) -> BenchmarkModel:
+    """The model in a bundle of its own, built with graphs for LoRAs; a bundle that was given stays as it is."""
+    return model if model.given else replace(model, bundle=model.bundle.with_name("bundle-lora"))
+
+
 def checkpoint_of(model: BenchmarkModel) -> Path:
     """The folder that diffusers loads, written if missing. Raises EngineError for a bundle without a checkpoint."""
     if model.checkpoint is None:
@@ -81,30 +89,35 @@ def checkpoint_of(model: BenchmarkModel) -> Path:
     return model.checkpoint
 
 
-def build(model: BenchmarkModel, backend: str, rows: Sequence[int]) -> Manifest:
+def build(
+    model: BenchmarkModel, backend: str, rows: Sequence[int], *, lora: api.LoraCapacity | None = None
+) -> Manifest:
     """Build the model's bundle for `backend` and these row buckets, unless it is up to date.
+
+    With `lora` it has the graphs that apply LoRAs too.
 
     Raises:
         EngineError: it cannot be built.
     """
-    if not model.given and not is_built(model, backend, rows):
+    if not model.given and not is_built(model, backend, rows, lora=lora):
         with display_on(terminal()) as display:
             api.build(
                 api.CheckpointSource(str(checkpoint_of(model))),
                 model.bundle,
                 backends=[backend],
-                options=api.ExportOptions(name=model.name, rows=tuple(rows)),
+                options=api.ExportOptions(name=model.name, rows=tuple(rows), lora=lora),
                 verify=False,
                 reporter=api.Reporter(progress=display),
             )
     return Manifest.read(model.bundle)
 
 
-def is_built(model: BenchmarkModel, backend: str, rows: Sequence[int]) -> bool:
+def is_built(model: BenchmarkModel, backend: str, rows: Sequence[int], *, lora: api.LoraCapacity | None = None) -> bool:
     """Whether the bundle is up to date."""
     with suppress(BundleError):
         manifest = Manifest.read(model.bundle)
-        return model.given or (backend in manifest.builds and manifest.rows == tuple(rows))
+        as_wanted = (manifest.rows, manifest.lora) == (tuple(rows), lora)
+        return model.given or (backend in manifest.builds and as_wanted)
     return False
 
 
