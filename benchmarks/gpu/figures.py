@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from benchmarks.lora.results import TimedSteps
 from loadtest.analysis.statistics import Spread, goodput, percentile
 from loadtest.provenance import ResultModel
 from server.runtime.decodes import DecodePriority
@@ -135,7 +136,7 @@ class Decoding(ResultModel):
     broken: int = 0
 
 
-Figures = Peak | Latencies | Batch | Built | Rows | Serving | Decoding
+Figures = Peak | Latencies | Batch | Built | Rows | Serving | Decoding | TimedSteps
 
 
 def quantiles(seconds: Sequence[float]) -> Quantiles | None:

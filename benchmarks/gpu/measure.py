@@ -8,6 +8,7 @@ from typing import get_args
 
 import numpy as np
 
+from benchmarks import models
 from benchmarks.gpu.bench import Budget
 from benchmarks.gpu.figures import (
     POLICIES,
@@ -22,6 +23,8 @@ from benchmarks.gpu.figures import (
 )
 from benchmarks.gpu.options import GpuBenchCommand
 from benchmarks.inprocess import Saturated, Served
+from benchmarks.lora.results import TimedSteps
+from benchmarks.lora.steps import Steps, capacity_of, cases_of, time_steps
 from benchmarks.models import BenchmarkModel
 from benchmarks.spans import (
     STEPS,
@@ -38,6 +41,8 @@ from engines.backends.available import precision_of
 from loadtest.analysis.statistics import Spread
 from loadtest.arrivals import Arrival, poisson
 from server.runtime.decodes import DecodePriority
+
+_LORAS, _RANKS, _ROUNDS = (1, 4, 8), (4, 16, 32, 64), 3
 
 
 def measure_single(session: Served, options: GpuBenchCommand, backend: str) -> Latencies:
@@ -119,6 +124,16 @@ def measure_decoding(model: BenchmarkModel, backend: str, options: GpuBenchComma
             found[priority] = rate(full.moments)
             broken += session.broken
     return Decoding(rows=rows, rates=found, broken=broken)
+
+
+def measure_loras(model: BenchmarkModel, backend: str, options: GpuBenchCommand) -> TimedSteps:
+    """Steps of guided images without LoRAs, and with one, four and eight, in turns; the bundle is built for it."""
+    subject = models.with_loras(model)
+    manifest = models.build(subject, backend, options.rows, lora=models.LORA_CAPACITY)
+    images = max(min(options.serve_rows, manifest.max_rows) // 2, 1)
+    steps = Steps(subject.bundle, backend, size=manifest.resolutions[0], images=images, threads=options.threads)
+    cases = cases_of(capacity_of(manifest), loras=_LORAS, ranks=_RANKS, images=images)
+    return time_steps(steps, backend, cases, rounds=_ROUNDS, count=options.runs)
 
 
 def _mixed(options: GpuBenchCommand) -> Iterator[int]:

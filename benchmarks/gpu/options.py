@@ -104,6 +104,7 @@ class GpuBenchCommand(CommandLine):
             "single": 20.0,
             "serve": serving,
             "decode": 2 * (LOADING + self.seconds * 1.5),
+            "lora": 420.0,  # most of it builds a bundle with graphs for LoRAs
             "compile": 300.0,
             "compile_batch": 150.0,
         }[stage]

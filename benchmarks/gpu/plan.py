@@ -47,6 +47,8 @@ def _stages(
             served = [stage for stage in _SERVED if options.wants(stage)]
             for stage in served:
                 yield f"{stage} {model.name} {backend}", options.needs(stage) + LOADING * (stage == served[0])
+    if options.wants("lora"):
+        yield from ((f"lora {model.name} {backend}", options.needs("lora")) for model in models for backend in backends)
     for model in models:
         yield from _torch(options, model, "compile", "compile_batch")
 

@@ -22,6 +22,8 @@ from benchmarks.gpu.figures import (
     Serving,
 )
 from benchmarks.gpu.results_file import PYTORCH, GpuResults, Stage, StageResult, pytorch_at, trace_name
+from benchmarks.lora.report import named
+from benchmarks.lora.results import TimedSteps
 from benchmarks.models import ARCHITECTURES
 from engines.backends.registry import ON_CPU
 from loadtest.analysis.statistics import Spread
@@ -119,6 +121,7 @@ def _engine_lines(record: GpuResults, model: str, engine: str) -> Iterator[Repor
     yield from _rows_lines(record, model, engine)
     yield from _decode_lines(record, model, engine)
     yield from _serve_lines(record, model, engine)
+    yield from _lora_lines(record, model, engine)
     if _found(record, Rows, "rows", model, engine):
         yield ReportRow(model, engine, "profile of the steps", f"{trace_name(model, engine)}, for Perfetto")
 
@@ -311,6 +314,17 @@ def _gains(found: Serving, load: ServedLoad) -> tuple[float, float]:
 
 def _gain(more: float, less: float) -> str:
     return f"goodput {more:+.0%}, p99 {-less:+.0%}"
+
+
+def _lora_lines(record: GpuResults, model: str, engine: str) -> Iterator[ReportRow]:
+    found = _found(record, TimedSteps, "lora", model, engine)
+    if found is None:
+        yield ReportRow(model, engine, "steps with LoRAs", _why(record, "lora", model, engine))
+        return
+    plain = found.steps[0]
+    for steps in found.steps:
+        measured = f"{_time(steps.seconds)} per step, {steps.ratio(plain):.2f}× the plain one"
+        yield ReportRow(model, engine, f"LoRAs at {found.rows} rows: {named(steps.ranks)}", measured)
 
 
 def _found(record: GpuResults, kind: type[Kind], stage: Stage, model: str = "", engine: str = "") -> Kind | None:

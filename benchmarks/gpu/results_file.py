@@ -12,7 +12,9 @@ from benchmarks.gpu.figures import Figures, Rows
 from engines.files import write_atomically
 from loadtest.provenance import ResultModel, Run, now
 
-Stage = Literal["peak", "torch", "batch", "build", "rows", "single", "serve", "decode", "compile", "compile_batch"]
+Stage = Literal[
+    "peak", "torch", "batch", "build", "rows", "single", "serve", "decode", "lora", "compile", "compile_batch"
+]
 
 
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -8,7 +8,7 @@ from functools import partial
 from benchmarks import models
 from benchmarks.gpu.bench import GpuBench, first_line
 from benchmarks.gpu.figures import Built, Figures
-from benchmarks.gpu.measure import measure_decoding, measure_rows, measure_serving, measure_single
+from benchmarks.gpu.measure import measure_decoding, measure_loras, measure_rows, measure_serving, measure_single
 from benchmarks.gpu.options import LOADING, GpuBenchCommand
 from benchmarks.gpu.results_file import PYTORCH, Stage, pytorch_at, trace_name
 from benchmarks.inprocess import Served
@@ -30,6 +30,10 @@ def measure_all(bench: GpuBench, benchmark_models: Sequence[BenchmarkModel]) -> 
     for model in benchmark_models:
         for backend in _backends(bench.options, model):
             measure_engine(bench, model, backend)
+    for model in benchmark_models:
+        for backend in _backends(bench.options, model):
+            if bench.due("lora", model.name, backend):
+                bench.measure("lora", model.name, backend, partial(measure_loras, model, backend, bench.options))
     for model in benchmark_models:
         measure_torch(bench, model, "compile")
         measure_batches(bench, model, "compile_batch")

@@ -34,7 +34,7 @@ from benchmarks.gpu.figures import (
     alone,
     rate,
 )
-from benchmarks.gpu.measure import measure_decoding
+from benchmarks.gpu.measure import measure_decoding, measure_loras
 from benchmarks.gpu.options import GpuBenchCommand
 from benchmarks.gpu.report import lines, table
 from benchmarks.gpu.results_file import STAGES, GpuResults, ResultsFile, StageResult, pytorch_at, slug, trace_name
@@ -594,6 +594,23 @@ def test_decoding_is_measured_at_every_priority(tmp_path: Path) -> None:
     assert measured.rows == 4
     assert measured.rates.keys() == {"equal", "low", "between"}
     assert min(measured.rates.values()) > 0
+
+
+def test_steps_with_loras_are_compared_with_plain_ones(lora_bundle: Path, tmp_path: Path) -> None:
+    """By a stage of its own: what fails in it costs no other."""
+    subject = BenchmarkModel("tiny", None, lora_bundle, given=True)
+    short = options(tmp_path, runs=1, serve_rows=4)
+    run = bench(tmp_path)
+    assert run.measure("lora", "tiny", "onnxruntime", partial(measure_loras, subject, "onnxruntime", short))
+    reread = GpuResults.model_validate_json(run.results.path.read_bytes())
+    shown = output(reread, "LoRAs at 4 rows")
+    assert len(shown) == 2  # the plain graph, and one LoRA of rank 4, the only one of those that fits
+    assert shown[0][0].endswith("1.00× the plain one")
+    demo = BenchmarkModel("demo", None, DEMO, given=True)
+    assert not run.measure("lora", "demo", "onnxruntime", partial(measure_loras, demo, "onnxruntime", short))
+    assert output(run.results.record, "steps with LoRAs") == [
+        ("not measured: latentd-demo has no graphs for LoRAs: build it with --lora-slots 8.", None)
+    ]
 
 
 def test_pytorch_is_timed_over_a_checkpoint(checkpoint: Path) -> None:
