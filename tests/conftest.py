@@ -16,6 +16,8 @@ from tests.support.tiny import make_checkpoint
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other programs run
 
+_SHAPES = ["--resolution", "32x32", "--resolution", "48x32", "--rows", "2,4,8"]
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,8 +29,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint, built by the command people use. Tests that alter a bundle copy it first."""
     out = tmp_path_factory.mktemp("bundle")
-    sizes = ["--resolution", "32x32", "--resolution", "48x32"]
-    options = ["--backend", "onnxruntime", *sizes, "--rows", "2,4,8"]
+    options = ["--backend", "onnxruntime", *_SHAPES]
+    assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *options]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def lora_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with graphs that apply the LoRAs of requests. Tests that alter it copy it first."""
+    out = tmp_path_factory.mktemp("lora-bundle")
+    options = ["--backend", "onnxruntime", *_SHAPES, "--lora-slots", "4", "--lora-rank", "8"]
     assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *options]) == 0
     return out
 
