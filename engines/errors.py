@@ -13,3 +13,7 @@ class DeviceLost(EngineError):
 
 class BundleError(EngineError):
     """A bundle is missing, altered, or of a format this version does not read."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint, or a LoRA, cannot be found or read, or is not supported."""

@@ -21,7 +21,7 @@ from engines.files import sha256_of_code
 from engines.manifest import Gpu, Manifest, Onnx, Precision, Source, Storage
 
 ENGINES = Path(__file__).parents[1]  # the package whose code is hashed
-EXPORT_CODE = ("contract.py", "checkpoints", "export")
+EXPORT_CODE = ("contract.py", "safetensors_header.py", "checkpoints", "export", "lora")
 TENSORRT_CODE = ("build/trt",)
 ONNXRUNTIME_CUDA_CODE = ("build/onnxruntime_cuda",)
 QDQ_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/qdq")

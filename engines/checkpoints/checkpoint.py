@@ -15,11 +15,11 @@ from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.decoder import Decoder
 from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, SAFETY_CONFIGS, CheckpointConfig
 from engines.checkpoints.prediction import read_prediction
-from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.vae import Vae, vae_name
 from engines.contract import GRAPHS, GraphName
 from engines.files import sha256_of
 from engines.manifest import Source
+from engines.safetensors_header import read_header
 
 # The graph that a weight goes into, by its name in a single file, or by that of its part and its name in a folder.
 _GRAPHS: Mapping[str, GraphName] = {

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from engines.checkpoints.errors import CheckpointError
+from engines.errors import CheckpointError
 
 _MAX_CHANNELS, _MAX_LEVELS, _MAX_LAYERS, _MAX_TIMESTEPS = 16_384, 6, 64, 10_000  # beyond real models
 _SHOWN = 60  # characters of a wrong value

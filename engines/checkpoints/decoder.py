@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.checkpoints.diffusers_folder import CheckpointConfig, read_json
-from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.safetensors_header import read_header
+from engines.errors import CheckpointError
+from engines.safetensors_header import read_header
 
 _FIRST_WEIGHT = re.compile(r"layers\.(\d+)\.(?:conv\.0\.)?weight")  # of a convolution, or of a block
 _KERNEL_DIMS, _COLORS = 4, 3

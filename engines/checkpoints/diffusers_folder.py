@@ -22,13 +22,13 @@ from engines.checkpoints.configs import (
     VaeConfig,
     parse_config,
 )
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.published_scheduler import (
     ignored_options,
     noise_schedule,
     published_scheduler,
     unsupported_reason,
 )
+from engines.errors import CheckpointError
 from engines.limits import MAX_SIDE
 from engines.manifest import Context, Latent, NoiseSchedule, Size
 

@@ -20,14 +20,14 @@ from engines.checkpoints.diffusers_folder import (
     weight_patterns,
     weights_name,
 )
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.hub import check_hub_id, download, list_files
 from engines.checkpoints.prediction import read_prediction
-from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout
 from engines.checkpoints.supported import check_supported
 from engines.checkpoints.vae import Vae, find_vae
+from engines.errors import CheckpointError
 from engines.progress import NullProgress, Progress
+from engines.safetensors_header import read_header
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SD1_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # its configs describe every single file of SD 1.x

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.checkpoints.errors import CheckpointError
+from engines.errors import CheckpointError
 from engines.progress import Progress, Stage
 
 _ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.checkpoints.safetensors_header import read_header
+from engines.safetensors_header import read_header
 
 _PREDICTIONS: Mapping[str, Literal["epsilon", "v_prediction"]] = {
     "v": "v_prediction",

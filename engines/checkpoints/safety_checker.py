@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.checkpoints.configs import parse_config
 from engines.checkpoints.diffusers_folder import CheckpointConfig, read_json
-from engines.checkpoints.errors import CheckpointError
+from engines.errors import CheckpointError
 
 _LARGEST = 4096  # pixels
 

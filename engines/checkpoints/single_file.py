@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.safetensors_header import TensorShapes, read_header
 from engines.checkpoints.supported import SUPPORTED, check_channels
+from engines.errors import CheckpointError
+from engines.safetensors_header import TensorShapes, read_header
 
 _UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 _PREFIXES = {_UNET: "UNet", _VAE: "VAE", _TEXT: "text encoder"}

@@ -7,9 +7,9 @@ from engines.checkpoints.adapters.lora import check_lora_fits
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import check_decoder_fits
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.safety_checker import read_preprocessing
 from engines.checkpoints.vae import check_vae_fits
+from engines.errors import CheckpointError
 
 SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
 _PIPELINES = (

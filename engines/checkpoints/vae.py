@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.checkpoints.diffusers_folder import CheckpointConfig, read_json
-from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.safetensors_header import read_header
+from engines.errors import CheckpointError
+from engines.safetensors_header import read_header
 
 _PREFIX = "first_stage_model."
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -1,1 +1,1 @@
-"""LoRAs that requests choose: where their factors lie in the pool on the device."""
+"""LoRAs: how files name, scale and hold their updates, and where those lie in the pool on the device."""

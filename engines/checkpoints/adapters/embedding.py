@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Self
 
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.safetensors_header import TensorShapes, read_header
+from engines.errors import CheckpointError
+from engines.lora.early import LEARNED
 from engines.manifest import Context
+from engines.safetensors_header import TensorShapes, read_header
 
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 _UNNAMED = ("emb_params", "string_to_param.*")  # AUTOMATIC1111's tensor names, which do not say the token
 _IN_FOLDER = "learned_embeds.safetensors"  # as diffusers writes it
-TRAINED_WITH = "<embed>"  # the metadata of a token that was trained with a LoRA, and lies in the same file
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "Stable Diffusion XL"}
 
 
@@ -72,7 +72,7 @@ class Embedding:
     def learned_tokens(self) -> tuple[LearnedToken, ...]:
         """The tokens in the file, by its header. Raises CheckpointError."""
         shapes, metadata = read_header(self.path)
-        trained = {key: shape for key, shape in shapes.items() if metadata.get(key) == TRAINED_WITH}
+        trained = {key: shape for key, shape in shapes.items() if metadata.get(key) == LEARNED}
         shapes = trained or shapes
         self._check_names(shapes)
         names = {key: self.path.stem if key in _UNNAMED else key for key in shapes}

@@ -9,28 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from engines.checkpoints.adapters.embedding import TRAINED_WITH, Embedding
-from engines.checkpoints.adapters.lora_scaling import adapter_config_file
+from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
-from engines.checkpoints.safetensors_header import TensorShapes, read_header
+from engines.errors import CheckpointError
+from engines.lora.file import read_lora_header
+from engines.lora.refusals import check_is_lora, check_width
+from engines.lora.scaling import ADAPTER_CONFIG
 
-# Tensor names by which files that cannot be fused are recognised.
-_UNSUPPORTED = {
-    r"^lora_te2_|^text_encoder_2\.|^lora_unet_(input|output)_blocks_": "a LoRA for Stable Diffusion XL",
-    r"^lora_te3_|^(transformer|text_encoder_3)\.|^lora_unet_(double|single|joint)_blocks_": (
-        "a LoRA for a diffusion transformer (Stable Diffusion 3, Flux)"
-    ),
-    r"\.hada_": "a LoHa, not a LoRA (merge it into a checkpoint with the tool that it was trained with)",
-    r"\.lokr_": "a LoKr, not a LoRA (merge it into a checkpoint with the tool that it was trained with)",
-    r"dora_scale|lora_magnitude_vector": "a DoRA, which also rescales the weights",
-    r"\.diff(_b)?$": "a full difference of weights, not a LoRA",
-    r"^bundle_emb\.": "a LoRA with embeddings bundled into it, which must be files of their own (--embedding)",
-}
-_SUPPORTED = "Supported: LoRAs for Stable Diffusion 1.x and 2.x"
-_PROMPT_FACTOR = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:.*\.)?(?:lora_down|lora_A|down)\b")
-_OLD_PROMPT_FACTORS = ("unet:6:down", "unet:7:down")  # attn2's to_k and to_v in the first transformer block
-_MODELS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT, of diffusers
 _FORMS = "write FILE.safetensors or FILE.safetensors:SCALE"
 
@@ -54,8 +39,9 @@ class Lora:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file that decides the update."""
-        config = adapter_config_file(self.path)
-        return (self.path, config) if config else (self.path,)
+        config = self.path.with_name(ADAPTER_CONFIG)
+        decides = self.path.is_file() and read_lora_header(self.path).config is not None
+        return (self.path, config) if decides else (self.path,)
 
 
 def _split(text: str) -> tuple[Path, str | None]:
@@ -108,38 +94,14 @@ def _number(text: str, path: Path) -> float:
 
 def check_lora(path: Path) -> None:
     """Raise CheckpointError unless the tensor names are those of a LoRA. Shapes are checked when it is fused."""
-    shapes, metadata = read_header(path)
-    for sign, kind in _UNSUPPORTED.items():
-        if any(re.search(sign, key) for key in shapes):
-            raise CheckpointError(f"{path.name} is {kind}. {_SUPPORTED}.")
-    if not any("lora" in key for key in shapes) and not _in_early_form(shapes):
-        if TRAINED_WITH in metadata.values():
-            raise CheckpointError(f"{path.name} holds learned tokens and no LoRA: pass it with --embedding.")
-        raise CheckpointError(f"{path.name} is not a LoRA: none of its tensors is named like one.")
+    check_is_lora(read_lora_header(path))
 
 
 def check_lora_fits(lora: Lora, config: CheckpointConfig) -> None:
     """Raise CheckpointError for a LoRA of a model with another text encoder, as far as its header shows."""
-    shapes, _ = read_header(lora.path)
-    width = _prompt_width(shapes)
-    if width and width != config.context.width:
-        made = f"{_MODELS[width]}, with" if width in _MODELS else "a model with"
-        raise CheckpointError(
-            f"{lora.path.name} is a LoRA for {made} prompt embeddings {width} wide, and those of {config.name} are "
-            f"{config.context.width} wide: pass one that was trained on the same kind of model."
-        )
+    check_width(read_lora_header(lora.path), model=config.name, width=config.context.width)
 
 
 def embeddings_in(loras: Sequence[Lora]) -> tuple[Embedding, ...]:
     """The tokens that were trained together with some of `loras`, and lie in the same file."""
-    return tuple(Embedding(lora.path) for lora in loras if TRAINED_WITH in read_header(lora.path)[1].values())
-
-
-def _prompt_width(shapes: TensorShapes) -> int | None:
-    """Width of the prompt embeddings that the LoRA updates the projections of; None where it updates none."""
-    keys = (key for key in shapes if _PROMPT_FACTOR.search(key) or key in _OLD_PROMPT_FACTORS)
-    return next((shapes[key][-1] for key in keys if len(shapes[key]) == 2), None)
-
-
-def _in_early_form(shapes: TensorShapes) -> bool:
-    return any(re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", key) for key in shapes)
+    return tuple(Embedding(lora.path) for lora in loras if read_lora_header(lora.path).learned)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
 from engines.checkpoints.prediction import Prediction, read_prediction
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, model_name
 from engines.checkpoints.vae import Vae, vae_name
+from engines.errors import CheckpointError
 from engines.progress import Progress
 
 _SCHEDULER = "scheduler/scheduler_config.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence
-from engines.checkpoints.safetensors_header import read_header
+from engines.safetensors_header import read_header
 
 _WRAPPER = "text_model."  # transformers has removed it, and files still name it
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from engines.checkpoints.errors import CheckpointError
+from engines.errors import CheckpointError
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], file: str) -> None:

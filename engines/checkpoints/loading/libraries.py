@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.checkpoints.errors import CheckpointError
+from engines.errors import CheckpointError
 
 # What the libraries raise for files that are damaged, or do not fit their configs.
 LOAD_ERRORS = (

@@ -16,16 +16,16 @@ from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import Decoder, decoder_layer
 from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.convert import load_vae
 from engines.checkpoints.loading.diagnose import why_unloadable
 from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.fuse_lora import fuse_lora
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
-from engines.checkpoints.safetensors_header import read_header
 from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
 from engines.checkpoints.vae import Vae
+from engines.errors import CheckpointError
+from engines.safetensors_header import read_header
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
+from engines.errors import CheckpointError
 from tests.support.checkpoints import PARTS, Families, edit, load
 from tests.support.tiny import FAMILIES
 

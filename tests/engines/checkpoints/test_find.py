@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
+from engines.errors import CheckpointError
 from tests.support.checkpoints import Families
 
 

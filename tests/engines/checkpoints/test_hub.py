@@ -128,7 +128,7 @@ def hub() -> Iterator[Hub]:
 FIND = """
 import json, sys
 from contextlib import contextmanager
-from engines.checkpoints.errors import CheckpointError
+from engines.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 
 class Recorder:

@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel
 
 from engines.checkpoints.configs import SchedulerConfig, TextEncoderConfig, UnetConfig, VaeConfig
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
+from engines.errors import CheckpointError
 from tests.support.checkpoints import edit
 
 CONFIGS: dict[str, type[BaseModel]] = {

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from engines.build.compile import engine_precisions
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
 from engines.contract import GRAPHS
+from engines.errors import CheckpointError
 from tests.support.checkpoints import load
 from tests.support.tiny import edit_index
 

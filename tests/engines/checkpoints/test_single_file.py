@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.convert import as_folder
 from engines.checkpoints.loading.modules import Modules, load_modules
+from engines.errors import CheckpointError
 from engines.progress import NullProgress
 from tests.support.checkpoints import Families, Harmful, NoteRecorder, assert_same, load
 from tests.support.ldm import single_file, write_single_file

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.convert import as_folder
 from engines.checkpoints.loading.modules import Modules, load_modules
+from engines.errors import CheckpointError
 from tests.support.checkpoints import PARTS, Families, NoteRecorder, assert_same, edit, load
 from tests.support.ldm import single_file
 from tests.support.tiny import make_decoder

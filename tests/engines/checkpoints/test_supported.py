@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
+from engines.errors import CheckpointError
 from tests.support.checkpoints import edit
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import Modules
+from engines.errors import CheckpointError
 from tests.support.checkpoints import PARTS, assert_same, load, pickle_weights
 from tests.support.ldm import write_single_file
 

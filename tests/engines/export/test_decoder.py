@@ -19,10 +19,10 @@ from engines.backends.registry import ON_CPU
 from engines.build.bundle import _export_key
 from engines.build.tables import inspect_tables
 from engines.checkpoints.checkpoint import count_parameters
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import load_modules
 from engines.contract import LANES, Array
+from engines.errors import CheckpointError
 from engines.manifest import Manifest
 from tests.support.loaded import Loaded
 from tests.support.tiny import make_checkpoint, make_decoder

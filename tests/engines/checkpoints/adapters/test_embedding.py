@@ -20,9 +20,9 @@ import build_engines
 from engines.build.tables import inspect_tables
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import Modules, load_modules
+from engines.errors import CheckpointError
 from engines.export.run import export_tokenizer
 from engines.manifest import Manifest, Source
 from tests.support.references import load_pipeline

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.checkpoints.adapters.lora import Lora
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import Modules
+from engines.errors import CheckpointError
 from tests.support.checkpoints import PARTS, Families, load
 
 

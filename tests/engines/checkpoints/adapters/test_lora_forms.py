@@ -17,13 +17,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora, check_lora
-from engines.checkpoints.errors import CheckpointError
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
-from engines.checkpoints.loading.lora_layers import layers_by_name
 from engines.checkpoints.loading.modules import Modules
-from engines.checkpoints.safetensors_header import read_header
 from engines.demo.tokenizer import write_tokenizer
+from engines.errors import CheckpointError
+from engines.export.lora import updated_layers
+from engines.lora.file import read_lora_header
+from engines.lora.names import Target
+from engines.lora.updates import Shape, outline
 from tests import ROOT
 from tests.support.checkpoints import Families, NoteRecorder, load
 from tests.support.tiny import WIDTH
@@ -328,15 +330,15 @@ def test_real_early_loras_fit_the_layers_of_sd1(file: str, tokens: list[str]) ->
     if not path.is_file():
         pytest.skip(f"the real LoRA {path.name} is not here")
     check_lora(path)
-    shapes, metadata = read_header(path)
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12))
-    named = layers_by_name(unet, encoder, metadata)
-    numbered = {key.rpartition(":")[0] for key in shapes if ":" in key}
-    assert len(numbered) == 144 + 48
-    for layer in numbered:
-        assert (*shapes[f"{layer}:up"][:1], *shapes[f"{layer}:down"][1:]) == named[layer].module.weight.shape
+    layers = {
+        Target(layer.part, layer.name): Shape(layer.outputs, layer.inputs)
+        for layer in (*updated_layers("unet", unet), *updated_layers("text_encoder", encoder))
+    }
+    found = outline(read_lora_header(path), layers)
+    assert (found.form, len(found.ranks)) == ("early", 144 + 48)
     learned = Embedding(path).learned_tokens if tokens else ()
     assert [(token.token, token.vectors, token.width) for token in learned] == [(token, 1, 768) for token in tokens]
 

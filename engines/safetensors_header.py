@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from engines.checkpoints.errors import CheckpointError
+from safetensors import SafetensorError, safe_open
+
+from engines.errors import CheckpointError
 
 _MOST_HEADER = 100 * 2**20  # bytes: the library takes no larger ones
 _MOST_REASON = 160  # characters of the library's reason: it may hold the whole list of types
@@ -27,12 +29,6 @@ def read_header(path: Path) -> tuple[TensorShapes, Mapping[str, str]]:
     Raises:
         CheckpointError: the file does not exist, cannot be read, or is damaged.
     """
-    try:
-        from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - compiling a bundle works without it
-    except ImportError:
-        raise CheckpointError(
-            "Reading a checkpoint needs the package safetensors: pip install 'latentd[build]'."
-        ) from None
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise CheckpointError(f"{path} cannot be read: it is not a file.")
     try:
@@ -44,11 +40,11 @@ def read_header(path: Path) -> tuple[TensorShapes, Mapping[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path} {_diagnosis(path, error)}") from error
+        raise CheckpointError(f"{path} {diagnosis(path, str(error))}") from error
 
 
-def _diagnosis(path: Path, error: Exception) -> str:
-    """What the file is instead, and what to do. The library's own words where it is none of the usual ones."""
+def diagnosis(path: Path, reason: str) -> str:
+    """What the file is instead, and what to do. The library's `reason` where it is none of the usual ones."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -63,7 +59,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
         header = start[8:] + file.read(max(0, end - len(start))) if end <= min(size, _MOST_HEADER) else b""
     if header and size < (whole := end + _data_size(header)):
         return f"is incomplete ({size:,} of {whole:,} bytes): download it again."
-    reason = str(error).removeprefix("Error while deserializing header: ").splitlines()[0][:_MOST_REASON]
+    reason = reason.removeprefix("Error while deserializing header: ").splitlines()[0][:_MOST_REASON]
     return f"is not a .safetensors file, or is damaged ({reason}): download it again."
 
 
