@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 
-from engines.backends.device import Device, Engine, Event, Stream
+from engines.backends.device import Buffer, Call, Device, Engine, Event, Stream
+from engines.contract import LORA_POOL
 from engines.manifest import Manifest
+from engines.row_buckets import rank_buckets
 from server.requests.tokenizer import Chunk, Prompt
+from server.runtime.lora_pool import PlacedLora, Ranks
+from server.runtime.row_cache import RowCache
 
-_Key = tuple[Chunk, int]  # and how many of the text encoder's layers are left out
+
+class _Key(NamedTuple):
+    """What embeddings depend on."""
+
+    chunk: Chunk
+    clip_skip: int  # how many of the text encoder's layers are left out
+    loras: tuple[tuple[str, float], ...]  # those that update the text encoder: hash and weight
+
+
+class _UpdatedCall(NamedTuple):
+    """The text encoder with LoRAs, bound for a number of ranks."""
+
+    call: Call
+    rows: Buffer  # [1, A] i64, of the LoRA pool
+    weights: Buffer  # [1, A] f32
 
 
 class PromptPool:
@@ -22,7 +40,7 @@ class PromptPool:
     prompt that most requests use is encoded once.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts, all by keyword
         self,
         manifest: Manifest,
         engine: Engine,
@@ -30,9 +48,13 @@ class PromptPool:
         *,
         stream: Stream,
         rows: int,
+        updated: tuple[Engine, Buffer] | None = None,
         on_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
-        """`engine` was loaded for `stream`; `on_lookup` is called for each chunk with whether it was cached."""
+        """The engines were loaded for `stream`; `on_lookup` is called for each chunk with whether it was cached.
+
+        `updated` is the engine that applies LoRAs, and their pool.
+        """
         context = manifest.context
         self.context = device.allocate((rows, context.tokens, context.width), np.float32, purpose="prompts")
         self._layers = context.layers
@@ -42,73 +64,100 @@ class PromptPool:
         self._embeddings = device.allocate((1, context.tokens, context.width), np.float32, purpose="prompts")
         buffers = {"ids": self._ids, "layer": self._layer, "weights": self._weights, "embeddings": self._embeddings}
         self._encode = engine.bind(buffers)
+        self._updated: dict[int, _UpdatedCall] = {}  # by ranks, ascending
+        if updated and manifest.lora:
+            for ranks in rank_buckets(manifest.lora):
+                self._updated[ranks] = _bind_updated(*updated, device, buffers, ranks)
         self._stream = stream
         self._on_lookup = on_lookup
-        self._free = list(range(rows))
-        self._rows: OrderedDict[_Key, int] = OrderedDict()  # least recently used first
-        self._users: Counter[_Key] = Counter()
-        self._last_read: dict[_Key, Event] = {}  # by steps, of those that nobody uses
+        self._cache = RowCache[_Key](rows)
 
-    def acquire(self, prompt: Prompt, *, clip_skip: int = 0) -> tuple[int, ...]:
+    def acquire(self, prompt: Prompt, *, clip_skip: int = 0, loras: Sequence[PlacedLora] = ()) -> tuple[int, ...]:
         """Return the rows of the embeddings of the prompt's chunks, which are kept until `release`.
 
         They are valid once the stream has done the work queued on it. It overwrites none before the last step that
         reads it is done, which is mostly long ago: so an encoding rarely waits for steps that are in flight.
+        `loras` are those of its request, uploaded; prompts that none of them updates are shared with requests without.
 
         Raises:
             EngineError: and no row is held, as with any other exception.
         """
+        ranks = Ranks.of(_updating(loras))
         held: list[_Key] = []
         with ExitStack() as undo:
             undo.callback(self._release, held)
-            for chunk in prompt.chunks:
-                self._hold((chunk, clip_skip))
-                held.append((chunk, clip_skip))
+            for key in _keys(prompt, clip_skip, loras):
+                self._hold(key, ranks)
+                held.append(key)
             undo.pop_all()
-        return tuple(self._rows[key] for key in held)
+        return tuple(row for key in held for row in self._cache[key])
 
-    def release(self, prompt: Prompt, *, clip_skip: int = 0, last_read: Event | None = None) -> None:
-        """Release the rows of a prompt, which no step reads after `last_read`; None: none has read them."""
-        self._release([(chunk, clip_skip) for chunk in prompt.chunks], last_read)
+    def release(
+        self,
+        prompt: Prompt,
+        *,
+        clip_skip: int = 0,
+        loras: Sequence[PlacedLora] = (),
+        last_read: Event | None = None,
+    ) -> None:
+        """Undo one `acquire`; no step reads the rows for it after `last_read`. None: none has read them."""
+        self._release(_keys(prompt, clip_skip, loras), last_read)
 
     def warm_up(self) -> None:
-        """Encode a blank chunk, and keep nothing of it."""
+        """Encode a blank chunk, in every way, and keep nothing of it."""
         tokens = self._ids.shape[1]
-        self._launch(Chunk((0,) * tokens, (1.0,) * tokens), 0)
+        blank = _Key(Chunk((0,) * tokens, (1.0,) * tokens), 0, ())
+        for count in (0, *self._updated):
+            self._launch(blank, Ranks((0,) * count, (0.0,) * count))
 
-    def _hold(self, key: _Key) -> None:
-        self._on_lookup(key in self._rows)
-        if key not in self._rows:
-            self._rows[key] = self._encoded(key)
-        self._rows.move_to_end(key)
-        self._users[key] += 1
+    def _hold(self, key: _Key, ranks: Ranks) -> None:
+        found = key in self._cache
+        self._on_lookup(found)
+        if found:
+            self._cache.hold(key)
+        else:
+            self._add(key, ranks)
 
-    def _release(self, keys: list[_Key], last_read: Event | None = None) -> None:
+    def _release(self, keys: Sequence[_Key], last_read: Event | None = None) -> None:
         for key in keys:
-            self._users[key] -= 1
-            if last_read:
-                self._last_read[key] = last_read
-            if not self._users[key]:
-                del self._users[key]
+            self._cache.release(key, last_read)
 
-    def _encoded(self, key: _Key) -> int:
-        self._launch(*key)
-        row, last_read = (self._free.pop(), None) if self._free else self._evict()
+    def _add(self, key: _Key, ranks: Ranks) -> None:
+        self._launch(key, ranks)
+        rows = self._cache.add(key, 1)
         with ExitStack() as undo:
-            undo.callback(self._free.append, row)
-            if last_read:
-                self._stream.follow(last_read)
-            self._stream.copy(self._embeddings, self.context, at=row)
+            undo.callback(self._cache.discard, key)
+            self._cache.await_readers(rows, self._stream)
+            self._stream.copy(self._embeddings, self.context, at=rows[0])
             undo.pop_all()
-        return row
 
-    def _launch(self, chunk: Chunk, clip_skip: int) -> None:
-        self._stream.write(self._ids, np.array([chunk.ids]))
-        self._stream.write(self._layer, np.array([self._layers - clip_skip]))
-        self._stream.write(self._weights, np.array([chunk.weights], np.float32))
-        self._encode.launch()
+    def _launch(self, key: _Key, ranks: Ranks) -> None:
+        self._stream.write(self._ids, np.array([key.chunk.ids]))
+        self._stream.write(self._layer, np.array([self._layers - key.clip_skip]))
+        self._stream.write(self._weights, np.array([key.chunk.weights], np.float32))
+        if not ranks.rows:
+            self._encode.launch()
+            return
+        count, bound = next((count, bound) for count, bound in self._updated.items() if count >= len(ranks.rows))
+        rows, weights = ranks.padded(count)
+        self._stream.write(bound.rows, rows[None])
+        self._stream.write(bound.weights, weights[None])
+        bound.call.launch()
 
-    def _evict(self) -> tuple[int, Event | None]:
-        """A row that nobody uses, and the last step that reads it."""
-        unused = next(key for key in self._rows if key not in self._users)
-        return self._rows.pop(unused), self._last_read.pop(unused, None)
+
+def _bind_updated(
+    engine: Engine, pool: Buffer, device: Device, buffers: Mapping[str, Buffer], ranks: int
+) -> _UpdatedCall:
+    rows = device.allocate((1, ranks), np.int64, purpose="prompts")
+    weights = device.allocate((1, ranks), np.float32, purpose="prompts")
+    call = engine.bind({**buffers, LORA_POOL.name: pool, "row_lora": rows, "lora_weight": weights})
+    return _UpdatedCall(call, rows, weights)
+
+
+def _updating(loras: Sequence[PlacedLora]) -> list[PlacedLora]:
+    return [placed for placed in loras if placed.lora.updates_text_encoder]
+
+
+def _keys(prompt: Prompt, clip_skip: int, loras: Sequence[PlacedLora]) -> list[_Key]:
+    updates = tuple((placed.lora.sha256, placed.weight) for placed in _updating(loras))
+    return [_Key(chunk, clip_skip, updates) for chunk in prompt.chunks]

@@ -101,7 +101,7 @@ def test_nothing_is_held_when_all_have_left(machine: Machine) -> None:
         for _ in range(2):
             for asked in [running.ask(**fields) for fields in CROWD]:
                 asked.images()
-        assert not running.pipeline._prompts._users
+        assert not running.pipeline._prompts._cache._users
         assert running.batcher.running == running.batcher.waiting == running.executor.decoding == 0
         assert free_places(running) == before
 
@@ -233,7 +233,7 @@ def test_a_request_that_fails_at_any_stage_releases_everything(cpu: Machine, gra
         assert asked.outcome_name() == "StepFailed"
         assert len(asked.endings) == 1
         assert running.ask(num_inference_steps=1).outcome_name() == "Completed"
-    assert not running.pipeline._prompts._users
+    assert not running.pipeline._prompts._cache._users
     assert not running.executor._owned
     assert free_places(running) == before
 
@@ -250,7 +250,7 @@ def test_a_request_cancelled_before_it_is_placed_releases_everything(gpu: FakeMa
             request.cancel()
         assert asked.outcome_name() == "Cancelled"
         assert not asked.events[:-1], "it was placed before it was cancelled"
-    assert not running.pipeline._prompts._users
+    assert not running.pipeline._prompts._cache._users
     assert not running.executor._owned
     assert free_places(running) == before
 

@@ -10,10 +10,9 @@ import pytest
 
 from engines.accuracy import psnr
 from engines.backends.cuda import CudaStream
-from engines.backends.device import Event
 from server.requests.request import Image
 from server.requests.tokenizer import Chunk, Prompt
-from server.runtime.prompt_pool import PromptPool
+from server.runtime.row_cache import RowCache
 from tests.engines.backends.fake_cuda import ByPriority, FakeCuda, Seeded
 from tests.engines.backends.fake_tensorrt import fake_device
 from tests.support.executing import Running
@@ -35,18 +34,18 @@ def machine(bundle: Path, cuda: FakeCuda) -> FakeMachine:
 def newest_rows_are_overwritten() -> Iterator[None]:
     """Evict the rows that were released last, which steps in flight may read. Safety must not depend on the policy."""
 
-    def evict(pool: PromptPool) -> tuple[int, Event | None]:
-        newest = next(key for key in reversed(pool._rows) if key not in pool._users)
-        return pool._rows.pop(newest), pool._last_read.pop(newest, None)
+    def evict(cache: RowCache[Any]) -> None:
+        newest = next(key for key in reversed(cache._rows) if key not in cache._users)
+        cache._free.extend(cache._rows.pop(newest))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PromptPool, "_evict", evict)
+        patch.setattr(RowCache, "_evict", evict)
         yield
 
 
 def draw(running: Running) -> list[Image]:
     """What a few requests get that come and go in the steps of each other, and take each other's rows of prompts."""
-    del running.pipeline._prompts._free[4:]  # fewer rows than prompts, which overwrite each other's
+    del running.pipeline._prompts._cache._free[4:]  # fewer rows than prompts, which overwrite each other's
     asked = [
         running.ask(prompt=f"a red {thing}", seed=seed, num_inference_steps=2 + seed % 3, scheduler="ddim")
         for seed, thing in enumerate(("cat", "boat", "bird", "house", "star", "heart"))
@@ -116,7 +115,7 @@ def test_a_row_of_a_prompt_is_overwritten_after_the_last_step_that_reads_it(
 ) -> None:
     running, cuda = executor
     pool, steps = running.pipeline._prompts, running.pipeline._streams.steps
-    pool._free.clear()
+    pool._cache._free.clear()
     first, second = (Prompt("", (Chunk((word,) * 16, (1.0,) * 16),)) for word in (1, 2))
     (row,) = pool.acquire(first)
     running.pipeline._streams.encode.record().wait()
