@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from server.runtime.monitoring.spans import Spans
 
 _READERS = 2  # uploads that are decoded at once: each may take a second, and 250 MB of memory
+_LORA_READERS = 8  # requests that look for their LoRAs at once, in threads that others need too
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Service:
     spans: Spans | None = None
     prompt_check: PromptCheck | None = None
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
+    lora_readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _LORA_READERS))
     jobs: JobStore = field(default_factory=MemoryStore)
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
@@ -145,10 +147,10 @@ class Service:
         if self.spans:
             everyone = self.spans.observe, *everyone  # first: the span of the files follows the outcome
         make = partial(runtime.intake.request, body, *everyone, context=context)
-        if body.image is None:
+        if not runtime.intake.reads_files(body):
             request = make()
         else:
-            async with self.readers:
+            async with self.readers if body.image is not None else self.lora_readers:
                 request = await run_in_threadpool(make)
         if self.prompt_check:
             await self.prompt_check(body.prompt, body.negative_prompt)

@@ -113,6 +113,10 @@ class StorageFailed(ServerError):
     """The database of jobs cannot be read or written."""
 
 
+class LoraUnreadable(ServerError):
+    """The file of a LoRA cannot be read now."""
+
+
 class InternalError(ServerError):
     """An unexpected error of the server, which its log describes."""
 
@@ -162,6 +166,7 @@ STATUS: dict[type[ServerError], int] = {
     NotReady: 503,
     TooManyBodies: 503,
     StorageFailed: 503,
+    LoraUnreadable: 503,
     ServerStopping: 503,
     DeadlineExceeded: 504,
 }

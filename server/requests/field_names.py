@@ -10,6 +10,7 @@ _LONGEST = 40  # characters of a name that is compared with others
 _SYNONYMS = {
     "prompt": ("inputs", "text", "positive", "positive_prompt", "caption", "text_prompt"),
     "negative_prompt": ("negative", "neg_prompt", "uc"),
+    "loras": ("lora", "adapters", "lora_weights", "adapter_id"),
     "clip_skip": ("clip_stop_at_last_layers", "stop_at_clip_layer"),
     "width": ("w",),
     "height": ("h",),
@@ -26,7 +27,7 @@ _SYNONYMS = {
     "mask": ("mask_image", "inpainting_mask"),
     "strength": ("denoise", "denoising_strength", "image_strength", "prompt_strength", "init_image_strength"),
 }
-_LORAS = "LoRAs are part of the model: add them with build_engines.py --lora"
+_LORAS = 'send loras, such as [{"name": "style", "weight": 0.8}]'
 _UPSCALING = "images are not upscaled: send width and height of a size that GET /models lists"
 _REASONS = {
     "size": "send width and height",
@@ -40,9 +41,9 @@ _REASONS = {
     "output_type": "set the header Accept: application/json for base64, image/png for a file",
     "stream": "set the header Accept: text/event-stream",
     "timesteps": "choose scheduler, timestep_spacing and sigmas by name",
-    "lora": _LORAS,
-    "loras": _LORAS,
+    "lora_scale": _LORAS,
     "cross_attention_kwargs": _LORAS,
+    "joint_attention_kwargs": _LORAS,
     "enable_hr": _UPSCALING,
     "hr_scale": _UPSCALING,
     "hr_upscaler": _UPSCALING,

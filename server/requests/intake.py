@@ -14,6 +14,7 @@ from engines.schedulers import Scheduler, Table, find, table
 from server.requests import uploads
 from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
+from server.requests.loras import Loras, choose, names_loras
 from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request, StepCache
 from server.requests.schemas import MAX_SEED, GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
@@ -30,18 +31,29 @@ _BY_TRANSPARENCY = (
 class Intake:
     """Makes requests by the model's defaults and limits. Knows neither queues nor devices."""
 
-    def __init__(self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: StepCache = "off") -> None:
-        """`cache` is the step cache of requests that do not set it; `disabled` refuses those that ask for one."""
+    def __init__(
+        self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: StepCache = "off", loras: Loras | None = None
+    ) -> None:
+        """`cache` is the step cache of requests that do not set it; `disabled` refuses those that ask for one.
+
+        Without `loras` none can be chosen, and their tags in prompts are text.
+        """
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._cache = cache
+        self._loras = loras
+
+    def reads_files(self, body: GenerateRequest) -> bool:
+        """Whether `request` may take long for this body: it decodes images, or reads the files of LoRAs."""
+        return body.image is not None or (self._loras is not None and names_loras(body))
 
     def request(self, body: GenerateRequest, *listeners: Listener, context: RequestContext = ANONYMOUS) -> Request:
         """Fill in the defaults, tokenize, decode images, and compile the scheduler's table.
 
         Raises:
             InvalidRequest: the bundle was not built for this size, the scheduler does not support the step count, an
-                image cannot be decoded, or fields contradict each other.
+                image cannot be decoded, a LoRA is not there, or fields contradict each other.
+            LoraUnreadable
         """
         _check_contradictions(body)
         if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end) != (0, 1):
@@ -56,7 +68,7 @@ class Intake:
         init_image = None if image is None else self._init_image(body, image, size)
         scheduler = self._scheduler(body)
         params = GenerationParams(
-            prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax),
+            prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax, names_loras=self._loras is not None),
             negative_prompt=self._tokenizer(body.negative_prompt, syntax=body.prompt_syntax),
             size=size,
             scheduler=scheduler,
@@ -71,6 +83,7 @@ class Intake:
             embeds_guidance=self._manifest.embeds_guidance,
             isolated=body.exact,
             cache=self._step_cache(body),
+            loras=choose(body, self._loras, self._manifest),
         )
         return Request(
             params,

@@ -33,7 +33,7 @@ _AND = re.compile(r"\bAND\b")
 _TAG = re.compile(
     r"<(?P<kind>[a-z]\w{0,30}+):(?:[^<>]++|<[^<>]*+>){1,9}+>|\bembedding:[^\s,:()<>]{1,99}+", re.IGNORECASE
 )
-_LORAS = "add LoRAs to the bundle with build_engines.py --lora"
+_LORAS = "LoRAs are named in the prompt, as <lora:NAME:0.8>, on a server that is started with --loras"
 _EMBEDDINGS = "write the token of the embedding, as the bundle has it"
 _ADVICE = {
     "lora": _LORAS,

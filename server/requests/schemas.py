@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -13,11 +14,13 @@ from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests import base64_file
 from server.requests.context import Priority
 from server.requests.images import ImageFormat
+from server.requests.lora_tags import MAX_LORA_WEIGHT
 from server.requests.request import Cache, GenerationParams
 from server.requests.tokenizer import Syntax
 
 MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
 MAX_TIMEOUT = 86_400  # seconds
+MAX_LORAS = 16  # of one request
 
 
 def _lower(value: object) -> object:
@@ -52,6 +55,28 @@ class _StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
+class LoraChoice(BaseModel):
+    """A LoRA, and how strongly it applies."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    name: str = Field(strict=True, min_length=1, max_length=300, description="a name of GET /loras")
+    weight: float = Field(
+        1.0, strict=True, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT, description="1 is as it was trained; default: 1"
+    )
+
+
+def _read_json(value: object) -> object:
+    """What a form has as text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+LoraChoices = Annotated[tuple[LoraChoice, ...], Field(strict=False, max_length=MAX_LORAS), BeforeValidator(_read_json)]
+
+
 class GenerateRequest(_StrictModel):
     """Parameters of a generation. Only the prompt is required; null means the default, as leaving a field out does."""
 
@@ -65,8 +90,13 @@ class GenerateRequest(_StrictModel):
     )
     prompt_syntax: Annotated[Syntax, _AnyCase, _NullMeans("a1111")] = Field(
         "a1111",
-        description="a1111: AUTOMATIC1111's attention syntax, (word:1.2), [word] and BREAK; "
+        description="a1111: AUTOMATIC1111's attention syntax, (word:1.2), [word] and BREAK, and <lora:NAME:0.8>; "
         "plain: every character is literal text",
+    )
+    loras: Annotated[LoraChoices, _NullMeans(())] = Field(
+        (),
+        description='LoRAs of GET /loras, such as {"name": "style", "weight": 0.8}; a prompt may name them too, as '
+        "<lora:style:0.8>, and a weight given here replaces that one",
     )
     clip_skip: Annotated[int, _NullMeans(0)] = Field(
         0,
@@ -199,6 +229,7 @@ class Parameters(BaseModel):
     prompt: str
     negative_prompt: str
     prompt_syntax: Syntax
+    loras: list[LoraChoice] = Field([], description="all LoRAs, those of the prompt's tags included")
     clip_skip: int
     width: int
     height: int
@@ -225,6 +256,7 @@ class Parameters(BaseModel):
             "prompt": params.prompt.text,
             "negative_prompt": params.negative_prompt.text,
             "prompt_syntax": params.prompt.syntax,
+            "loras": [LoraChoice(name=lora.name, weight=weight) for lora, weight in params.loras],
             "width": params.size.width,
             "height": params.size.height,
             "seed": params.seeds[0],

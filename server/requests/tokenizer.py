@@ -13,6 +13,7 @@ import tokenizers
 
 from engines.contract import MAX_CHUNKS
 from engines.errors import EngineError
+from server.requests.lora_tags import without_tags
 from server.requests.prompts import WeightedSpan, excerpt, parse, unsupported
 
 Syntax = Literal["a1111", "plain"]
@@ -43,7 +44,7 @@ class Chunk:
 class Prompt:
     """A tokenized prompt."""
 
-    text: str
+    text: str  # as it was sent, with its tags
     chunks: tuple[Chunk, ...]  # one of CHUNK_COUNTS in number
     warnings: tuple[str, ...] = ()  # sentences: truncation, and unsupported syntax that was treated as text
     syntax: Syntax = "a1111"  # the syntax it was parsed with
@@ -96,13 +97,17 @@ class PromptTokenizer:
         self._vectors = {ids[0]: ids for ids in (self._vectors_of(*item) for item in embeddings.items())}
         self._cached = lru_cache(_CACHE_SIZE)(self._tokenize_prompt)
 
-    def __call__(self, text: str, *, syntax: Syntax = "a1111") -> Prompt:
-        """Tokenize `text`, parsed as AUTOMATIC1111 syntax, or with syntax "plain" as literal text."""
-        return self._cached(text, syntax)
+    def __call__(self, text: str, *, syntax: Syntax = "a1111", names_loras: bool = False) -> Prompt:
+        """Tokenize `text`, parsed as AUTOMATIC1111 syntax, or with syntax "plain" as literal text.
 
-    def _tokenize_prompt(self, text: str, syntax: Syntax) -> Prompt:
-        parts = parse(text) if syntax == "a1111" else [[WeightedSpan(text, 1.0)]]
-        warnings = unsupported(text) if syntax == "a1111" else ()
+        Where it `names_loras`, their tags are taken out of that syntax first; otherwise they are text.
+        """
+        return self._cached(text, syntax, names_loras)
+
+    def _tokenize_prompt(self, text: str, syntax: Syntax, names_loras: bool) -> Prompt:
+        encoded = without_tags(text) if syntax == "a1111" and names_loras else text
+        parts = parse(encoded) if syntax == "a1111" else [[WeightedSpan(text, 1.0)]]
+        warnings = unsupported(encoded) if syntax == "a1111" else ()
         contents = [content for pieces in self._tokenize(parts) for content in self._split(pieces)]
         if len(contents) > 1 and not contents[-1]:
             contents.pop()  # a trailing BREAK starts no chunk; other BREAKs may leave one empty

@@ -75,7 +75,7 @@ def test_a_name_of_another_program_leads_to_ours(field: str, name: str) -> None:
         ("parameters", "send its fields beside prompt"),
         ("response_format", "Accept: application/json"),
         ("stream", "text/event-stream"),
-        ("loras", "build_engines.py --lora"),
+        ("cross_attention_kwargs", "send loras, such as"),
         ("enable_hr", "width and height of a size that GET /models lists"),
         ("model", "leave it out"),
         ("guidence_scale", "did you mean guidance_scale?"),
@@ -201,7 +201,7 @@ def test_every_value_of_every_field_is_read_or_refused_by_name(field: str, value
     except MalformedBody as error:
         assert "Invalid JSON" in error.detail  # noqa: PT017 - any outcome is right, if it is said
     except InvalidRequest as error:
-        assert error.fields[0].field == field  # noqa: PT017
+        assert error.fields[0].field.partition(".")[0] == field  # noqa: PT017
 
 
 def test_of_a_key_that_occurs_twice_the_last_counts() -> None:

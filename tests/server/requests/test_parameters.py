@@ -42,6 +42,7 @@ def test_values_are_those_of_the_request() -> None:
     assert Parameters.of(params).model_dump(exclude={"prompt_syntax", "timestep_spacing", "final_sigmas_type"}) == {
         "prompt": "a boat",
         "negative_prompt": "a bird",
+        "loras": [],
         "clip_skip": 1,
         "width": 64,
         "height": 48,

@@ -270,7 +270,7 @@ def test_long_text_is_parsed_in_time(opening: str) -> None:
         ("[(a:1.2)|b]", "[(a:1.2)|b]"),
         ("a <lora:some style:0.8> cat", "<lora:some style:0.8>"),
         ("<LYCO:style:1>", "<LYCO:style:1>"),
-        ("<lora:<x>:1>", '"<lora:<x>:1>" is treated as text: add LoRAs'),
+        ("<lora:<x>:1>", '"<lora:<x>:1>" is treated as text: LoRAs are'),
         ("<lora:a <b> c:1> d", '"<lora:a <b> c:1>"'),
         ("<lora:one\ntwo:1>", "<lora:one two:1>"),
         ("<LyCORIS:style:1:0.5>", "<LyCORIS:style:1:0.5>"),
@@ -319,7 +319,8 @@ def test_each_kind_is_warned_of_once_with_an_alternative() -> None:
         'Prompt editing such as "[a:b:0.5]" is treated as text: use one prompt for all steps.',
         'Alternation such as "[a|b]" is treated as text: use one prompt for all steps.',
         "AND is treated as text and does not combine prompts: describe everything in one prompt.",
-        '"<lora:a:1>" is treated as text: add LoRAs to the bundle with build_engines.py --lora.',
+        '"<lora:a:1>" is treated as text: LoRAs are named in the prompt, as <lora:NAME:0.8>, on a server that is '
+        "started with --loras.",
         '"<hypernet:c:1>" is treated as text: hypernetworks are not supported.',
     )
 
