@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from engines.cli import CommandLine, Metavar, Repeatable
 from loadtest.analysis.results import LoadLevel
+from loadtest.mix import Wanted
 from loadtest.options import BOTH_GIVEN
 from loadtest.response_formats import FormatName
 
@@ -66,6 +67,12 @@ class LoadTestOptions(CommandLine):
     steps: Annotated[Count | None, Metavar("N")] = Field(
         None, description="denoising steps; the model's default unless given"
     )
+    model: Repeatable[str] = Field(
+        (), description="may be repeated, for a mix of models; the server's default unless given"
+    )
+    lora: Annotated[Repeatable[str], Metavar("NAME[:WEIGHT]")] = Field(
+        (), description="a LoRA of the server's, may be repeated: each request has one of them"
+    )
     mix: Annotated[Path | None, Metavar("FILE")] = Field(
         None, description="JSON lines: the fields of a request on each, and its weight if it is not 1"
     )
@@ -77,9 +84,14 @@ class LoadTestOptions(CommandLine):
             raise ValueError("give a load: --rate R, --sweep or --users N")
         if self.sweep and self.baseline:
             raise ValueError("--baseline compares equal loads, and a sweep chooses its own: use --rate, not --sweep")
-        if self.mix and (self.prompt or self.steps):
+        if self.mix and self.wanted:
             raise ValueError(BOTH_GIVEN)
         return self
+
+    @property
+    def wanted(self) -> Wanted:
+        """What requests have without a mix."""
+        return Wanted(self.prompt, self.steps, self.model, self.lora)
 
     def load(self, *, rate: float | None = None, users: int | None = None) -> LoadLevel:
         """Return the load of `rate` or `users` with these durations."""

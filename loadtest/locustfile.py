@@ -23,7 +23,7 @@ from locust.clients import ResponseContextManager
 from locust.env import Environment
 from locust.runners import LocalRunner, Runner, WorkerRunner
 
-from loadtest.mix import Mix, MixEntry, MixError, choose_entries
+from loadtest.mix import Mix, MixEntry, MixError, Wanted, choose_entries
 from loadtest.options import BOTH_GIVEN, add_request_options, positive
 from loadtest.response_formats import RESPONSE_FORMATS, BodyPart, RawResponse, RequestResult, ResponseFormat
 
@@ -115,9 +115,10 @@ def configure_users(environment: Environment, **_: Any) -> None:
 
 
 def _choose_entries(given: Namespace, host: str | None) -> tuple[MixEntry, ...]:
-    if given.mix and (given.prompt or given.steps):
+    wanted = Wanted(given.prompt, given.steps, given.model, given.lora)
+    if given.mix and wanted:
         raise MixError(BOTH_GIVEN)
-    return choose_entries(given.mix, given.prompt, given.steps, examples=lambda: _examples(host))
+    return choose_entries(given.mix, wanted, examples=lambda: _examples(host))
 
 
 def _examples(host: str | None) -> Sequence[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,59 @@ class Mix:
         return float(np.average(values, weights=[entry.weight for entry in self.entries]))
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What requests without a mix have: an entry is made for each prompt with each model and each LoRA."""
+
+    prompts: Sequence[str] = ()  # without any, the model's examples
+    steps: int | None = None  # the server's default where None
+    models: Sequence[str] = ()  # without any, the server's default
+    loras: Sequence[str] = ()  # NAME, or NAME:WEIGHT; without any, none
+
+    def __bool__(self) -> bool:
+        return any((self.prompts, self.steps, self.models, self.loras))
+
+
 def choose_entries(
-    mix: str | Path | None, prompts: Sequence[str], steps: int | None, *, examples: Callable[[], Sequence[str]]
+    mix: str | Path | None, wanted: Wanted, *, examples: Callable[[], Sequence[str]]
 ) -> tuple[MixEntry, ...]:
-    """Return the entries of a mix's file, of the prompts, or of the served model's `examples`.
+    """Return the entries of a mix's file, or those wanted, with the served model's `examples` without a prompt.
 
     Raises MixError, OSError.
     """
     if mix:
         return read_entries(Path(mix).read_text(encoding="utf-8"))
-    return plain_entries(prompts or tuple(examples()[:_MAX_EXAMPLES]) or ("a picture",), steps=steps)
+    prompts = wanted.prompts or tuple(examples()[:_MAX_EXAMPLES]) or ("a picture",)
+    return plain_entries(replace(wanted, prompts=prompts))
 
 
-def plain_entries(prompts: Sequence[str], *, steps: int | None) -> tuple[MixEntry, ...]:
-    """Return an entry for each prompt, all with the same number of steps; the server's default where None."""
-    more = {} if steps is None else {"num_inference_steps": steps}
-    return tuple(MixEntry(name=f"prompt {prompt!r}", weight=1, fields={"prompt": prompt, **more}) for prompt in prompts)
+def plain_entries(wanted: Wanted) -> tuple[MixEntry, ...]:
+    """Return an entry for each prompt, model and LoRA, all with the same number of steps."""
+    more = {} if wanted.steps is None else {"num_inference_steps": wanted.steps}
+    chosen = product(wanted.prompts, wanted.models or [""], wanted.loras or [""])
+    return tuple(_plain_entry(*one, more) for one in chosen)
+
+
+def _plain_entry(prompt: str, model: str, lora: str, more: Mapping[str, Any]) -> MixEntry:
+    """Return the entry of a prompt, with a model and a LoRA where they are not empty."""
+    fields: dict[str, Any] = {"prompt": prompt, **more}
+    named = [f"prompt {prompt!r}"]
+    if model:
+        fields["model"] = model
+        named.append(f"model {model}")
+    if lora:
+        fields["loras"] = [_lora(lora)]
+        named.append(f"LoRA {lora}")
+    return MixEntry(name=", ".join(named), weight=1, fields=fields)
+
+
+def _lora(text: str) -> dict[str, Any]:
+    """Parse NAME or NAME:WEIGHT as a request's field has it."""
+    name, _, weight = text.rpartition(":")
+    try:
+        return {"name": name, "weight": float(weight)} if name else {"name": text}
+    except ValueError:
+        return {"name": text}
 
 
 def read_entries(text: str) -> tuple[MixEntry, ...]:

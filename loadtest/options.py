@@ -9,7 +9,7 @@ from collections.abc import Callable
 from engines.manifest import Size
 from loadtest.response_formats import RESPONSE_FORMATS
 
-BOTH_GIVEN = "--mix gives prompts and steps itself: omit --prompt and --steps"
+BOTH_GIVEN = "--mix gives all fields of a request itself: omit --prompt, --steps, --model and --lora"
 
 
 def add_request_options(group: argparse._ArgumentGroup) -> None:
@@ -24,6 +24,8 @@ def add_request_options(group: argparse._ArgumentGroup) -> None:
     )
     add("--prompt", action="append", default=[], help="may be repeated (default: the model's examples)")
     add("--steps", type=count, metavar="N", help="denoising steps (default: the model's)")
+    add("--model", action="append", default=[], help="may be repeated, for a mix of models (default: the server's)")
+    add("--lora", action="append", default=[], metavar="NAME[:WEIGHT]", help="may be repeated: each request has one")
     add("--mix", metavar="FILE", help="JSON lines: the fields of a request, and its weight if it is not 1")
     add("--seed", type=_seed, default=0, help="seed of the arrivals and of the images (default: %(default)s)")
 

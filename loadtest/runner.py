@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -86,13 +86,18 @@ async def _prepare(options: LoadTestOptions, provenance: Run, client: ServerClie
     """Check the server and every entry of the mix, and measure idle latencies."""
     await client.check_ready()
     models = await client.models()
-    entries = choose_entries(
-        options.mix, options.prompt, options.steps, examples=lambda: models[0]["examples"] if models else ()
-    )
+    examples = _examples(models, options.model)
+    entries = choose_entries(options.mix, options.wanted, examples=lambda: examples)
     mix = Mix(entries, options.seed)
     idle = await measure_idle_latencies(client, mix)
     targets = tuple(options.slo if options.slo is not None else _TARGET * one for one in idle)
     return LoadTestRun(provenance, models, await client.version(), mix, idle, targets)
+
+
+def _examples(models: Sequence[Mapping[str, Any]], named: Sequence[str]) -> Sequence[str]:
+    """Return the examples of the first model that is named, or of the server's default."""
+    chosen = [model for model in models if model["name"] == named[0]] if named else models
+    return chosen[0]["examples"] if chosen else ()
 
 
 async def _loads(options: LoadTestOptions, run: LoadTestRun) -> AsyncIterator[LoadLevel]:

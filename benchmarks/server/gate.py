@@ -26,7 +26,7 @@ from loadtest.analysis.compare import MARGIN
 from loadtest.analysis.results import LoadLevel, Outcome
 from loadtest.client import LoadTestError, ServerClient
 from loadtest.generator import LoadGenerator, measure_idle_latencies
-from loadtest.mix import Mix, plain_entries
+from loadtest.mix import Mix, Wanted, plain_entries
 
 _LEVEL = 0.99  # confidence of the intervals
 _PAIRS = 80  # pairs of requests on idle servers
@@ -143,7 +143,7 @@ def crowd_load(alone: float) -> LoadLevel:
 
 
 def _mix(seed: int) -> Mix:
-    return Mix(plain_entries(["a red heart on a yellow background"], steps=_STEPS), seed)
+    return Mix(plain_entries(Wanted(["a red heart on a yellow background"], _STEPS)), seed)
 
 
 def _check(outcome: Outcome, detail: str) -> None:

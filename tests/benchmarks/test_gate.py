@@ -17,7 +17,7 @@ from engines.demo import BUNDLE as DEMO
 from loadtest import __main__ as command
 from loadtest.analysis.results import LoadTestSummary
 from loadtest.generator import request_schedule
-from loadtest.mix import Mix, plain_entries
+from loadtest.mix import Mix, Wanted, plain_entries
 from tests import ROOT
 from tests.support.serving import Serving
 
@@ -69,7 +69,7 @@ def test_too_few_rounds_are_refused() -> None:
 
 def test_every_crowd_has_callers() -> None:
     for seed, alone in itertools.product(range(gate.CROWDS), (0.01, 3.0)):
-        assert list(request_schedule(gate.crowd_load(alone), Mix(plain_entries(["a"], steps=1), seed)))
+        assert list(request_schedule(gate.crowd_load(alone), Mix(plain_entries(Wanted(["a"], 1)), seed)))
 
 
 def test_both_are_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from tests.loadtest.records import UNREACHABLE
         (["--rate", "1", "--warm-up", "-1"], "--warm-up: Input should be greater than or equal to 0"),
         (["--rate", "1", "--factor", "1"], "--factor: Input should be greater than 1.05"),
         (["--rate", "1", "--format", "gif"], "--format: Input should be 'json', 'png', 'events' or 'openai'"),
-        (["--rate", "1", "--mix", "x", "--steps", "3"], "--mix gives prompts and steps itself"),
+        (["--rate", "1", "--mix", "x", "--steps", "3"], "--mix gives all fields of a request itself"),
         (["--sweep", "--baseline", "x"], "--baseline compares equal loads"),
     ],
 )

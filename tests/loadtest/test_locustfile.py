@@ -136,7 +136,7 @@ def test_failing_server_is_counted_as_failures() -> None:
     ("words", "message"),
     [
         (["--mix", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--mix", "x", "--steps", "3"], "--mix gives prompts and steps itself"),
+        (["--mix", "x", "--steps", "3"], "--mix gives all fields of a request itself"),
         ([], "Name the server with --host"),
         (["--host", "http://127.0.0.1:9"], "refused"),
         (["--format", "smiling"], "invalid choice"),

@@ -6,7 +6,7 @@ import pytest
 
 from loadtest.analysis.results import LoadLevel
 from loadtest.generator import request_schedule
-from loadtest.mix import Mix, MixEntry, MixError, abridged, plain_entries, read_entries
+from loadtest.mix import Mix, MixEntry, MixError, Wanted, abridged, plain_entries, read_entries
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,23 @@ def test_entries_are_drawn_by_weight_and_reproducibly() -> None:
 
 
 def test_seeds_differ_unless_given() -> None:
-    mix = Mix((*plain_entries(["a"], steps=3), MixEntry(name="b", weight=1, fields={"prompt": "b", "seed": 5})), 7)
+    mix = Mix((*plain_entries(Wanted(["a"], 3)), MixEntry(name="b", weight=1, fields={"prompt": "b", "seed": 5})), 7)
     first, second = (mix.fields(0, number) for number in (0, 1))
     assert first["seed"] != second["seed"]
     assert first == {"prompt": "a", "num_inference_steps": 3, "seed": first["seed"]}
     assert mix.fields(1, 0)["seed"] == 5
+
+
+def test_models_and_loras_are_mixed() -> None:
+    """An entry for each; a weight is what stands behind the last colon, if it is a number."""
+    entries = plain_entries(Wanted(["a"], 3, models=["one", "two"], loras=["style:0.5", "a:b", "c"]))
+    assert [(entry.fields["model"], entry.fields["loras"]) for entry in entries] == [
+        (model, [lora])
+        for model in ("one", "two")
+        for lora in ({"name": "style", "weight": 0.5}, {"name": "a:b"}, {"name": "c"})
+    ]
+    assert len({entry.name for entry in entries}) == 6
+    assert [entry.fields for entry in plain_entries(Wanted(["a"]))] == [{"prompt": "a"}]
 
 
 def test_long_fields_are_abridged() -> None:
@@ -49,7 +61,7 @@ def test_long_fields_are_abridged() -> None:
 
 
 def test_arrivals_are_poisson_and_reproducible() -> None:
-    load, mix = LoadLevel(rate=20, warm_up=10, seconds=90), Mix(plain_entries(["a", "b"], steps=None), 3)
+    load, mix = LoadLevel(rate=20, warm_up=10, seconds=90), Mix(plain_entries(Wanted(["a", "b"])), 3)
     schedule = list(request_schedule(load, mix))
     assert schedule == list(request_schedule(load, mix))
     assert len(schedule) == pytest.approx(2000, rel=0.1)

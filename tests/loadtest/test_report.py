@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from loadtest.analysis.results import ComparedMetric, LoadLevel, LoadTestSummary, MeasuredLoad, MetricsSample, summarize
-from loadtest.mix import MixEntry, plain_entries
+from loadtest.mix import MixEntry, Wanted, plain_entries
 from loadtest.provenance import begin_run
 from loadtest.report.console import metrics_tables
 from loadtest.report.page import render_report
@@ -28,7 +28,7 @@ def summary_of(*loads: MeasuredLoad) -> LoadTestSummary:
         seed=0,
         slo=1.0,
         slo_given=True,
-        entries=plain_entries(["a"], steps=1),
+        entries=plain_entries(Wanted(["a"], 1)),
         idle_latencies=(0.1,),
         points=tuple(one.point for one in loads),
         knee=None,
