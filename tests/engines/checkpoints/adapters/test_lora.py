@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import Modules
 from engines.errors import CheckpointError
 from tests.support.checkpoints import PARTS, Families, load
+from tests.support.loras import Changes, FileForm, make_changes, shapes_of, write_lora
 
 
-def changes(modules: Modules, *, seed: int) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """Random factors up and down of rank 4, for layers of each kind in both parts."""
-    generator = torch.Generator().manual_seed(seed)
+def changes(modules: Modules, *, seed: int) -> Changes:
+    """Of layers of each kind in both parts."""
     wanted = (
         "attn1.to_q",
         "attn2.to_out.0",
@@ -29,57 +29,30 @@ def changes(modules: Modules, *, seed: int) -> dict[tuple[str, str], tuple[Tenso
         "self_attn.v_proj",
         "mlp.fc1",
     )
-    return {
-        (part, name): (
-            0.1 * torch.randn(len(layer.weight), 4, *[1] * (layer.weight.ndim - 2), generator=generator),
-            0.1 * torch.randn(4, *layer.weight.shape[1:], generator=generator),
-        )
-        for part in ("unet", "text_encoder")
-        for name, layer in getattr(modules, part).named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(wanted)
-    }
+    shapes = {target: shape for target, shape in shapes_of(modules).items() if target.name.endswith(wanted)}
+    return make_changes(shapes, seed=seed)
 
 
-def write_lora(path: Path, made: dict[tuple[str, str], tuple[Tensor, Tensor]], style: str, *, alpha: float) -> Path:
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, float] = {}
-    for (part, name), (up, down) in made.items():
-        full = name if part == "unet" else f"text_model.{name}"
-        if style == "kohya":
-            layer = f"lora_{'unet' if part == 'unet' else 'te'}_{full.replace('.', '_')}"
-            tensors |= {
-                f"{layer}.lora_up.weight": up,
-                f"{layer}.lora_down.weight": down,
-                f"{layer}.alpha": torch.tensor(alpha),
-            }
-        else:
-            tensors |= {f"{part}.{full}.lora_B.weight": up, f"{part}.{full}.lora_A.weight": down}
-            metadata[f"{part}.lora_alpha"] = alpha
-    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
-    return path
-
-
-def expected(modules: Modules, *added: tuple[float, dict[tuple[str, str], tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+def expected(modules: Modules, *added: tuple[float, Changes]) -> dict[str, Tensor]:
     weights = {
         f"{part}.{name}": weight.clone()
         for part in PARTS
         for name, weight in getattr(modules, part).state_dict().items()
     }
     for scale, made in added:
-        for (part, name), (up, down) in made.items():
-            weight = weights[f"{part}.{name}.weight"]
-            weight += scale * torch.einsum("or,r...->o...", up.flatten(1), down)
+        for (part, name), factors in made.items():
+            weights[f"{part}.{name}.weight"] += scale * factors.product()
     return weights
 
 
-@pytest.mark.parametrize("style", ["kohya", "peft"])
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_loras_are_added_to_the_weights_and_keep_the_modules(
-    families: Families, plain: Modules, tmp_path: Path, style: str
+    families: Families, plain: Modules, tmp_path: Path, form: FileForm
 ) -> None:
     first, second = changes(plain, seed=1), changes(plain, seed=2)
     loras = (
-        Lora(write_lora(tmp_path / "a.safetensors", first, style, alpha=2.0), 0.75),
-        Lora(write_lora(tmp_path / "b.safetensors", second, style, alpha=4.0), -0.5),
+        Lora(write_lora(tmp_path / "a.safetensors", first, form, alpha=2.0), 0.75),
+        Lora(write_lora(tmp_path / "b.safetensors", second, form, alpha=4.0), -0.5),
     )
     checkpoint = find_checkpoint(str(families("sd1")), loras=loras)
     assert checkpoint.source.loras == ("a.safetensors:0.75", "b.safetensors:-0.5")

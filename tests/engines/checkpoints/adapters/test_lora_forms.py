@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -28,6 +29,7 @@ from engines.lora.names import Target
 from engines.lora.updates import Shape, outline
 from tests import ROOT
 from tests.support.checkpoints import Families, NoteRecorder, load
+from tests.support.loras import Changes, early_layers, make_changes, shapes_of, write_lora
 from tests.support.tiny import WIDTH
 
 DATA = ROOT.parent / "shared" / "data"
@@ -248,39 +250,15 @@ def test_a_scale_that_overflows_is_refused(families: Families, tmp_path: Path) -
 # The early package `lora`: layers by number
 
 
-def early_layers(modules: Modules) -> list[str]:
-    """The layers in the order of the numbers, written out: blocks down, up and middle; attention, GEGLU, attention."""
-    blocks = ["down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]
-    blocks += ["mid_block.attentions.0"]
-    attention = ("to_q", "to_k", "to_v", "to_out.0")
-    names = [
-        f"{block}.transformer_blocks.0.{layer}"
-        for block in blocks
-        for layer in (
-            *(f"attn1.{one}" for one in attention),
-            "ff.net.0.proj",
-            *(f"attn2.{one}" for one in attention),
-        )
-    ]
-    assert {name for name, _ in modules.unet.named_modules()} >= set(names)
-    return names
-
-
-def write_early(path: Path, plain: Modules, *, classes: list[str] | None = None) -> dict[str, Tensor]:
-    """Write a LoRA in the early form, with a token `<s1>`. Returns the updates by layer."""
-    generator = torch.Generator().manual_seed(5)
-    updates: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {"<s1>": torch.randn(WIDTH, generator=generator)}
-    text = [f"encoder.layers.{n}.self_attn.{x}_proj" for n in range(2) for x in ("k", "v", "q", "out")]
-    for part, names in (("unet", early_layers(plain)), ("text_encoder", text)):
-        for number, name in enumerate(names):
-            out, width = weight_of(plain, name).shape
-            up, down = torch.randn(out, 2, generator=generator), torch.randn(2, width, generator=generator)
-            tensors |= {f"{part}:{number}:up": up, f"{part}:{number}:down": down}
-            updates[name] = up @ down
+def write_early(path: Path, plain: Modules, *, classes: list[str] | None = None) -> Changes:
+    """Write a LoRA in the early form, with a token `<s1>`. Returns its updates."""
+    made = make_changes(early_layers(shapes_of(plain)), seed=5, rank=2, strength=1)
     own = {"unet": json.dumps(classes or ["CrossAttention", "Attention", "GEGLU"])}
-    save_file(tensors, path, metadata=own | {"text_encoder": json.dumps(["CLIPAttention"]), "<s1>": "<embed>"})
-    return updates
+    write_lora(path, made, "early", metadata={**own, "<s1>": "<embed>"})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(path), "<s1>": torch.randn(WIDTH)}, path, metadata=metadata)
+    return made
 
 
 def test_the_early_form_numbers_layers_and_brings_its_tokens(
@@ -295,8 +273,9 @@ def test_the_early_form_numbers_layers_and_brings_its_tokens(
     assert [learned.token for learned in checkpoint.learned_tokens] == ["<s1>"]
     modules = load(checkpoint)
     assert len(updates) == 4 * 9 + 2 * 4
-    for name, update in updates.items():
-        torch.testing.assert_close(weight_of(modules, name), weight_of(plain, name) + 0.5 * update)
+    for (_, name), factors in updates.items():
+        wanted = weight_of(plain, name) + 0.5 * factors.product()
+        torch.testing.assert_close(weight_of(modules, name), wanted)
     assert modules.text_encoder.get_input_embeddings().num_embeddings == (
         plain.text_encoder.get_input_embeddings().num_embeddings + 1
     )

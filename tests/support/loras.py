@@ -1,0 +1,146 @@
+"""LoRA files in every form that the build and the server read, with random updates of a model's layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engines.checkpoints.loading.modules import Modules
+from engines.lora.names import Target
+from engines.manifest import LoraPart, Manifest
+
+FileForm = Literal["kohya", "peft", "diffusers", "diffusers-old", "early"]
+FORMS: tuple[FileForm, ...] = get_args(FileForm)
+
+
+class Factors(NamedTuple):
+    """Of one layer: [out, r, …] and [r, in, …kernel]."""
+
+    up: Tensor
+    down: Tensor
+
+    def product(self) -> Tensor:
+        """[out, in, …kernel]."""
+        return torch.einsum("or,r...->o...", self.up.flatten(1), self.down)
+
+
+Changes = Mapping[Target, Factors]
+Shapes = Mapping[Target, tuple[int, ...]]
+
+
+def shapes_in(manifest: Manifest) -> Shapes:
+    """The shapes of the weights that LoRAs of requests update."""
+    return {Target(layer.part, layer.name): (layer.outputs, layer.inputs) for layer in manifest.lora_layers}
+
+
+def shapes_of(modules: Modules) -> Shapes:
+    """The shapes of every weight that a fused LoRA may update, convolutions included."""
+    parts: dict[LoraPart, nn.Module] = {"unet": modules.unet, "text_encoder": modules.text_encoder}
+    return {
+        Target(part, name): tuple(layer.weight.shape)
+        for part, module in parts.items()
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def make_changes(shapes: Shapes, *, seed: int, rank: int = 4, strength: float = 0.1) -> dict[Target, Factors]:
+    """Random factors, normal with the deviation `strength`, for each of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        target: Factors(
+            up=strength * torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator),
+            down=strength * torch.randn(rank, *shape[1:], generator=generator),
+        )
+        for target, shape in shapes.items()
+    }
+
+
+def early_layers(shapes: Shapes) -> Shapes:
+    """Those that the early package updates, in the order of its numbers, in the tiny checkpoint `sd1`."""
+    blocks = ["down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"]
+    blocks += ["mid_block.attentions.0"]
+    attention = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = (*(f"attn1.{one}" for one in attention), "ff.net.0.proj", *(f"attn2.{one}" for one in attention))
+    unet = [Target("unet", f"{block}.transformer_blocks.0.{layer}") for block in blocks for layer in layers]
+    text = [
+        Target("text_encoder", f"encoder.layers.{n}.self_attn.{x}_proj")
+        for n in range(2)
+        for x in ("k", "v", "q", "out")
+    ]
+    return {target: shapes[target] for target in (*unet, *text)}
+
+
+def write_lora(
+    path: Path,
+    changes: Changes,
+    form: FileForm = "kohya",
+    *,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write W += alpha / rank · up · down as a tool does. Forms that have no alpha have it in `up`.
+
+    Args:
+        path: of the file; PEFT's `adapter_config.json` lies beside it.
+        changes: factors by layer; in the early form those of `early_layers`, in that order.
+        form: the tool's.
+        alpha: of every layer. None: the rank.
+        dtype: of the tensors.
+        metadata: to add.
+    """
+    rank = max(len(factors.down) for factors in changes.values())
+    alpha = float(rank if alpha is None else alpha)
+    tensors: dict[str, Tensor] = {}
+    for target, factors in changes.items():
+        scale = 1 if form in ("kohya", "peft", "diffusers") else alpha / len(factors.down)
+        up, down = _names(target, form, changes)
+        tensors |= {up: (scale * factors.up).to(dtype), down: factors.down.to(dtype)}
+        if form == "kohya":
+            tensors[up.replace("lora_up.weight", "alpha")] = torch.tensor(alpha).to(dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {"r": rank, "lora_alpha": alpha}
+    if form == "peft":
+        path.with_name("adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    save_file(tensors, path, metadata={**_metadata(form, config, changes), **(metadata or {})})
+    return path
+
+
+def _names(target: Target, form: FileForm, changes: Iterable[Target]) -> tuple[str, str]:
+    """Of the tensors up and down."""
+    full = target.name if target.part == "unet" else f"text_model.{target.name}"
+    if form == "kohya":
+        layer = f"lora_{'unet' if target.part == 'unet' else 'te'}_{full.replace('.', '_')}"
+        return f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
+    if form == "peft":
+        return f"base_model.model.{full}.lora_B.weight", f"base_model.model.{full}.lora_A.weight"
+    if form == "diffusers":
+        return f"{target.part}.{full}.lora_B.weight", f"{target.part}.{full}.lora_A.weight"
+    if form == "early":
+        number = [other for other in changes if other.part == target.part].index(target)
+        return f"{target.part}:{number}:up", f"{target.part}:{number}:down"
+    if target.part == "text_encoder":
+        layer = f"text_encoder.{full}.lora_linear_layer"
+    elif ".attn" in full:
+        parent, _, last = full.removesuffix(".0").rpartition(".")
+        layer = f"unet.{parent}.processor.{last}_lora"
+    else:
+        layer = f"unet.{full}.lora"
+    return f"{layer}.up.weight", f"{layer}.down.weight"
+
+
+def _metadata(form: FileForm, config: Mapping[str, float], changes: Iterable[Target]) -> dict[str, str]:
+    parts = sorted({target.part for target in changes})
+    if form == "diffusers":
+        own = {f"{part}.{key}": value for part in parts for key, value in config.items()}
+        return {"format": "pt", "lora_adapter_metadata": json.dumps(own)}
+    if form == "early":
+        return {"unet": json.dumps(["CrossAttention", "Attention", "GEGLU"]), "text_encoder": '["CLIPAttention"]'}
+    return {}
