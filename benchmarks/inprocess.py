@@ -24,7 +24,8 @@ from server.requests.errors import BrokenPicture, Cancelled, NotReady
 from server.requests.request import Completed, Event, Failed, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.decodes import DecodePriority
-from server.runtime.make import OnStatus, OpenedModel, make_runtime
+from server.runtime.make import make_runtime
+from server.runtime.models import ModelSource
 from server.runtime.monitoring.trace import Trace
 
 _HANG_FACTOR = 20  # as in the server's settings
@@ -79,13 +80,10 @@ class Served:
         self._failure: Exception | None = None
         self._open: set[Request] = set()
 
-        def open_model(_on_status: OnStatus, _stopped: Callable[[], bool]) -> OpenedModel:
-            return OpenedModel(manifest, backend, device() if device else open_device(backend, threads=threads))
-
         self._runtime = make_runtime(
-            manifest,
-            bundle,
-            open_model=open_model,
+            [ModelSource(name=manifest.name, manifest=manifest, bundle=bundle, backend=backend)],
+            choose_backend=lambda _on_status, _stopped: backend,
+            open_device=lambda name: device() if device else open_device(name, threads=threads),
             max_waiting=_MAX_WAITING,
             hang_factor=_HANG_FACTOR,
             line=self.policy,
@@ -94,7 +92,8 @@ class Served:
             on_ready=self._on_ready,
             on_failure=self._on_failure,
         )
-        self.batcher, self.step_times = self._runtime.batcher, self._runtime.step_times
+        self.batcher, self._model = self._runtime.batcher, self._runtime.models.default
+        self.step_times = self._model.step_times
 
     def __enter__(self) -> Self:
         self._runtime.executor.start()
@@ -174,7 +173,7 @@ class Served:
             scheduler="lcm" if self.manifest.embeds_guidance else "ddim",
             seed=unique,
         )
-        request = self._runtime.intake.request(body, on_event)
+        request = self._model.intake.request(body, on_event)
         self._open.add(request)
         try:
             self.batcher.submit(request)

@@ -41,7 +41,7 @@ def routes(service: Service) -> APIRouter:
                 scheduler=manifest.defaults.scheduler,
                 num_inference_steps=manifest.defaults.num_inference_steps,
                 guidance_scale=manifest.defaults.guidance_scale,
-                step_cache=service.runtime.intake.has_step_cache,
+                step_cache=service.runtime.models.default.intake.has_step_cache,
                 max_rows=manifest.max_rows,
                 examples=list(manifest.examples),
                 notes=manifest.notes,

@@ -146,8 +146,9 @@ class Service:
         everyone: tuple[Listener, ...] = queue.on_event, runtime.metrics.observe, *listeners
         if self.spans:
             everyone = self.spans.observe, *everyone  # first: the span of the files follows the outcome
-        make = partial(runtime.intake.request, body, *everyone, context=context)
-        if not runtime.intake.reads_files(body):
+        intake = runtime.models.default.intake
+        make = partial(intake.request, body, *everyone, context=context)
+        if not intake.reads_files(body):
             request = make()
         else:
             async with self.readers if body.image is not None else self.lora_readers:

@@ -105,6 +105,10 @@ class NotReady(ServerError):
     """The model is loading, or the server is draining."""
 
 
+class ModelNotLoaded(NotReady):
+    """The server has the model, and it is not loaded, or is about to be unloaded."""
+
+
 class TooManyBodies(ServerError):
     """The bodies of other requests take all the memory that there is for them."""
 
@@ -164,6 +168,7 @@ STATUS: dict[type[ServerError], int] = {
     StepFailed: 500,
     BrokenPicture: 500,
     NotReady: 503,
+    ModelNotLoaded: 503,
     TooManyBodies: 503,
     StorageFailed: 503,
     LoraUnreadable: 503,

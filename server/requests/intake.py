@@ -32,12 +32,20 @@ class Intake:
     """Makes requests by the model's defaults and limits. Knows neither queues nor devices."""
 
     def __init__(
-        self, manifest: Manifest, tokenizer: PromptTokenizer, *, cache: StepCache = "off", loras: Loras | None = None
+        self,
+        manifest: Manifest,
+        tokenizer: PromptTokenizer,
+        *,
+        model: str = "",
+        cache: StepCache = "off",
+        loras: Loras | None = None,
     ) -> None:
-        """`cache` is the step cache of requests that do not set it; `disabled` refuses those that ask for one.
+        """`model` is the name of the model in this server.
 
+        `cache` is the step cache of requests that do not set it; `disabled` refuses those that ask for one.
         Without `loras` none can be chosen, and their tags in prompts are text.
         """
+        self._model = model
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._cache = cache
@@ -84,6 +92,7 @@ class Intake:
             isolated=body.exact,
             cache=self._step_cache(body),
             loras=choose(body, self._loras, self._manifest),
+            model=self._model,
         )
         return Request(
             params,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 from weakref import WeakMethod
 
-from engines.backends.device import Device, Reader
+from engines.backends.device import Device
 from engines.backends.registry import ON_GPU
-from engines.manifest import Manifest
 from server.requests.intake import Intake
 from server.requests.request import Request, StepCache
 from server.requests.schemas import GenerateRequest
@@ -20,50 +17,30 @@ from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher, Line
 from server.runtime.decodes import DecodePriority
 from server.runtime.executor import Executor
+from server.runtime.models import LoadedModel, Model, Models, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import Pipeline
-from server.runtime.safety import UNCHECKED, Safety
-from server.runtime.step_times import StepTimeModel
 
 _log = logging.getLogger(__name__)
 _TEST_STEPS = 2
 
-OnStatus = Callable[[str], None]  # called with what the runtime is doing, in a few words
-
-
-class OpenedModel(NamedTuple):
-    """A bundle with engines for a backend, and the device that loads them."""
-
-    manifest: Manifest
-    backend: str
-    device: Device
-
-
-class LoadedModel(NamedTuple):
-    """A model whose engines are loaded."""
-
-    manifest: Manifest
-    backend: str
-    pipeline: Pipeline
-
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """The parts that run requests. `executor.start()` loads the model and begins."""
+    """The parts that run requests. `executor.start()` loads the models and begins."""
 
-    intake: Intake
+    models: Models
     batcher: Batcher
     executor: Executor
     metrics: Metrics
-    step_times: StepTimeModel
 
 
 def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
-    manifest: Manifest,
-    bundle: Path,
+    sources: Sequence[ModelSource],
     *,
-    open_model: Callable[[OnStatus, Callable[[], bool]], OpenedModel],
+    choose_backend: Callable[[OnStatus, Stopped], str],
+    open_device: Callable[[str], Device],
     max_waiting: int,
     hang_factor: float,
     line: Callable[[], Line] = Line,
@@ -71,65 +48,71 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     cache: StepCache = "off",
     decode_chunk: int | None = None,
     decode_priority: DecodePriority = "equal",
-    safety: Safety = UNCHECKED,
-    read: Reader = Path.read_bytes,
-    on_loaded: Callable[[LoadedModel], None] = lambda _model: None,
+    model_memory: int | None = None,  # noqa: ARG001 - not yet
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Runtime:
-    """Assemble the runtime of the verified bundle in folder `bundle`. Nothing is loaded until the executor starts.
+    """Assemble the runtime of verified bundles, of which the first is the default model. Nothing is loaded yet.
 
     Args:
-        open_model: called in the executor's thread with a status callback and a function that says whether to stop.
+        choose_backend: the backend of all models; called in the executor's thread, before any model is loaded.
+        open_device: opens the device of that backend; called in the executor's thread.
         max_waiting: requests that may wait; see `Batcher`, as for `line`.
         hang_factor: see `Watchdog`.
         cache: the step cache of requests that do not set it; `disabled` does without its engine and its memory.
         decode_chunk: images decoded in one call; see `Pipeline`.
         decode_priority: how decodes share a GPU with steps.
-        safety: whether images are checked, and what becomes of flagged ones.
-        read: gives the contents of a file of the bundle.
-        on_loaded, on_ready, on_failure: called in the executor's thread.
+        model_memory: MiB that loaded models may take together; idle ones are unloaded for others.
+        on_ready, on_failure: called in the executor's thread.
     """
     trace = trace or Trace()
-    step_times = StepTimeModel(max_rows=manifest.max_rows)
+    models = Models([Model(source, _intake(source, cache)) for source in sources])
+    default = models.default
+    step_times = default.step_times
+    max_rows = default.manifest.max_rows
     batcher = Batcher(
-        max_rows=manifest.max_rows,
+        max_rows=max_rows,
         max_waiting=max_waiting,
         work=step_times.work,
         seconds=step_times.seconds,
         line=line,
     )
-    metrics = Metrics(max_rows=manifest.max_rows)
+    metrics = Metrics(max_rows=max_rows)
 
     def load(on_status: OnStatus) -> Pipeline:
-        opened = open_model(on_status, lambda: batcher.closed)
-        metrics.set_model(opened.manifest, opened.backend)
-        metrics.watch_captures(_uncaptured(opened.device))
-        if opened.backend in ON_GPU:
+        source = default.source
+        backend = choose_backend(on_status, lambda: batcher.closed)
+        if source.prepare:
+            default.manifest = source.prepare(backend, on_status, lambda: batcher.closed)
+        device = open_device(backend)
+        metrics.set_model(default.manifest, backend)
+        metrics.watch_captures(_uncaptured(device))
+        if backend in ON_GPU:
             _watch_gpu(metrics)
         on_status("loading the engines")
         pipeline = Pipeline.load(
-            opened.manifest,
-            bundle,
-            backend=opened.backend,
-            device=opened.device,
+            default.manifest,
+            source.bundle,
+            backend=backend,
+            device=device,
             step_times=step_times,
             trace=trace,
             decode_chunk=decode_chunk,
             decode_priority=decode_priority,
-            safety=safety,
+            safety=source.safety,
             step_cache=cache != "disabled",
-            read=read,
+            read=source.read,
             on_lookup=metrics.prompt_lookup,
         )
-        on_loaded(LoadedModel(opened.manifest, opened.backend, pipeline))
+        default.backend = backend
+        default.state = "ready"
+        source.on_loaded(LoadedModel(default.manifest, backend, pipeline))
         return pipeline
 
-    intake = _intake(manifest, bundle, cache, read)
     executor = Executor(
         batcher,
         load,
-        test_request=partial(_test_request, intake, manifest),
+        test_request=partial(_test_request, default),
         step_times=step_times,
         trace=trace,
         metrics=metrics,
@@ -138,7 +121,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_failure=on_failure,
     )
     metrics.watch(_gauges(batcher, executor), step_times)
-    return Runtime(intake, batcher, executor, metrics, step_times)
+    return Runtime(models, batcher, executor, metrics)
 
 
 def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Callable[[], float]]]:
@@ -168,20 +151,22 @@ def _watch_gpu(metrics: Metrics) -> None:
         _log.info("no metrics of the GPU: %s", str(error))
 
 
-def _test_request(intake: Intake, manifest: Manifest) -> Request:
+def _test_request(model: Model) -> Request:
     """A short request by the model's defaults, which should succeed. Raises ServerError where they allow none."""
+    manifest, intake = model.manifest, model.intake
     prompt = next(iter(manifest.examples), "")
     intake.request(GenerateRequest(prompt=prompt))  # with the default number of steps
     steps = min(manifest.defaults.num_inference_steps, _TEST_STEPS)
     return intake.request(GenerateRequest(prompt=prompt, seed=0, num_inference_steps=steps))
 
 
-def _intake(manifest: Manifest, bundle: Path, cache: StepCache, read: Reader) -> Intake:
+def _intake(source: ModelSource, cache: StepCache) -> Intake:
+    manifest = source.manifest
     tokenizer = PromptTokenizer(
-        path := bundle / manifest.tokenizer.file.path,
-        content=read(path),
+        path := source.bundle / manifest.tokenizer.file.path,
+        content=source.read(path),
         tokens=manifest.context.tokens,
         pad=manifest.tokenizer.pad,
         embeddings=manifest.tokenizer.embeddings,
     )
-    return Intake(manifest, tokenizer, cache=cache)
+    return Intake(manifest, tokenizer, model=source.name, cache=cache)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.backends.registry import open_device
 from engines.errors import EngineError
+from engines.manifest import Manifest
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
 from server.api.service import ServedModel, Service
 from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
-from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
+from server.runtime.make import make_runtime
+from server.runtime.models import LoadedModel, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
 from server.startup.compiling import compile_missing
@@ -46,34 +49,43 @@ def make_service(
     model = ServedModel(manifest, backends[0])
     prompt_check = load_prompt_check(settings.prompt_check) if settings.prompt_check else None
 
-    def open_model(on_status: OnStatus, stopped: Callable[[], bool]) -> OpenedModel:
-        backend = choose_fastest(
+    def choose_backend(on_status: OnStatus, stopped: Stopped) -> str:
+        return choose_fastest(
             manifest, bundle, backends, threads=settings.threads, on_status=on_status, stopped=stopped
         )
-        compiled = manifest
-        if settings.compile:
-            compiled = compile_missing(manifest, bundle, backend, on_status=on_status, stopped=stopped)
+
+    def prepare(backend: str, on_status: OnStatus, stopped: Stopped) -> Manifest:
+        if not settings.compile:
+            return manifest
+        compiled = compile_missing(manifest, bundle, backend, on_status=on_status, stopped=stopped)
         if compiled is not manifest:
             files.replace(compiled)
-        return OpenedModel(compiled, backend, open_device(backend, threads=settings.threads))
+        return compiled
 
     def on_loaded(loaded: LoadedModel) -> None:
         files.loaded(loaded.manifest, loaded.backend, runtime.executor.fail)
         model.update(loaded.manifest, loaded.backend)
 
+    source = ModelSource(
+        name=manifest.name,
+        manifest=manifest,
+        bundle=bundle,
+        backend=backends[0],
+        prepare=prepare,
+        safety=choose_safety(settings.safety, manifest),
+        read=files.read,
+        on_loaded=on_loaded,
+    )
     runtime = make_runtime(
-        manifest,
-        bundle,
-        open_model=open_model,
+        [source],
+        choose_backend=choose_backend,
+        open_device=partial(open_device, threads=settings.threads),
         max_waiting=settings.max_waiting,
         hang_factor=settings.watchdog,
         trace=Trace(Path(f"latentd-trace-{os.getpid()}.json") if settings.profile else None),
         cache=settings.cache,
         decode_chunk=settings.decode_chunk,
         decode_priority=settings.decode_priority if settings.overlap_decode else "between",
-        safety=choose_safety(settings.safety, manifest),
-        read=files.read,
-        on_loaded=on_loaded,
         on_ready=on_ready,
         on_failure=on_failure,
     )

@@ -20,7 +20,8 @@ from engines.manifest import Manifest
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
 from server.requests.schemas import GenerateRequest
 from server.runtime.decodes import DecodePriority
-from server.runtime.make import LoadedModel, OnStatus, OpenedModel, make_runtime
+from server.runtime.make import make_runtime
+from server.runtime.models import LoadedModel, ModelSource
 from server.runtime.monitoring.trace import Trace
 
 SECONDS = 60  # that a test waits for what must come
@@ -151,25 +152,28 @@ class Running(AbstractContextManager["Running"]):
         self.failures: list[Exception] = []
         self._started = threading.Event()
 
-        def open_model(_on_status: OnStatus, _stopped: Callable[[], bool]) -> OpenedModel:
+        def open_device(_backend: str) -> Device:
             self.device = Faulty(device(), self.manifest, backend)
-            return OpenedModel(self.manifest, backend, self.device)
+            return self.device
 
+        source = ModelSource(
+            name=self.manifest.name, manifest=self.manifest, bundle=bundle, backend=backend, on_loaded=self._loaded
+        )
         self._runtime = make_runtime(
-            self.manifest,
-            bundle,
-            open_model=open_model,
+            [source],
+            choose_backend=lambda _on_status, _stopped: backend,
+            open_device=open_device,
             max_waiting=max_waiting,
             hang_factor=hang_factor,
             trace=self.trace,
             decode_chunk=decode_chunk,
             decode_priority=decode_priority,
-            on_loaded=self._loaded,
             on_ready=self._ready,
             on_failure=self._failed,
         )
+        self.models, self.metrics = self._runtime.models, self._runtime.metrics
         self.batcher, self.executor = self._runtime.batcher, self._runtime.executor
-        self.metrics, self.step_times = self._runtime.metrics, self._runtime.step_times
+        self.step_times = self.models.default.step_times
 
     def __enter__(self) -> Self:
         self.executor.start()
@@ -183,7 +187,7 @@ class Running(AbstractContextManager["Running"]):
 
     def request(self, asked: Asked, **fields: Any) -> Request:
         body = GenerateRequest(**{"prompt": "a red cat", "seed": 1, **fields})
-        return self._runtime.intake.request(body, asked.hear, self.metrics.observe)
+        return self.models.default.intake.request(body, asked.hear, self.metrics.observe)
 
     def ask(self, **fields: Any) -> Asked:
         """Submit a request."""

@@ -23,7 +23,8 @@ from engines.manifest import Manifest
 from server.requests.request import Event as Heard
 from server.requests.schemas import GenerateRequest
 from server.runtime import executor, pipeline
-from server.runtime.make import OpenedModel, make_runtime
+from server.runtime.make import make_runtime
+from server.runtime.models import ModelSource
 
 
 class Clock:
@@ -170,9 +171,9 @@ class VirtualRun:
         self.device = device(self.clock)
         manifest = Manifest.read(BUNDLE)
         self._runtime = make_runtime(
-            manifest,
-            BUNDLE,
-            open_model=lambda _on_status, _stopped: OpenedModel(manifest, "onnxruntime", self.device),
+            [ModelSource(name=manifest.name, manifest=manifest, bundle=BUNDLE, backend="onnxruntime")],
+            choose_backend=lambda _on_status, _stopped: "onnxruntime",
+            open_device=lambda _backend: self.device,
             max_waiting=1000,
             hang_factor=0,
             on_ready=self._begin,
@@ -198,7 +199,8 @@ class VirtualRun:
     def ask(self, *, steps: int, seed: int, on_event: Callable[[Heard], None] = lambda _event: None) -> None:
         """A request arrives now."""
         body = GenerateRequest(prompt=f"{seed} red hearts", seed=seed, num_inference_steps=steps, scheduler="ddim")
-        self._runtime.batcher.submit(self._runtime.intake.request(body, lambda _request, event: on_event(event)))
+        intake = self._runtime.models.default.intake
+        self._runtime.batcher.submit(intake.request(body, lambda _request, event: on_event(event)))
 
     def _begin(self) -> None:
         self._scenario()
