@@ -125,7 +125,7 @@ class Served:
         """
         images = max(rows // self.rows_per_image, 1)
         ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-        self.batcher.max_rows = rows
+        self.batcher.set_max_rows(self._model.name, rows)
         asked = [self._submit(max(next(steps) * (index + 1) // images, 1), 0, ended) for index in range(images)]
         asked += [self._submit(next(steps), 0, ended) for _ in range(images)]
         moments: list[float] = []
@@ -133,19 +133,21 @@ class Served:
             moments.append(self._next(ended).at)
             asked.append(self._submit(next(steps), 0, ended))
         self._dismiss(asked)
-        self.batcher.max_rows = self.manifest.max_rows
+        self.batcher.set_max_rows(self._model.name, self.manifest.max_rows)
         return Saturated(tuple(moments))
 
     def replay(self, arrivals: Sequence[Arrival], *, rows: int, by_request: bool) -> tuple[float, ...]:
         """Submit requests when they are due (open loop): the seconds from then to each image."""
         ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
-        self.batcher.max_rows, self.policy.by_request = rows, by_request
+        self.batcher.set_max_rows(self._model.name, rows)
+        self.policy.by_request = by_request
         start = time.perf_counter()
         for number, arrival in enumerate(arrivals):
             time.sleep(max(start + arrival.at - time.perf_counter(), 0))
             self._submit(arrival.steps, number, ended)
         done = {end.number: end.at for end in (self._next(ended) for _ in arrivals)}
-        self.batcher.max_rows, self.policy.by_request = self.manifest.max_rows, False
+        self.batcher.set_max_rows(self._model.name, self.manifest.max_rows)
+        self.policy.by_request = False
         return tuple(done[number] - start - arrival.at for number, arrival in enumerate(arrivals))
 
     def take_spans(self) -> tuple[TraceSpan, ...]:

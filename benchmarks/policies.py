@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from server.requests.request import Request
-from server.runtime.batcher import Line
+from server.runtime.line import Line
 
 
 class RequestLevelLine(Line):

@@ -4,201 +4,89 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-from engines.contract import MAX_CHUNKS
-from engines.manifest import Size
-from server.requests.errors import FieldError, InvalidRequest, NotReady, QueueFull
-from server.requests.request import Depth, Flow, Request
-from server.runtime.fair_queue import FairQueue
-from server.runtime.fair_steps import FairSteps, fair_rows
-from server.runtime.step_times import Kind
+from server.requests.errors import ModelNotLoaded, NotReady, QueueFull
+from server.requests.request import Flow, Request
+from server.runtime.fair_models import FairModels
+from server.runtime.lanes import Lanes
+from server.runtime.line import Line
+from server.runtime.step_times import StepTimeModel
 
 _MAX_RETRY_AFTER = 120  # seconds; clients ignore more
 
 
 class Batch(NamedTuple):
-    """What the executor does before and in one step. `requests` share a size and fit the largest bucket."""
+    """What the executor does before and in one step. `requests` share a lane and fit the largest bucket."""
 
     left: tuple[Request, ...]  # cancelled since the last batch: to be released
     joined: tuple[Request, ...]  # newcomers to admit; an isolated one may wait for its first step
     requests: tuple[Request, ...]  # those that take the step; their next steps are of one depth
 
 
-class Line:
-    """The requests of one image size, and the policy of continuous batching among them. Subclass it for another policy.
-
-    Called by a `Batcher` under its lock. Running requests share each step, or take turns where their rows exceed it.
-    """
-
-    def __init__(self) -> None:
-        self.waiting = FairQueue()
-        self.running: list[Request] = []  # in the order of their turns
-        self.rows: Counter[Flow] = Counter()  # of the running requests
-        self.turns = 0.0  # that it had, by weight
-        self._fair_steps = FairSteps()
-
-    @property
-    def weight(self) -> float:
-        """That of its flow with the greatest weight."""
-        return max(flow.weight for flow in (*self.rows, *self.waiting.flows))
-
-    def join(self, max_rows: int) -> Iterator[Request]:
-        """Move requests from waiting to running, in the queue's order, while the next one may join; yield each."""
-        while self.waiting and self.may_join(self.waiting.peek(), max_rows):
-            newcomer = self.waiting.pop()
-            self.running.append(newcomer)
-            self.rows[newcomer.flow] += newcomer.rows
-            yield newcomer
-
-    def may_join(self, newcomer: Request, max_rows: int) -> bool:
-        """Whether there are rows for it, or memory for it to take turns with a much longer or a greedy one.
-
-        So a short request does not wait until long ones are done, and a caller not until those of another are.
-        """
-        everyone = [*self.running, newcomer]
-        if sum([request.rows for request in everyone]) <= max_rows:
-            return True
-        is_short = any(newcomer.work <= request.work_left / 2 for request in self.running)
-        return (is_short or self._is_owed_rows(newcomer, max_rows)) and _fit_in_memory(everyone, max_rows)
-
-    def _is_owed_rows(self, newcomer: Request, max_rows: int) -> bool:
-        """Whether its flow has no rows, and another one has a request more than its share, or less weight."""
-        if newcomer.flow in self.rows:
-            return False
-        weights = sum(flow.weight for flow in (*self.rows, newcomer.flow))
-        return any(
-            flow.weight < newcomer.flow.weight
-            or rows - min(one.rows for one in self.running if one.flow == flow) >= max_rows * flow.weight / weights
-            for flow, rows in self.rows.items()
-        )
-
-    def take_turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
-        """The requests of the next step: the one that is next, and those that can share the step with it.
-
-        Where several flows run, and cannot all take it, they are at most `fair_rows`; see `FairSteps`.
-        """
-        turn = self._turn(max_rows, fair_rows)
-        if len(turn) < len(self.running):
-            taken = set(turn)
-            self.running = [*(one for one in self.running if one not in taken), *turn]
-        if self.waiting:
-            self.waiting.advance(sum([request.rows for request in turn]), self.running)
-        return turn
-
-    def _turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
-        first = self.running[0]
-        turn = (first,) if first.params.isolated else self._sharing(first.depth, max_rows)
-        everyone_fits = len(turn) == len(self.running) and sum(self.rows.values()) <= fair_rows
-        alone = len(self.rows) == 1 and fair_rows == max_rows
-        if alone or everyone_fits:
-            self._fair_steps.forget()
-            return turn
-        return self._fair_steps.choose(self.running, max_rows=max_rows, fair_rows=fair_rows)
-
-    def _sharing(self, depth: Depth, max_rows: int) -> tuple[Request, ...]:
-        """The requests that may take their next step in one call of that depth, as far as their rows fit in it."""
-        free = max_rows
-        turn = []
-        for one in self.running:
-            if one.rows <= free and one.depth == depth and not one.params.isolated:
-                free -= one.rows
-                turn.append(one)
-        return tuple(turn)
-
-    def leave(self, request: Request) -> None:
-        """Remove `request` from the running."""
-        self.running = [running for running in self.running if running is not request]
-        self.rows = Counter()
-        for running in self.running:
-            self.rows[running.flow] += running.rows
-
-    def drop_cancelled(self) -> frozenset[Request]:
-        """Remove and return the cancelled. Each is asked once, since any thread may cancel at any moment."""
-        dropped = frozenset([request for request in self if request.cancelled])
-        if dropped:
-            self.waiting.discard(dropped)
-            for request in dropped:
-                self.leave(request)
-        return dropped
-
-    def __iter__(self) -> Iterator[Request]:
-        yield from self.running
-        yield from self.waiting
-
-
-def _fit_in_memory(requests: Sequence[Request], max_rows: int) -> bool:
-    """Whether the pools of one size hold `requests`: slots, prompt chunks, and features of the step cache."""
-    images = sum([request.images for request in requests])
-    chunks = sum([request.chunks for request in requests])
-    features = sum([request.rows for request in requests if request.params.cache != "off"])
-    return images <= max_rows and chunks <= max_rows * MAX_CHUNKS and features <= max_rows
-
-
 class Batcher:
-    """Continuous batching at the step: newcomers join and the finished leave between steps; sizes take turns.
+    """Continuous batching at the step: newcomers join and the finished leave between steps; lanes take turns.
 
-    `submit`, `check` and the counts are for any thread; `next_batch` and `leave` are for the executor's thread.
+    Models with requests have equal shares of the device's time, by the measured step times and the weight of their
+    flows; the sizes of a model have as many turns each. `submit`, `check` and the counts are for any thread, as what
+    says which models are accepted; `next_batch` and `leave` are for the executor's thread.
     """
 
-    def __init__(
-        self,
-        *,
-        max_rows: int,
-        max_waiting: int,
-        work: Callable[[Request], float] = lambda _request: 1.0,
-        seconds: Callable[[Kind, int], float] = lambda _kind, _rows: 0.0,
-        line: Callable[[], Line] = Line,
-    ) -> None:
+    def __init__(self, *, max_waiting: int, line: Callable[[], Line] = Line) -> None:
         """At most `max_waiting` requests wait, and a quarter more of callers who have no other one waiting.
 
-        Args:
-            work: estimates the seconds of a full device that a request still needs.
-            seconds: estimates what a step of a kind and number of rows takes; 0 if unknown.
-            line: makes the queue of a size.
+        `line` makes the queue of a lane.
         """
-        self.max_rows = max_rows
         self._max_waiting = max_waiting
         self._reserved = math.ceil(max_waiting / 4)
-        self._work = work
-        self._seconds = seconds
         self._new_line = line
-        self._lines: dict[Size, Line] = {}  # in the order of their turns
+        self._models: dict[str, Lanes] = {}
+        self._shares = FairModels()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._woken = False
+
+    def add(self, model: str, *, max_rows: int, step_times: StepTimeModel | None = None) -> None:
+        """Accept requests for `model`, whose steps take at most `max_rows` and as long as `step_times` says."""
+        times = step_times or StepTimeModel(max_rows=max_rows)
+        self._models[model] = Lanes(max_rows=max_rows, step_times=times, line=self._new_line)
+
+    def set_max_rows(self, model: str, rows: int) -> None:
+        """Let the steps of `model` take at most `rows`, no more than its engines do."""
+        with self._changed:
+            self._models[model].max_rows = rows
 
     @property
     def waiting(self) -> int:
         with self._changed:
-            return sum(len(line.waiting) for line in self._lines.values())
+            return self._waiting
+
+    @property
+    def _waiting(self) -> int:
+        return sum(lanes.waiting for lanes in self._models.values())
 
     @property
     def running(self) -> int:
         with self._changed:
-            return sum(len(line.running) for line in self._lines.values())
+            return sum(len(lanes.running) for lanes in self._models.values())
 
-    def submit(self, request: Request) -> int:
-        """Queue `request`, and return how many wait before it.
+    def submit(self, request: Request, *, proves: bool = False) -> int:
+        """Queue `request`, and return how many wait before it. One that `proves` its model need not find it accepted.
 
         Raises:
-            InvalidRequest: it can never fit. QueueFull: too many requests wait. NotReady: the server is draining.
+            InvalidRequest: it can never fit. QueueFull: too many requests wait. ModelNotLoaded.
+            NotReady: the server is draining.
         """
-        if request.rows > self.max_rows:
-            message = (
-                f"{request.images} images take {request.rows} UNet rows, this server's engines take {self.max_rows}: "
-                "ask for fewer images."
-            )
-            raise InvalidRequest(message, fields=(FieldError("num_images", message),))
+        lanes = self._models[request.params.model]
+        lanes.check(request)
         with self._changed:
             before = self._check(request.flow)
-            if request.params.size not in self._lines:
-                line = self._lines[request.params.size] = self._new_line()
-                line.turns = min((other.turns for other in self._lines.values() if other is not line), default=0.0)
-            self._lines[request.params.size].waiting.push(request)
+            if lanes.refusal and not proves:
+                raise ModelNotLoaded(lanes.refusal, retry_after=5)
+            if not lanes:
+                self._shares.join(request.params.model)
+            lanes.push(request)
             self._changed.notify()
         return before
 
@@ -211,37 +99,69 @@ class Batcher:
         with self._changed:
             self._check(Flow(caller, "interactive"))
 
-    def position(self, request: Request) -> int | None:
-        """How many requests are served before `request`, if no others come; None where it does not wait."""
+    def refuse(self, model: str, why: str) -> None:
+        """Refuse requests for `model` from now on; those accepted run to completion. `why` says what to do."""
         with self._changed:
-            before = self._before(request)
+            self._models[model].refusal = why
+
+    def refuse_idle(self, model: str, why: str) -> bool:
+        """Refuse requests for `model` if none waits or runs; returns whether that is so."""
+        with self._changed:
+            if idle := not self._models[model]:
+                self._models[model].refusal = why
+            return idle
+
+    def accept(self, model: str) -> None:
+        """Accept requests for `model` again."""
+        with self._changed:
+            self._models[model].refusal = None
+
+    def is_idle(self, model: str) -> bool:
+        """Whether no request for `model` waits or runs."""
+        with self._changed:
+            return not self._models[model]
+
+    def last_used(self, model: str) -> float:
+        """When the last request for `model` came, on monotonic's clock."""
+        return self._models[model].last_used
+
+    def wake(self) -> None:
+        """Let `next_batch` return: there is something else to do."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def position(self, request: Request) -> int | None:
+        """How many requests of its lane are served before `request`, if no others come; None where it does not wait."""
+        with self._changed:
+            before = self._models[request.params.model].before(request)
         return None if before is None else len(before)
 
     def delay(self, request: Request) -> float:
         """The seconds, at most, until `request` takes its first step, if no others come; 0 where that is unknown."""
         with self._changed:
-            before = self._before(request)
+            before = self._models[request.params.model].before(request)
             if before is None:
                 return 0.0
-            running = chain.from_iterable(line.running for line in self._lines.values())
-            return sum(self._work(one) for one in (*running, *before))
+            running = chain.from_iterable(lanes.running for lanes in self._models.values())
+            return sum(map(self._work, (*running, *before)))
 
-    def _before(self, request: Request) -> list[Request] | None:
-        line = self._lines.get(request.params.size)
-        return line.waiting.before(request) if line else None
+    def _work(self, request: Request) -> float:
+        """The seconds of a full device that `request` still needs."""
+        return self._models[request.params.model].step_times.work(request)
 
     def _check(self, flow: Flow) -> int:
         """How many requests wait, if one more of `flow` may."""
         if self._closed:
             raise NotReady("The server is shutting down: send the request to another one.", retry_after=5)
-        before = sum(len(line.waiting) for line in self._lines.values())
+        before = self._waiting
         if before >= self._max_waiting and not self._has_reserved_place(flow, before):
             raise QueueFull(f"{before} requests are waiting: try again later.", retry_after=self._retry_after())
         return before
 
     def _has_reserved_place(self, flow: Flow, before: int) -> bool:
         """A queue that one caller keeps full has places for others."""
-        first = not any(line.waiting.count(flow) for line in self._lines.values())
+        first = not any(lanes.has_waiting(flow) for lanes in self._models.values())
         return first and before < self._max_waiting + self._reserved
 
     def next_batch(self, *, timeout: float | None = None) -> Batch | None:
@@ -250,16 +170,15 @@ class Batcher:
         None: the batcher is closed, and nothing is left to do.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._lines, timeout=timeout)
-            left = tuple([request for line in self._lines.values() for request in line.drop_cancelled()])
-            if left:
-                self._remove_empty_lines()
-            if not self._lines:
+            self._changed.wait_for(lambda: self._closed or self._woken or any(self._models.values()), timeout=timeout)
+            self._woken = False
+            left = tuple([request for lanes in self._models.values() for request in lanes.drop_cancelled()])
+            if (model := self._next_model()) is None:
+                self._shares.reset()
                 return Batch(left, (), ()) if left or not self._closed else None
-            size = self._next_size()
-            line = self._lines[size]
-            joined = tuple(line.join(self.max_rows))
-            return Batch(left, joined, line.take_turn(self.max_rows, self._fair_rows(size)))
+            joined, turn = self._models[model].take_turn()
+            self._charge(model, joined, turn)
+            return Batch(left, joined, turn)
 
     def next_newcomer(self, *, timeout: float) -> Request | None:
         """Let one request join those that may take the next step. Wait for it at most `timeout` seconds.
@@ -273,40 +192,31 @@ class Batcher:
             return self._joining()
 
     def _joining(self) -> Request | None:
-        """The next request that may join those of the size whose turn is next, if there is one; it joins."""
-        if not self._lines:
+        """The next request that may join those of the lane whose turn is next, if there is one; it joins."""
+        if (model := self._next_model()) is None:
             return None
-        line = min(self._lines.values(), key=lambda line: line.turns)
-        return next(line.join(self.max_rows), None)
+        if newcomer := self._models[model].join_one():
+            self._charge(model, (newcomer,), ())
+        return newcomer
 
-    def _next_size(self) -> Size:
-        """The size whose turn it is: of several with as many turns, the one that waited longest."""
-        if len(self._lines) == 1:
-            return next(iter(self._lines))
-        size = min(self._lines, key=lambda one: self._lines[one].turns)
-        line = self._lines[size] = self._lines.pop(size)
-        line.turns += 1 / line.weight
-        return size
+    def _next_model(self) -> str | None:
+        """The model whose turn it is, of those with requests."""
+        if len(self._models) == 1:  # what is usual
+            (model,) = self._models
+            return model if self._models[model] else None
+        busy = [model for model, lanes in self._models.items() if lanes]
+        return self._shares.next(busy) if busy else None
 
-    def _fair_rows(self, size: Size) -> int:
-        """The most rows that a step of `size` may take, for the sake of the other flows that run; see `fair_rows`."""
-        if len(self._lines) == 1 and len(self._lines[size].rows) == 1:  # what is usual, without looking further
-            return self.max_rows
-        if len({flow for line in self._lines.values() for flow in line.rows}) == 1:
-            return self.max_rows
-        alone = [
-            {flow: self._seconds((size, "full"), min(rows, self.max_rows)) for flow, rows in line.rows.items()}
-            for size, line in self._lines.items()
-        ]
-        seconds = partial(self._seconds, (size, "full"))
-        return fair_rows(self._lines[size].rows, alone, seconds, max_rows=self.max_rows)
+    def _charge(self, model: str, joined: tuple[Request, ...], turn: tuple[Request, ...]) -> None:
+        """Count what the device does for `model`, where others may want it."""
+        if len(self._models) > 1:
+            lanes = self._models[model]
+            self._shares.serve(model, lanes.seconds(joined, turn) / lanes.weight)
 
     def leave(self, request: Request) -> None:
         """Remove `request` from the running: it takes no more steps."""
         with self._changed:
-            if line := self._lines.get(request.params.size):
-                line.leave(request)
-            self._remove_empty_lines()
+            self._models[request.params.model].leave(request)
 
     @property
     def closed(self) -> bool:
@@ -329,16 +239,14 @@ class Batcher:
         """Remove and return all requests that wait or run: they take no more steps."""
         with self._changed:
             evicted = tuple(self._everyone())
-            self._lines.clear()
+            for lanes in self._models.values():
+                lanes.clear()
         return evicted
 
     def _everyone(self) -> Iterator[Request]:
-        return chain.from_iterable(self._lines.values())
-
-    def _remove_empty_lines(self) -> None:
-        self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
+        return chain.from_iterable(self._models.values())
 
     def _retry_after(self) -> int:
         """Seconds until the requests that run and wait now will have taken their steps."""
-        ahead = sum(self._work(request) for request in self._everyone())
+        ahead = sum(map(self._work, self._everyone()))
         return min(max(math.ceil(ahead), 1), _MAX_RETRY_AFTER)

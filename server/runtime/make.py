@@ -14,9 +14,10 @@ from server.requests.intake import Intake
 from server.requests.request import Request, StepCache
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
-from server.runtime.batcher import Batcher, Line
+from server.runtime.batcher import Batcher
 from server.runtime.decodes import DecodePriority
 from server.runtime.executor import Executor
+from server.runtime.line import Line
 from server.runtime.models import LoadedModel, Model, Models, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
@@ -70,13 +71,8 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     default = models.default
     step_times = default.step_times
     max_rows = default.manifest.max_rows
-    batcher = Batcher(
-        max_rows=max_rows,
-        max_waiting=max_waiting,
-        work=step_times.work,
-        seconds=step_times.seconds,
-        line=line,
-    )
+    batcher = Batcher(max_waiting=max_waiting, line=line)
+    batcher.add(default.name, max_rows=max_rows, step_times=step_times)
     metrics = Metrics(max_rows=max_rows)
 
     def load(on_status: OnStatus) -> Pipeline:

@@ -192,7 +192,8 @@ def taken(batcher: Batcher) -> str:
 def test_by_request_newcomers_wait_for_everybody_who_runs(by_request: bool, turns: list[str]) -> None:
     policy = SwitchablePolicy()
     policy.by_request = by_request
-    batcher = Batcher(max_rows=8, max_waiting=10, line=policy)
+    batcher = Batcher(max_waiting=10, line=policy)
+    batcher.add("", max_rows=8)
     for item in (request("a", steps=2), request("b", steps=3)):
         batcher.submit(item)
     seen = [taken(batcher)]

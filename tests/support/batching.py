@@ -11,7 +11,7 @@ from server.requests.context import Caller, Priority, RequestContext
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Chunk, Prompt
 from server.runtime.batcher import Batch, Batcher
-from server.runtime.step_times import Kind
+from server.runtime.step_times import Kind, StepTimeModel
 
 SMALL, LARGE = Size(width=64, height=64), Size(width=128, height=64)
 Seconds = Callable[[Kind, int], float]
@@ -29,10 +29,20 @@ def request(
     caller: str = "",
     priority: Priority = "interactive",
     chunks: int = 1,
+    model: str = "",
 ) -> Request:
     scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
     params = GenerationParams(
-        _prompt(chunks), _prompt(chunks), size, Scheduler("euler"), steps, scale, seeds, isolated=isolated, cache=cache
+        _prompt(chunks),
+        _prompt(chunks),
+        size,
+        Scheduler("euler"),
+        steps,
+        scale,
+        seeds,
+        isolated=isolated,
+        cache=cache,
+        model=model,
     )
     context = RequestContext(Caller(caller))
     return Request(params, _table(steps), (), name, context, priority)
@@ -42,10 +52,22 @@ def _prompt(chunks: int) -> Prompt:
     return Prompt("", (Chunk((), ()),) * chunks)
 
 
+class KnownTimes(StepTimeModel):
+    """Step times that a test gives."""
+
+    def __init__(self, seconds: Seconds) -> None:
+        super().__init__(max_rows=8)
+        self._known = seconds
+
+    def seconds(self, kind: Kind, rows: int) -> float:
+        return self._known(kind, rows)
+
+
 def batcher(
     *requests: Request, max_rows: int = 8, max_waiting: int = 100, seconds: Seconds = lambda _kind, _rows: 0.0
 ) -> Batcher:
-    made = Batcher(max_rows=max_rows, max_waiting=max_waiting, seconds=seconds)
+    made = Batcher(max_waiting=max_waiting)
+    made.add("", max_rows=max_rows, step_times=KnownTimes(seconds))
     for item in requests:
         made.submit(item)
     return made

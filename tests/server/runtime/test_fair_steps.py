@@ -172,7 +172,7 @@ def test_every_request_takes_all_its_steps_whatever_shares_the_device(everyone: 
 
 
 def test_a_waiting_request_knows_its_place_and_delay() -> None:
-    policy = Batcher(max_rows=2, max_waiting=10, work=lambda one: float(one.work_left))
+    policy = batcher(max_rows=2, max_waiting=10, seconds=lambda _kind, _rows: 8.0)
     running, *waiting = (request(name, caller="a", steps=5) for name in "abc")
     for one in (running, *waiting):
         policy.submit(one)
@@ -180,5 +180,5 @@ def test_a_waiting_request_knows_its_place_and_delay() -> None:
     other = request("other", caller="b", steps=5)
     policy.submit(other)
     assert [policy.position(one) for one in (running, *waiting, other)] == [None, 1, 2, 0]
-    assert policy.delay(waiting[1]) == sum(one.work_left for one in (running, waiting[0], other))
+    assert policy.delay(waiting[1]) == sum(2 / 8 * 8.0 * (one.steps - one.step) for one in (running, waiting[0], other))
     assert policy.delay(running) == 0

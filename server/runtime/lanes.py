@@ -1,0 +1,140 @@
+"""The lines of one model: one for each image size, which take turns. Policy only: no device, no HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+from engines.manifest import Size
+from server.requests.errors import FieldError, InvalidRequest
+from server.requests.request import Flow, Request
+from server.runtime.fair_steps import fair_rows
+from server.runtime.line import Line
+from server.runtime.step_times import StepTimeModel
+
+_UNMEASURED = 1.0  # seconds that a step counts for while none was measured: models take turns then
+
+
+class Lanes:
+    """The requests of one model that wait or run. Called by a `Batcher` under its lock."""
+
+    def __init__(self, *, max_rows: int, step_times: StepTimeModel, line: Callable[[], Line]) -> None:
+        """Steps take at most `max_rows`; `line` makes the queue of a size."""
+        self.max_rows = max_rows
+        self.step_times = step_times
+        self.refusal: str | None = None  # why requests are refused, and what to do
+        self.last_used = 0.0  # when the last request came, on monotonic's clock
+        self._new_line = line
+        self._lines: dict[Size, Line] = {}  # in the order of their turns
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain.from_iterable(self._lines.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(line.waiting) for line in self._lines.values())
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        return tuple(chain.from_iterable(line.running for line in self._lines.values()))
+
+    @property
+    def weight(self) -> float:
+        """That of its flow with the greatest weight."""
+        return max(line.weight for line in self._lines.values())
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequest where `request` can never fit."""
+        if request.rows > self.max_rows:
+            message = (
+                f"{request.images} images take {request.rows} UNet rows, this server's engines take {self.max_rows}: "
+                "ask for fewer images."
+            )
+            raise InvalidRequest(message, fields=(FieldError("num_images", message),))
+
+    def push(self, request: Request) -> None:
+        """Let `request` wait."""
+        self.last_used = time.monotonic()
+        size = request.params.size
+        if size not in self._lines:
+            line = self._lines[size] = self._new_line()
+            line.turns = min((other.turns for other in self._lines.values() if other is not line), default=0.0)
+        self._lines[size].waiting.push(request)
+
+    def has_waiting(self, flow: Flow) -> bool:
+        return any(line.waiting.count(flow) for line in self._lines.values())
+
+    def before(self, request: Request) -> list[Request] | None:
+        """The requests of its line that are served before `request`; None where it does not wait."""
+        line = self._lines.get(request.params.size)
+        return line.waiting.before(request) if line else None
+
+    def join_one(self) -> Request | None:
+        """Let the next request join those of the size whose turn is next, if there is one that may."""
+        line = min(self._lines.values(), key=lambda line: line.turns)
+        return next(line.join(self.max_rows), None)
+
+    def take_turn(self) -> tuple[tuple[Request, ...], tuple[Request, ...]]:
+        """The requests that join the size whose turn it is, and those that take its step."""
+        size = self._next_size()
+        line = self._lines[size]
+        joined = tuple(line.join(self.max_rows))
+        return joined, line.take_turn(self.max_rows, self._fair_rows(size))
+
+    def drop_cancelled(self) -> tuple[Request, ...]:
+        """Remove and return the cancelled."""
+        left = tuple([request for line in self._lines.values() for request in line.drop_cancelled()])
+        if left:
+            self._remove_empty_lines()
+        return left
+
+    def leave(self, request: Request) -> None:
+        """Remove `request` from the running."""
+        if line := self._lines.get(request.params.size):
+            line.leave(request)
+        self._remove_empty_lines()
+
+    def clear(self) -> None:
+        self._lines.clear()
+
+    def seconds(self, joined: Sequence[Request], turn: Sequence[Request]) -> float:
+        """What the device needs to encode and decode those who `joined`, and for the step `turn`, if there is one."""
+        times = self.step_times
+        seconds = sum([times.encode_decode(one.params.size) * one.images for one in joined])
+        if turn:
+            kind = turn[0].params.size, turn[0].depth
+            seconds += times.seconds(kind, sum([one.rows for one in turn])) or _UNMEASURED
+        return seconds
+
+    def _remove_empty_lines(self) -> None:
+        self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
+
+    def _next_size(self) -> Size:
+        """The size whose turn it is: of several with as many turns, the one that waited longest."""
+        if len(self._lines) == 1:
+            return next(iter(self._lines))
+        size = min(self._lines, key=lambda one: self._lines[one].turns)
+        line = self._lines[size] = self._lines.pop(size)
+        line.turns += 1 / line.weight
+        return size
+
+    def _fair_rows(self, size: Size) -> int:
+        """The most rows that a step of `size` may take, for the sake of the other flows that run; see `fair_rows`."""
+        if len(self._lines) == 1 and len(self._lines[size].rows) == 1:  # what is usual, without looking further
+            return self.max_rows
+        if len({flow for line in self._lines.values() for flow in line.rows}) == 1:
+            return self.max_rows
+        alone = [
+            {
+                flow: self.step_times.seconds((size, "full"), min(rows, self.max_rows))
+                for flow, rows in line.rows.items()
+            }
+            for size, line in self._lines.items()
+        ]
+        seconds = partial(self.step_times.seconds, (size, "full"))
+        return fair_rows(self._lines[size].rows, alone, seconds, max_rows=self.max_rows)

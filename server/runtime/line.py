@@ -1,0 +1,121 @@
+"""The requests that may share steps: of one model and one image size. Policy only: no device, no HTTP."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from engines.contract import MAX_CHUNKS
+from server.requests.request import Depth, Flow, Request
+from server.runtime.fair_queue import FairQueue
+from server.runtime.fair_steps import FairSteps
+
+
+class Line:
+    """The requests of one lane, and the policy of continuous batching among them. Subclass it for another policy.
+
+    Called by a `Batcher` under its lock. Running requests share each step, or take turns where their rows exceed it.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = FairQueue()
+        self.running: list[Request] = []  # in the order of their turns
+        self.rows: Counter[Flow] = Counter()  # of the running requests
+        self.turns = 0.0  # that it had, by weight
+        self._fair_steps = FairSteps()
+
+    @property
+    def weight(self) -> float:
+        """That of its flow with the greatest weight."""
+        return max(flow.weight for flow in (*self.rows, *self.waiting.flows))
+
+    def join(self, max_rows: int) -> Iterator[Request]:
+        """Move requests from waiting to running, in the queue's order, while the next one may join; yield each."""
+        while self.waiting and self.may_join(self.waiting.peek(), max_rows):
+            newcomer = self.waiting.pop()
+            self.running.append(newcomer)
+            self.rows[newcomer.flow] += newcomer.rows
+            yield newcomer
+
+    def may_join(self, newcomer: Request, max_rows: int) -> bool:
+        """Whether there are rows for it, or memory for it to take turns with a much longer or a greedy one.
+
+        So a short request does not wait until long ones are done, and a caller not until those of another are.
+        """
+        everyone = [*self.running, newcomer]
+        if sum([request.rows for request in everyone]) <= max_rows:
+            return True
+        is_short = any(newcomer.work <= request.work_left / 2 for request in self.running)
+        return (is_short or self._is_owed_rows(newcomer, max_rows)) and _fit_in_memory(everyone, max_rows)
+
+    def _is_owed_rows(self, newcomer: Request, max_rows: int) -> bool:
+        """Whether its flow has no rows, and another one has a request more than its share, or less weight."""
+        if newcomer.flow in self.rows:
+            return False
+        weights = sum(flow.weight for flow in (*self.rows, newcomer.flow))
+        return any(
+            flow.weight < newcomer.flow.weight
+            or rows - min(one.rows for one in self.running if one.flow == flow) >= max_rows * flow.weight / weights
+            for flow, rows in self.rows.items()
+        )
+
+    def take_turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
+        """The requests of the next step: the one that is next, and those that can share the step with it.
+
+        Where several flows run, and cannot all take it, they are at most `fair_rows`; see `FairSteps`.
+        """
+        turn = self._turn(max_rows, fair_rows)
+        if len(turn) < len(self.running):
+            taken = set(turn)
+            self.running = [*(one for one in self.running if one not in taken), *turn]
+        if self.waiting:
+            self.waiting.advance(sum([request.rows for request in turn]), self.running)
+        return turn
+
+    def _turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
+        first = self.running[0]
+        turn = (first,) if first.params.isolated else self._sharing(first.depth, max_rows)
+        everyone_fits = len(turn) == len(self.running) and sum(self.rows.values()) <= fair_rows
+        alone = len(self.rows) == 1 and fair_rows == max_rows
+        if alone or everyone_fits:
+            self._fair_steps.forget()
+            return turn
+        return self._fair_steps.choose(self.running, max_rows=max_rows, fair_rows=fair_rows)
+
+    def _sharing(self, depth: Depth, max_rows: int) -> tuple[Request, ...]:
+        """The requests that may take their next step in one call of that depth, as far as their rows fit in it."""
+        free = max_rows
+        turn = []
+        for one in self.running:
+            if one.rows <= free and one.depth == depth and not one.params.isolated:
+                free -= one.rows
+                turn.append(one)
+        return tuple(turn)
+
+    def leave(self, request: Request) -> None:
+        """Remove `request` from the running."""
+        self.running = [running for running in self.running if running is not request]
+        self.rows = Counter()
+        for running in self.running:
+            self.rows[running.flow] += running.rows
+
+    def drop_cancelled(self) -> frozenset[Request]:
+        """Remove and return the cancelled. Each is asked once, since any thread may cancel at any moment."""
+        dropped = frozenset([request for request in self if request.cancelled])
+        if dropped:
+            self.waiting.discard(dropped)
+            for request in dropped:
+                self.leave(request)
+        return dropped
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from self.running
+        yield from self.waiting
+
+
+def _fit_in_memory(requests: Sequence[Request], max_rows: int) -> bool:
+    """Whether the pools of one size hold `requests`: slots, prompt chunks, and features of the step cache."""
+    images = sum([request.images for request in requests])
+    chunks = sum([request.chunks for request in requests])
+    features = sum([request.rows for request in requests if request.params.cache != "off"])
+    return images <= max_rows and chunks <= max_rows * MAX_CHUNKS and features <= max_rows
