@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,9 +36,9 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lora_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora_bundle(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with graphs that apply the LoRAs of requests. Tests that alter it copy it first."""
-    out = tmp_path_factory.mktemp("lora-bundle")
+    out = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("lora-bundle") / "copy"))  # whose graphs are kept
     options = ["--backend", "onnxruntime", *_SHAPES, "--lora-slots", "4", "--lora-rank", "8"]
     assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *options]) == 0
     return out

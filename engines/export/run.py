@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx_ir as ir
+
 from engines.accuracy import AccuracyError, check_finite, tolerance, worst_difference
 from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
@@ -14,8 +16,9 @@ from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.loading.modules import Modules, load_tokenizer
 from engines.contract import LORA_GRAPHS, Array, GraphName
+from engines.export.lora_graph import add_updates
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
-from engines.export.weights import promoted, save_reference, save_typed
+from engines.export.weights import promoted, save_reference, save_typed, save_variant
 from engines.files import write_atomically
 from engines.manifest import MANIFEST, ComputeDtype, Difference, File, Graph, LoraLayer, Onnx, Size, Storage, Tokenizer
 from engines.progress import Progress
@@ -45,7 +48,13 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
         ExportError: a graph differs from torch, or leaves FP16's range.
     """
     traced = traced_graphs(modules, config.latent, config.context, layers)
-    exports = {name: _Export(name, graph, out, progress) for name, graph in traced.items()}
+    variants = {variant: graph for graph, variant in LORA_GRAPHS.items()}
+    exports = {
+        name: _Variant(name, graph, out, progress, plain=variants[name], layers=layers)
+        if name in variants
+        else _Export(name, graph, out, progress)
+        for name, graph in traced.items()
+    }
     wanted = {name: [precision for graph, precision in typed if graph == name] for name in traced}
     for name, one in exports.items():  # of all, before minutes go into the first
         one.check_finite()
@@ -70,7 +79,6 @@ class _Export:
 
     def __init__(self, name: GraphName, traced: Traced, out: Path, progress: Progress) -> None:
         self._name = name
-        self._plain = next((graph for graph, variant in LORA_GRAPHS.items() if variant == name), None)
         self._traced = traced
         self._out = out
         self._progress = progress
@@ -114,36 +122,30 @@ class _Export:
                 )
 
     def every_precision(self, known: Graph | None, storage: Storage, typed: Sequence[ComputeDtype]) -> Graph:
-        onnx: dict[ComputeDtype, Onnx] = dict(known.onnx) if known else {"fp32": self._reference(storage)}
-        for precision in typed:
+        onnx: dict[ComputeDtype, Onnx] = dict(known.onnx) if known else {}
+        for precision in ("fp32", *typed):
             if precision not in onnx:
-                onnx[precision] = self._typed(precision)
+                onnx[precision] = self._made(precision, storage)
         return Graph(inputs=self._traced.inputs, outputs=self._traced.outputs, onnx=onnx)
 
-    def _path(self, precision: ComputeDtype) -> Path:
-        suffix = "" if precision == "fp32" else f".{precision}"
-        return self._out / "onnx" / f"{self._name}{suffix}.onnx"
-
-    def _reference(self, storage: Storage) -> Onnx:
-        path = self._path("fp32")
+    def _made(self, precision: ComputeDtype, storage: Storage) -> Onnx:
+        path = _path(self._out, self._name, precision)
         path.parent.mkdir(parents=True, exist_ok=True)
-        (self._out / MANIFEST).unlink(missing_ok=True)  # it lists the hash of the graph that is replaced
-        with self._progress.stage(f"exporting {self._name}"):
-            model = to_onnx(self._traced)
-            if self._plain:  # over the weights of the graph that it is a variant of
-                files = save_typed(model, path, reference=path.with_stem(self._plain))
-            else:
-                files = save_reference(model, path, storage=storage)
-        return self._checked(files, storage)
+        if precision == "fp32":
+            (self._out / MANIFEST).unlink(missing_ok=True)  # it lists the hash of the graph that is replaced
+        suffix = "" if precision == "fp32" else f" in {precision}"
+        with self._progress.stage(f"exporting {self._name}{suffix}"):
+            files = self._write(path, precision, storage)
+        return self._checked(files, storage if precision == "fp32" else precision)
 
-    def _typed(self, precision: ComputeDtype) -> Onnx:
-        reference = self._path("fp32") if self._plain is None else self._path("fp32").with_stem(self._plain)
-        with self._progress.stage(f"exporting {self._name} in {precision}"):
-            model = to_onnx(self._traced.rounded(DTYPES[precision]))
-            files = save_typed(model, self._path(precision), reference=reference)
-            del model
-            gc.collect()  # its cycles hold a copy of the weights
-        return self._checked(files, precision)
+    def _write(self, path: Path, precision: ComputeDtype, storage: Storage) -> tuple[Path, ...]:
+        if precision == "fp32":
+            return save_reference(to_onnx(self._traced), path, storage=storage)
+        model = to_onnx(self._traced.rounded(DTYPES[precision]))
+        files = save_typed(model, path, reference=_path(self._out, self._name, "fp32"))
+        del model
+        gc.collect()  # its cycles hold a copy of the weights
+        return files
 
     def _checked(self, files: Sequence[Path], precision: ComputeDtype) -> Onnx:
         """Run the written graph in ONNX Runtime. Raises ExportError where it strays from torch in FP32."""
@@ -181,3 +183,34 @@ class _Export:
         outputs = {name: device.allocate(right.shape, right.dtype) for name, right in self._expected.items()}
         device.load(path, stream).bind({**inputs, **outputs}).launch()
         return {name: stream.read(buffer).result() for name, buffer in outputs.items()}
+
+
+class _Variant(_Export):
+    """The export of a graph that applies LoRAs: the graph `plain` of the same bundle with nodes added."""
+
+    def __init__(
+        self,
+        name: GraphName,
+        traced: Traced,
+        out: Path,
+        progress: Progress,
+        *,
+        plain: GraphName,
+        layers: Sequence[LoraLayer],
+    ) -> None:
+        super().__init__(name, traced, out, progress)
+        self._plain: GraphName = plain
+        self._layers = layers
+
+    def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
+        """Nothing: the weights are those of `plain`, and LoRAs are not known yet."""
+
+    def _write(self, path: Path, precision: ComputeDtype, storage: Storage) -> tuple[Path, ...]:  # noqa: ARG002 - as above
+        model = ir.load(_path(self._out, self._plain, precision))
+        add_updates(model, self._layers, inputs=self._traced.inputs, computes_in=precision)
+        return save_variant(model, path, weights=_path(self._out, self._plain, "fp32").with_suffix(".weights"))
+
+
+def _path(out: Path, name: GraphName, precision: ComputeDtype) -> Path:
+    suffix = "" if precision == "fp32" else f".{precision}"
+    return out / "onnx" / f"{name}{suffix}.onnx"

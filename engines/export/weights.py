@@ -34,10 +34,15 @@ def save_reference(model: ir.Model, path: Path, *, storage: Storage) -> tuple[Pa
 def save_typed(model: ir.Model, path: Path, *, reference: Path) -> tuple[Path, ...]:
     """Write a graph of another precision to `path`, over the weights of the FP32 graph at `reference`."""
     _share(model.graph, ir.load(reference).graph)
+    return save_variant(model, path, weights=reference.with_suffix(".weights"))
+
+
+def save_variant(model: ir.Model, path: Path, *, weights: Path) -> tuple[Path, ...]:
+    """Write a graph to `path` that refers to the weights of another one, in the file `weights` of the same folder."""
     with replacing(path) as temporary:  # in the same folder, where the weights' relative path holds
         ir.save(model, temporary)
         onnx.checker.check_model(temporary)
-    return path, reference.with_suffix(".weights")
+    return path, weights
 
 
 def promoted(path: Path, *, out: Path) -> None:
