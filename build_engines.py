@@ -179,7 +179,7 @@ class _ExportFlags(_ResolutionFlag, _SourceFlags):
         0,
         ge=0,
         description="let each request choose LoRAs of its own, of which the device holds N (default: 0, none); "
-        "graphs that apply them are built beside the others",
+        "graphs that apply them are built too",
     )
     lora_rank: Annotated[LoraCount, Metavar("N")] = Field(
         64, ge=1, description="the largest rank of such a LoRA; LoRAs of lower ranks take less of the device's memory"
@@ -275,6 +275,12 @@ class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
     decode_batch: Annotated[Count | None, Metavar("N")] = Field(
         None, description="decode up to N images in one call; each takes memory (default: the bundle's)"
     )
+    lora_slots: Annotated[LoraCount | None, Metavar("N")] = Field(
+        None, ge=1, description="how many LoRAs of requests the device holds (default: the bundle's)"
+    )
+    lora_rank: Annotated[LoraCount | None, Metavar("N")] = Field(
+        None, ge=1, description="the largest rank of such a LoRA (default: the bundle's)"
+    )
     progress: Literal["people", "json"] = Field(
         "people",
         description="json is for a program that starts this one: progress on standard output in JSON lines; the build "
@@ -294,7 +300,13 @@ class CompileCommand(_Command, _CompileFlags, _ResolutionFlag, _BundleFlags):
             backends=self.backends(),
             precision=self.precision,
             optimization_level=self.optimization_level,
-            shapes=api.ShapeOptions(resolutions=self.resolution, rows=self.rows, decode_batch=self.decode_batch),
+            shapes=api.ShapeOptions(
+                resolutions=self.resolution,
+                rows=self.rows,
+                decode_batch=self.decode_batch,
+                lora_slots=self.lora_slots,
+                lora_rank=self.lora_rank,
+            ),
             verify=self.verify,
             force=self.force,
             reporter=report.reporter,

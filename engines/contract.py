@@ -45,12 +45,8 @@ LORA_GRAPHS: Mapping[GraphName, GraphName] = {
 }
 # Some models have `safety` too, and the variants for LoRAs, all of them or none.
 ALL_GRAPHS: tuple[GraphName, ...] = (*GRAPHS, "safety", *LORA_GRAPHS.values())
-STEPS: tuple[GraphName, ...] = (  # a denoising step; the others run before and after
-    "denoise",
-    "denoise_shallow",
-    "denoise_lora",
-    "denoise_shallow_lora",
-)
+PLAIN_STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # denoising steps of rows without LoRAs
+STEPS: tuple[GraphName, ...] = (*PLAIN_STEPS, "denoise_lora", "denoise_shallow_lora")  # others run before and after
 
 VARYING = frozenset("SCLBRPNnhwHWQA")
 MEMORY = 3  # K: lanes of scheduler memory
@@ -200,6 +196,11 @@ OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "safety": (_f32("concepts", "n", "k"), _f32("special_care", "n", "j")),  # similarity above each threshold
 }
 OUTPUTS |= {variant: OUTPUTS[graph] for graph, variant in LORA_GRAPHS.items()}
+
+
+def plain(graph: GraphName) -> GraphName:
+    """The graph that `graph` is the variant for LoRAs of; otherwise `graph` itself."""
+    return next((name for name, variant in LORA_GRAPHS.items() if variant == graph), graph)
 
 
 def inputs_of(graph: GraphName, *, guidance_embedded: bool = False) -> tuple[Port, ...]:

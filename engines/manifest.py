@@ -54,6 +54,7 @@ from engines.manifest_fields import (
     Tokenizer,
     Verification,
     Word,
+    check_factors,
 )
 
 __all__ = [
@@ -142,6 +143,8 @@ class Manifest(Geometry):
             raise ValueError(f"the graph {missing[0]} is missing")
         if missing := [name for name in LORA_GRAPHS.values() if self.lora and name not in self.graphs]:
             raise ValueError(f"the graph {missing[0]} is missing, which applies LoRAs")
+        if self.lora and not self.lora_layers:
+            raise ValueError("there are graphs that apply LoRAs, and no layers that LoRAs update")
         for name, graph in self.graphs.items():
             inputs = inputs_of(name, guidance_embedded=self.embeds_guidance)
             _check_ports(f"inputs of the graph {name}", inputs, graph.inputs)
@@ -170,6 +173,17 @@ class Manifest(Geometry):
                     if not 0 < size <= widest or known.setdefault(dim, size) != size:
                         expected = known.get(dim, f"1 to {widest}")
                         raise ValueError(f"the graph {name}: {port.name} has {size} for {dim}, not {expected}")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_factors_are_apart(self) -> Self:
+        """Each at a multiple of its width, as graphs gather it, within one rank of the pool and over no other."""
+        if not self.lora_layers:
+            return self
+        if missing := [name for name in LORA_GRAPHS.values() if name not in self.graphs]:
+            raise ValueError(f"LoRAs update layers, and the graph {missing[0]} is missing")
+        pool = next(spec for spec in self.graphs["denoise_lora"].inputs if spec.name == LORA_POOL.name)
+        check_factors(self.lora_layers, width=int(pool.shape[1]))
         return self
 
     @model_validator(mode="after")
@@ -230,9 +244,12 @@ class Manifest(Geometry):
             for port in (*pools, *staging, *OUTPUTS["decode"])
             if port not in shared
         )
-        if self.lora:
-            shared.append(LORA_POOL)
-        return each + sum(_bytes(port, self.dims(self.resolutions[0])) for port in shared)
+        return each + self.lora_bytes + sum(_bytes(port, self.dims(self.resolutions[0])) for port in shared)
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes of the LoRA pool; 0 where there is none."""
+        return _bytes(LORA_POOL, self.dims(self.resolutions[0])) if self.lora else 0
 
     @property
     def parameters(self) -> dict[GraphName, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -304,6 +305,22 @@ class LoraLayer(Frozen):
     outputs: Annotated[int, Field(gt=0, le=_WIDEST)]
     down: Annotated[int, Field(ge=0)] = Field(description="position of the first value of down, which has `inputs`")
     up: Annotated[int, Field(ge=0)] = Field(description="position of the first value of up, which has `outputs`")
+
+
+def check_factors(layers: Sequence[LoraLayer], *, width: int) -> None:
+    """Raise ValueError unless every factor lies within one rank of `width` values, and over no other one.
+
+    Each lies at a multiple of its own width, which divides that of the rank: graphs gather it as one row of a table.
+    """
+    factors = [(layer.down, layer.inputs, layer.name) for layer in layers]
+    factors += [(layer.up, layer.outputs, layer.name) for layer in layers]
+    end, before = 0, ""
+    for position, size, name in sorted(factors):
+        if position % size or width % size or position + size > width:
+            raise ValueError(f"the factors of {name} do not lie within one rank of the LoRA pool, of {width} values")
+        if position < end:
+            raise ValueError(f"the factors of {name} lie over those of {before} in the LoRA pool")
+        end, before = position + size, name
 
 
 class LoraCapacity(Frozen):

@@ -30,6 +30,7 @@ from engines.build.bundle import (
     BundleSpec,
     ExportOptions,
     geometry_of,
+    graphs_of,
     load_intact,
     stored_weights,
     updated,
@@ -120,9 +121,12 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
     geometry, bf16 = geometry_of(checkpoint, options), checkpoint.config.prefers_bf16
-    precisions = _precisions(names, precision, checkpoint.graphs, prefers_bf16=bf16)
+    graphs = graphs_of(checkpoint, options)
+    precisions = _precisions(names, precision, graphs, prefers_bf16=bf16)
     plans = _plans(precisions, geometry, count_parameters(checkpoint))
-    _announce(plans, reporter, before=export_stages(checkpoint, spec.dtypes, geometry.resolutions[0]), verify=verify)
+    _announce(
+        plans, reporter, before=export_stages(checkpoint, graphs, spec.dtypes, geometry.resolutions[0]), verify=verify
+    )
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
     engines = EngineOptions(precision, optimization_level, force=force)
     compiler = _BundleCompiler(out, engines, verify=verify, reporter=reporter)
@@ -165,7 +169,7 @@ def export(  # noqa: PLR0913 - the options of an export, by keyword
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
     size = geometry_of(checkpoint, options).resolutions[0]
-    _announce((), reporter, before=export_stages(checkpoint, spec.dtypes, size))
+    _announce((), reporter, before=export_stages(checkpoint, graphs_of(checkpoint, options), spec.dtypes, size))
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
     reporter.on_not_followed(checkpoint.not_followed)
     return manifest
@@ -191,7 +195,8 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
         backends: the backends to compile for, each a name or `AUTO`.
         precision: what the engines compute in; None as in `build`.
         optimization_level: as in `build`.
-        shapes: resolutions, row buckets and decode batch, where they shall differ from the bundle's.
+        shapes: resolutions, row buckets, decode batch and LoRAs on the device, where they shall differ from the
+            bundle's.
         verify: whether to compare the engines with the FP32 graphs, where the backend runs on this machine.
         force: whether to compile again what is there already.
         reporter: receives progress and results.
@@ -372,7 +377,7 @@ def _spec(
 ) -> BundleSpec:
     """The options with what the backends require. Raises EngineError where one does not compute in `precision`."""
     bf16 = checkpoint.config.prefers_bf16
-    graphs = checkpoint.graphs
+    graphs = graphs_of(checkpoint, options)
     dtypes = [required_dtypes(backend, precision, prefers_bf16=bf16, graphs=graphs) for backend in backends]
     gpus_alone = not set(backends) & set(ON_CPU) and precision != "fp32"
     weights = options.weights or stored_weights(out) or ("fp16" if gpus_alone else "fp32")
@@ -381,4 +386,20 @@ def _spec(
 
 def _with_shapes(manifest: Manifest, shapes: ShapeOptions) -> Manifest:
     changes = {"resolutions": shapes.resolutions, "rows": shapes.rows, "decode_batch": shapes.decode_batch}
-    return updated(manifest, **{name: value for name, value in changes.items() if value})
+    lora = _lora_capacity(manifest, shapes)
+    return updated(manifest, lora=lora, **{name: value for name, value in changes.items() if value})
+
+
+def _lora_capacity(manifest: Manifest, shapes: ShapeOptions) -> LoraCapacity | None:
+    """What the device shall hold of LoRAs. Raises EngineError if the bundle has no graphs that apply them."""
+    if shapes.lora_slots is None and shapes.lora_rank is None:
+        return manifest.lora
+    if manifest.lora is None:
+        raise EngineError(
+            f"{manifest.name} has no graphs that apply LoRAs: export it once more with build_engines.py export "
+            "--lora-slots N."
+        )
+    return LoraCapacity(
+        slots=shapes.lora_slots or manifest.lora.slots,
+        rank=shapes.lora_rank or manifest.lora.rank,
+    )

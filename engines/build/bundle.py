@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -113,6 +113,11 @@ def geometry_of(checkpoint: Checkpoint, options: ExportOptions) -> Geometry:
     )
 
 
+def graphs_of(checkpoint: Checkpoint, options: ExportOptions) -> tuple[GraphName, ...]:
+    """The graphs that the checkpoint is exported to."""
+    return (*checkpoint.graphs, *LORA_GRAPHS.values()) if options.lora else checkpoint.graphs
+
+
 def stored_weights(bundle: Path) -> Storage | None:
     """How an existing bundle stores its weights; None where there is no bundle."""
     with suppress(BundleError):
@@ -129,7 +134,7 @@ def updated(manifest: Manifest, **fields: Any) -> Manifest:
     for size in fields.get("resolutions", ()):
         _check_size(size, manifest.latent.multiple)
     changed = Manifest.model_validate({**dict(manifest), **fields})
-    builds = {backend: build for backend, build in changed.builds.items() if _covers(build, changed)}
+    builds = {backend: build for backend, build in changed.builds.items() if _covers(build, changed, before=manifest)}
     return Manifest.model_validate({**dict(changed), "builds": builds})
 
 
@@ -150,9 +155,11 @@ def _check_size(size: Size, multiple: int) -> None:
         raise EngineError(f"{size} does not fit this model: width and height must be multiples of {multiple}.")
 
 
-def _covers(build: Build, manifest: Manifest) -> bool:
+def _covers(build: Build, manifest: Manifest, *, before: Geometry) -> bool:
     """Whether the profiles of all engines that have some are those that the manifest requires."""
     for name, engine in build.engines.items():
+        if engine.profiles and name in LORA_GRAPHS.values() and manifest.lora != before.lora:
+            return False
         if engine.profiles:
             required = [(shape.profile.size, shape.profile.batch) for shape in shapes(manifest, name)]
             if [(profile.size, profile.batch) for profile in engine.profiles] != required:
@@ -316,10 +323,15 @@ class _Exporter:
             noise_schedule=config.noise_schedule,
             defaults=Defaults(scheduler=config.scheduler),
             graphs=graphs,
-            builds=self._earlier.builds if self._earlier else {},
+            builds=self._builds(graphs),
             versions=exporter_versions(),
             export_key=self._key,
         )
+
+    def _builds(self, graphs: Mapping[GraphName, Graph]) -> dict[str, Build]:
+        """Those of the earlier export that have an engine for each graph."""
+        earlier = self._earlier.builds if self._earlier else {}
+        return {backend: build for backend, build in earlier.items() if build.engines.keys() == graphs.keys()}
 
 
 def exporter_versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from engines.build.qdq.graphs import QuantizedGraphs
 from engines.build.qdq.quantize import EIGHT_BITS, EightBits, modelopt_version
 from engines.build.trajectory import CALIBRATED, record
 from engines.build.trt.parent import build_engine
-from engines.contract import GRAPHS, STEPS, Array, GraphName
+from engines.contract import GRAPHS, LORA_GRAPHS, PLAIN_STEPS, STEPS, Array, GraphName
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.held import are_intact
@@ -50,9 +50,9 @@ def engine_precisions(
 
     FP8 and INT8 on GPUs apply to the UNet, and FP16 to the rest of it and to the other graphs. INT8 on CPUs applies to
     all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the UNet, and on a
-    CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its
-    range and it keeps more digits, and in FP32 on CPUs. The safety checker is one of these others with INT8 as well:
-    its verdicts depend on small differences.
+    CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its range and it keeps
+    more digits, and in FP32 on CPUs. Eight bits leave the safety checker as it is, whose verdicts depend on small
+    differences, and the graphs that apply LoRAs: their calibration would have to know the LoRAs.
 
     Args:
         backend: the backend's name.
@@ -70,9 +70,10 @@ def engine_precisions(
             raise EngineError(
                 f"{chosen} leaves a part of the UNet in FP16, whose range this model exceeds: use --precision bf16."
             )
-        return {name: chosen if name in STEPS else "fp16" for name in graphs}
+        return {name: chosen if name in PLAIN_STEPS else "fp16" for name in graphs}
     if chosen == "int8":
-        return {name: "fp32" if name == "safety" else chosen for name in graphs}
+        exact = ("safety", *LORA_GRAPHS.values())
+        return {name: "fp32" if name in exact else chosen for name in graphs}
     if chosen != "bf16":
         return dict.fromkeys(graphs, chosen)
     if backend in ON_CPU:

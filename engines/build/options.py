@@ -49,6 +49,8 @@ class ShapeOptions:
     resolutions: tuple[Size, ...] = ()
     rows: tuple[int, ...] = ()
     decode_batch: int | None = None
+    lora_slots: int | None = None
+    lora_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

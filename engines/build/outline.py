@@ -67,21 +67,26 @@ class Outline:
 
 
 def _cost(name: str) -> float:
+    if name.startswith("exporting") and "_lora" in name:
+        return 1.0  # the plain graph with nodes added
     work, graph = (next((cost for word, cost in table.items() if word in name), 1) for table in (_WORK, _GRAPHS))
     return float(work * graph)
 
 
 def export_stages(
-    checkpoint: Checkpoint, dtypes: Iterable[tuple[GraphName, ComputeDtype]], size: Size
+    checkpoint: Checkpoint,
+    graphs: Sequence[GraphName],
+    dtypes: Iterable[tuple[GraphName, ComputeDtype]],
+    size: Size,
 ) -> Iterator[str]:
-    """The stages of an export of all graphs, in FP32 and in `dtypes`."""
+    """The stages of an export of `graphs`, in FP32 and in `dtypes`."""
     typed = sorted(dtypes)
     yield "loading torch"
     if checkpoint.single_file:
         yield f"converting {checkpoint.path.name}"
     yield "reading the weights"
     yield from (f"measuring the range of {name} at {size}" for name in checkpoint.graphs if (name, "fp16") in typed)
-    for name in checkpoint.graphs:
+    for name in graphs:
         yield f"exporting {name}"
         yield f"checking {name}.onnx against torch"
         for precision in [precision for graph, precision in typed if graph == name]:

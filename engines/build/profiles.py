@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.build.served_shapes import pool_sizes
-from engines.contract import MAX_CHUNKS, STEPS, GraphName, TensorSpec
+from engines.contract import LORA_GRAPHS, MAX_CHUNKS, STEPS, GraphName, TensorSpec, plain
 from engines.manifest import Geometry, Profile, Size
 from engines.row_buckets import rank_buckets
 
@@ -34,17 +34,15 @@ class Shapes:
 
 def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
     """Every profile of `graph`, in the order in which engines hold them: by size, then by batch, ascending."""
-    if graph in ("encode_prompt", "encode_prompt_lora"):
-        return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1), **_lora_dims(geometry)}),)
+    if plain(graph) == "encode_prompt":
+        return (Shapes(Profile(size=None, batch=1), {"N": _exactly(1), **_lora_dims(geometry, graph)}),)
     batches: Sequence[int] = {
         "denoise": geometry.rows,
         "denoise_shallow": geometry.rows,
-        "denoise_lora": geometry.rows,
-        "denoise_shallow_lora": geometry.rows,
         "decode": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
         "safety": range(1, geometry.decode_batch + 1),
-    }[graph]
+    }[plain(graph)]
     # Steps of row counts between two of these take the larger one's profile; see `engines.row_buckets`.
     leasts = [batches[0], *(before + 1 for before in batches[:-1])] if graph in STEPS else batches
     return tuple(
@@ -65,13 +63,13 @@ def _dims(size: Size, batch: Range, geometry: Geometry, graph: GraphName) -> dic
         "B": batch,
         "R": batch,
         "n": batch,
-        **_lora_dims(geometry),
+        **_lora_dims(geometry, graph),
     }
 
 
-def _lora_dims(geometry: Geometry) -> dict[str, Range]:
-    """Those of the LoRA pool, and of the ranks that update a row."""
-    if geometry.lora is None:
+def _lora_dims(geometry: Geometry, graph: GraphName) -> dict[str, Range]:
+    """Those of the LoRA pool, and of the ranks that update a row, in graphs that have them."""
+    if geometry.lora is None or graph not in LORA_GRAPHS.values():
         return {}
     least, *_, most = (*rank_buckets(geometry.lora), geometry.lora.ranks_per_row)
     return {"Q": _exactly(geometry.lora.ranks), "A": (least, least, most)}

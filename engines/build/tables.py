@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from rich.table import Column, Table
 from engines.accuracy import IDENTICAL
 from engines.build.api import BackendPlan, Finding
 from engines.build.profiles import shapes
-from engines.contract import INPAINT_LANES, LANES, STEPS, GraphName
-from engines.manifest import Build, Compiled, File, FusionReport, Geometry, Manifest, Precision
+from engines.contract import INPAINT_LANES, LANES, STEPS, GraphName, plain
+from engines.manifest import Build, Compiled, File, FusionReport, Geometry, LoraCapacity, Manifest, Precision
 
 _ROOT = Path(__file__).parents[2]
 # Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
@@ -37,7 +38,7 @@ def plan_table(plan: BackendPlan) -> RenderableType:
     columns = ("graph", "precision", "profiles", "weights MB", "activations MB, about")
     rows = []
     for name, precision in plan.precisions.items():
-        weights = _BYTES[precision] * plan.parameters.get(name, 0)
+        weights = _BYTES[precision] * plan.parameters.get(plain(name), 0)
         activations = _activations(plan.geometry, name)
         rows.append((name, precision, _planned_profiles(plan.geometry, name), _mb(weights or None), _mb(activations)))
     table = _table(f"To build for {plan.backend}", columns, rows)
@@ -157,7 +158,18 @@ def _model_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "context", f"{context.tokens} tokens of {context.width}, {context.layers} layers"
     yield "defaults", requests
     yield "weights", f"stored in {manifest.weights}"
+    if manifest.lora:
+        yield "LoRAs", _loras(manifest, manifest.lora)
     yield "exported by", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+
+
+def _loras(manifest: Manifest, capacity: LoraCapacity) -> str:
+    """What the LoRA pool holds, and what LoRAs update."""
+    counts = Counter(layer.part for layer in manifest.lora_layers)
+    layers = f"{counts['unet']} layers of the UNet and {counts['text_encoder']} of the text encoder"
+    refused = f"; {len(manifest.lora_refused)} convolutions are not" if manifest.lora_refused else ""
+    pool = f"{capacity.slots} of rank {capacity.rank} on the device ({manifest.lora_bytes / 1e6:,.0f} MB)"
+    return f"{pool}, {layers} are updated{refused}"
 
 
 def _graph_table(manifest: Manifest) -> Table:
@@ -218,12 +230,12 @@ def _planned_profiles(geometry: Geometry, name: GraphName) -> str:
 
 def _activations(geometry: Geometry, name: GraphName) -> float:
     """Bytes of activations of the largest profile, which contain those of the others."""
-    if name == "encode_prompt":
+    if plain(name) == "encode_prompt":
         return geometry.context.tokens * geometry.context.width * 32
     profiles = [shape.profile for shape in shapes(geometry, name)]
     unit = geometry.latent.downscale**2 if name in STEPS else 1
     areas = [one.size.width * one.size.height / unit * one.batch for one in profiles if one.size]
-    return max(areas) * _ACTIVATIONS[name]
+    return max(areas) * _ACTIVATIONS[plain(name)]
 
 
 def _state_bytes(geometry: Geometry) -> int:

@@ -15,13 +15,24 @@ from engines.accuracy import AccuracyError, check_finite
 from engines.backends.device import Device, Engine
 from engines.backends.registry import open_device
 from engines.build.served_shapes import ServedShapes
-from engines.contract import GRAPHS, LANES, OUTPUTS, STEPS, Array, Arrays, GraphName, build_inputs, inputs_of, sizes_of
+from engines.contract import (
+    GRAPHS,
+    LANES,
+    OUTPUTS,
+    PLAIN_STEPS,
+    Array,
+    Arrays,
+    GraphName,
+    build_inputs,
+    inputs_of,
+    sizes_of,
+)
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from engines.progress import Progress
 from engines.schedulers import Step, find, table
 
-CALIBRATED: tuple[GraphName, ...] = (*STEPS, "decode")  # for INT8
+CALIBRATED: tuple[GraphName, ...] = (*PLAIN_STEPS, "decode")  # for INT8
 CALIBRATION_STEPS = 20  # denoising steps of each trajectory that INT8 is calibrated on
 _PROMPTS = (
     "a photograph of a lighthouse on a rock in the sea",

@@ -20,9 +20,8 @@ from engines.build.trajectory import (
     reference,
 )
 from engines.contract import (
+    INPUTS,
     LANES,
-    LORA_GRAPHS,
-    LORA_POOL,
     MEMORY,
     STEPS,
     TERMS,
@@ -32,7 +31,9 @@ from engines.contract import (
     Port,
     build_inputs,
     inputs_of,
+    plain,
     random_values,
+    sizes_of,
 )
 from engines.errors import EngineError
 from engines.manifest import Build, Difference, Manifest, Precision, Profile, Verification
@@ -42,6 +43,8 @@ from engines.row_buckets import rank_buckets
 STEPS_COMPARED = 6  # denoising steps of the trajectory that engines are compared on
 _BATCH = frozenset("SBRn")  # dimensions that grow with the batch; pools of other dimensions are any row's to read
 _CHUNKS = 2  # chunks per row in a random batch
+
+_RANKS = 9  # of the LoRA pool, on which engines are compared: each takes megabytes
 
 Case = tuple[Arrays, Arrays]  # an engine's inputs, and the reference's: those of the first image
 
@@ -109,11 +112,9 @@ def _remedy(backend: str, precision: Precision) -> str:
 def _cases(
     name: GraphName, manifest: Manifest, trajectory: Trajectory, *, recording: Recording, profiles: Sequence[Profile]
 ) -> Iterator[Case]:
-    if name in LORA_GRAPHS.values():
-        (plain,) = (graph for graph, variant in LORA_GRAPHS.items() if variant == name)
-        ports = [port for port in inputs_of(name) if port not in inputs_of(plain)]
-        cases = _cases(plain, manifest, trajectory, recording=recording, profiles=profiles)
-        yield from (_updated(case, ports, manifest) for case in cases)
+    if name != (base := plain(name)):
+        cases = _cases(base, manifest, trajectory, recording=recording, profiles=profiles)
+        yield from (_with_loras(case, name, manifest) for case in cases)
         return
     if name == "encode_prompt":
         recorded: Sequence[Arrays] = trajectory.chunks
@@ -132,18 +133,17 @@ def _cases(
     yield from ((inputs, inputs) for inputs in recorded)
 
 
-def _updated(case: Case, ports: Sequence[Port], manifest: Manifest) -> Case:
-    """A case of a graph's variant for LoRAs, whose inputs beside the graph's own are `ports`: random LoRAs."""
-    inputs, first = case
+def _with_loras(case: Case, name: GraphName, manifest: Manifest) -> Case:
+    """A case of a plain graph for its variant `name`: every row is updated by random LoRAs."""
     assert manifest.lora  # noqa: S101 - it has such a graph
-    rows, ranks = len(inputs["ids"] if "ids" in inputs else inputs["timestep"]), rank_buckets(manifest.lora)[0]
-    sizes = {**manifest.dims(manifest.resolutions[0]), "R": rows, "N": rows, "A": ranks, "Q": min(ranks + 1, 9)}
+    ports = [port for port in inputs_of(name) if port not in INPUTS[plain(name)]]
+    batch, first = (
+        sizes_of(INPUTS[plain(name)], {name: array.shape for name, array in inputs.items()}) for inputs in case
+    )
+    sizes = {**manifest.dims(manifest.resolutions[0]), **batch, "Q": _RANKS, "A": rank_buckets(manifest.lora)[0]}
     loras = build_inputs(ports, sizes, make=random_values(np.random.default_rng(4)))
-    kept = len(first["ids"] if "ids" in first else first["timestep"])
-    return {**inputs, **loras}, {
-        **first,
-        **{name: loras[name] if name == LORA_POOL.name else loras[name][:kept] for name in loras},
-    }
+    kept = {port.name: loras[port.name][tuple(slice(first.get(str(dim))) for dim in port.dims)] for port in ports}
+    return {**case[0], **loras}, {**case[1], **kept}
 
 
 def random_case(name: GraphName, manifest: Manifest, profile: Profile) -> Case:

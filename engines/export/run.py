@@ -15,7 +15,7 @@ from engines.backends.onnxruntime import open_device
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.loading.modules import Modules, load_tokenizer
-from engines.contract import LORA_GRAPHS, Array, GraphName
+from engines.contract import LORA_GRAPHS, Array, GraphName, plain
 from engines.export.lora_graph import add_updates
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed, save_variant
@@ -48,10 +48,9 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
         ExportError: a graph differs from torch, or leaves FP16's range.
     """
     traced = traced_graphs(modules, config.latent, config.context, layers)
-    variants = {variant: graph for graph, variant in LORA_GRAPHS.items()}
     exports = {
-        name: _Variant(name, graph, out, progress, plain=variants[name], layers=layers)
-        if name in variants
+        name: _Variant(name, graph, out, progress, layers=layers)
+        if name in LORA_GRAPHS.values()
         else _Export(name, graph, out, progress)
         for name, graph in traced.items()
     }
@@ -186,24 +185,17 @@ class _Export:
 
 
 class _Variant(_Export):
-    """The export of a graph that applies LoRAs: the graph `plain` of the same bundle with nodes added."""
+    """The export of a graph that applies LoRAs: the plain graph of the same bundle with nodes added."""
 
     def __init__(
-        self,
-        name: GraphName,
-        traced: Traced,
-        out: Path,
-        progress: Progress,
-        *,
-        plain: GraphName,
-        layers: Sequence[LoraLayer],
+        self, name: GraphName, traced: Traced, out: Path, progress: Progress, *, layers: Sequence[LoraLayer]
     ) -> None:
         super().__init__(name, traced, out, progress)
-        self._plain: GraphName = plain
+        self._plain = plain(name)
         self._layers = layers
 
     def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
-        """Nothing: the weights are those of `plain`, and LoRAs are not known yet."""
+        """Nothing is refused: the weights are those of the plain graph, and LoRAs are not known yet."""
 
     def _write(self, path: Path, precision: ComputeDtype, storage: Storage) -> tuple[Path, ...]:  # noqa: ARG002 - as above
         model = ir.load(_path(self._out, self._plain, precision))

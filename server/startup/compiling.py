@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from engines.backends.available import check_fits, unavailable_reason
 from engines.backends.registry import ON_CPU, build_command, install_command
-from engines.contract import GRAPHS
+from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.runtime.failures import StartStopped
@@ -64,7 +64,8 @@ def compile_missing(
         manifest = Manifest.load(bundle)  # which another server may have written meanwhile
         if _has_engines(manifest, bundle, backend):
             return manifest
-        _build(_command(manifest, bundle, backend), backend, lock=lock, on_status=on_status, stopped=stopped)
+        command, graphs = _command(manifest, bundle, backend), manifest.graph_names
+        _build(command, backend, graphs, lock=lock, on_status=on_status, stopped=stopped)
         return Manifest.load(bundle)
 
 
@@ -125,7 +126,13 @@ def _command(manifest: Manifest, bundle: Path, backend: str) -> list[str]:
 
 
 def _build(
-    command: list[str], backend: str, *, lock: IO[bytes], on_status: OnStatus, stopped: Callable[[], bool]
+    command: list[str],
+    backend: str,
+    graphs: Sequence[GraphName],
+    *,
+    lock: IO[bytes],
+    on_status: OnStatus,
+    stopped: Callable[[], bool],
 ) -> None:
     if not find_spec("rich"):
         raise EngineError(f"Compiling at the start needs the package rich: {install_command('compile')}")
@@ -134,7 +141,7 @@ def _build(
         for line in _lines(child, stopped):
             event = _parsed(line)
             if "stage" in event:
-                on_status(_status_of(event, backend))
+                on_status(_status_of(event, backend, graphs))
             elif "note" in event:
                 _log.info("%s", event["note"])
             else:
@@ -216,11 +223,11 @@ def _parsed(line: str) -> dict[str, Any]:
     return {}
 
 
-def _status_of(event: dict[str, Any], backend: str) -> str:
+def _status_of(event: dict[str, Any], backend: str, graphs: Sequence[GraphName]) -> str:
     parts = [event["stage"]]
-    for position, graph in enumerate(GRAPHS, start=1):
+    for position, graph in enumerate(graphs, start=1):
         if event["stage"] == f"compiling {graph} for {backend}":
-            parts.append(f"{position} of {len(GRAPHS)} engines")
+            parts.append(f"{position} of {len(graphs)} engines")
     if event["percent"] is not None:
         parts.append(f"{event['percent']} %")
     return ", ".join(parts)

@@ -20,7 +20,7 @@ from engines.build.trt.disk import remove
 from engines.build.trt.messages import Ranges
 from engines.build.trt.parent import build_engine
 from engines.build.verify import STEPS_COMPARED, expected
-from engines.contract import Array, Arrays, GraphName
+from engines.contract import Array, Arrays, GraphName, plain
 from engines.errors import EngineError
 from engines.manifest import Compiled, Manifest
 from engines.progress import Progress
@@ -68,7 +68,7 @@ def _agrees(outputs: Arrays, wanted: Arrays, allowed: float) -> bool:
 
 def _label(name: GraphName, engine: Compiled, number: int) -> str:
     """What `expected` lists: a batch of noise for each profile, or one of any shape, then the trajectory's calls."""
-    noises = 0 if name == "encode_prompt" else max(len(engine.profiles), 1)
+    noises = 0 if plain(name) == "encode_prompt" else max(len(engine.profiles), 1)
     if number >= noises:
         return f"call {number - noises + 1} of the trajectory"
     return f"noise, {engine.profiles[number].batch} at once" if engine.profiles else "noise"
