@@ -14,6 +14,7 @@ from engines.backends.device import Event, Reading
 from engines.contract import Array
 from server.requests.errors import BrokenPicture, ContentBlocked
 from server.requests.request import Completed, Image, Request
+from server.runtime.lora_pool import NO_RANKS, PlacedLora, Ranks
 from server.runtime.noise import NoiseGenerator, StepNoise
 from server.runtime.safety import UNCHECKED, Safety
 
@@ -87,7 +88,7 @@ class Owned:
     """What one request holds on the device at a stage of its life."""
 
     request: Request
-    resources: ExitStack  # gives back slots, places and prompt rows
+    resources: ExitStack  # gives back slots, places, prompt rows and LoRAs
 
     def release(self) -> None:
         """Give back everything that is held. A second call does nothing."""
@@ -95,9 +96,17 @@ class Owned:
 
 
 @dataclass(frozen=True, eq=False)
+class Upload(Owned):
+    """A request whose LoRAs are being written to the device, part by part."""
+
+    loras: tuple[PlacedLora, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Admission(Owned):
     """A request whose prompts and init image are being encoded. It has no slots yet, and takes no step."""
 
+    loras: tuple[PlacedLora, ...]
     prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
     noise: tuple[NoiseGenerator, ...]  # one per image
     init_latents: tuple[Reading, ...]  # the encoded init image, sampled for each image; empty without one
@@ -112,6 +121,7 @@ class Placement(Owned):
     prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
     noise: StepNoise
     features: tuple[tuple[int, ...], ...]  # by image, the feature places of its rows; empty without step cache
+    ranks: Ranks = NO_RANKS  # of the LoRAs that update the UNet, for each of its rows
 
     @property
     def conditioning(self) -> RowConditioning:

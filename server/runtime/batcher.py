@@ -47,10 +47,13 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = self._woken = False
 
-    def add(self, model: str, *, max_rows: int, step_times: StepTimeModel | None = None) -> None:
-        """Accept requests for `model`, whose steps take at most `max_rows` and as long as `step_times` says."""
+    def add(self, model: str, *, max_rows: int, lora_ranks: int = 0, step_times: StepTimeModel | None = None) -> None:
+        """Accept requests for `model`, whose steps take at most `max_rows` and as long as `step_times` says.
+
+        `lora_ranks` are those of its LoRA pool.
+        """
         times = step_times or StepTimeModel(max_rows=max_rows)
-        self._models[model] = Lanes(max_rows=max_rows, step_times=times, line=self._new_line)
+        self._models[model] = Lanes(max_rows=max_rows, lora_ranks=lora_ranks, step_times=times, line=self._new_line)
 
     def set_max_rows(self, model: str, rows: int) -> None:
         """Let the steps of `model` take at most `rows`, no more than its engines do."""

@@ -14,7 +14,7 @@ from engines.errors import DeviceLost, EngineError
 from server.requests.errors import ContentBlocked, ServerError
 from server.requests.request import Failed, Outcome, Request, Started, Stepped
 from server.runtime import failures
-from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement
+from server.runtime.admission import Admission, Finished, Owned, PendingDecode, Placement, Upload
 from server.runtime.batcher import Batch, Batcher
 from server.runtime.decodes import PendingDecodes, outcome_of
 from server.runtime.launch_timing import LaunchTiming
@@ -26,7 +26,7 @@ from server.runtime.monitoring.watchdog import Watchdog
 from server.runtime.noise import NoiseAhead
 from server.runtime.pipeline import InFlightStep, Pipeline
 from server.runtime.plan import Plan
-from server.runtime.step_times import StepTimeModel
+from server.runtime.step_times import StepTimeModel, kind_of
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Executor:
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._batch = Batch((), (), ())
         self._owned: dict[Request, Owned] = {}  # what each admitted request holds, until its outcome
-        self._encoding: list[Admission] = []
+        self._encoding: list[Upload | Admission] = []
         self._in_flight: deque[InFlightStep] = deque()
         self._decodes = PendingDecodes(self._collect)
         self._noise = NoiseAhead()
@@ -190,6 +190,7 @@ class Executor:
         if batch is None and not self._in_flight and not self._decodes:
             return False
         launched = batch is not None and self._start(batch, is_due=is_due)
+        self._upload_some()
         self._complete_steps(wait=not launched)
         self._decodes.collect(wait=batch is None and not self._in_flight)
         self._trace.collect()
@@ -203,7 +204,7 @@ class Executor:
             return False
         with self._trace.span("wait"):
             while (left := due - time.perf_counter()) > 0 and not step.completed.done():
-                busy = self._decodes.collect_one(wait=False) or self._place_one()
+                busy = self._decodes.collect_one(wait=False) or self._place_one() or self._upload_some()
                 if newcomer := self._batcher.next_newcomer(timeout=0 if busy else min(left, _POLL)):
                     self._admit(newcomer)
         return True
@@ -236,7 +237,7 @@ class Executor:
             time.sleep(_POLL)
         elif self._encoding and not self._in_flight:
             with self._limit_of(self._encoding[0].request):
-                self._encoding[0].encoded.wait()
+                self._pipeline.await_encoding(self._encoding[0])
         return False
 
     def _placements(self, batch: Batch) -> list[Placement]:
@@ -265,7 +266,8 @@ class Executor:
 
     def _place_one(self) -> bool:
         """Place one of the requests that are encoded; returns whether there was one."""
-        if not (admission := next((one for one in self._encoding if one.encoded.done()), None)):
+        admissions = (one for one in self._encoding if isinstance(one, Admission))
+        if not (admission := next((one for one in admissions if one.encoded.done()), None)):
             return False
         self._encoding.remove(admission)
         request = admission.request
@@ -274,6 +276,19 @@ class Executor:
                 self._owned[request] = self._pipeline.place(admission)
                 request.finish_stage("encode")
                 request.notify(Started())
+        return True
+
+    def _upload_some(self) -> bool:
+        """Write a part of the LoRAs of the request that is first; returns whether it was the last part of it."""
+        if not (upload := next((one for one in self._encoding if isinstance(one, Upload)), None)):
+            return False
+        self._encoding.remove(upload)
+        request = upload.request
+        if request in self._owned:  # otherwise it was cancelled
+            with self._fails_alone(request), self._trace.span("upload"), self._limit_of(request):
+                stage = self._owned[request] = self._pipeline.upload(upload)
+                self._encoding.insert(0, stage)
+                return isinstance(stage, Admission)
         return True
 
     def _launch(self, placements: list[Placement]) -> bool:
@@ -293,8 +308,8 @@ class Executor:
             plan = self._plan = self._pipeline.plan(placements)
         if not self._in_flight:
             self._step_began = time.perf_counter()
-        size = placements[0].request.params.size
-        expected = self._step_times.seconds((size, plan.shape.depth), plan.shape.rows)
+        kind = kind_of(placements[0].request.params.size, plan.shape.depth, loras=bool(plan.shape.ranks))
+        expected = self._step_times.seconds(kind, plan.shape.rows)
         try:
             with self._trace.span("launch"), self._watchdog.limit(expected, plan):
                 step = self._pipeline.step(plan)

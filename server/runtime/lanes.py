@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -12,7 +12,8 @@ from server.requests.errors import FieldError, InvalidRequest
 from server.requests.request import Flow, Request
 from server.runtime.fair_steps import fair_rows
 from server.runtime.line import Line
-from server.runtime.step_times import StepTimeModel
+from server.runtime.lora_room import LoraRoom
+from server.runtime.step_times import StepTimeModel, kind_of
 
 _UNMEASURED = 1.0  # seconds that a step counts for while none was measured: models take turns then
 
@@ -20,9 +21,10 @@ _UNMEASURED = 1.0  # seconds that a step counts for while none was measured: mod
 class Lanes:
     """The requests of one model that wait or run. Called by a `Batcher` under its lock."""
 
-    def __init__(self, *, max_rows: int, step_times: StepTimeModel, line: Callable[[], Line]) -> None:
-        """Steps take at most `max_rows`; `line` makes the queue of a size."""
+    def __init__(self, *, max_rows: int, lora_ranks: int, step_times: StepTimeModel, line: Callable[[], Line]) -> None:
+        """Steps take at most `max_rows`, the pool `lora_ranks`; `line` makes the queue of a size."""
         self.max_rows = max_rows
+        self._loras = LoraRoom(lora_ranks)
         self.step_times = step_times
         self.refusal: str | None = None  # why requests are refused, and what to do
         self.last_used = 0.0  # when the last request came, on monotonic's clock
@@ -56,6 +58,9 @@ class Lanes:
                 "ask for fewer images."
             )
             raise InvalidRequest(message, fields=(FieldError("num_images", message),))
+        if request.ranks > self._loras.ranks:
+            message = f"LoRAs of {request.ranks} ranks do not fit into {self._loras.ranks}: ask for fewer LoRAs."
+            raise InvalidRequest(message, fields=(FieldError("loras", message),))
 
     def push(self, request: Request) -> None:
         """Let `request` wait."""
@@ -63,6 +68,7 @@ class Lanes:
         size = request.params.size
         if size not in self._lines:
             line = self._lines[size] = self._new_line()
+            line.has_room = lambda newcomer: self._loras.admits(newcomer, line, self.running)
             line.turns = min((other.turns for other in self._lines.values() if other is not line), default=0.0)
         self._lines[size].waiting.push(request)
 
@@ -76,7 +82,7 @@ class Lanes:
 
     def join_one(self) -> Request | None:
         """Let the next request join those of the size whose turn is next, if there is one that may."""
-        line = min(self._lines.values(), key=lambda line: line.turns)
+        line = min(self._stepping().values(), key=lambda line: line.turns)
         return next(line.join(self.max_rows), None)
 
     def take_turn(self) -> tuple[tuple[Request, ...], tuple[Request, ...]]:
@@ -107,9 +113,14 @@ class Lanes:
         times = self.step_times
         seconds = sum([times.encode_decode(one.params.size) * one.images for one in joined])
         if turn:
-            kind = turn[0].params.size, turn[0].depth
+            kind = kind_of(turn[0].params.size, turn[0].depth, loras=_any_loras(turn))
             seconds += times.seconds(kind, sum([one.rows for one in turn])) or _UNMEASURED
         return seconds
+
+    def _stepping(self) -> dict[Size, Line]:
+        """The lines that may take a step: in the others everyone waits for LoRAs that run at other sizes."""
+        lines = self._lines.items()
+        return {size: line for size, line in lines if line.running or line.has_room(line.waiting.peek())}
 
     def _remove_empty_lines(self) -> None:
         self._lines = {size: line for size, line in self._lines.items() if line.waiting or line.running}
@@ -118,7 +129,7 @@ class Lanes:
         """The size whose turn it is: of several with as many turns, the one that waited longest."""
         if len(self._lines) == 1:
             return next(iter(self._lines))
-        size = min(self._lines, key=lambda one: self._lines[one].turns)
+        size = min(self._stepping(), key=lambda one: self._lines[one].turns)
         line = self._lines[size] = self._lines.pop(size)
         line.turns += 1 / line.weight
         return size
@@ -131,10 +142,18 @@ class Lanes:
             return self.max_rows
         alone = [
             {
-                flow: self.step_times.seconds((size, "full"), min(rows, self.max_rows))
+                flow: self._seconds(size, min(rows, self.max_rows), [one for one in line.running if one.flow == flow])
                 for flow, rows in line.rows.items()
             }
             for size, line in self._lines.items()
         ]
-        seconds = partial(self.step_times.seconds, (size, "full"))
+        seconds = partial(self._seconds, size, requests=self._lines[size].running)
         return fair_rows(self._lines[size].rows, alone, seconds, max_rows=self.max_rows)
+
+    def _seconds(self, size: Size, rows: int, requests: Sequence[Request]) -> float:
+        """What a full step of so many rows takes, if `requests` are in it."""
+        return self.step_times.seconds(kind_of(size, "full", loras=_any_loras(requests)), rows)
+
+
+def _any_loras(requests: Iterable[Request]) -> bool:
+    return any(request.ranks for request in requests)

@@ -13,6 +13,8 @@ from engines.backends.device import ALIGNMENT, Buffer, Call, Device, Engine, Rea
 from engines.contract import (
     INPAINT_LANES,
     LANES,
+    LORA_GRAPHS,
+    LORA_POOL,
     OUTPUTS,
     STEPS,
     Array,
@@ -32,6 +34,7 @@ from server.runtime.plan import Plan, StepShape
 
 Latents = NDArray[np.float32]  # [channels, h, w]
 
+_GRAPHS: dict[Depth, GraphName] = {"full": "denoise", "shallow": "denoise_shallow"}
 _MOST_BOUND = 64  # shapes of steps, where any may come; each holds a plan's buffers, up to a megabyte
 
 
@@ -134,12 +137,13 @@ class LatentPool:
         device: Device,
         streams: Streams,
         context: Buffer,
+        loras: Buffer | None,
         made_features: Buffer,
         decode_chunk: int,
     ) -> None:
         """`engines` were loaded for their streams; at most `decode_chunk` images are decoded in one call.
 
-        `made_features` is memory for those of one full step, which may belong to the pools of all sizes.
+        The pools of all sizes share `context`, `loras`, and `made_features`, memory for those of one full step.
         """
         self.size = size
         self._dims = manifest.dims(size)
@@ -152,21 +156,20 @@ class LatentPool:
         self._streams = streams
         self._parity = 0  # which of the states is current
         self._inputs = {
-            depth: inputs_of(graph, guidance_embedded=manifest.embeds_guidance)
-            for depth, graph in zip(DEPTHS, STEPS, strict=False)
-            if graph in engines
+            graph: inputs_of(graph, guidance_embedded=manifest.embeds_guidance) for graph in STEPS if graph in engines
         }
         pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
         self._states = tuple(self._allocate_pool(pools["state"]) for _ in range(2))
         self._staging = self._allocate_pool(pools["state"], S=manifest.max_rows)
         self._state_lanes = tuple(map(self._lanes_of, self._states))
         self._staging_lanes = self._lanes_of(self._staging)
-        self._pools = {"context": context} | {
-            name: self._allocate_pool(port) for name, port in pools.items() if name not in ("state", "context")
+        shared = {"context": context} | ({LORA_POOL.name: loras} if loras else {})
+        self._pools = shared | {
+            name: self._allocate_pool(port) for name, port in pools.items() if name not in ("state", *shared)
         }
         (self._features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
         self._made_features = made_features
-        self._denoise = {depth: engines[graph] for depth, graph in zip(DEPTHS, STEPS, strict=False) if graph in engines}
+        self._denoise = {graph: engines[graph] for graph in STEPS if graph in engines}
         self._steps: dict[StepShape, _BoundStep] = {}
         staged = {"state": self._staging}
         self._decode = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]
@@ -180,7 +183,7 @@ class LatentPool:
     @property
     def depths(self) -> tuple[Depth, ...]:
         """The depths of steps that can be taken: without the step cache only full ones."""
-        return tuple(self._denoise)
+        return tuple(depth for depth in DEPTHS if _GRAPHS[depth] in self._denoise)
 
     @property
     def staged(self) -> int:
@@ -309,15 +312,17 @@ class LatentPool:
         return state.view((state.shape[0] * LANES, *self.latent_shape), np.float32, offset=0)
 
     def _bind_step(self, plan: Plan) -> _BoundStep:
-        images, rows, chunks, depth = plan.shape
-        ports = self._inputs[depth]
-        memory = PlanMemory(self._device, ports, {**self._dims, "B": images, "R": rows, "L": chunks})
+        images, rows, chunks, depth, ranks = plan.shape
+        graph = LORA_GRAPHS[_GRAPHS[depth]] if ranks else _GRAPHS[depth]
+        ports = self._inputs[graph]
+        sizes = {**self._dims, "B": images, "R": rows, "L": chunks, "A": ranks}
+        memory = PlanMemory(self._device, ports, sizes)
         pools = {port.name: self._pools[port.name] for port in ports if port.name in self._pools}
         if depth == "full":
             shape = self._features.shape({**self._dims, "R": rows})
             pools["features"] = self._made_features.view(shape, self._features.dtype, offset=0)
         there, back = (
-            self._denoise[depth].bind({**memory.buffers, **pools, "state": current, "state_next": following})
+            self._denoise[graph].bind({**memory.buffers, **pools, "state": current, "state_next": following})
             for current, following in (self._states, self._states[::-1])
         )
         return _BoundStep(memory, (there, back), pools["features"])

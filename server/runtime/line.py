@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from engines.contract import MAX_CHUNKS
 from server.requests.request import Depth, Flow, Request
@@ -22,6 +22,7 @@ class Line:
         self.running: list[Request] = []  # in the order of their turns
         self.rows: Counter[Flow] = Counter()  # of the running requests
         self.turns = 0.0  # that it had, by weight
+        self.has_room: Callable[[Request], bool] = lambda _next: True  # for the LoRAs of the next one
         self._fair_steps = FairSteps()
 
     @property
@@ -31,7 +32,7 @@ class Line:
 
     def join(self, max_rows: int) -> Iterator[Request]:
         """Move requests from waiting to running, in the queue's order, while the next one may join; yield each."""
-        while self.waiting and self.may_join(self.waiting.peek(), max_rows):
+        while self.waiting and self.may_join(self.waiting.peek(), max_rows) and self.has_room(self.waiting.peek()):
             newcomer = self.waiting.pop()
             self.running.append(newcomer)
             self.rows[newcomer.flow] += newcomer.rows

@@ -72,7 +72,8 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     step_times = default.step_times
     max_rows = default.manifest.max_rows
     batcher = Batcher(max_waiting=max_waiting, line=line)
-    batcher.add(default.name, max_rows=max_rows, step_times=step_times)
+    lora_ranks = default.manifest.lora.ranks if default.manifest.lora else 0
+    batcher.add(default.name, max_rows=max_rows, lora_ranks=lora_ranks, step_times=step_times)
     metrics = Metrics(max_rows=max_rows)
 
     def load(on_status: OnStatus) -> Pipeline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -17,25 +16,22 @@ from engines.backends.device import Device, Engine, Event, Reader, Reading, Stre
 from engines.contract import GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
-from engines.row_buckets import CHUNK_BUCKETS, row_buckets, step_buckets
-from server.requests.request import Depth, Image, Request
-from server.requests.tokenizer import Prompt
-from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement
+from server.requests.request import Image, Request
+from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement, Upload
 from server.runtime.decodes import DecodePriority
+from server.runtime.encoding import Encoding
 from server.runtime.latent_pool import LatentPool, Streams, encoded, features_bytes, first_latents
+from server.runtime.lora_pool import LoraPool, Ranks
 from server.runtime.monitoring.trace import Trace
-from server.runtime.noise import NoiseGenerator, StepNoise
+from server.runtime.noise import StepNoise
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.safety import UNCHECKED, Safety
-from server.runtime.step_times import Kind, StepTimeModel
+from server.runtime.step_shapes import StepShapes
+from server.runtime.step_times import Kind, StepTimeModel, kind_of
+from server.runtime.warm_up import WarmUp
 
 _log = logging.getLogger(__name__)
-
-_CAPTURED_AFTER = 2  # launches of a call: the first is plain, the second is captured
-_MEASURED = 4  # steps
-_LONG = 0.5  # seconds of a step, after which a device without captured graphs is warm enough
-_BRIEF = 0.05  # seconds of a step that is measured twice: allocating memory dominates the first run
 
 
 class Move(NamedTuple):
@@ -57,7 +53,7 @@ class InFlightStep(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        return self.size, self.plan.shape.depth
+        return kind_of(self.size, self.plan.shape.depth, loras=bool(self.plan.shape.ranks))
 
     @property
     def key(self) -> tuple[Size, StepShape]:
@@ -68,9 +64,9 @@ class InFlightStep(NamedTuple):
 class Pipeline:
     """Admits requests, advances them step by step, and reads their images. For the thread that owns the device.
 
-    What a request holds on the device is an `Owned` object: `admit` returns an `Admission`, `place` makes it a
-    `Placement`, the last `step` a `Finished`, `decode` a `PendingDecode`. Its holder releases the latest one. Only
-    `warm_up` waits for the device.
+    What a request holds on the device is an `Owned` object: `admit` returns an `Admission`, or an `Upload` that
+    becomes one by `upload`, `place` makes it a `Placement`, the last `step` a `Finished`, `decode` a `PendingDecode`.
+    Its holder releases the latest one. Only `warm_up` and `await_encoding` wait for the device.
     """
 
     def __init__(  # noqa: PLR0913 - the parts, all by keyword
@@ -85,6 +81,7 @@ class Pipeline:
         decode_chunk: int | None = None,
         safety: Safety = UNCHECKED,
         on_lookup: Callable[[bool], None] = lambda _found: None,
+        on_lora_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> None:
         """Allocate all memory, over `engines` that were loaded for `streams`; without the shallow step, no step cache.
 
@@ -97,12 +94,16 @@ class Pipeline:
         chunk = min(decode_chunk or (manifest.decode_batch if device.pads else 1), manifest.decode_batch)
         # A full step of guided requests may finish at once. More would only wait: they come faster than the decoder is.
         self._most_staged = max(manifest.max_rows // 2, chunk)
+        self._loras = None
+        if "denoise_lora" in engines:
+            self._loras = LoraPool(manifest, device, stream=streams.encode, on_lookup=on_lora_lookup)
         self._prompts = PromptPool(
             manifest,
             engines["encode_prompt"],
             device,
             stream=streams.encode,
             rows=manifest.context_rows,
+            updated=(engines["encode_prompt_lora"], self._loras.buffer) if self._loras else None,
             on_lookup=on_lookup,
         )
         made_features = device.allocate((features_bytes(manifest),), np.uint8, purpose="features of steps")
@@ -114,16 +115,25 @@ class Pipeline:
                 device=device,
                 streams=streams,
                 context=self._prompts.context,
+                loras=self._loras.buffer if self._loras else None,
                 made_features=made_features,
                 decode_chunk=chunk,
             )
             for size in manifest.resolutions
         }
-        self._built_rows = manifest.rows
         self._embeds_guidance = manifest.embeds_guidance
         self._to_rgb = np.array(manifest.preview, np.float32)  # [3, channels + 1]
         self._last_step: Event | None = None
         self._layout: RowLayout | None = None  # of the last plan
+        self._shapes = StepShapes(manifest, step_times, pads=device.pads, has_loras=self._loras is not None)
+        self._encoding = Encoding(
+            streams=streams,
+            trace=trace,
+            pools=self._latent_pools,
+            prompts=self._prompts,
+            loras=self._loras,
+            last_step=lambda: self._last_step,
+        )
 
     @classmethod
     def load(  # noqa: PLR0913 - the parts, all by keyword
@@ -141,6 +151,7 @@ class Pipeline:
         step_cache: bool = True,
         read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
+        on_lora_lookup: Callable[[bool], None] = lambda _found: None,
     ) -> Pipeline:
         """Load the engines of the verified bundle in folder `bundle`.
 
@@ -151,17 +162,7 @@ class Pipeline:
             EngineError: an engine cannot be loaded, or the memory is full.
         """
         streams = Streams.open(device, decode_priority)
-        stream_of: dict[GraphName, Stream] = {
-            "denoise": streams.steps,  # the largest first, while it is alone: loading brings its whole file to memory
-            "denoise_shallow": streams.steps,
-            "encode_prompt": streams.encode,
-            "decode": streams.decode,
-            "encode_image": streams.encode,
-        }
-        if not step_cache:
-            del stream_of["denoise_shallow"]
-        if safety.runs_graph:
-            stream_of["safety"] = streams.decode
+        stream_of = _streams_of_graphs(manifest, streams, step_cache=step_cache, checks=safety.runs_graph)
         engines = {
             name: device.load(bundle / engine_path(manifest, backend, name), stream, read=read)
             for name, stream in stream_of.items()
@@ -176,15 +177,22 @@ class Pipeline:
             decode_chunk=decode_chunk,
             safety=safety,
             on_lookup=on_lookup,
+            on_lora_lookup=on_lora_lookup,
         )
 
     def warm_up(self, on_status: Callable[[str], None]) -> None:
         """Run every graph, as often as it takes to be captured, and measure the steps. Raises EngineError."""
+        warm_up = WarmUp(
+            streams=self._streams,
+            prompts=self._prompts,
+            shapes=self._shapes,
+            step_times=self._step_times,
+            plan=lambda pool, shape: self._make_plan(pool, shape, ()),
+            pads=self._device.pads,
+        )
         for size, pool in self._latent_pools.items():
             on_status(f"warming up {size}")
-            for depth in pool.depths:  # steps first: an engine's weights are in memory twice while it first runs
-                self._warm_up_steps(pool, depth)
-            self._step_times.observe_encode_decode(size, self._warm_up_encode_decode(pool))
+            warm_up.run(pool)
         self._device.end_warm_up()
         taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
         _log.info("%s: memory in use: %s", self._device.name, taken)
@@ -193,27 +201,25 @@ class Pipeline:
         """Begin the trace: what is done from here on is done for requests."""
         self._trace.start(self._streams.steps)
 
-    def admit(self, request: Request) -> Admission:
-        """Launch the encoding of the prompts and the init image of `request`.
+    def admit(self, request: Request) -> Upload | Admission:
+        """Begin to write the LoRAs of `request`, or if they are there, launch the encoding of its prompts and image.
 
         Raises:
             EngineError: and nothing is held, as with any other exception.
         """
-        params = request.params
-        pool = self._latent_pools[params.size]
-        noise = tuple(NoiseGenerator(seed) for seed in params.seeds)
-        with ExitStack() as resources, self._trace.device("encode", self._streams.encode, track="encode"):
-            rows = []
-            # As in diffusers, clip_skip does not apply to the negative prompt.
-            prompts = [(params.prompt, params.clip_skip), (params.negative_prompt, 0)]
-            for prompt, clip_skip in prompts if params.guided else prompts[:1]:
-                rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip))
-                resources.callback(self._release_prompt, prompt, clip_skip)
-            latents = () if params.init_image is None else pool.encode(params.init_image.image, noise)
-            encoded = self._streams.encode.record()
-            return Admission(
-                request, resources.pop_all(), prompts=tuple(rows), noise=noise, init_latents=latents, encoded=encoded
-            )
+        return self._encoding.admit(request)
+
+    def upload(self, upload: Upload) -> Upload | Admission:
+        """Write the next part of the LoRAs. After the last, the result takes over what `upload` holds.
+
+        Raises:
+            EngineError: the upload still holds everything, as with any other exception.
+        """
+        return self._encoding.advance(upload)
+
+    def await_encoding(self, stage: Upload | Admission) -> None:
+        """Block until the device has done what was launched last for it. Raises EngineError."""
+        self._encoding.wait(stage)
 
     def place(self, admission: Admission) -> Placement:
         """Give an admitted request its slots, once what it needs is encoded: before, others would wait for it too.
@@ -239,15 +245,19 @@ class Pipeline:
         )
         noise = StepNoise(admission.noise, pool.latent_shape)
         return Placement(
-            request, resources, slots=tuple(slots), prompts=admission.prompts, noise=noise, features=features
+            request,
+            resources,
+            slots=tuple(slots),
+            prompts=admission.prompts,
+            noise=noise,
+            features=features,
+            ranks=Ranks.of([placed for placed in admission.loras if placed.lora.updates_unet]),
         )
 
     def plan(self, placements: Sequence[Placement]) -> Plan:
         """Plan one step of `placements`, which share a size and the depth of their next step."""
         pool = self._latent_pools[placements[0].request.params.size]
-        shape = step_shape(placements)
-        if self._device.pads:
-            shape = self._padded(shape, placements[0].request)
+        shape = self._shapes.chosen(step_shape(placements), placements[0].request)
         return self._make_plan(pool, shape, placements)
 
     def lacks_staging(self, placements: Sequence[Placement]) -> bool:
@@ -312,9 +322,6 @@ class Pipeline:
         image: Image = (np.nan_to_num(colours).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
         return image
 
-    def _release_prompt(self, prompt: Prompt, clip_skip: int) -> None:
-        self._prompts.release(prompt, clip_skip=clip_skip, last_read=self._last_step)
-
     def _pool_of(self, plan: Plan) -> LatentPool:
         return self._latent_pools[plan.placements[0].request.params.size]
 
@@ -336,54 +343,6 @@ class Pipeline:
         shown = every and not step % every and not request.denoised and not self._safety.blocks
         return Move(request, step, tuple(map(pool.read_x0, placement.slots)) if shown else ())
 
-    def _padded(self, shape: StepShape, first: Request) -> StepShape:
-        """The captured shape that `shape` is padded to; for an isolated request the same one every time."""
-        chunks = next(chunks for chunks in CHUNK_BUCKETS if chunks % shape.chunks == 0)
-        fitting = [rows for rows in row_buckets(self._built_rows, chunks=chunks) if rows >= shape.rows]
-        isolated = first.params.isolated
-        rows = fitting[0] if isolated else self._step_times.cheapest((first.params.size, shape.depth), fitting)
-        return StepShape(rows, rows, chunks, shape.depth)
-
-    def _warm_up_steps(self, pool: LatentPool, depth: Depth) -> None:
-        """Measure steps of `depth`, as far as that is worth the time."""
-        for shape in self._warm_up_shapes(depth):
-            seconds = self._measure_step(pool, shape)
-            if shape.chunks == 1:
-                self._step_times.observe((pool.size, depth), shape.rows, seconds)
-            if not self._device.pads and seconds > _LONG:
-                return
-
-    def _warm_up_shapes(self, depth: Depth) -> Iterator[StepShape]:
-        if self._device.pads:
-            yield from (StepShape(rows, rows, chunks, depth) for rows, chunks in step_buckets(self._built_rows))
-        else:  # the smallest, and the largest, which takes all memory: times in between are interpolated
-            extremes = sorted({self._built_rows[0], self._built_rows[-1]})
-            yield from (StepShape(max(rows // 2, 1), rows, 1, depth) for rows in extremes)
-
-    def _warm_up_encode_decode(self, pool: LatentPool) -> float:
-        """Encode and decode a blank image; returns the seconds of one."""
-        for _ in range(_CAPTURED_AFTER + 1 if self._device.pads else 1):
-            started = time.perf_counter()
-            self._prompts.warm_up()
-            pool.warm_up()
-        return time.perf_counter() - started
-
-    def _measure_step(self, pool: LatentPool, shape: StepShape) -> float:
-        """Take steps without requests; returns the seconds of one."""
-        plan = self._make_plan(pool, shape, ())
-        if self._device.pads:
-            first = self._time_steps(pool, plan, 2 * _CAPTURED_AFTER)  # from each state buffer to the other
-            return self._time_steps(pool, plan, _MEASURED) if shape.chunks == 1 else first
-        first = self._time_steps(pool, plan, 1)
-        return first if first > _BRIEF else self._time_steps(pool, plan, 1)
-
-    def _time_steps(self, pool: LatentPool, plan: Plan, steps: int) -> float:
-        started = time.perf_counter()
-        for _ in range(steps):
-            pool.step(plan)
-        self._streams.steps.record().wait()
-        return (time.perf_counter() - started) / steps
-
     def _make_plan(self, pool: LatentPool, shape: StepShape, placements: Sequence[Placement]) -> Plan:
         plan = make_plan(
             placements,
@@ -395,3 +354,23 @@ class Pipeline:
         )
         self._layout = plan.layout
         return plan
+
+
+def _streams_of_graphs(
+    manifest: Manifest, streams: Streams, *, step_cache: bool, checks: bool
+) -> dict[GraphName, Stream]:
+    """The graphs to load, and the stream that each runs on; `checks`: with the safety checker."""
+    on: dict[GraphName, Stream] = {
+        "denoise": streams.steps,  # the largest first, while it is alone: loading brings its whole file to memory
+        "denoise_lora": streams.steps,
+        "denoise_shallow": streams.steps,
+        "denoise_shallow_lora": streams.steps,
+        "encode_prompt": streams.encode,
+        "encode_prompt_lora": streams.encode,
+        "decode": streams.decode,
+        "encode_image": streams.encode,
+        "safety": streams.decode,
+    }
+    unused = set[GraphName]() if step_cache else {"denoise_shallow", "denoise_shallow_lora"}
+    unused |= set() if checks else {"safety"}
+    return {name: stream for name, stream in on.items() if name in manifest.graphs and name not in unused}

@@ -23,6 +23,7 @@ class StepShape(NamedTuple):
     rows: int  # UNet rows
     chunks: int  # chunks of a prompt per row
     depth: Depth = "full"
+    ranks: int = 0  # of LoRAs per row; none is a step of the plain graph
 
 
 class RowLayout(NamedTuple):
@@ -68,14 +69,15 @@ class Plan(NamedTuple):
 
 def step_shape(placements: Sequence[Placement]) -> StepShape:
     """The shape of one step of all `placements`, which are due for a step of the same depth, without padding."""
-    images = rows = 0
+    images = rows = ranks = 0
     chunks = set[int]()
     for placement in placements:
         conditioning = placement.conditioning
+        ranks = max(ranks, len(placement.ranks.rows))
         images += len(placement.slots)
         rows += len(placement.slots) * len(conditioning)
         chunks.update([len(prompt) for prompt, _weight in conditioning])
-    return StepShape(images, rows, math.lcm(*chunks), placements[0].request.depth)
+    return StepShape(images, rows, math.lcm(*chunks), placements[0].request.depth, ranks)
 
 
 def make_plan(
@@ -119,7 +121,7 @@ def _lay_out(
     conditioning: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int, embeds_guidance: bool
 ) -> RowLayout:
     """Assign every image its position in the step, and every row its image and prompt."""
-    images, rows, chunks, depth = shape
+    images, rows, chunks, depth, ranks = shape
     # Lists grow by image and by row, and become arrays at once: piecewise assignment takes several times as long.
     slots: list[int] = []
     row_image: list[int] = []
@@ -155,8 +157,23 @@ def _lay_out(
             for _row in range(len(placement.slots) * len(prompts))
         ]
         arrays["guidance_embedded"] = np.array(scales + [0.0] * spare_rows, np.float32)
+    if ranks:
+        arrays |= _lora_ranks(conditioning, rows, ranks)
     kept = [(row, place) for row, place in enumerate(places) if place != spare] if depth == "full" else ()
     return RowLayout(conditioning, len(contexts), shape, arrays, tuple(kept))
+
+
+def _lora_ranks(conditioning: Sequence[tuple[Placement, RowConditioning]], rows: int, ranks: int) -> dict[str, Array]:
+    """What updates each row. Ranks without effect are one that the step reads anyway: others may be overwritten."""
+    read = next((placement.ranks.rows[0] for placement, _prompts in conditioning if placement.ranks.rows), 0)
+    index = np.full((rows, ranks), read, np.int64)
+    weight = np.zeros((rows, ranks), np.float32)
+    row = 0
+    for placement, prompts in conditioning:
+        end, count = row + len(placement.slots) * len(prompts), len(placement.ranks.rows)
+        index[row:end, :count], weight[row:end, :count] = placement.ranks
+        row = end
+    return {"row_lora": index, "lora_weight": weight}
 
 
 def _feature_places(conditioning: Sequence[tuple[Placement, RowConditioning]], spare: int) -> list[int]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from engines.manifest import Size
-from server.requests.request import Depth, Request
+from server.requests.request import DEPTHS, Depth, Request
 
-Kind = tuple[Size, Depth]  # of steps
+StepWork = Literal[Depth, "full_lora", "shallow_lora"]  # what a step computes
+Kind = tuple[Size, StepWork]  # of steps
 
 _WEIGHT = 0.1  # of a new measurement in the moving average
+
+
+def kind_of(size: Size, depth: Depth, *, loras: bool) -> Kind:
+    """The kind of a step; with `loras`, any of its rows has some."""
+    with_loras: dict[Depth, StepWork] = {"full": "full_lora", "shallow": "shallow_lora"}
+    return size, with_loras[depth] if loras else depth
 
 
 class StepTimeModel:
@@ -54,9 +62,9 @@ class StepTimeModel:
     def work(self, request: Request) -> float:
         """The seconds of a full device that the remaining steps of `request` take."""
         share = request.rows / self._max_rows
-        size = request.params.size
+        kinds = {depth: kind_of(request.params.size, depth, loras=request.ranks > 0) for depth in DEPTHS}
         left = request.steps_left.items()
-        return share * sum(count * self.seconds((size, depth), self._max_rows) for depth, count in left)
+        return share * sum(count * self.seconds(kinds[depth], self._max_rows) for depth, count in left)
 
     def curves(self) -> Mapping[Kind, Mapping[int, float]]:
         """Everything measured: seconds by rows, for each kind of step."""

@@ -14,7 +14,7 @@ from engines.backends.cuda import CudaStream
 from engines.backends.host import HostStream
 from engines.errors import EngineError
 from server.requests.request import Completed, Request, Stepped
-from server.runtime.admission import Admission, PendingDecode, Placement
+from server.runtime.admission import Admission, PendingDecode, Placement, Upload
 from server.runtime.decodes import DecodePriority
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
@@ -33,9 +33,10 @@ def ask_together(running: Running, wishes: Sequence[dict[str, Any]]) -> tuple[li
     return asked, requests
 
 
-def _encode_at_once(admit: Callable[[Request], Admission], request: Request) -> Admission:
+def _encode_at_once(admit: Callable[[Request], Upload | Admission], request: Request) -> Admission:
     """Otherwise one may be encoded a step later than the others, and finish after them."""
     admission = admit(request)
+    assert isinstance(admission, Admission)
     admission.encoded.wait()
     return admission
 

@@ -130,6 +130,7 @@ def make_pool(manifest: Manifest, device: Device, stream: Stream, engines: Mappi
         device=device,
         streams=Streams(stream, stream, stream),
         context=context,
+        loras=device.allocate((6, 8), np.float16),
         made_features=device.allocate((features_bytes(manifest),), np.uint8),
         decode_chunk=1,
     )

@@ -48,7 +48,7 @@ def advance(request: Request, steps: int = 1) -> None:
 
 def test_what_fills_a_step_up_is_an_image_of_the_spare_slot_that_changes_nothing() -> None:
     placements = [placement(slots=(3, 5)), placement(slots=(1,), guided=False)]
-    assert step_shape(placements) == (3, 5, 1, "full")
+    assert step_shape(placements) == StepShape(3, 5, 1)
     plan = make_plan(placements, LATENT, shape=StepShape(8, 8, 1), spare=SPARE)
     assert plan.rows == 5
     exact = make_plan(placements, LATENT, shape=StepShape(3, 5, 1), spare=SPARE)
@@ -94,7 +94,7 @@ def test_a_full_step_keeps_the_features_of_those_who_ask_and_a_shallow_one_takes
     assert full.feature_copies == ((2, 0), (3, 4), (4, 2), (5, 1))
     assert "row_feature" not in full.arrays
     due = [placement(slots=(3, 5), features=features, step=1)]
-    assert step_shape(due) == (2, 4, 1, "shallow")
+    assert step_shape(due) == StepShape(2, 4, 1, "shallow")
     shallow = make_plan(due, LATENT, shape=StepShape(8, 8, 1, "shallow"), spare=SPARE)
     assert shallow.arrays["row_feature"].tolist() == [0, 4, 2, 1, *[SPARE] * 4]
     assert shallow.feature_copies == ()

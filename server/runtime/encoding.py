@@ -1,0 +1,104 @@
+"""What requests need before their first step: LoRAs on the device, embeddings of prompts, latents of init images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+
+from engines.backends.device import Event
+from engines.manifest import Size
+from server.requests.request import Lora, Request, WeightedLora
+from server.requests.tokenizer import Prompt
+from server.runtime.admission import Admission, Upload
+from server.runtime.latent_pool import LatentPool, Streams
+from server.runtime.lora_pool import LoraPool, PlacedLora
+from server.runtime.monitoring.trace import Trace
+from server.runtime.noise import NoiseGenerator
+from server.runtime.prompt_pool import PromptPool
+
+
+class Encoding:
+    """Brings what a request needs to the device, while others take steps."""
+
+    def __init__(
+        self,
+        *,
+        streams: Streams,
+        trace: Trace,
+        pools: Mapping[Size, LatentPool],
+        prompts: PromptPool,
+        loras: LoraPool | None,
+        last_step: Callable[[], Event | None],
+    ) -> None:
+        """`loras` is None where requests have none; `last_step` returns the last one that was launched."""
+        self._streams = streams
+        self._trace = trace
+        self._pools = pools
+        self._prompts = prompts
+        self._loras = loras
+        self._last_step = last_step
+
+    def admit(self, request: Request) -> Upload | Admission:
+        """Begin to write the LoRAs of `request`, or if they are there, launch the encoding of its prompts and image.
+
+        Raises:
+            EngineError: and nothing is held, as with any other exception.
+        """
+        with ExitStack() as undo:
+            resources = undo.enter_context(ExitStack())
+            loras = tuple([self._acquire_lora(weighted, resources) for weighted in request.params.loras])
+            stage = self.advance(Upload(request, resources, loras=loras))
+            undo.pop_all()
+            return stage
+
+    def advance(self, upload: Upload) -> Upload | Admission:
+        """Write the next part of the LoRAs. After the last, the result takes over what `upload` holds.
+
+        Raises:
+            EngineError: the upload still holds everything, as with any other exception.
+        """
+        if self._loras and not self._loras.upload([placed.lora for placed in upload.loras]):
+            return upload
+        with self._trace.device("encode", self._streams.encode, track="encode"):
+            return self._encode(upload)
+
+    def wait(self, stage: Upload | Admission) -> None:
+        """Block until the device has done what was launched last for it. Raises EngineError."""
+        if isinstance(stage, Admission):
+            stage.encoded.wait()
+        elif self._loras:
+            self._loras.wait([placed.lora for placed in stage.loras])
+
+    def _encode(self, upload: Upload) -> Admission:
+        params, resources = upload.request.params, upload.resources
+        noise = tuple(NoiseGenerator(seed) for seed in params.seeds)
+        rows = []
+        # As in diffusers, clip_skip does not apply to the negative prompt.
+        prompts = [(params.prompt, params.clip_skip), (params.negative_prompt, 0)]
+        for prompt, clip_skip in prompts if params.guided else prompts[:1]:
+            rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip, loras=upload.loras))
+            resources.callback(self._release_prompt, prompt, clip_skip, upload.loras)
+        image = params.init_image
+        latents = () if image is None else self._pools[params.size].encode(image.image, noise)
+        return Admission(
+            upload.request,
+            resources,
+            loras=upload.loras,
+            prompts=tuple(rows),
+            noise=noise,
+            init_latents=latents,
+            encoded=self._streams.encode.record(),
+        )
+
+    def _acquire_lora(self, weighted: WeightedLora, resources: ExitStack) -> PlacedLora:
+        assert self._loras  # noqa: S101 - requests have LoRAs only where the model takes them
+        rows = self._loras.acquire(weighted.lora)
+        resources.callback(self._release_lora, weighted.lora)
+        return PlacedLora(weighted.lora, weighted.weight, rows)
+
+    def _release_lora(self, lora: Lora) -> None:
+        if self._loras:
+            self._loras.release(lora, self._last_step())
+
+    def _release_prompt(self, prompt: Prompt, clip_skip: int, loras: tuple[PlacedLora, ...]) -> None:
+        self._prompts.release(prompt, clip_skip=clip_skip, loras=loras, last_read=self._last_step())

@@ -1,0 +1,83 @@
+"""What a pipeline runs before it serves requests: every call, until it is captured, and steps to measure them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from server.requests.request import Depth
+from server.runtime.latent_pool import LatentPool, Streams
+from server.runtime.plan import Plan, StepShape
+from server.runtime.prompt_pool import PromptPool
+from server.runtime.step_shapes import StepShapes
+from server.runtime.step_times import StepTimeModel, kind_of
+
+_CAPTURED_AFTER = 2  # launches of a call: the first is plain, the second is captured
+_MEASURED = 4  # steps
+_LONG = 0.5  # seconds of a step, after which a device without captured graphs is warm enough
+_BRIEF = 0.05  # seconds of a step that is measured twice: allocating memory dominates the first run
+
+
+class WarmUp:
+    """Runs the calls of a pipeline without requests."""
+
+    def __init__(
+        self,
+        *,
+        streams: Streams,
+        prompts: PromptPool,
+        shapes: StepShapes,
+        step_times: StepTimeModel,
+        plan: Callable[[LatentPool, StepShape], Plan],
+        pads: bool,
+    ) -> None:
+        """`plan` makes a plan of no requests; `pads` says whether the device captures calls."""
+        self._streams = streams
+        self._prompts = prompts
+        self._shapes = shapes
+        self._step_times = step_times
+        self._plan = plan
+        self._pads = pads
+
+    def run(self, pool: LatentPool) -> None:
+        """Run every call of one image size, and measure it. Raises EngineError."""
+        for depth in pool.depths:  # steps first: an engine's weights are in memory twice while it first runs
+            self._run_steps(pool, depth)
+        self._step_times.observe_encode_decode(pool.size, self._run_encode_decode(pool))
+
+    def _run_steps(self, pool: LatentPool, depth: Depth) -> None:
+        """Measure steps of `depth`, as far as that is worth the time."""
+        too_long = set[bool]()  # steps with LoRAs, and those without
+        for shape in self._shapes.to_warm_up(depth):
+            loras = bool(shape.ranks)
+            if loras in too_long:
+                continue
+            seconds = self._measure_step(pool, shape)
+            if shape.chunks == 1:
+                self._step_times.observe(kind_of(pool.size, depth, loras=loras), shape.rows, seconds)
+            if not self._pads and seconds > _LONG:
+                too_long.add(loras)
+
+    def _run_encode_decode(self, pool: LatentPool) -> float:
+        """Encode and decode a blank image; returns the seconds of one."""
+        for _ in range(_CAPTURED_AFTER + 1 if self._pads else 1):
+            started = time.perf_counter()
+            self._prompts.warm_up()
+            pool.warm_up()
+        return time.perf_counter() - started
+
+    def _measure_step(self, pool: LatentPool, shape: StepShape) -> float:
+        """Take steps without requests; returns the seconds of one."""
+        plan = self._plan(pool, shape)
+        if self._pads:
+            first = self._time_steps(pool, plan, 2 * _CAPTURED_AFTER)  # from each state buffer to the other
+            return self._time_steps(pool, plan, _MEASURED) if shape.chunks == 1 else first
+        first = self._time_steps(pool, plan, 1)
+        return first if first > _BRIEF else self._time_steps(pool, plan, 1)
+
+    def _time_steps(self, pool: LatentPool, plan: Plan, steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            pool.step(plan)
+        self._streams.steps.record().wait()
+        return (time.perf_counter() - started) / steps
