@@ -38,6 +38,7 @@ from pydantic_settings import (
 USAGE_ERROR = 2  # exit code
 _NONE = "\0"  # the word for None, which no command line can hold: "None" is a name like any other
 _NO_DEFAULT = re.compile(rf" ?\(default: (None|{_NONE}|\(\))\)$")  # in the help of a flag that has none
+_ONE_DEFAULT = re.compile(r"\(default: \('([^']*)',\)\)$")  # of a repeatable flag, which holds a tuple
 _CHOICES = re.compile(r"\{.*\}")  # within the type that pydantic-settings shows for a value
 _T = TypeVar("_T")
 _Command = TypeVar("_Command", bound=BaseSettings)
@@ -87,8 +88,16 @@ def _items(value: Any) -> Any:
     return json.loads(f"[{value}]") if isinstance(value, str) else value
 
 
+def _setting_items(value: Any) -> Any:
+    """As `_items`, whose first sign is a quotation mark; in an environment variable commas separate the values."""
+    if isinstance(value, str) and not value.startswith('"'):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return _items(value)
+
+
 # Fields hold a tuple of all values. Each value is taken as it is: commas, quotes and brackets have no meaning.
 Repeatable = Annotated[tuple[_T, ...], _Nargs(several=False), NoDecode, BeforeValidator(_items)]
+RepeatableSetting = Annotated[tuple[_T, ...], _Nargs(several=False), NoDecode, BeforeValidator(_setting_items)]
 RepeatableList = Annotated[tuple[_T, ...], _Nargs(several=True), NoDecode, BeforeValidator(_items)]
 
 
@@ -168,7 +177,7 @@ class _ShowVersion(Action):
 
 def _options(name: str, metadata: Sequence[object], options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The options of argparse that differ from those that pydantic-settings chose."""
-    yield "help", _NO_DEFAULT.sub("", options["help"])
+    yield "help", _ONE_DEFAULT.sub(r"(default: \1)", _NO_DEFAULT.sub("", options["help"]))
     if "metavar" in options:
         choices = _CHOICES.search(options["metavar"])
         yield "metavar", choices[0] if choices else name.lstrip("-").upper()

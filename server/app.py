@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from server.access.hosts import Hosts
-from server.api import kserve, openapi, ops, pages
+from server.api import openapi, ops, pages
 from server.api.error_responses import error_response
+from server.api.kserve import routes as kserve
 from server.api.native import generate, job_routes
 from server.api.native.jobs import Jobs
 from server.api.openai import images as openai_images

@@ -117,6 +117,7 @@ ALLOWED: dict[str, set[str]] = {
     "server.app": {"server.access", "server.api", "server.middleware", "server.requests", "server.version"},
     "server.startup": {
         "engines.backends",
+        "engines.cli",
         "engines.contract",
         "engines.demo",
         "engines.errors",

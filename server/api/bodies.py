@@ -54,6 +54,16 @@ async def read_either(http: HttpRequest, model: type[ModelT], other: type[OtherT
     return await _read(http, lease, as_json=as_json, as_form=partial(_parse_form, model))
 
 
+async def read_any_json(http: HttpRequest, model: type[ModelT], lease: Lease) -> ModelT:
+    """Read JSON into `model`, whatever Content-Type says, or nothing, which is an empty object.
+
+    Raises as `read_body`; browsers send such bodies to other origins without asking first, as they do forms.
+    """
+    check_origin(http)
+    _check_encoding(http)
+    return await _parse_in_turn(await _receive(http, lease), lease, partial(_parse_json_or_nothing, model))
+
+
 async def _read(
     http: HttpRequest,
     lease: Lease,
@@ -74,7 +84,11 @@ async def _read(
                 "Send JSON with Content-Type: application/json, or a form as multipart/form-data."
             )
     _check_encoding(http)
-    body = await _receive(http, lease)
+    return await _parse_in_turn(await _receive(http, lease), lease, parse)
+
+
+async def _parse_in_turn(body: bytearray, lease: Lease, parse: Callable[[bytearray], T]) -> T:
+    """Parse it here, or if it is large in a thread, when no other is parsed."""
     if len(body) <= SMALL:
         return parse(body)
     async with lease.limits.parsers:
@@ -123,6 +137,10 @@ def _check_size(size: int) -> None:
 def _parse_json(model: type[ModelT], body: bytearray) -> ModelT:
     _check_values(body)
     return _validate(model, partial(model.model_validate_json, body))
+
+
+def _parse_json_or_nothing(model: type[ModelT], body: bytearray) -> ModelT:
+    return _parse_json(model, body if body.strip() else bytearray(b"{}"))
 
 
 def _parse_either(model: type[ModelT], other: type[OtherT], body: bytearray) -> ModelT | OtherT:
@@ -192,7 +210,7 @@ def check_origin(http: HttpRequest) -> None:
     foreign = origin is not None and origin.partition("://")[2] != http.headers.get("host")
     if foreign or http.headers.get("sec-fetch-site") == "cross-site":
         raise ForeignOrigin(
-            "The form comes from a page of another origin: serve the page from here, or have the proxy keep Host."
+            "This comes from a page of another origin: serve the page from here, or have the proxy keep Host."
         )
 
 

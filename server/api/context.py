@@ -9,11 +9,11 @@ import uuid
 
 from fastapi import Request as HttpRequest
 
-from server.access.addresses import network_of
+from server.access.addresses import is_loopback, network_of
 from server.middleware.access_log import note
 from server.middleware.authentication import CALLER
 from server.requests.context import Api, Caller, RequestContext
-from server.requests.errors import InvalidRequest
+from server.requests.errors import Forbidden, InvalidRequest
 from server.requests.schemas import MAX_TIMEOUT
 
 _ID = "latentd.request_id"  # of the scope
@@ -40,6 +40,19 @@ def caller_of(http: HttpRequest) -> Caller:
     """
     known: Caller | None = http.scope.get(CALLER)
     return known or Caller(network_of(http.client.host if http.client else ""))
+
+
+def check_administrator(http: HttpRequest) -> None:
+    """Raise Forbidden unless the key is an administrator's; where there are no keys, unless it comes from this machine.
+
+    What else a server without keys answers to everyone harms nobody but by its load.
+    """
+    known: Caller | None = http.scope.get(CALLER)
+    if known is None:
+        if http.client and not is_loopback(http.client.host):
+            raise Forbidden("Without API keys only this machine may do this: ask there, or start with --api-keys.")
+    elif not known.is_admin:
+        raise Forbidden("This needs the API key of an administrator.")
 
 
 def owner_of(http: HttpRequest) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-import server.api.kserve
+import server.api.kserve.errors
 import server.api.openai.errors
 import server.api.sdapi.errors
 from server.api.context import request_id_of
@@ -25,7 +25,7 @@ def problem_details(error: ServerError) -> Response:
 
 
 _BY_PREFIX: Mapping[str, Shape] = {
-    "/v2/": server.api.kserve.error_response,
+    "/v2/": server.api.kserve.errors.error_response,
     "/v1/": server.api.openai.errors.error_response,
     "/sdapi/": server.api.sdapi.errors.error_response,
 }

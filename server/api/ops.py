@@ -1,14 +1,17 @@
-"""Metrics, and descriptions of the model and the schedulers."""
+"""Metrics, and descriptions of the models and their schedulers."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
 
 from engines.backends.available import precision_of
 from engines.schedulers import NAMES, describe
 from server.api import openapi
 from server.api.service import Service
 from server.requests.schemas import ModelInfo, SchedulerDescription
+from server.runtime.models import Model
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _EXPOSITION = {"text/plain": {"schema": {"type": "string"}, "example": "latentd_ready 1.0\n"}}
@@ -28,34 +31,26 @@ def routes(service: Service) -> APIRouter:
     def metrics() -> Response:
         return Response(service.runtime.metrics.render(), media_type=_METRICS_TYPE)
 
-    @router.get("/models", operation_id="models", tags=[openapi.MODEL], summary="List the served models")
+    @router.get(
+        "/models",
+        operation_id="models",
+        tags=[openapi.MODEL],
+        summary="List the models; the first is the default",
+    )
     def models() -> list[ModelInfo]:
-        manifest = service.model.manifest
-        return [
-            ModelInfo(
-                name=manifest.name,
-                backend=service.model.backend,
-                precision=precision_of(manifest, service.model.backend),
-                resolutions=[str(size) for size in manifest.resolutions],
-                schedulers=list(NAMES),
-                scheduler=manifest.defaults.scheduler,
-                num_inference_steps=manifest.defaults.num_inference_steps,
-                guidance_scale=manifest.defaults.guidance_scale,
-                step_cache=service.runtime.models.default.intake.has_step_cache,
-                max_rows=manifest.max_rows,
-                examples=list(manifest.examples),
-                notes=manifest.notes,
-            )
-        ]
+        return [_describe(model) for model in service.models]
 
     @router.get(
         "/schedulers",
         operation_id="schedulers",
         tags=[openapi.MODEL],
-        summary="List the schedulers, their aliases and their options",
+        summary="List the schedulers of a model, their aliases and their options",
+        responses=openapi.problems(404),
     )
-    def schedulers() -> list[SchedulerDescription]:
-        prediction = service.model.manifest.noise_schedule.prediction_type
+    def schedulers(
+        model: Annotated[str | None, Query(description="its name; default: the first of GET /models")] = None,
+    ) -> list[SchedulerDescription]:
+        prediction = service.models.find(model).manifest.noise_schedule.prediction_type
         return [
             SchedulerDescription.model_validate(one, from_attributes=True)
             for one in describe()
@@ -63,3 +58,23 @@ def routes(service: Service) -> APIRouter:
         ]
 
     return router
+
+
+def _describe(model: Model) -> ModelInfo:
+    manifest = model.manifest
+    return ModelInfo(
+        name=model.name,
+        state=model.state,
+        reason=model.reason,
+        backend=model.backend,
+        precision=precision_of(manifest, model.backend),
+        resolutions=[str(size) for size in manifest.resolutions],
+        schedulers=list(NAMES),
+        scheduler=manifest.defaults.scheduler,
+        num_inference_steps=manifest.defaults.num_inference_steps,
+        guidance_scale=manifest.defaults.guidance_scale,
+        step_cache=model.intake.has_step_cache,
+        max_rows=manifest.max_rows,
+        examples=list(manifest.examples),
+        notes=manifest.notes,
+    )

@@ -9,18 +9,17 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from starlette.concurrency import run_in_threadpool
 
-from engines.manifest import Manifest
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
 from server.api.event_queue import EventQueue
 from server.api.prompt_check import PromptCheck
 from server.jobs.store import JobStore, MemoryStore
 from server.requests.context import Caller, RequestContext
-from server.requests.errors import NotReady
+from server.requests.errors import ModelNotLoaded, NotReady
 from server.requests.image_files import ImageFiles
 from server.requests.images import ImageFormat
 from server.requests.intake import Listener
@@ -28,10 +27,12 @@ from server.requests.prompt_log import log_prompts
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import Runtime
+from server.runtime.models import Model, Models
 
 if TYPE_CHECKING:
     from server.runtime.monitoring.spans import Spans
 
+_SOON = 5  # seconds
 _READERS = 2  # uploads that are decoded at once: each may take a second, and 250 MB of memory
 _LORA_READERS = 8  # requests that look for their LoRAs at once, in threads that others need too
 
@@ -54,34 +55,10 @@ class Files:
     flagged: tuple[bool | None, ...]  # of each, whether the safety checker flagged it; None: not checked
 
 
-class _Loaded(NamedTuple):
-    manifest: Manifest
-    backend: str
-
-
-class ServedModel:
-    """The model that is served: as requested, and once its engines are loaded, as loaded. For any thread."""
-
-    def __init__(self, manifest: Manifest, backend: str) -> None:
-        self._current = _Loaded(manifest, backend)
-
-    def update(self, manifest: Manifest, backend: str) -> None:
-        self._current = _Loaded(manifest, backend)  # one assignment: readers see the pair before it, or this one
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._current.manifest
-
-    @property
-    def backend(self) -> str:
-        return self._current.backend
-
-
 @dataclass(frozen=True, slots=True)
 class Service:
     """What the HTTP APIs call."""
 
-    model: ServedModel
     runtime: Runtime
     bodies: BodyLimits = field(default_factory=BodyLimits)
     image_files: ImageFiles = field(default_factory=ImageFiles)
@@ -95,6 +72,11 @@ class Service:
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
+    @property
+    def models(self) -> Models:
+        """The models of the server, of which each request names one."""
+        return self.runtime.models
+
     def check(self, caller: Caller) -> None:
         """Raise what `accept` would raise now for any body: to be asked before it is read.
 
@@ -103,7 +85,7 @@ class Service:
         """
         executor = self.runtime.executor
         if not executor.ready:
-            raise NotReady(f"The server is not ready ({executor.status}): try again soon.", retry_after=5)
+            raise NotReady(f"The server is not ready ({executor.status}): try again soon.", retry_after=_SOON)
         self.allowances.check(caller)
         self.runtime.batcher.check(caller.name)
 
@@ -121,7 +103,7 @@ class Service:
         may take a step; it may raise.
 
         Raises:
-            NotReady, RateLimited, InvalidRequest, PromptRefused, QueueFull
+            NotReady, UnknownModel, ModelNotLoaded, RateLimited, InvalidRequest, PromptRefused, QueueFull
         """
         self.check(context.caller)
         place = self.allowances.take(context.caller)
@@ -146,9 +128,10 @@ class Service:
         everyone: tuple[Listener, ...] = queue.on_event, runtime.metrics.observe, *listeners
         if self.spans:
             everyone = self.spans.observe, *everyone  # first: the span of the files follows the outcome
-        intake = runtime.models.default.intake
-        make = partial(intake.request, body, *everyone, context=context)
-        if not intake.reads_files(body):
+        model = self.models.find(body.model)
+        _check_loaded(model)
+        make = partial(model.intake.request, body, *everyone, context=context)
+        if not model.intake.reads_files(body):
             request = make()
         else:
             async with self.readers if body.image is not None else self.lora_readers:
@@ -178,7 +161,7 @@ class Service:
         make_file = partial(
             self.image_files.make,
             params=request.params,
-            model=self.model.manifest.name,
+            model=request.params.model,
             image_format=image_format,
             quality=quality,
         )
@@ -192,3 +175,15 @@ class Service:
         if self.spans:
             self.spans.image(request, seconds)
         return Files(contents, seconds, completed.flagged or (None,) * len(contents))
+
+
+def _check_loaded(model: Model) -> None:
+    """Raise ModelNotLoaded, with what to do, unless requests for the model are accepted."""
+    if model.state == "loading":
+        raise ModelNotLoaded(f"The model {model.name} is loading: try again soon.", retry_after=_SOON)
+    if not model.ready:
+        why = f"failed to load ({model.reason})" if model.state == "failed" else "is not loaded"
+        raise ModelNotLoaded(
+            f"The model {model.name} {why}: choose another of GET /models, or have an administrator load it "
+            f"(POST /v2/repository/models/{model.name}/load)."
+        )

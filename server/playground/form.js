@@ -2,15 +2,15 @@
 
 import { $, make } from "./dom.js";
 import { imageFields, imageChanged } from "./initial-image.js";
-import { served } from "./model.js";
+import { choiceOf, served } from "./model.js";
 import { chooseScheduler, fillSchedulers, findScheduler } from "./scheduler.js";
 import { fillSizes } from "./sizes.js";
 import { fillStyles, styleChanged } from "./styles.js";
 
 export const form = $("form");
 export const field = form.elements;
-export const NAMES = [
-  "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
+export const NAMES = [ // the model first: others are chosen from what it has
+  "model", "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
 ];
 
 let shown = null; // the form's values, as text, that give the pictures on the page, if those alone do
@@ -24,13 +24,13 @@ export function body() {
     prompt: field.prompt.value, negative_prompt: field.negative_prompt.value, width, height,
     num_inference_steps: steps, guidance_scale: number("guidance_scale"), seed: number("seed"),
     num_images: number("num_images"), scheduler: field.scheduler.value, preview_every: Math.ceil(steps / 10),
-    ...imageFields(),
+    model: field.model.value || undefined, ...imageFields(),
   };
 }
 
-/** The values, as text, of a form that gives the pictures of `parameters` again. */
-export function valuesOf(parameters) {
-  const state = { ...parameters, size: `${parameters.width}x${parameters.height}` };
+/** The values, as text, of a form that gives the pictures of `parameters` by the model of this name again. */
+export function valuesOf(parameters, model) {
+  const state = { ...parameters, size: `${parameters.width}x${parameters.height}`, model: choiceOf(model) };
   return Object.fromEntries(NAMES.map((name) => [name, String(state[name])]));
 }
 
@@ -53,7 +53,8 @@ export function remember() {
 /** Fill the fields of these names from the address. */
 export function restore(names) {
   const state = new URLSearchParams(location.hash.slice(1));
-  for (const name of names.filter((name) => state.has(name))) setField(name, state.get(name));
+  if (served.model) useModel(state.get("model"));
+  for (const name of names.filter((name) => name !== "model" && state.has(name))) setField(name, state.get(name));
   if (served.model) chooseScheduler(field.scheduler.value);
   imageChanged();
   seedChanged();
@@ -69,10 +70,11 @@ function setField(name, value) {
 }
 
 /** Fill the form with values, as text; others get their defaults. Returns the names of those that are not available. */
-export function fillForm(values) {
+export function fillForm({ model, ...values }) {
   form.reset();
+  const refused = useModel(model) ? [] : ["model"];
   field.scheduler.value = served.model.scheduler;
-  const refused = Object.keys(values).filter((name) => name !== "scheduler" && !setField(name, values[name]));
+  refused.push(...Object.keys(values).filter((name) => name !== "scheduler" && !setField(name, values[name])));
   const scheduler = values.scheduler && findScheduler(values.scheduler);
   if (values.scheduler && !scheduler) refused.push("scheduler");
   chooseScheduler(scheduler || served.model.scheduler);
@@ -97,19 +99,47 @@ export function seedChanged() {
   }
 }
 
+const DEFAULTS = { // of fields, by model
+  size: ({ resolutions }) => resolutions[0], num_inference_steps: (model) => String(model.num_inference_steps),
+  guidance_scale: (model) => String(model.guidance_scale), scheduler: ({ scheduler }) => scheduler,
+};
+
+/**
+ * Have the form be for the model of this name, or the first: fields that have the default of the model before get its own.
+ * Says whether there is such a model.
+ */
+export function useModel(name) {
+  const { models, model: before } = served, found = models.find((one) => choiceOf(one.name) === (name ?? ""));
+  served.model = found ?? models[0];
+  if (served.model !== before) {
+    const kept = before ? Object.keys(DEFAULTS).filter((one) => field[one].value !== DEFAULTS[one](before)) : [];
+    const values = kept.map((one) => [one, field[one].value]);
+    describe();
+    if (before) for (const one in DEFAULTS) setField(one, DEFAULTS[one](served.model));
+    for (const [one, value] of values) setField(one, value);
+    chooseScheduler(field.scheduler.value);
+  }
+  field.model.value = choiceOf(served.model.name);
+  return Boolean(found) || !choiceOf(name);
+}
+
+field.model.onchange = ({ target }) => useModel(target.value);
+
 /** Offer what the model has. */
-export function describe(choose) {
-  const { model } = served;
+function describe() {
+  const { model, models } = served;
   const most = Math.max(1, Math.min(4, Math.floor(model.max_rows / 2))); // a guided picture takes two rows
   $("model").textContent = model.name;
   $("model").title = `${model.backend}, ${model.precision}`;
   $("notes").textContent = model.notes ?? "";
+  field.model.replaceChildren(...models.map(({ name }) => new Option(name, choiceOf(name))));
+  field.model.parentElement.hidden = models.length < 2;
   fillSizes();
   fillStyles();
   fillSchedulers();
   fill("num_images", [1, 2, 3, 4].slice(0, most), 1);
   for (const name of ["num_inference_steps", "guidance_scale"]) field[name].defaultValue = model[name];
-  $("examples").replaceChildren(...model.examples.slice(0, 6).map((text) => example(text, choose)));
+  $("examples").replaceChildren(...model.examples.slice(0, 6).map(example));
   $("examples").hidden = !model.examples.length;
 }
 
@@ -118,5 +148,10 @@ function fill(name, options, chosen) {
   field[name].replaceChildren(...entries);
 }
 
-const example = (text, choose) =>
-  make("li", {}, make("button", { type: "button", onclick: () => choose(text) }, text));
+function example(text) {
+  const onclick = () => {
+    field.prompt.value = text;
+    form.requestSubmit();
+  };
+  return make("li", {}, make("button", { type: "button", onclick }, text));
+}

@@ -8,7 +8,7 @@ const NEGATIVE = "Negative prompt:";
 const FEWEST_FIELDS = 3; // of a last line that is not the prompt's
 const FIELD = /\s*(\w[\w /-]+):\s*("(?:\\.|[^\\"])+"(?=,|$)|[^,]*)(?:,|$)/g;
 const OWN = { // names of the form's fields, and what the text calls them
-  num_inference_steps: "Steps", guidance_scale: "CFG scale", seed: "Seed", size: "Size",
+  model: "Model", num_inference_steps: "Steps", guidance_scale: "CFG scale", seed: "Seed", size: "Size",
 };
 const WITHOUT_EFFECT = [ // here, or restored as a part of another one
   "Steps", "CFG scale", "Seed", "Size", "Sampler", "Schedule type", "Model", "Model hash", "Version", "RNG",

@@ -3,11 +3,11 @@
 import { untilGood } from "./api.js";
 import { $, say } from "./dom.js";
 import { draw, isRunning } from "./drawing.js";
-import { describe, field, form, keepSeed, NAMES, remember, restore, seedChanged } from "./form.js";
+import { field, form, keepSeed, NAMES, remember, restore, seedChanged, useModel } from "./form.js";
 import { loadGallery } from "./gallery.js";
 import { imageChanged, startFrom } from "./initial-image.js";
 import "./mask-keys.js";
-import { served } from "./model.js";
+import { modelsOf, served } from "./model.js";
 import { onArrival } from "./picture-file.js";
 import { complain } from "./problem.js";
 import { hasPictures } from "./results.js";
@@ -37,21 +37,15 @@ $("copy").onclick = ({ target }) => {
 };
 onArrival(bring, (now) => form.classList.toggle("dropping", now));
 
-function choose(text) {
-  field.prompt.value = text;
-  if (!isRunning()) form.requestSubmit();
-}
-
 const waiting = (text) => { if (!isRunning()) say(text); };
 const ask = async (path) => (await untilGood(path, waiting)).json();
 
 startFrom(null);
 restore(["prompt"]);
 loadGallery();
-served.schedulers = await ask("schedulers");
-[served.model] = await ask("models");
-describe(choose);
+served.models = await modelsOf(ask);
+useModel();
 $("generate").disabled = false;
-restore(NAMES.slice(1));
+restore(NAMES.filter((name) => name !== "prompt"));
 await untilGood("v2/health/ready", waiting);
 if (!isRunning() && !hasPictures()) say(field.seed.value ? "Press Generate to create the image of this link." : "");

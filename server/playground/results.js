@@ -48,10 +48,10 @@ export function showStep({ step, steps, preview, previews = [preview] }, seconds
 
 /** Show what `completed` says; returns the pictures. */
 export function showPictures(reply) {
-  const { images, parameters, timings, warnings } = reply;
+  const { images, model, parameters, timings, warnings } = reply;
   const pictures = images.map((image) => pictureOf(image, reply));
   pictures.forEach((picture, index) => hang(figures[index], picture));
-  showing(parameters.strength === null ? valuesOf(parameters) : null);
+  showing(parameters.strength === null ? valuesOf(parameters, model) : null);
   say(`${images.length > 1 ? `${images.length} images` : "Done"} in ${words(timings.total)}.`);
   lines("about", [`${parameters.width} × ${parameters.height} pixels. ${spent(parameters, timings)}.`, ...warnings]);
   return pictures;

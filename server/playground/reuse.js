@@ -12,7 +12,7 @@ const WORDS = {
 };
 
 /** The form's values, as text, that give this one picture again. */
-const valuesOfOne = ({ parameters, seed }) => valuesOf({ ...parameters, seed, num_images: 1 });
+const valuesOfOne = ({ parameters, seed, model }) => valuesOf({ ...parameters, seed, num_images: 1 }, model);
 
 /** Fill the form with these values, and say which of them, and which `others`, it cannot have. */
 function restore(values, others) {

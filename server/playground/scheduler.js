@@ -7,13 +7,13 @@ const field = $("form").elements;
 const whole = (name, kind) => kind === "default" ? name : `${name}_${kind}`;
 
 export function fillSchedulers() {
-  $("method").replaceChildren(...served.schedulers.map(({ name, title }) => new Option(title, name)));
+  $("method").replaceChildren(...served.model.schedulers.map(({ name, title }) => new Option(title, name)));
   field.scheduler.value = served.model.scheduler;
 }
 
 /** Show a scheduler by its whole name, or the model's own where there is none of that name. */
 export function chooseScheduler(wanted) {
-  const { model, schedulers } = served;
+  const { model } = served, { schedulers } = model;
   const pairs = schedulers.flatMap(({ name, sigmas }) => sigmas.map((kind) => [name, kind]));
   const find = (one) => pairs.find((pair) => whole(...pair) === one);
   const [name, kind] = find(wanted) ?? find(model.scheduler) ?? pairs[0];
@@ -30,14 +30,14 @@ const plain = (name) => name.toLowerCase().replace(/[^a-z0-9+]/g, "");
 
 /** The whole name of what this server, diffusers or AUTOMATIC1111's web UI calls so; undefined where it is unknown. */
 export function findScheduler(wanted) {
-  const names = served.schedulers.flatMap(({ name, title, aliases, sigmas }) =>
+  const names = served.model.schedulers.flatMap(({ name, title, aliases, sigmas }) =>
     [name, title, ...aliases].flatMap((alias) => sigmas.map((kind) => [whole(alias, kind), whole(name, kind)])));
   return names.find(([alias]) => plain(alias) === plain(wanted))?.[1];
 }
 
 function schedulerChanged() {
   const name = $("method").value, kind = $("sigmas").value;
-  const { sigmas } = served.schedulers.find((one) => one.name === name);
+  const { sigmas } = served.model.schedulers.find((one) => one.name === name);
   chooseScheduler(sigmas.includes(kind) ? whole(name, kind) : name);
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
 from pydantic_core import core_schema
@@ -17,6 +17,8 @@ from server.requests.images import ImageFormat
 from server.requests.lora_tags import MAX_LORA_WEIGHT
 from server.requests.request import Cache, GenerationParams
 from server.requests.tokenizer import Syntax
+
+ModelState = Literal["unloaded", "loading", "ready", "unloading", "failed"]
 
 MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
 MAX_TIMEOUT = 86_400  # seconds
@@ -199,6 +201,9 @@ class GenerateRequest(_StrictModel):
         le=MAX_TIMEOUT,
         description="seconds after which the request ends with 504 where it is not complete; default: no limit",
     )
+    model: str | None = Field(
+        None, max_length=200, description="what makes the images: a name of GET /models; default: the first of them"
+    )
 
 
 class GeneratedImage(BaseModel):
@@ -308,9 +313,11 @@ class StepEvent(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """The served model: its capabilities and defaults."""
+    """A model of the server: whether it is loaded, its capabilities and its defaults."""
 
     name: str
+    state: ModelState = Field(description="requests are accepted while it is ready")
+    reason: str = Field(description="why it failed to load; empty otherwise")
     backend: str
     precision: str
     resolutions: list[str] = Field(description="WIDTHxHEIGHT; the first is the default")

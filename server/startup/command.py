@@ -12,13 +12,12 @@ from contextlib import suppress
 
 from engines.cli import parse
 from engines.errors import EngineError
-from engines.manifest import Manifest
 from server.access.keys import KeyFileError
 from server.runtime.failures import StartStopped
 from server.startup import logs
 from server.startup.http_server import listen, make_http_server, url_of
 from server.startup.memory import return_large_blocks
-from server.startup.served_files import OpenedBundle, open_bundle
+from server.startup.served_files import OpenedBundle, open_bundles
 from server.startup.settings import ServerSettings, unknown_variables
 from server.startup.signals import StopSignals
 from server.startup.stopping import Stopping
@@ -38,19 +37,19 @@ def run(argv: Sequence[str], signals: StopSignals) -> int:
         faulthandler.enable()  # a bus error, say, of a file that was cut while it is mapped, is not silent
     return_large_blocks()
     try:
-        opened = open_bundle(settings)
+        bundles = open_bundles(settings)
     except EngineError as error:
         _print_error(str(error))
         return _FAILED_START
-    return _serve(settings, opened, signals)
+    return _serve(settings, bundles, signals)
 
 
-def _serve(settings: ServerSettings, opened: OpenedBundle, signals: StopSignals) -> int:
+def _serve(settings: ServerSettings, bundles: Sequence[OpenedBundle], signals: StopSignals) -> int:
     exit_code = 0
 
     def on_ready() -> None:
         if not server.should_exit:  # else it is ready too late, and its socket is closed
-            _print(_ready_message(opened.manifest, url_of(listener)))
+            _print(_ready_message(bundles, url_of(listener)))
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
@@ -65,7 +64,7 @@ def _serve(settings: ServerSettings, opened: OpenedBundle, signals: StopSignals)
         stopping.after_fault()
 
     try:
-        service = make_service(opened, settings=settings, on_ready=on_ready, on_failure=on_failure)
+        service = make_service(bundles, settings=settings, on_ready=on_ready, on_failure=on_failure)
     except EngineError as error:
         _print_error(str(error))
         return _FAILED_START
@@ -92,10 +91,14 @@ def _serve(settings: ServerSettings, opened: OpenedBundle, signals: StopSignals)
     return exit_code
 
 
-def _ready_message(manifest: Manifest, url: str) -> str:
-    prompt = json.dumps({"prompt": next(iter(manifest.examples), "a red heart on a yellow background"), "seed": 7})
+def _ready_message(bundles: Sequence[OpenedBundle], url: str) -> str:
+    first, *others = bundles
+    prompt = json.dumps(
+        {"prompt": next(iter(first.manifest.examples), "a red heart on a yellow background"), "seed": 7}
+    )
+    loaded = ", ".join(bundle.name for bundle in others if bundle.at_start)
     return f"""
-{manifest.name} is ready: open {url}
+{first.name}{loaded and f", with {loaded},"} is ready: open {url}
 
   curl -s -H 'Content-Type: application/json' -H 'Accept: image/png' \\
     -d {shlex.quote(prompt)} {url}/generate > picture.png

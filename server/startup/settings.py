@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.backends.registry import BACKENDS
+from engines.cli import Metavar, RepeatableSetting
 from engines.demo import BUNDLE as DEMO
 from server.access.hosts import ALLOWED
 from server.access.rates import check_rate
@@ -69,7 +70,20 @@ class ServerSettings(BaseSettings):
         extra="ignore",
     )
 
-    bundle: Path = Field(DEMO, description="folder of the bundle to serve")
+    bundle: Annotated[RepeatableSetting[str], Metavar("[NAME=]DIR")] = Field(
+        (str(DEMO),),
+        description="folder of a bundle to serve, with NAME= by that name, or folder of several bundles; repeatable. "
+        "The first model is that of requests that name none",
+    )
+    load: Annotated[RepeatableSetting[str], Metavar("NAME")] = Field(
+        (), description="model to load at the start, repeatable; others wait until they are asked to load; default: all"
+    )
+    model_memory: int | None = Field(
+        None,
+        ge=1,
+        description="MiB that loaded models may take together; to load another, those that have had no request for "
+        "longest are unloaded; default: no limit",
+    )
     host: str = Field(
         "127.0.0.1",
         description="address to listen on; 0.0.0.0 accepts connections from other machines: give --api-keys with it",

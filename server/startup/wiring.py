@@ -1,9 +1,9 @@
-"""The wiring: a bundle becomes a running service. Nothing here speaks HTTP."""
+"""The wiring: bundles become a running service. Nothing here speaks HTTP."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
-from server.api.service import ServedModel, Service
+from server.api.service import Service
 from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
 from server.runtime.make import make_runtime
@@ -31,53 +31,38 @@ if TYPE_CHECKING:
 
 
 def make_service(
-    opened: OpenedBundle,
+    bundles: Sequence[OpenedBundle],
     *,
     settings: ServerSettings,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Service:
-    """Assemble the service of an opened bundle.
+    """Assemble the service of opened bundles, of which the first is the default model.
 
-    Once its executor is started, the fastest of the backends is chosen and its engines are loaded.
+    Once its executor is started, the fastest of the backends is chosen and the engines are loaded.
 
     Raises:
-        EngineError: the tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package or a
+        EngineError: a tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package or a
             check that is asked for is missing.
     """
-    manifest, bundle, backends, files = opened.manifest, settings.bundle, opened.backends, opened.files
-    model = ServedModel(manifest, backends[0])
+    first = bundles[0]
     prompt_check = load_prompt_check(settings.prompt_check) if settings.prompt_check else None
 
     def choose_backend(on_status: OnStatus, stopped: Stopped) -> str:
         return choose_fastest(
-            manifest, bundle, backends, threads=settings.threads, on_status=on_status, stopped=stopped
+            first.manifest,
+            first.folder,
+            first.backends,
+            threads=settings.threads,
+            on_status=on_status,
+            stopped=stopped,
         )
 
-    def prepare(backend: str, on_status: OnStatus, stopped: Stopped) -> Manifest:
-        if not settings.compile:
-            return manifest
-        compiled = compile_missing(manifest, bundle, backend, on_status=on_status, stopped=stopped)
-        if compiled is not manifest:
-            files.replace(compiled)
-        return compiled
+    def fail(error: EngineError) -> None:
+        runtime.executor.fail(error)
 
-    def on_loaded(loaded: LoadedModel) -> None:
-        files.loaded(loaded.manifest, loaded.backend, runtime.executor.fail)
-        model.update(loaded.manifest, loaded.backend)
-
-    source = ModelSource(
-        name=manifest.name,
-        manifest=manifest,
-        bundle=bundle,
-        backend=backends[0],
-        prepare=prepare,
-        safety=choose_safety(settings.safety, manifest),
-        read=files.read,
-        on_loaded=on_loaded,
-    )
     runtime = make_runtime(
-        [source],
+        [_source(bundle, settings, fail) for bundle in bundles],
         choose_backend=choose_backend,
         open_device=partial(open_device, threads=settings.threads),
         max_waiting=settings.max_waiting,
@@ -86,28 +71,59 @@ def make_service(
         cache=settings.cache,
         decode_chunk=settings.decode_chunk,
         decode_priority=settings.decode_priority if settings.overlap_decode else "between",
+        model_memory=settings.model_memory,
         on_ready=on_ready,
         on_failure=on_failure,
     )
     return Service(
-        model,
         runtime,
         BodyLimits(settings.max_body_memory * 2**20),
         _image_files(settings),
         Allowances(Allowance(settings.rate_limit, settings.max_concurrent)),
         prompt_check=prompt_check,
         log_prompts=settings.log_prompts,
-        spans=_spans(settings.otlp_endpoint, model) if settings.otlp_endpoint else None,
+        spans=_spans(settings.otlp_endpoint) if settings.otlp_endpoint else None,
         jobs=open_job_store(settings, runtime.metrics),
     )
 
 
-def _spans(endpoint: str, model: ServedModel) -> Spans:
+def _source(bundle: OpenedBundle, settings: ServerSettings, fail: Callable[[EngineError], None]) -> ModelSource:
+    """What loads the model of a bundle, again where it was unloaded. `fail` hears of files that were altered."""
+    folder, files, newest = bundle.folder, bundle.files, bundle.manifest
+
+    def prepare(backend: str, on_status: OnStatus, stopped: Stopped) -> Manifest:
+        nonlocal newest
+        files.prepare(newest, backend)
+        if settings.compile:
+            compiled = compile_missing(newest, folder, backend, on_status=on_status, stopped=stopped)
+            if compiled is not newest:
+                files.replace(compiled)
+            newest = compiled
+        return newest
+
+    def on_loaded(loaded: LoadedModel) -> None:
+        files.loaded(loaded.manifest, loaded.backend, fail)
+
+    return ModelSource(
+        name=bundle.name,
+        manifest=bundle.manifest,
+        bundle=folder,
+        backend=bundle.backends[0],
+        at_start=bundle.at_start,
+        prepare=prepare,
+        safety=choose_safety(settings.safety, bundle.manifest),
+        read=files.read,
+        on_loaded=on_loaded,
+        on_unloaded=files.unloaded,
+    )
+
+
+def _spans(endpoint: str) -> Spans:
     try:
         from server.runtime.monitoring.spans import Spans  # noqa: PLC0415 - optional
     except ImportError as error:
         raise EngineError("--otlp-endpoint needs the packages of the extra otel: install it.") from error
-    return Spans(endpoint, lambda: model.manifest.name)
+    return Spans(endpoint)
 
 
 def _image_files(settings: ServerSettings) -> ImageFiles:

@@ -33,7 +33,11 @@ def test_unknown_models_and_versions_are_not_ready(client: InferenceServerClient
 
 
 def test_metadata(client: InferenceServerClient) -> None:
-    assert client.get_server_metadata() == {"name": "latentd", "version": version("latentd"), "extensions": []}
+    assert client.get_server_metadata() == {
+        "name": "latentd",
+        "version": version("latentd"),
+        "extensions": ["model_repository"],
+    }
     metadata = client.get_model_metadata("latentd-demo", "1")
     assert metadata == client.get_model_metadata("latentd-demo")
     assert (metadata["versions"], metadata["platform"]) == (["1"], "latentd_onnxruntime")
@@ -48,9 +52,12 @@ def test_inputs_are_fields_of_generate(client: InferenceServerClient, serving: S
     assert answer.status_code == 200
 
 
-@pytest.mark.parametrize(("model", "number"), [("other", ""), ("latentd-demo", "2")])
-def test_unknown_models_are_refused(client: InferenceServerClient, model: str, number: str) -> None:
-    with pytest.raises(InferenceServerException, match="version 1 of the model latentd-demo only") as refused:
+@pytest.mark.parametrize(
+    ("model", "number", "message"),
+    [("other", "", "this server has latentd-demo"), ("latentd-demo", "2", "version 1 of each model only")],
+)
+def test_unknown_models_are_refused(client: InferenceServerClient, model: str, number: str, message: str) -> None:
+    with pytest.raises(InferenceServerException, match=message) as refused:
         client.get_model_metadata(model, number)
     assert refused.value.status() == "404"
 

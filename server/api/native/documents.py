@@ -10,7 +10,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from server.api.service import Files, Service
+from server.api.service import Files
 from server.requests import images
 from server.requests.images import ImageFormat
 from server.requests.request import Image, Request, Started, Stepped
@@ -25,12 +25,12 @@ from server.requests.schemas import (
 )
 
 
-def response_of(service: Service, request: Request, files: Files, *, image_format: ImageFormat) -> GenerateResponse:
+def response_of(request: Request, files: Files, *, image_format: ImageFormat) -> GenerateResponse:
     """The answer to a request."""
     params = request.params
     return GenerateResponse(
         id=request.id,
-        model=service.model.manifest.name,
+        model=params.model,
         images=generated(params.seeds, files.contents, image_format, files.flagged),
         parameters=Parameters.of(params),
         timings=timings_of(request, files),

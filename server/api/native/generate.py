@@ -107,7 +107,7 @@ async def _respond(
     if bare:
         headers |= documents.image_headers(request.params.seeds[0], request.params.warnings, files.flagged[0])
         return Response(files.contents[0], headers=headers, media_type=f"image/{wanted}")
-    document = response_of(service, request, files, image_format=image_format)
+    document = response_of(request, files, image_format=image_format)
     return Response(document.model_dump_json(), headers=headers, media_type="application/json")
 
 
@@ -134,7 +134,7 @@ async def _describe(service: Service, request: Request, update: Update, image_fo
     match update:
         case Completed():
             files = await service.encode_images(request, update, image_format)
-            return documents.event("completed", response_of(service, request, files, image_format=image_format))
+            return documents.event("completed", response_of(request, files, image_format=image_format))
         case Failed(error):
             return documents.event("error", problem(error))
         case _:

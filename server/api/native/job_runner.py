@@ -77,10 +77,11 @@ class JobRunner:
         stored: list[LiveJob] = []
 
         async def store(request: Request) -> None:
-            facts = Facts.of(request, body, model=self._service.model.manifest.name, deadline=_deadline(request))
+            params = request.params
+            facts = Facts.of(request, body, model=params.model, deadline=_deadline(request))
             job = Job(job_id, owner, facts, key)
-            seeded = body.model_copy(update={"seed": request.params.seeds[0]})
-            await self.calls(self._store.add, job, Recipe(seeded, context.caller.name, context.api))
+            same = body.model_copy(update={"seed": params.seeds[0], "model": params.model})
+            await self.calls(self._store.add, job, Recipe(same, context.caller.name, context.api))
             stored.append(LiveJob(job))
 
         try:

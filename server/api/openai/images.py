@@ -14,7 +14,6 @@ from server.api.bodies import describe_body, read_body
 from server.api.context import context_of
 from server.api.error_responses import error_response
 from server.api.openai.errors import OpenAIErrorResponse, status_of
-from server.api.openai.models import check_model
 from server.api.openai.replies import EventWriter, Operation, Reply
 from server.api.openai.schemas import EditsBody, GenerationsBody, ImagesBody, ImagesResponse
 from server.api.outcomes import wait_for_outcome
@@ -71,15 +70,15 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _answer(service: Service, http: HttpRequest, model: type[ImagesBody], operation: Operation) -> Response:
+async def _answer(service: Service, http: HttpRequest, kind: type[ImagesBody], operation: Operation) -> Response:
     context = context_of(http, "openai")
     service.check(context.caller)
     with service.bodies.lease() as lease:  # until the files are decoded to pixels
-        body = await read_body(http, model, lease)
-        check_model(body.model, service)
+        body = await read_body(http, kind, lease)
+        model = service.models.find(body.model)
         reply = Reply.to(body, operation)
         with _names_of(body):
-            native = body.native(steps=service.model.manifest.defaults.num_inference_steps)
+            native = body.native(steps=model.manifest.defaults.num_inference_steps)
             accepted = await service.accept(native, context, follows=reply.streams)
         del body, native  # free the uploaded files, which may be megabytes, before the wait
     if reply.streams:

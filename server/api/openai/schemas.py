@@ -12,7 +12,7 @@ from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from server.api.problems import explain
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.images import ImageFormat
-from server.requests.schemas import MAX_SEED, GenerateRequest, ImageFile, Side
+from server.requests.schemas import MAX_SEED, GenerateRequest, ImageFile, ModelState, Side
 
 _SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 _IGNORED = "accepted and ignored"
@@ -40,7 +40,7 @@ class ImagesBody(BaseModel):
         description="what the image should show",
         examples=["a red heart on a yellow background"],
     )
-    model: str | None = Field(None, max_length=200, description="the served model, which GET /v1/models names")
+    model: str | None = Field(None, max_length=200, description="a model of GET /v1/models; default: the first of them")
     n: int | None = Field(None, ge=1, le=10, description="number of images; default: 1")
     size: ImageSize | None = Field(None, description="WIDTHxHEIGHT; auto, the default, is the model's own")
     response_format: Literal["url", "b64_json"] | None = Field(
@@ -93,6 +93,7 @@ class ImagesBody(BaseModel):
     def _native_fields(self) -> dict[str, Any]:
         width, height = self._sides()
         return {
+            "model": self.model,
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "num_inference_steps": self.num_inference_steps,
@@ -203,16 +204,17 @@ class CompletedEvent(BaseModel):
 
 
 class Model(BaseModel):
-    """A served model."""
+    """A model of the server."""
 
     id: str
+    state: ModelState = Field(description="extension: requests are accepted while it is ready")
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time in seconds at which the server started")
     owned_by: Literal["latentd"] = "latentd"
 
 
 class ModelList(BaseModel):
-    """The served models: one."""
+    """The models, of which the first is the default."""
 
     object: Literal["list"] = "list"
     data: list[Model]

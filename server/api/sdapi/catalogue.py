@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from pydantic import BaseModel
 
 from engines.manifest import Manifest
 from server.api import openapi
+from server.api.context import caller_of
+from server.api.sdapi.choices import Choices
 from server.api.sdapi.translation.checkpoint import checkpoint_of
 from server.api.sdapi.translation.samplers import Sampler, SchedulerItem, samplers, schedulers
 from server.api.service import Service
+from server.runtime.models import Model
 
 _EMPTY = {
     "loras": "LoRAs: they are fused when a bundle is built",
@@ -71,24 +75,24 @@ class Memory(BaseModel):
     cuda: dict[str, Any]
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Service, choices: Choices) -> APIRouter:
     router = APIRouter(tags=[openapi.SDAPI])
 
     @router.get("/samplers", operation_id="sdapi_samplers", summary="The samplers")
-    async def _samplers() -> list[Sampler]:
-        return samplers(service.model.manifest)
+    async def _samplers(http: HttpRequest) -> list[Sampler]:
+        return samplers(choices.of(caller_of(http)).manifest)
 
     @router.get("/schedulers", operation_id="sdapi_schedulers", summary="The noise schedules")
     async def _schedulers() -> list[SchedulerItem]:
         return schedulers()
 
-    @router.get("/sd-models", operation_id="sdapi_sd_models", summary="The served checkpoint")
+    @router.get("/sd-models", operation_id="sdapi_sd_models", summary="The checkpoints")
     async def _sd_models() -> list[SDModel]:
-        return [_sd_model(service.model.manifest)]
+        return [_sd_model(model) for model in service.models]
 
     @router.get("/embeddings", operation_id="sdapi_embeddings", summary="The textual inversions of the bundle")
-    async def _embeddings() -> Embeddings:
-        return _embeddings_of(service.model.manifest)
+    async def _embeddings(http: HttpRequest) -> Embeddings:
+        return _embeddings_of(choices.of(caller_of(http)).manifest)
 
     @router.get("/scripts", operation_id="sdapi_scripts", summary="Scripts: there are none")
     async def _scripts() -> Scripts:
@@ -108,8 +112,8 @@ async def _nothing() -> list[dict[str, Any]]:
     return []
 
 
-def _sd_model(manifest: Manifest) -> SDModel:
-    checkpoint = checkpoint_of(manifest)
+def _sd_model(model: Model) -> SDModel:
+    checkpoint = checkpoint_of(model)
     return SDModel(
         title=checkpoint.title,
         model_name=checkpoint.name,

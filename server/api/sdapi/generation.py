@@ -20,20 +20,30 @@ from server.api.context import context_of
 from server.api.error_responses import error_response
 from server.api.routes import RawRoute
 from server.api.sdapi.bodies import describe_json, read_json
+from server.api.sdapi.choices import Choices
 from server.api.sdapi.errors import in_its_words, responses
 from server.api.sdapi.info import info
 from server.api.sdapi.inpainting import Canvas
 from server.api.sdapi.tasks import Task, Tasks
+from server.api.sdapi.translation.checkpoint import find_checkpoint
 from server.api.sdapi.translation.plan import Plan, plan
 from server.api.sdapi.translation.schemas import Generated, Img2Img, Txt2Img
 from server.api.service import Accepted, Service
-from server.requests.context import RequestContext
+from server.requests.context import Caller, RequestContext
 from server.requests.errors import DeadlineExceeded, InvalidRequest, ServerError
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
+from server.runtime.models import Model
+
+_CHECKPOINT = "sd_model_checkpoint"
 
 
-def routes(service: Service, tasks: Tasks) -> APIRouter:
+def routes(service: Service, tasks: Tasks, choices: Choices) -> APIRouter:
+    def model_of(body: Txt2Img, caller: Caller) -> Model:
+        wanted = (body.override_settings or {}).get(_CHECKPOINT)
+        found = find_checkpoint(service.models, wanted, field=f"override_settings.{_CHECKPOINT}")
+        return found or choices.of(caller)
+
     router = APIRouter(route_class=RawRoute, tags=[openapi.SDAPI])
 
     @router.post(
@@ -48,8 +58,10 @@ def routes(service: Service, tasks: Tasks) -> APIRouter:
         context = context_of(http, "sdapi")
         service.check(context.caller)
         body = await read_json(http, Txt2Img, service)
-        made = plan(body, service.model.manifest)
-        return await _respond(service, tasks, http, _Call(body, made, context))
+        model = model_of(body, context.caller)
+        return await _respond(
+            service, tasks, http, _Call(body, model, plan(body, model.manifest, model=model.name), context)
+        )
 
     @router.post(
         "/img2img",
@@ -64,11 +76,12 @@ def routes(service: Service, tasks: Tasks) -> APIRouter:
         service.check(context.caller)
         with service.bodies.lease() as lease:  # until the reply: an inpainted image is put into the one that was sent
             body = await read_json(http, Img2Img, service, lease)
-            made = plan(body, service.model.manifest)
-            canvas = Canvas.of(body, service.model.manifest, images=made.images)
+            model = model_of(body, context.caller)
+            made = plan(body, model.manifest, model=model.name)
+            canvas = Canvas.of(body, model.manifest, images=made.images)
             async with service.readers:
                 fields = await run_in_threadpool(canvas.prepare)
-            return await _respond(service, tasks, http, _Call(body, made, context, canvas, fields))
+            return await _respond(service, tasks, http, _Call(body, model, made, context, canvas, fields))
 
     return router
 
@@ -78,6 +91,7 @@ class _Call:
     """One call, and what it has produced so far."""
 
     body: Txt2Img
+    model: Model
     plan: Plan
     context: RequestContext
     canvas: Canvas | None = None
@@ -107,7 +121,7 @@ async def _respond(service: Service, tasks: Tasks, http: HttpRequest, call: _Cal
         if error := await _generate(service, task, call):
             return error_response(http, error)
     headers = {"X-Request-Id": call.done[0].id}
-    content = await run_in_threadpool(_document, service, task, call)
+    content = await run_in_threadpool(_document, task, call)
     return Response(content, headers=headers, media_type="application/json")
 
 
@@ -147,7 +161,7 @@ async def _keep(service: Service, call: _Call, request: Request, completed: Comp
     call.flagged.extend(files.flagged)
 
 
-def _document(service: Service, task: Task, call: _Call) -> str:
+def _document(task: Task, call: _Call) -> str:
     parameters = call.plan.parameters
     if isinstance(call.body, Img2Img) and call.body.include_init_images:
         mask = call.body.mask
@@ -159,7 +173,7 @@ def _document(service: Service, task: Task, call: _Call) -> str:
     return Generated(
         images=[] if call.body.send_images is False else [_base64(file) for file in call.files],
         parameters=parameters,
-        info=info(call.plan, task, call.done, call.flagged, service.model.manifest),
+        info=info(call.plan, task, call.done, call.flagged, call.model),
     ).model_dump_json()
 
 

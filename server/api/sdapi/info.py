@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from engines.manifest import Manifest
 from server.api.sdapi.tasks import Task
 from server.api.sdapi.translation.checkpoint import checkpoint_of
 from server.api.sdapi.translation.plan import Plan
 from server.requests.infotext import sampler_names, write
 from server.requests.request import Request
+from server.runtime.models import Model
 from server.version import VERSION
 
 
-def info(
-    plan: Plan, task: Task, requests: Sequence[Request], flagged: Sequence[bool | None], manifest: Manifest
-) -> str:
+def info(plan: Plan, task: Task, requests: Sequence[Request], flagged: Sequence[bool | None], model: Model) -> str:
     """Describe the images of `requests`, the first of which is there."""
     params = requests[0].params
-    checkpoint = checkpoint_of(manifest)
+    checkpoint = checkpoint_of(model)
     seeds = [seed for request in requests for seed in request.params.seeds]
     texts = [
         write(request.params, seed=seed, model=checkpoint.name) for request in requests for seed in request.params.seeds

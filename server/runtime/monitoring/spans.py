@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 from opentelemetry.context import Context
@@ -31,12 +30,11 @@ class Spans:
     A thread of the SDK sends them in batches; if its queue is full they are lost. Nothing waits for the collector.
     """
 
-    def __init__(self, endpoint: str, model: Callable[[], str], *, exporter: SpanExporter | None = None) -> None:
-        """`endpoint` is the collector's URL, without /v1/traces; `model` gives the name of the served model.
+    def __init__(self, endpoint: str, *, exporter: SpanExporter | None = None) -> None:
+        """`endpoint` is the collector's URL, without /v1/traces.
 
         The SDK's own variables, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS and more, apply.
         """
-        self._model = model
         named = Resource({"service.name": "latentd", "service.version": VERSION})
         self._provider = TracerProvider(resource=named.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
         exporter = exporter or OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces")
@@ -58,7 +56,7 @@ class Spans:
             "generate",
             context=_parent(request),
             kind=SpanKind.SERVER,
-            attributes=self._attributes(request),
+            attributes=_attributes(request),
             start_time=at,
         )
         self._roots[request] = root
@@ -84,20 +82,21 @@ class Spans:
     def _child(self, root: Span, name: str, start: int, end: int) -> None:
         self._tracer.start_span(name, context=set_span_in_context(root), start_time=start).end(end)
 
-    def _attributes(self, request: Request) -> dict[str, str | int]:
-        params = request.params
-        return {
-            "latentd.request_id": request.id,
-            "latentd.api": request.context.api,
-            "latentd.priority": request.priority,
-            "latentd.model": self._model(),
-            "latentd.size": str(params.size),
-            "latentd.scheduler": params.scheduler.name,
-            "latentd.steps": request.steps,
-            "latentd.steps_taken": request.step,
-            "latentd.images": request.images,
-            "latentd.rows": request.rows,
-        }
+
+def _attributes(request: Request) -> dict[str, str | int]:
+    params = request.params
+    return {
+        "latentd.request_id": request.id,
+        "latentd.api": request.context.api,
+        "latentd.priority": request.priority,
+        "latentd.model": params.model,
+        "latentd.size": str(params.size),
+        "latentd.scheduler": params.scheduler.name,
+        "latentd.steps": request.steps,
+        "latentd.steps_taken": request.step,
+        "latentd.images": request.images,
+        "latentd.rows": request.rows,
+    }
 
 
 def _parent(request: Request) -> Context | None:

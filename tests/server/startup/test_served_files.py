@@ -11,7 +11,7 @@ import pytest
 from engines.errors import BundleError, EngineError
 from engines.manifest import MANIFEST, Manifest
 from server.startup import served_files
-from server.startup.served_files import OpenedBundle, ServedFiles, open_bundle
+from server.startup.served_files import OpenedBundle, ServedFiles, open_bundles
 from server.startup.settings import ServerSettings
 from tests import ROOT
 
@@ -28,7 +28,8 @@ def copied(tmp_path: Path) -> Path:
 
 
 def opened(bundle: Path) -> OpenedBundle:
-    return open_bundle(ServerSettings(bundle=bundle, backend="onnxruntime"))
+    (found,) = open_bundles(ServerSettings(bundle=(str(bundle),), backend="onnxruntime"))
+    return found
 
 
 def flip(path: Path) -> None:
@@ -85,7 +86,7 @@ def test_engines_of_tensorrt_are_hashed_when_they_are_read(copied: Path, monkeyp
     engines.save(copied)
     monkeypatch.setattr(served_files, "candidate_backends", lambda _settings, _manifest: ["tensorrt"])
     flip(copied / "onnx/decode.onnx")
-    bundle = open_bundle(ServerSettings(bundle=copied, compile=True))
+    (bundle,) = open_bundles(ServerSettings(bundle=(str(copied),), compile=True))
     with pytest.raises(BundleError, match=r"decode\.onnx is not the file that was built"):
         bundle.files.read(copied / "onnx/decode.onnx")
     bundle.files.read(copied / "onnx/denoise.onnx")
@@ -93,4 +94,5 @@ def test_engines_of_tensorrt_are_hashed_when_they_are_read(copied: Path, monkeyp
 
 def test_engines_that_are_yet_to_be_compiled_are_not_missed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_files, "candidate_backends", lambda _settings, _manifest: ["tensorrt"])
-    assert open_bundle(ServerSettings(bundle=copied, compile=True)).backends == ["tensorrt"]
+    (bundle,) = open_bundles(ServerSettings(bundle=(str(copied),), compile=True))
+    assert bundle.backends == ["tensorrt"]

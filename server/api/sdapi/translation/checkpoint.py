@@ -1,14 +1,16 @@
-"""The served model, as the web UI names checkpoints."""
+"""The models, as the web UI names checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from engines.manifest import Manifest
 from server.api.problems import shorten
 from server.api.sdapi.errors import rejected
+from server.runtime.models import Model
 
 _SHORT = 10  # digits of a hash
+_MOST_TITLES = 10  # of an error
 
 
 class Checkpoint(NamedTuple):
@@ -25,12 +27,24 @@ class Checkpoint(NamedTuple):
     def title(self) -> str:
         return f"{self.name} [{self.short_hash}]"
 
-    def check(self, name: object, *, field: str) -> None:
-        """Raise InvalidRequest unless `name` is this checkpoint; None and the empty name are."""
-        names = {self.title, self.name, self.short_hash, self.sha256, f"{self.name}.safetensors"}
-        if name and (not isinstance(name, str) or name.casefold() not in {one.casefold() for one in names}):
-            raise rejected(field, f"{shorten(str(name))} is not served here: leave it out, or send {self.title}.")
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients call it, from what is its own to what it may share with others."""
+        return self.title, self.name, f"{self.name}.safetensors", self.sha256, self.short_hash
 
 
-def checkpoint_of(manifest: Manifest) -> Checkpoint:
-    return Checkpoint(manifest.name, manifest.source.sha256)
+def checkpoint_of(model: Model) -> Checkpoint:
+    return Checkpoint(model.name, model.manifest.source.sha256)
+
+
+def find_checkpoint(models: Iterable[Model], wanted: object, *, field: str) -> Model | None:
+    """The model that a client calls `wanted`; None for None and the empty name. Raises InvalidRequest, of `field`."""
+    if not wanted:
+        return None
+    known = [(name, model) for model in models for name in checkpoint_of(model).names]
+    for fold in (str, str.casefold):
+        for name, model in known:
+            if isinstance(wanted, str) and fold(name) == fold(wanted):
+                return model
+    titles = [checkpoint_of(model).title for model in models][:_MOST_TITLES]
+    raise rejected(field, f"{shorten(str(wanted))} is not served here: leave it out, or send {' or '.join(titles)}.")

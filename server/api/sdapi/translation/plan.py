@@ -10,7 +10,6 @@ from typing import Any
 from engines.manifest import Manifest
 from server.api.sdapi.errors import rejected
 from server.api.sdapi.translation import neutral
-from server.api.sdapi.translation.checkpoint import checkpoint_of
 from server.api.sdapi.translation.samplers import sampling
 from server.api.sdapi.translation.schemas import MAX_IMAGES, Txt2Img
 from server.requests.schemas import MAX_SEED, GenerateRequest
@@ -34,13 +33,12 @@ class Plan:
         return sum(body.num_images for body in self.bodies)
 
 
-def plan(body: Txt2Img, manifest: Manifest) -> Plan:
-    """Translate `body`. Raises InvalidRequest, naming the field."""
+def plan(body: Txt2Img, manifest: Manifest, *, model: str) -> Plan:
+    """Translate `body`, for the model of that name. Raises InvalidRequest, naming the field."""
     settings = body.override_settings or {}
     warnings = neutral.check(body.model_extra or {}, settings)
-    checkpoint_of(manifest).check(settings.get("sd_model_checkpoint"), field="override_settings.sd_model_checkpoint")
     sampled = sampling(body.sampler_name or body.sampler_index, body.scheduler, body.eta)
-    common = _common(body) | sampled.fields
+    common = _common(body) | sampled.fields | {"model": model}
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None or body.seed == -1 else body.seed
     bodies = tuple(
         GenerateRequest.model_validate({**common, "seed": (seed + first) % (MAX_SEED + 1), "num_images": count})

@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1
 
 
 def plan_of(**fields: Any) -> Plan:
-    return plan(Txt2Img.model_validate(fields), MANIFEST)
+    return plan(Txt2Img.model_validate(fields), MANIFEST, model=MANIFEST.name)
 
 
 def batches(**fields: Any) -> list[tuple[int | None, int]]:
