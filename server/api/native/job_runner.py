@@ -22,6 +22,7 @@ from server.requests.errors import (
     STATUS,
     DeadlineExceeded,
     InternalError,
+    ModelNotLoaded,
     NotReady,
     ServerError,
     ServerStopping,
@@ -176,7 +177,8 @@ class JobRunner:
             try:
                 return await self._service.accept(recipe.body, context, follows=True)
             except ServerError as error:
-                if STATUS[type(error)] != HTTPStatus.TOO_MANY_REQUESTS:
+                is_loading = isinstance(error, ModelNotLoaded) and error.retry_after is not None
+                if STATUS[type(error)] != HTTPStatus.TOO_MANY_REQUESTS and not is_loading:
                     raise
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -197,7 +199,8 @@ class JobRunner:
 
 
 def _ends_with_the_process(outcome: Outcome) -> bool:
-    return isinstance(outcome, Failed) and isinstance(outcome.error, ServerStopping | NotReady)
+    error = outcome.error if isinstance(outcome, Failed) else None
+    return isinstance(error, ServerStopping | NotReady) and not isinstance(error, ModelNotLoaded)
 
 
 def _deadline(request: Request) -> datetime | None:
