@@ -13,12 +13,18 @@ import pytest
 
 from benchmarks.faults.callers import Caller, Tally
 from engines.accuracy import psnr
+from engines.manifest import Manifest
 from engines.schedulers import METHODS
 from tests.support.lora_crowd import Wish, WrittenLora, crowd, write_loras
 from tests.support.references import Pixels, load_pipeline
 from tests.support.serving import Serving, pictures
 
 CROWD = 32
+
+
+@pytest.fixture(scope="module")
+def lora_manifest(lora_bundle: Path) -> Manifest:
+    return Manifest.read(lora_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def loras(folder: Path, reference: Any) -> list[WrittenLora]:
-    return write_loras(folder, reference)
+def loras(folder: Path, lora_manifest: Manifest) -> list[WrittenLora]:
+    return write_loras(folder, lora_manifest)
 
 
 @pytest.fixture
@@ -61,8 +67,8 @@ def test_32_requests_with_8_loras_share_their_steps(served: Serving, reference: 
     rounds = [together(served, [wish.with_loras for wish in wishes]) for _ in range(3)]
     for found, _ in rounds:
         for wish, crowded in zip(wishes, found, strict=True):
-            assert psnr(crowded, pictures(served.generate(**wish.with_loras))[0]) >= 50, wish
-            assert psnr(crowded, wish.drawn_by(reference)) >= 45, wish
+            assert psnr(crowded, pictures(served.generate(**wish.with_loras))[0]) >= 50, str(wish)
+            assert psnr(crowded, wish.drawn_by(reference)) >= 45, str(wish)
     # When 32 threads get to send is not the same twice, and a request that comes a step later may take another call.
     assert min(calls for _, calls in rounds) <= 1.05 * without
 
@@ -78,37 +84,39 @@ def test_every_scheduler_draws_with_a_lora_as_diffusers_does(
         assert psnr(crowded, wish.drawn_by(reference)) >= 45, wish.body["scheduler"]
 
 
-def test_more_loras_than_the_device_holds_take_turns(lora_bundle: Path, folder: Path, reference: Any) -> None:
+def test_more_loras_than_the_device_holds_take_turns(
+    lora_bundle: Path, lora_manifest: Manifest, folder: Path, reference: Any
+) -> None:
     """The pool holds 32 ranks, and these have 64: requests wait for room, and nothing else changes."""
-    loras = write_loras(folder, reference, ranks=(8,) * 8)
+    loras = write_loras(folder, lora_manifest, ranks=(8,) * 8)
     wishes = [wish for wish in crowd(loras, CROWD) if wish.loras]
     with Serving(lora_bundle, "--loras", str(folder)) as served:
         found, _ = together(served, [wish.with_loras for wish in wishes])
         for wish, crowded in zip(wishes, found, strict=True):
-            assert psnr(crowded, wish.drawn_by(reference)) >= 45, wish
+            assert psnr(crowded, wish.drawn_by(reference)) >= 45, str(wish)
 
 
 def test_a_lora_that_is_added_under_load_can_be_chosen(
-    served: Serving, folder: Path, reference: Any, loras: list[WrittenLora], tmp_path: Path
+    served: Serving, folder: Path, reference: Any, loras: list[WrittenLora], lora_manifest: Manifest, tmp_path: Path
 ) -> None:
-    more = write_loras(tmp_path / "more", reference, ranks=(3,) * 8)[0]
+    more = write_loras(tmp_path / "more", lora_manifest, ranks=(3,) * 8)[0]
     wishes = crowd(loras, 16)
     with ThreadPoolExecutor(16) as pool:
         running = [pool.submit(served.generate, **wish.with_loras) for wish in wishes]
         shutil.copy(tmp_path / "more" / f"{more.name}.safetensors", folder / "added.safetensors")
-        wish = Wish(wishes[0].body, ((WrittenLora("added", more.updates), 1.0),))
+        wish = Wish(wishes[0].body, ((WrittenLora("added", more.changes), 1.0),))
         added = pictures(served.generate(**wish.with_loras))[0]
         assert psnr(added, wish.drawn_by(reference)) >= 45
         assert all(one.result().status_code == 200 for one in running)
 
 
 def test_a_file_that_is_replaced_under_load_is_the_old_or_the_new_one(
-    served: Serving, folder: Path, reference: Any, loras: list[WrittenLora], tmp_path: Path
+    served: Serving, folder: Path, reference: Any, loras: list[WrittenLora], lora_manifest: Manifest, tmp_path: Path
 ) -> None:
     """Never a mixture: each picture is that of one of both files, and those after the change of the new one."""
     name, body = loras[0].name, crowd(loras, 1)[0].body
-    other = write_loras(tmp_path / "other", reference, ranks=(4,) * 8)[1]
-    before, after = Wish(body, ((loras[0], 1.0),)), Wish(body, ((WrittenLora(name, other.updates), 1.0),))
+    other = write_loras(tmp_path / "other", lora_manifest, ranks=(4,) * 8, seed=50)[1]
+    before, after = Wish(body, ((loras[0], 1.0),)), Wish(body, ((WrittenLora(name, other.changes), 1.0),))
     expected = [wish.drawn_by(reference) for wish in (before, after)]
     assert psnr(*expected) < 35
     with ThreadPoolExecutor(8) as pool:
