@@ -62,10 +62,7 @@ def read_lora_header(path: Path) -> LoraHeader:
     """Read no more than the header. Raises CheckpointError: there is no such file, or it is damaged."""
     with _opened(path) as (file, size):
         start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > min(size, _LARGEST_HEADER):
-            raise CheckpointError(f"{path} {diagnosis(path, 'header too large')}")
-        return _header(path, start + file.read(length), size)
+        return _header(path, start + file.read(min(_length(start), _LARGEST_HEADER)), size)
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -101,7 +98,9 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 def _header(path: Path, content: bytes, size: int) -> LoraHeader:
     """The header at the start of `content`, of a file with `size` bytes."""
-    end = 8 + int.from_bytes(content[:8], "little")
+    end = 8 + _length(content)
+    if len(content) < end or end > 8 + _LARGEST_HEADER:
+        raise CheckpointError(f"{path} {diagnosis(path, 'header too large')}")
     try:
         tensors = json.loads(content[8:end])
         metadata = {str(key): str(value) for key, value in (tensors.pop("__metadata__", None) or {}).items()}
@@ -118,6 +117,11 @@ def _header(path: Path, content: bytes, size: int) -> LoraHeader:
             "convert it to FP16."
         )
     return LoraHeader(path, shapes, metadata, adapter_config_beside(path, shapes, metadata))
+
+
+def _length(content: bytes) -> int:
+    """Bytes of the header after the first eight, which say it."""
+    return int.from_bytes(content[:8], "little")
 
 
 def _finite(path: Path, name: str, spec: Mapping[str, Any]) -> NDArray[np.float32]:
