@@ -75,7 +75,7 @@ class Batcher:
             return sum(len(lanes.running) for lanes in self._models.values())
 
     def submit(self, request: Request, *, proves: bool = False) -> int:
-        """Queue `request`, and return how many wait before it. One that `proves` its model need not find it accepted.
+        """Queue `request`, and return how many wait before it. One that `proves` its model is always accepted.
 
         Raises:
             InvalidRequest: it can never fit. QueueFull: too many requests wait. ModelNotLoaded.
@@ -84,7 +84,7 @@ class Batcher:
         lanes = self._models[request.params.model]
         lanes.check(request)
         with self._changed:
-            before = self._check(request.flow)
+            before = self._waiting if proves and not self._closed else self._check(request.flow)
             if lanes.refusal and not proves:
                 raise ModelNotLoaded(lanes.refusal, retry_after=5)
             if not lanes:

@@ -11,20 +11,20 @@ from weakref import WeakMethod
 from engines.backends.device import Device
 from engines.backends.registry import ON_GPU
 from server.requests.intake import Intake
-from server.requests.request import Request, StepCache
-from server.requests.schemas import GenerateRequest
+from server.requests.request import StepCache
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher
 from server.runtime.decodes import DecodePriority
 from server.runtime.executor import Executor
+from server.runtime.latent_pool import Streams
 from server.runtime.line import Line
-from server.runtime.models import LoadedModel, Model, Models, ModelSource, OnStatus, Stopped
+from server.runtime.models import Model, Models, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
+from server.runtime.pieces import Pieces
 from server.runtime.pipeline import Pipeline
 
 _log = logging.getLogger(__name__)
-_TEST_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     cache: StepCache = "off",
     decode_chunk: int | None = None,
     decode_priority: DecodePriority = "equal",
-    model_memory: int | None = None,  # noqa: ARG001 - not yet
+    model_memory: int | None = None,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Runtime:
@@ -67,57 +67,54 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_ready, on_failure: called in the executor's thread.
     """
     trace = trace or Trace()
-    models = Models([Model(source, _intake(source, cache)) for source in sources])
-    default = models.default
-    step_times = default.step_times
-    max_rows = default.manifest.max_rows
     batcher = Batcher(max_waiting=max_waiting, line=line)
-    lora_ranks = default.manifest.lora.ranks if default.manifest.lora else 0
-    batcher.add(default.name, max_rows=max_rows, lora_ranks=lora_ranks, step_times=step_times)
-    metrics = Metrics(max_rows=max_rows)
+    models = Models(
+        [Model(source, _intake(source, cache), batcher) for source in sources],
+        batcher,
+        memory=None if model_memory is None else model_memory * 2**20,
+    )
+    metrics = Metrics(
+        max_rows=max(source.manifest.max_rows for source in sources), models=[source.name for source in sources]
+    )
 
-    def load(on_status: OnStatus) -> Pipeline:
-        source = default.source
-        backend = choose_backend(on_status, lambda: batcher.closed)
-        if source.prepare:
-            default.manifest = source.prepare(backend, on_status, lambda: batcher.closed)
+    def open_watched(backend: str) -> Device:
         device = open_device(backend)
-        metrics.set_model(default.manifest, backend)
         metrics.watch_captures(_uncaptured(device))
         if backend in ON_GPU:
             _watch_gpu(metrics)
-        on_status("loading the engines")
-        pipeline = Pipeline.load(
-            default.manifest,
-            source.bundle,
-            backend=backend,
+        return device
+
+    def make_pipeline(model: Model, device: Device, streams: Streams) -> Pieces[Pipeline]:
+        metrics.set_model(model.name, model.manifest, model.backend)
+        return Pipeline.load(
+            model.manifest,
+            model.source.bundle,
+            backend=model.backend,
             device=device,
-            step_times=step_times,
+            streams=streams,
+            step_times=model.step_times,
             trace=trace,
             decode_chunk=decode_chunk,
-            decode_priority=decode_priority,
-            safety=source.safety,
+            safety=model.source.safety,
             step_cache=cache != "disabled",
-            read=source.read,
+            read=model.source.read,
             on_lookup=metrics.prompt_lookup,
         )
-        default.backend = backend
-        default.state = "ready"
-        source.on_loaded(LoadedModel(default.manifest, backend, pipeline))
-        return pipeline
 
     executor = Executor(
+        models,
         batcher,
-        load,
-        test_request=partial(_test_request, default),
-        step_times=step_times,
+        choose_backend=choose_backend,
+        open_device=open_watched,
+        open_streams=partial(Streams.open, decode_priority=decode_priority),
+        make_pipeline=make_pipeline,
         trace=trace,
         metrics=metrics,
         hang_factor=hang_factor,
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    metrics.watch(_gauges(batcher, executor), step_times)
+    metrics.watch(_gauges(batcher, executor), models)
     return Runtime(models, batcher, executor, metrics)
 
 
@@ -146,15 +143,6 @@ def _watch_gpu(metrics: Metrics) -> None:
     except Exception as error:  # cuda.bindings raises its own classes where it finds no library to call
         # Not the error itself: its traceback would keep the pipeline for as long as something keeps the log record.
         _log.info("no metrics of the GPU: %s", str(error))
-
-
-def _test_request(model: Model) -> Request:
-    """A short request by the model's defaults, which should succeed. Raises ServerError where they allow none."""
-    manifest, intake = model.manifest, model.intake
-    prompt = next(iter(manifest.examples), "")
-    intake.request(GenerateRequest(prompt=prompt))  # with the default number of steps
-    steps = min(manifest.defaults.num_inference_steps, _TEST_STEPS)
-    return intake.request(GenerateRequest(prompt=prompt, seed=0, num_inference_steps=steps))
 
 
 def _intake(source: ModelSource, cache: StepCache) -> Intake:

@@ -16,14 +16,14 @@ from engines.backends.device import Device, Engine, Event, Reader, Reading, Stre
 from engines.contract import GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
-from server.requests.request import Image, Request
+from server.requests.request import Image, Lane, Request
 from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement, Upload
-from server.runtime.decodes import DecodePriority
 from server.runtime.encoding import Encoding
 from server.runtime.latent_pool import LatentPool, Streams, encoded, features_bytes, first_latents
 from server.runtime.lora_pool import LoraPool, Ranks
 from server.runtime.monitoring.trace import Trace
 from server.runtime.noise import StepNoise
+from server.runtime.pieces import Pieces
 from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.safety import UNCHECKED, Safety
@@ -56,9 +56,13 @@ class InFlightStep(NamedTuple):
         return kind_of(self.size, self.plan.shape.depth, loras=bool(self.plan.shape.ranks))
 
     @property
-    def key(self) -> tuple[Size, StepShape]:
+    def lane(self) -> Lane:
+        return self.plan.placements[0].request.lane
+
+    @property
+    def key(self) -> tuple[Lane, StepShape]:
         """What its duration depends on."""
-        return self.size, self.plan.shape
+        return self.lane, self.plan.shape
 
 
 class Pipeline:
@@ -143,17 +147,17 @@ class Pipeline:
         *,
         backend: str,
         device: Device,
+        streams: Streams,
         step_times: StepTimeModel,
         trace: Trace,
         decode_chunk: int | None = None,
-        decode_priority: DecodePriority = "equal",
         safety: Safety = UNCHECKED,
         step_cache: bool = True,
         read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
         on_lora_lookup: Callable[[bool], None] = lambda _found: None,
-    ) -> Pipeline:
-        """Load the engines of the verified bundle in folder `bundle`.
+    ) -> Pieces[Pipeline]:
+        """Load the engines of the verified bundle in folder `bundle`, one after the other, and allocate all memory.
 
         `safety` says whether the bundle's safety checker is among them, `step_cache` whether the shallow step is.
         `read` gives the contents of a file of the bundle.
@@ -161,12 +165,11 @@ class Pipeline:
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.
         """
-        streams = Streams.open(device, decode_priority)
         stream_of = _streams_of_graphs(manifest, streams, step_cache=step_cache, checks=safety.runs_graph)
-        engines = {
-            name: device.load(bundle / engine_path(manifest, backend, name), stream, read=read)
-            for name, stream in stream_of.items()
-        }
+        engines: dict[GraphName, Engine] = {}
+        for name, stream in stream_of.items():
+            engines[name] = device.load(bundle / engine_path(manifest, backend, name), stream, read=read)
+            yield
         return cls(
             manifest,
             engines,
@@ -180,8 +183,11 @@ class Pipeline:
             on_lora_lookup=on_lora_lookup,
         )
 
-    def warm_up(self, on_status: Callable[[str], None]) -> None:
-        """Run every graph, as often as it takes to be captured, and measure the steps. Raises EngineError."""
+    def warm_up(self, on_status: Callable[[str], None]) -> Pieces[None]:
+        """Run every graph, as often as it takes to be captured, and measure the steps, shape by shape.
+
+        A piece waits for the device, and expects no other work on it. Raises EngineError.
+        """
         warm_up = WarmUp(
             streams=self._streams,
             prompts=self._prompts,
@@ -192,14 +198,10 @@ class Pipeline:
         )
         for size, pool in self._latent_pools.items():
             on_status(f"warming up {size}")
-            warm_up.run(pool)
+            yield from warm_up.run(pool)
         self._device.end_warm_up()
         taken = ", ".join(f"{purpose} {size / 2**20:.0f} MiB" for purpose, size in self._device.memory().items())
         _log.info("%s: memory in use: %s", self._device.name, taken)
-
-    def start_trace(self) -> None:
-        """Begin the trace: what is done from here on is done for requests."""
-        self._trace.start(self._streams.steps)
 
     def admit(self, request: Request) -> Upload | Admission:
         """Begin to write the LoRAs of `request`, or if they are there, launch the encoding of its prompts and image.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from server.requests.request import Depth
 from server.runtime.latent_pool import LatentPool, Streams
+from server.runtime.pieces import Pieces
 from server.runtime.plan import Plan, StepShape
 from server.runtime.prompt_pool import PromptPool
 from server.runtime.step_shapes import StepShapes
@@ -39,13 +40,14 @@ class WarmUp:
         self._plan = plan
         self._pads = pads
 
-    def run(self, pool: LatentPool) -> None:
-        """Run every call of one image size, and measure it. Raises EngineError."""
+    def run(self, pool: LatentPool) -> Pieces[None]:
+        """Run every call of one image size, and measure it, shape by shape. Raises EngineError."""
         for depth in pool.depths:  # steps first: an engine's weights are in memory twice while it first runs
-            self._run_steps(pool, depth)
+            yield from self._run_steps(pool, depth)
         self._step_times.observe_encode_decode(pool.size, self._run_encode_decode(pool))
+        yield
 
-    def _run_steps(self, pool: LatentPool, depth: Depth) -> None:
+    def _run_steps(self, pool: LatentPool, depth: Depth) -> Pieces[None]:
         """Measure steps of `depth`, as far as that is worth the time."""
         too_long = set[bool]()  # steps with LoRAs, and those without
         for shape in self._shapes.to_warm_up(depth):
@@ -57,6 +59,7 @@ class WarmUp:
                 self._step_times.observe(kind_of(pool.size, depth, loras=loras), shape.rows, seconds)
             if not self._pads and seconds > _LONG:
                 too_long.add(loras)
+            yield
 
     def _run_encode_decode(self, pool: LatentPool) -> float:
         """Encode and decode a blank image; returns the seconds of one."""

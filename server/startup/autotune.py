@@ -25,7 +25,9 @@ from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
 from server.runtime.failures import StartStopped
+from server.runtime.latent_pool import Streams
 from server.runtime.monitoring.trace import Trace
+from server.runtime.pieces import at_once
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import Kind, StepTimeModel
 
@@ -165,12 +167,20 @@ def seconds_of_picture(bundle: Path, backend: str, *, threads: int) -> float:
     alone = manifest.model_copy(update={"resolutions": manifest.resolutions[:1], "rows": manifest.rows[:1]})
     step_times = _Shortest(max_rows=alone.max_rows)
     device = open_device(backend, threads=threads)
-    pipeline = Pipeline.load(
-        alone, bundle, backend=backend, device=device, step_times=step_times, trace=Trace(), step_cache=False
+    loading = Pipeline.load(
+        alone,
+        bundle,
+        backend=backend,
+        device=device,
+        streams=Streams.open(device, "equal"),
+        step_times=step_times,
+        trace=Trace(),
+        step_cache=False,
     )
+    pipeline = at_once(loading)
     began = time.monotonic()
     for _ in range(_RUNS):
-        pipeline.warm_up(lambda _stage: None)
+        at_once(pipeline.warm_up(lambda _stage: None))
         if time.monotonic() - began > _ENOUGH:
             break
     return step_times.step * manifest.defaults.num_inference_steps + step_times.end

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -23,20 +24,46 @@ _REASONS = tuple(error.__name__ for error in STATUS if error not in _FAILURES)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
+class _Model(Protocol):
+    """What metrics read of a model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def memory(self) -> int: ...
+
+    @property
+    def step_times(self) -> StepTimeModel: ...
+
+
+class _StepMetrics(NamedTuple):
+    """Those of one model's steps: looked up once, not for every step."""
+
+    steps: Counter
+    rows: Histogram
+    seconds: Histogram
+
+
 class Metrics:
     """The metrics of one server, in a registry of its own, so that a process may hold several."""
 
-    def __init__(self, *, max_rows: int) -> None:
+    def __init__(self, *, max_rows: int, models: Sequence[str] = ()) -> None:
+        """Steps take at most `max_rows`; `models` are the names of those in the server."""
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)  # this process's memory and processor time, where the system tells
         self._requests = Counter(
-            "latentd_requests", "Accepted requests by outcome.", ["api", "outcome"], registry=registry
+            "latentd_requests", "Accepted requests by outcome.", ["api", "outcome", "model"], registry=registry
         )
         self._rejected = Counter(
             "latentd_requests_rejected", "Requests rejected before they were queued.", ["reason"], registry=registry
         )
         # Every series exists from the start, so that a rate sees the first event too.
-        self._ended = {(api, outcome): self._requests.labels(api, outcome) for api in APIS for outcome in _OUTCOMES}
+        for ended in product(APIS, _OUTCOMES, models):
+            self._requests.labels(*ended)
         for reason in _REASONS:
             self._rejected.labels(reason)
         self._duration = Histogram(
@@ -47,9 +74,9 @@ class Metrics:
         )
         self._stages = {name: stage.labels(name) for name in _STAGES}  # looked up once, not for every request
         rows = tuple(range(1, max_rows + 1))
-        self._step_rows = Histogram("latentd_step_rows", "UNet rows per step.", buckets=rows, registry=registry)
-        self._step_seconds = Histogram(
-            "latentd_step_duration_seconds", "Time per step.", buckets=_SECONDS, registry=registry
+        step_rows = Histogram("latentd_step_rows", "UNet rows per step.", ["model"], buckets=rows, registry=registry)
+        step_seconds = Histogram(
+            "latentd_step_duration_seconds", "Time per step.", ["model"], buckets=_SECONDS, registry=registry
         )
         self._lookups = Counter(
             "latentd_prompt_lookups",
@@ -70,16 +97,20 @@ class Metrics:
             "Images that the safety checker flagged, sent or blocked.",
             registry=registry,
         )
-        self._steps = Counter("latentd_steps", "Denoising steps run.", registry=registry)
+        steps = Counter("latentd_steps", "Denoising steps run.", ["model"], registry=registry)
+        self._by_model = {
+            name: _StepMetrics(steps.labels(name), step_rows.labels(name), step_seconds.labels(name)) for name in models
+        }
         self._info = Gauge(
             "latentd_model_info", "The model served.", ["model", "backend", "precision"], registry=registry
         )
 
-    def watch(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], step_times: StepTimeModel) -> None:
-        """Add gauges that are read at every scrape: by name a description and a reader; and the step-time model."""
+    def watch(self, gauges: Mapping[str, tuple[str, Callable[[], float]]], models: Collection[_Model]) -> None:
+        """Add gauges that are read at every scrape: by name a description and a reader; and what `models` say."""
         for name, (text, read) in gauges.items():
             Gauge(name, text, registry=self._registry).set_function(read)
-        self._registry.register(_Curve(step_times))
+        self._registry.register(_Curves(models))
+        self._registry.register(_LoadedModels(models))
 
     def watch_captures(self, read: Callable[[], Mapping[str, int]]) -> None:
         """Add a gauge of the calls that run without a CUDA graph, which `read` counts by engine at every scrape."""
@@ -97,14 +128,15 @@ class Metrics:
         """Add a counter that is read at every scrape; `name` without `_total`."""
         self._registry.register(_ReadCounter(name, text, read))
 
-    def set_model(self, manifest: Manifest, backend: str) -> None:
-        """Set the model that is served."""
-        self._info.labels(manifest.name, backend, precision_of(manifest, backend)).set(1)
+    def set_model(self, name: str, manifest: Manifest, backend: str) -> None:
+        """Describe a model that is loaded."""
+        self._info.labels(name, backend, precision_of(manifest, backend)).set(1)
 
-    def step(self, rows: int, seconds: float) -> None:
-        self._steps.inc()
-        self._step_rows.observe(rows)
-        self._step_seconds.observe(seconds)
+    def step(self, model: str, rows: int, seconds: float) -> None:
+        of = self._by_model[model]
+        of.steps.inc()
+        of.rows.observe(rows)
+        of.seconds.observe(seconds)
 
     def stage(self, stage: Stage | Literal["image"], seconds: float) -> None:
         self._stages[stage].observe(seconds)
@@ -127,7 +159,7 @@ class Metrics:
         """Count outcomes: a listener of every accepted request."""
         if not isinstance(event, Outcome):
             return
-        self._ended[request.context.api, _outcome(event)].inc()
+        self._requests.labels(request.context.api, _outcome(event), request.params.model).inc()
         self._duration.observe(sum(request.timings.values()))
         for stage, seconds in tuple(request.timings.items()):
             self.stage(stage, seconds)
@@ -173,22 +205,43 @@ class _UncapturedCalls(Collector):
         yield family
 
 
-class _Curve(Collector):
-    """The step-time model as a gauge, read at every scrape."""
+class _Curves(Collector):
+    """The step-time models as a gauge, read at every scrape."""
 
-    def __init__(self, step_times: StepTimeModel) -> None:
-        self._step_times = step_times
+    def __init__(self, models: Collection[_Model]) -> None:
+        self._models = models
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
             "latentd_step_time_estimate_seconds",
             "What a step takes, a moving average, from which Retry-After is estimated.",
-            labels=["size", "depth", "rows"],
+            labels=["model", "size", "depth", "rows"],
         )
-        for (size, depth), curve in self._step_times.curves().items():
-            for rows, seconds in curve.items():
-                family.add_metric([str(size), depth, str(rows)], seconds)
+        for model in self._models:
+            for (size, depth), curve in model.step_times.curves().items():
+                for rows, seconds in curve.items():
+                    family.add_metric([model.name, str(size), depth, str(rows)], seconds)
         yield family
+
+
+class _LoadedModels(Collector):
+    """Which models are loaded, and what memory they take, read at every scrape."""
+
+    def __init__(self, models: Collection[_Model]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        loaded = GaugeMetricFamily("latentd_model_loaded", "1 while requests for it are accepted.", labels=["model"])
+        memory = GaugeMetricFamily(
+            "latentd_model_memory_bytes",
+            "What a loaded model takes: its files and pools, or what the device counts where that is more.",
+            labels=["model"],
+        )
+        for model in self._models:
+            loaded.add_metric([model.name], float(model.state == "ready"))
+            memory.add_metric([model.name], model.memory)
+        yield loaded
+        yield memory
 
 
 def _outcome(outcome: Outcome) -> str:

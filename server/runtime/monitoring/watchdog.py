@@ -42,9 +42,12 @@ class Watchdog:
         self._factor = factor
         self.current: _Limit | None = None  # the work that is watched now
         self._closed = threading.Event()
+        self._started = False
 
     def start(self) -> None:
-        if self._factor:
+        """Begin to watch, unless that was begun."""
+        if self._factor and not self._started:
+            self._started = True
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:

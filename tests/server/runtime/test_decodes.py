@@ -117,7 +117,7 @@ def test_a_broken_picture_does_not_spoil_the_call_it_is_decoded_in(gpu: FakeMach
     with gpu.running() as running:
 
         def poison() -> None:
-            placement = running.executor._owned[requests[0]]
+            placement = running.executor._requests.owned[requests[0]]
             assert isinstance(placement, Placement)
             pool = running.pipeline._latent_pools[requests[0].params.size]
             state = pool._states[pool._parity]

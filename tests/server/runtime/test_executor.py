@@ -189,7 +189,7 @@ def test_noise_is_drawn_beside_the_executor_and_what_fails_in_it_is_one_requests
         return randn(generator, shape)
 
     def fail() -> None:
-        placement = running.executor._owned[requests[0]]
+        placement = running.executor._requests.owned[requests[0]]
         assert isinstance(placement, Placement)
         monkeypatch.setattr(placement.noise, "_generators", (None,))
 
@@ -205,7 +205,7 @@ def test_noise_is_drawn_beside_the_executor_and_what_fails_in_it_is_one_requests
     # Both draw x and the first noise in the executor; of the second, one draws two more and the other none.
     assert sorted(drawing) == ["executor"] * 4 + ["noise_0"] * (len(drawing) - 4)
     assert len(drawing) > 4
-    assert not any(thread.is_alive() for thread in running.executor._noise._thread._threads)
+    assert not any(thread.is_alive() for thread in running.executor._steps.noise._thread._threads)
 
 
 def test_an_encoder_that_fails_ends_one_request(cpu: Machine) -> None:
@@ -234,7 +234,7 @@ def test_a_request_that_fails_at_any_stage_releases_everything(cpu: Machine, gra
         assert len(asked.endings) == 1
         assert running.ask(num_inference_steps=1).outcome_name() == "Completed"
     assert not running.pipeline._prompts._cache._users
-    assert not running.executor._owned
+    assert not running.executor._requests.owned
     assert free_places(running) == before
 
 
@@ -251,7 +251,7 @@ def test_a_request_cancelled_before_it_is_placed_releases_everything(gpu: FakeMa
         assert asked.outcome_name() == "Cancelled"
         assert not asked.events[:-1], "it was placed before it was cancelled"
     assert not running.pipeline._prompts._cache._users
-    assert not running.executor._owned
+    assert not running.executor._requests.owned
     assert free_places(running) == before
 
 
@@ -277,7 +277,7 @@ def test_a_picture_that_is_not_a_number_fails_alone(machine: Machine) -> None:
 
         def poison() -> None:
             pool = running.pipeline._latent_pools[running.manifest.resolutions[0]]
-            placement = running.executor._owned[request]
+            placement = running.executor._requests.owned[request]
             assert isinstance(placement, Placement)
             slot = placement.slots[0]
             state = pool._states[pool._parity]

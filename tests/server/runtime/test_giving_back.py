@@ -10,9 +10,9 @@ import pytest
 
 from engines.backends.tensorrt import TensorRtDevice
 from engines.errors import EngineError
-from server.runtime.executor import Executor
 from server.runtime.latent_pool import LatentPool
 from server.runtime.pipeline import Pipeline
+from server.runtime.steps import Steps
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine
@@ -144,11 +144,11 @@ def test_a_failed_step_of_which_the_error_is_kept_holds_nothing(gpu: FakeMachine
 
 
 def test_a_fault_with_steps_in_flight_gives_everything_back(gpu: FakeMachine, monkeypatch: Patch) -> None:
-    def complete(_executor: Executor, _step: object) -> None:
+    def complete(_steps: Steps, _step: object) -> None:
         raise RuntimeError("a bug")
 
     with unheld(gpu) as running:
-        monkeypatch.setattr(Executor, "_complete", complete)
+        monkeypatch.setattr(Steps, "_complete", complete)
         assert draw(running) == "NotReady"
     gc.collect()
     assert held(gpu.cuda) == {}

@@ -31,7 +31,7 @@ def held(running: Running) -> object:
     """What requests hold, and what is free."""
     pools = running.pipeline._latent_pools.values()
     free = [(sorted(pool._slots), sorted(pool._entries), sorted(pool._places)) for pool in pools]
-    return free, +running.pipeline._prompts._cache._users, list(running.executor._owned)
+    return free, +running.pipeline._prompts._cache._users, list(running.executor._requests.owned)
 
 
 def outcomes(running: Running) -> float:

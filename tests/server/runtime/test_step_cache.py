@@ -14,7 +14,9 @@ from server.requests.intake import Intake
 from server.requests.request import Cache, StepCache
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
+from server.runtime.latent_pool import Streams
 from server.runtime.monitoring.trace import Trace
+from server.runtime.pieces import at_once
 from server.runtime.pipeline import Pipeline
 from server.runtime.step_times import StepTimeModel
 from tests import ROOT
@@ -33,17 +35,19 @@ def loaded(*, step_cache: bool) -> tuple[set[str], dict[str, int], StepTimeModel
 
     manifest, device = Manifest.read(DEMO), open_device("onnxruntime", threads=1)
     times = StepTimeModel(max_rows=manifest.max_rows)
-    pipeline = Pipeline.load(
+    loading = Pipeline.load(
         manifest,
         DEMO,
         backend="onnxruntime",
         device=device,
+        streams=Streams.open(device, "equal"),
         step_times=times,
         trace=Trace(),
         step_cache=step_cache,
         read=reader,
     )
-    pipeline.warm_up(lambda _stage: None)
+    pipeline = at_once(loading)
+    at_once(pipeline.warm_up(lambda _stage: None))
     return read, dict(device.memory()), times
 
 
