@@ -11,7 +11,7 @@ from typing import NamedTuple
 from server.requests.errors import ModelNotLoaded, NotReady, QueueFull
 from server.requests.request import Flow, Request
 from server.runtime.fair_models import FairModels
-from server.runtime.lanes import Lanes
+from server.runtime.lanes import Lanes, Refusal
 from server.runtime.line import Line
 from server.runtime.step_times import StepTimeModel
 
@@ -86,7 +86,7 @@ class Batcher:
         with self._changed:
             before = self._waiting if proves and not self._closed else self._check(request.flow)
             if lanes.refusal and not proves:
-                raise ModelNotLoaded(lanes.refusal, retry_after=5)
+                raise ModelNotLoaded(lanes.refusal.why, retry_after=lanes.refusal.retry_after)
             if not lanes:
                 self._shares.join(request.params.model)
             lanes.push(request)
@@ -102,16 +102,16 @@ class Batcher:
         with self._changed:
             self._check(Flow(caller, "interactive"))
 
-    def refuse(self, model: str, why: str) -> None:
+    def refuse(self, model: str, why: str, *, retry_after: int | None = None) -> None:
         """Refuse requests for `model` from now on; those accepted run to completion. `why` says what to do."""
         with self._changed:
-            self._models[model].refusal = why
+            self._models[model].refusal = Refusal(why, retry_after)
 
     def refuse_idle(self, model: str, why: str) -> bool:
         """Refuse requests for `model` if none waits or runs; returns whether that is so."""
         with self._changed:
             if idle := not self._models[model]:
-                self._models[model].refusal = why
+                self._models[model].refusal = Refusal(why, None)
             return idle
 
     def accept(self, model: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 from engines.manifest import Size
 from server.requests.errors import FieldError, InvalidRequest
@@ -18,6 +19,13 @@ from server.runtime.step_times import StepTimeModel, kind_of
 _UNMEASURED = 1.0  # seconds that a step counts for while none was measured: models take turns then
 
 
+class Refusal(NamedTuple):
+    """Why requests for a model are refused."""
+
+    why: str  # and what to do
+    retry_after: int | None  # seconds, where it will be accepted by itself
+
+
 class Lanes:
     """The requests of one model that wait or run. Called by a `Batcher` under its lock."""
 
@@ -26,7 +34,7 @@ class Lanes:
         self.max_rows = max_rows
         self._loras = LoraRoom(lora_ranks)
         self.step_times = step_times
-        self.refusal: str | None = None  # why requests are refused, and what to do
+        self.refusal: Refusal | None = None
         self.last_used = 0.0  # when the last request came, on monotonic's clock
         self._new_line = line
         self._lines: dict[Size, Line] = {}  # in the order of their turns

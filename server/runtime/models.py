@@ -216,7 +216,8 @@ class Models(Collection[Model]):
         self._batcher.wake()  # the executor's thread looks what is to be done
 
     def _refuse(self, model: Model) -> None:
-        self._batcher.refuse(model.name, _gone(model))
+        retry_after = _RETRY_AFTER if model.state == "loading" else None
+        self._batcher.refuse(model.name, _gone(model), retry_after=retry_after)
 
     def _taken(self) -> int:
         return sum(model.memory for model in self if model.is_held)
