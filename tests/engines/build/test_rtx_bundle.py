@@ -21,7 +21,7 @@ from engines.backends.cuda import Probe, probe
 from engines.backends.registry import ON_CPU, install_command
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
-from engines.contract import GRAPHS, STEPS, GraphName
+from engines.contract import GRAPHS, PLAIN_STEPS, GraphName
 from engines.errors import EngineError
 from engines.manifest import MANIFEST, BundleError, Gpu, Manifest
 from tests import ROOT
@@ -117,7 +117,7 @@ def test_fp8_keeps_every_fusion_and_shares_the_weights(copied: Path, capsys: pyt
     words = ["compile", copied, "--backend", "tensorrt_rtx", "--precision", "fp8", "--no-verify"]
     assert build(*words, "--resolution", "64x64", "--rows", "2") == 0
     engines = Manifest.load(copied).builds["tensorrt_rtx"].engines
-    assert {name for name, engine in engines.items() if engine.precision == "fp8"} == set(STEPS)
+    assert {name for name, engine in engines.items() if engine.precision == "fp8"} == set(PLAIN_STEPS)
     made, was = engines["denoise"].layers, before["denoise"].layers
     assert made is not None
     assert was is not None

@@ -13,8 +13,9 @@ import build_engines
 from engines.accuracy import psnr
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
-from engines.contract import GraphName
+from engines.contract import LORA_GRAPHS, GraphName, plain
 from engines.manifest import Manifest
+from tests.support.fused import fused_difference
 from tests.support.ldm import write_single_file
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
@@ -33,7 +34,17 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name = str(request.param)
     folder = tmp_path_factory.mktemp(name)
     checkpoint, bundle = make_checkpoint(folder / "checkpoint", name), folder / "bundle"
-    command = [*source(name, checkpoint), "--out", str(bundle), "--rows", "2,4"]
+    command = [
+        *source(name, checkpoint),
+        "--out",
+        str(bundle),
+        "--rows",
+        "2,4",
+        "--lora-slots",
+        "4",
+        "--lora-rank",
+        "8",
+    ]
     assert build_engines.main([*command, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
     return name, checkpoint, bundle
 
@@ -115,7 +126,15 @@ def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     assert manifest.defaults.scheduler == {"sd2": "ddim", "lcm": "lcm"}.get(name, "pndm")
 
 
-@pytest.mark.parametrize("graph", ["encode_prompt", "denoise"])
+@pytest.mark.parametrize("graph", LORA_GRAPHS.values())
+def test_loras_of_each_row_are_as_in_the_weights(family: tuple[str, Path, Path], graph: GraphName) -> None:
+    name, checkpoint, bundle = family
+    pipeline = reference_of(name, checkpoint)
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    assert fused_difference(graph, Manifest.load(bundle), bundle, parts) <= PARITY
+
+
+@pytest.mark.parametrize("graph", ["encode_prompt", "denoise", "encode_prompt_lora", "denoise_lora"])
 def test_onnxruntime_on_gpus_computes_the_same(family: tuple[str, Path, Path], graph: GraphName) -> None:
     """By its fused operators, which replace all that they support of every family."""
     manifest = Manifest.load(family[2])
@@ -125,7 +144,7 @@ def test_onnxruntime_on_gpus_computes_the_same(family: tuple[str, Path, Path], g
     assert counts.attentions[0] == counts.attentions[1] > 0
     assert counts.convolutions[0] == counts.convolutions[1]
     assert counts.group_norms[0] == counts.group_norms[1]
-    assert counts.transposes == (3 if graph == "denoise" else 0)
+    assert counts.transposes == (3 if plain(graph) == "denoise" else 0)
     assert check_same(graph, manifest, exported, made).largest < 1e-5
 
 

@@ -8,17 +8,29 @@ from engines.backends.registry import TENSORRT
 from engines.build.compile import engine_precisions, required_dtypes
 from engines.build.outline import compile_stages
 from engines.build.qdq.quantize import EIGHT_BITS, EightBits
-from engines.contract import GRAPHS, STEPS
+from engines.contract import ALL_GRAPHS, LORA_GRAPHS, PLAIN_STEPS
 from engines.errors import EngineError
 
 
 @pytest.mark.parametrize("backend", TENSORRT)
 @pytest.mark.parametrize("precision", EIGHT_BITS)
 def test_the_unet_is_quantized_and_the_rest_is_in_fp16(backend: str, precision: EightBits) -> None:
-    chosen = engine_precisions(backend, precision, prefers_bf16=False, graphs=(*GRAPHS, "safety"))
-    assert chosen == {name: precision if name in STEPS else "fp16" for name in (*GRAPHS, "safety")}
+    chosen = engine_precisions(backend, precision, prefers_bf16=False, graphs=ALL_GRAPHS)
+    assert chosen == {name: precision if name in PLAIN_STEPS else "fp16" for name in ALL_GRAPHS}
     dtypes = required_dtypes(backend, precision, prefers_bf16=False)
     assert {dtype for _name, dtype in dtypes} == {"fp16"}
+
+
+def test_on_a_cpu_verdicts_and_loras_stay_in_fp32() -> None:
+    chosen = engine_precisions("openvino", "int8", prefers_bf16=False, graphs=ALL_GRAPHS)
+    exact = ("safety", *LORA_GRAPHS.values())
+    assert chosen == {name: "fp32" if name in exact else "int8" for name in ALL_GRAPHS}
+
+
+def test_steps_with_loras_are_in_bf16_as_others_are() -> None:
+    for backend in ("openvino", "tensorrt"):
+        chosen = engine_precisions(backend, "bf16", prefers_bf16=True, graphs=ALL_GRAPHS)
+        assert all(chosen[variant] == chosen[name] for name, variant in LORA_GRAPHS.items())
 
 
 @pytest.mark.parametrize("precision", EIGHT_BITS)
