@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from server.access.hosts import Hosts
-from server.api import openapi, ops, pages
+from server.api import loras, openapi, ops, pages
 from server.api.error_responses import error_response
 from server.api.kserve import routes as kserve
 from server.api.native import generate, job_routes
@@ -93,6 +93,7 @@ def routes(service: Service, *, asks_for_keys: bool = False) -> FastAPI:
     app.include_router(sdapi.routes(service))
     app.include_router(kserve.routes(service))
     app.include_router(ops.routes(service))
+    app.include_router(loras.routes(service))
     app.include_router(pages.routes())
     app.mount("/playground", pages.page_files())
     app.mount("/docs", pages.swagger_ui_files())

@@ -75,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.schedulers",
         "server.version",
     },
+    "server.loras": {"engines.errors", "engines.lora", "engines.manifest", "server.requests"},
     "server.runtime": {
         "engines.backends",
         "engines.contract",
@@ -127,6 +128,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.access",
         "server.api",
         "server.jobs",
+        "server.loras",
         "server.middleware",
         "server.requests",
         "server.runtime",

@@ -24,6 +24,9 @@ async function send(path, options = {}) {
   }
 }
 
+/** One answer, good or not. */
+export const get = (path) => send(path);
+
 async function problemOf(answer) {
   const detail = UNEXPLAINED[answer.status] ?? `The server returned status ${answer.status} without an explanation.`;
   return new Problem(await answer.json().catch(() => ({ detail })), answer.headers.get("Retry-After"));

@@ -20,6 +20,8 @@ const entries = ({ fields, files }, read) => [
   ...Object.entries(files).map(([name, file]) => `    "${name}": ${read(JSON.stringify(file))},`),
 ].join("\n");
 
+const text = (value) => typeof value === "object" ? JSON.stringify(value) : value; // of a form's field
+
 const headers = (all) => JSON.stringify(all).replaceAll(",", ", ").replaceAll('":', '": ');
 
 const LANGUAGES = {
@@ -30,7 +32,7 @@ const LANGUAGES = {
   curl() {
     const { fields, files, key, url } = parts(), isOne = fields.num_images === 1;
     const path = (file) => `@"${file.replace(/["\\]/g, "\\$&")}"`;
-    const form = Object.entries(fields).map(([name, value]) => `--form-string ${quoted(`${name}=${value}`)}`);
+    const form = Object.entries(fields).map(([name, value]) => `--form-string ${quoted(`${name}=${text(value)}`)}`);
     const uploads = Object.entries(files).map(([name, file]) => `--form ${quoted(`${name}=${path(file)}`)}`);
     return [
       `curl ${quoted(url)} --fail-with-body`, `--output ${isOne ? "image.png" : "images.json"}`,

@@ -11,26 +11,46 @@ export const form = $("form");
 export const field = form.elements;
 export const NAMES = [ // the model first: others are chosen from what it has
   "model", "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
+  "loras",
 ];
+const TAG = /<(?:lora|lyco):([^<>:]+)(?::([^<>:]+))?>/gi;
 
 let shown = null; // the form's values, as text, that give the pictures on the page, if those alone do
+
+/** The LoRAs that a text of the form's field has, [{ name, weight }]; none if it is not such a text. */
+export function lorasIn(text) {
+  try {
+    return JSON.parse(text || "[]").filter(({ name, weight }) => typeof name === "string" && Number.isFinite(weight));
+  } catch {
+    return [];
+  }
+}
+
+/** The same, as text, of parameters, without those that tags in the prompt name. */
+function lorasOf({ prompt, loras = [] }) {
+  const key = (name, weight) => `${name.trim().split("/").pop()}:${Number(weight)}`;
+  const tagged = [...prompt.matchAll(TAG)].map(([, name, weight = 1]) => key(name, weight));
+  const others = loras.filter(({ name, weight }) => !tagged.includes(key(name, weight)));
+  return others.length ? JSON.stringify(others) : "";
+}
 
 /** The request that the form describes. */
 export function body() {
   const number = (name) => field[name].value === "" ? undefined : Number(field[name].value);
   const [width, height] = field.size.value.split("x").map(Number);
-  const steps = number("num_inference_steps");
+  const steps = number("num_inference_steps"), loras = lorasIn(field.loras.value);
   return {
     prompt: field.prompt.value, negative_prompt: field.negative_prompt.value, width, height,
     num_inference_steps: steps, guidance_scale: number("guidance_scale"), seed: number("seed"),
     num_images: number("num_images"), scheduler: field.scheduler.value, preview_every: Math.ceil(steps / 10),
-    model: field.model.value || undefined, ...imageFields(),
+    model: field.model.value || undefined, ...loras.length ? { loras } : {}, ...imageFields(),
   };
 }
 
 /** The values, as text, of a form that gives the pictures of `parameters` by the model of this name again. */
 export function valuesOf(parameters, model) {
-  const state = { ...parameters, size: `${parameters.width}x${parameters.height}`, model: choiceOf(model) };
+  const state = { ...parameters, size: `${parameters.width}x${parameters.height}`, model: choiceOf(model),
+    loras: lorasOf(parameters) };
   return Object.fromEntries(NAMES.map((name) => [name, String(state[name])]));
 }
 
@@ -58,6 +78,7 @@ export function restore(names) {
   if (served.model) chooseScheduler(field.scheduler.value);
   imageChanged();
   seedChanged();
+  form.dispatchEvent(new Event("filled"));
 }
 
 /** Set a field, if it can have the value; says whether it can. */
@@ -74,6 +95,7 @@ export function fillForm({ model, ...values }) {
   form.reset();
   const refused = useModel(model) ? [] : ["model"];
   field.scheduler.value = served.model.scheduler;
+  field.loras.value = "";
   refused.push(...Object.keys(values).filter((name) => name !== "scheduler" && !setField(name, values[name])));
   const scheduler = values.scheduler && findScheduler(values.scheduler);
   if (values.scheduler && !scheduler) refused.push("scheduler");
@@ -81,6 +103,7 @@ export function fillForm({ model, ...values }) {
   imageChanged();
   seedChanged();
   remember();
+  form.dispatchEvent(new Event("filled"));
   return refused;
 }
 
@@ -141,6 +164,7 @@ function describe() {
   for (const name of ["num_inference_steps", "guidance_scale"]) field[name].defaultValue = model[name];
   $("examples").replaceChildren(...model.examples.slice(0, 6).map(example));
   $("examples").hidden = !model.examples.length;
+  form.dispatchEvent(new Event("model"));
 }
 
 function fill(name, options, chosen) {

@@ -13,6 +13,7 @@ const OWN = { // names of the form's fields, and what the text calls them
 const WITHOUT_EFFECT = [ // here, or restored as a part of another one
   "Steps", "CFG scale", "Seed", "Size", "Sampler", "Schedule type", "Model", "Model hash", "Version", "RNG",
   "VAE", "VAE hash", "Timestep spacing", "Final sigmas type", "Cache", "Exact", "Denoising strength",
+  "Lora hashes",
 ];
 
 /** Prompts and fields: { prompt, negative, fields }, the fields by their own names; null where it is no such text. */

@@ -118,7 +118,7 @@ class StorageFailed(ServerError):
 
 
 class LoraUnreadable(ServerError):
-    """The file of a LoRA cannot be read now."""
+    """The file of a LoRA cannot be read now, or there is no memory for it."""
 
 
 class InternalError(ServerError):

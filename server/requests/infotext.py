@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from engines.schedulers import Scheduler, Sigmas, describe
+from server.requests.lora_tags import tag_of, tags_in, without_tags
 from server.requests.request import GenerationParams
 from server.version import VERSION
 
 PROMPT, NEGATIVE_PROMPT = "Prompt", "Negative prompt"  # keys of what `parse` returns
 _NEGATIVE = f"{NEGATIVE_PROMPT}:"
+_HASH = 12  # digits of a LoRA's hash
 _FEWEST_FIELDS = 3  # of a last line that is not the prompt's
 
 _TITLES: Mapping[str, str] = {about.name: about.title for about in describe()}
@@ -55,7 +58,7 @@ def write(params: GenerationParams, *, seed: int, model: str, model_hash: str | 
     known["Version"] = f"latentd {VERSION}"
     line = ", ".join(f"{key}: {_quote(_text(value))}" for key, value in known.items() if value is not None)
     negative = f"\n{_NEGATIVE} {params.negative_prompt.text}" if params.negative_prompt.text else ""
-    return _clean(f"{params.prompt.text}{negative}\n{line}".strip())
+    return _clean(f"{_prompt(params)}{negative}\n{line}".strip())
 
 
 def parse(text: str) -> dict[str, str]:
@@ -71,6 +74,42 @@ def parse(text: str) -> dict[str, str]:
     start = next((index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE)
     return {**fields, PROMPT: "\n".join(lines[:start]).strip(), NEGATIVE_PROMPT: negative.strip()}
+
+
+def _prompt(params: GenerationParams) -> str:
+    """The prompt as it was sent, if its tags alone choose the LoRAs; otherwise tags of all are at its end."""
+    text = params.prompt.text
+    if not params.loras or params.prompt.syntax == "plain" or _weights(params) == _tagged_weights(text):
+        return text
+    return f"{without_tags(text).rstrip()} {_tags(params)}".lstrip()
+
+
+def _weights(params: GenerationParams) -> dict[str, float]:
+    """The weights of LoRAs, by their names without folders."""
+    return {_last(lora.name): weight for lora, weight in params.loras}
+
+
+def _tagged_weights(text: str) -> dict[str, float]:
+    weights = defaultdict[str, float](float)
+    for tag in tags_in(text):
+        weights[_last(tag.name)] += tag.weight
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _tags(params: GenerationParams) -> str:
+    return "".join(tag_of(lora.name, weight) for lora, weight in params.loras)
+
+
+def _lora_hashes(params: GenerationParams) -> str | None:
+    """The web UI's field: it finds a LoRA by this where it has it under another name."""
+    tags = tags_in(_prompt(params)) if params.loras and params.prompt.syntax != "plain" else []
+    written = {_last(tag.name): tag.name for tag in tags}
+    named = {written.get(_last(lora.name), lora.name): lora.tensors_sha256[:_HASH] for lora, _ in params.loras}
+    return ", ".join(f"{name.replace(',', '')}: {short}" for name, short in named.items()) or None
 
 
 def _fields(params: GenerationParams, seed: int) -> dict[str, object]:
@@ -91,6 +130,7 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
     return {
         "Denoising strength": params.init_image.strength if params.init_image else None,
         "Clip skip": params.clip_skip + 1 if params.clip_skip else None,  # the web UI counts from the last layer, 1
+        "Lora hashes": _lora_hashes(params),
         "RNG": "CPU",  # the web UI's name of noise from torch's generator on the CPU
         "Eta DDIM" if scheduler.method == "ddim" else "Eta": scheduler.eta,
         "Skip Early CFG": params.guidance_start or None,
@@ -98,6 +138,7 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
         "Guidance end": None if params.guidance_end == 1 else params.guidance_end,
         "Timestep spacing": scheduler.timestep_spacing,
         "Final sigmas type": scheduler.final_sigmas_type,
+        "Loras": _tags(params) if params.loras and params.prompt.syntax == "plain" else None,
         "Prompt syntax": None if params.prompt.syntax == "a1111" else params.prompt.syntax,
         "Cache": None if params.cache == "off" else params.cache,
         "Exact": True if params.isolated else None,

@@ -51,6 +51,11 @@ class Intake:
         self._cache = cache
         self._loras = loras
 
+    @property
+    def loras(self) -> Loras | None:
+        """The LoRAs that requests may choose; None: the server has none."""
+        return self._loras
+
     def reads_files(self, body: GenerateRequest) -> bool:
         """Whether `request` may take long for this body: it decodes images, or reads the files of LoRAs."""
         return body.image is not None or (self._loras is not None and names_loras(body))

@@ -38,7 +38,7 @@ def tags_in(prompt: str) -> list[LoraTag]:
 
 def tag_of(name: str, weight: float) -> str:
     """The tag that names a LoRA: <lora:style:0.8>."""
-    return f"<lora:{name}:{weight:g}>"
+    return f"<lora:{name}:{repr(weight).removesuffix('.0')}>"
 
 
 def can_be_named(name: str) -> bool:

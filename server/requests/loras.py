@@ -10,7 +10,7 @@ from engines.manifest import Manifest
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.lora_tags import MAX_LORA_WEIGHT, tags_in
 from server.requests.request import Lora, WeightedLora
-from server.requests.schemas import MAX_LORAS, GenerateRequest
+from server.requests.schemas import MAX_LORAS, GenerateRequest, LoraDescription
 
 
 class KnownLora(NamedTuple):
@@ -24,10 +24,13 @@ class Loras(Protocol):
     """The LoRAs of a server, as one model applies them. For any thread; its methods may read files."""
 
     def find(self, name: str) -> KnownLora:
-        """Raises UnusableLora."""
+        """Raises UnusableLora, LoraUnreadable."""
 
     def load(self, name: str) -> Lora:
         """Raises UnusableLora, LoraUnreadable."""
+
+    def describe(self) -> list[LoraDescription]:
+        """All of the folder, as it is now. Raises LoraUnreadable."""
 
 
 class UnusableLora(ValueError):

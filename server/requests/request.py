@@ -58,6 +58,7 @@ class Lora:
     values: NDArray[np.float16]  # [ranks, G], every scale of the file included
     updates_unet: bool
     updates_text_encoder: bool  # otherwise prompts are encoded as without it
+    tensors_sha256: str = ""  # of the file without its header: what AUTOMATIC1111's web UI and Civitai know it by
 
     @property
     def ranks(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchem
 from pydantic_core import core_schema
 
 from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
+from engines.manifest import LoraPart
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests import base64_file
 from server.requests.context import Priority
@@ -331,6 +332,25 @@ class ModelInfo(BaseModel):
     )
     examples: list[str]
     notes: str = Field(description="what users should know of the model; empty where there is nothing")
+
+
+class LoraDescription(BaseModel):
+    """A LoRA of the server's folder."""
+
+    name: str = Field(description="what requests call it; without its folders where that is clear")
+    usable: bool
+    reason: str | None = Field(description="why it cannot be used with this model; null: it can")
+    warning: str | None = Field(description="what will not work of it; null: nothing")
+    rank: int | None = Field(description="a request has room for a sum of ranks; null: not known")
+    parts: list[LoraPart] = Field(description="the parts of the model that it updates")
+    size: int = Field(description="bytes of the file")
+    sha256: str | None = Field(
+        description="of the file, and of adapter_config.json where that decides; null until the LoRA is used"
+    )
+    title: str | None = Field(description="as the tool that trained it says, as the fields that follow")
+    base_model: str | None
+    trigger_words: str | None
+    tags: list[str] = Field(description="of its training images, the most frequent first")
 
 
 class SchedulerDescription(BaseModel):

@@ -10,7 +10,9 @@ from weakref import WeakMethod
 
 from engines.backends.device import Device
 from engines.backends.registry import ON_GPU
+from engines.manifest import Manifest
 from server.requests.intake import Intake
+from server.requests.loras import Loras
 from server.requests.request import StepCache
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batcher import Batcher
@@ -25,6 +27,8 @@ from server.runtime.pieces import Pieces
 from server.runtime.pipeline import Pipeline
 
 _log = logging.getLogger(__name__)
+
+LorasOf = Callable[[Manifest], Loras]  # the LoRAs of the server, as a model applies them
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     decode_chunk: int | None = None,
     decode_priority: DecodePriority = "equal",
     model_memory: int | None = None,
+    loras: LorasOf | None = None,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
 ) -> Runtime:
@@ -64,12 +69,13 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         decode_chunk: images decoded in one call; see `Pipeline`.
         decode_priority: how decodes share a GPU with steps.
         model_memory: MiB that loaded models may take together; idle ones are unloaded for others.
+        loras: gives the LoRAs that requests to a model may choose; None: they may not.
         on_ready, on_failure: called in the executor's thread.
     """
     trace = trace or Trace()
     batcher = Batcher(max_waiting=max_waiting, line=line)
     models = Models(
-        [Model(source, _intake(source, cache), batcher) for source in sources],
+        [Model(source, _intake(source, cache, loras), batcher) for source in sources],
         batcher,
         memory=None if model_memory is None else model_memory * 2**20,
     )
@@ -145,7 +151,7 @@ def _watch_gpu(metrics: Metrics) -> None:
         _log.info("no metrics of the GPU: %s", str(error))
 
 
-def _intake(source: ModelSource, cache: StepCache) -> Intake:
+def _intake(source: ModelSource, cache: StepCache, loras: LorasOf | None) -> Intake:
     manifest = source.manifest
     tokenizer = PromptTokenizer(
         path := source.bundle / manifest.tokenizer.file.path,
@@ -154,4 +160,4 @@ def _intake(source: ModelSource, cache: StepCache) -> Intake:
         pad=manifest.tokenizer.pad,
         embeddings=manifest.tokenizer.embeddings,
     )
-    return Intake(manifest, tokenizer, model=source.name, cache=cache)
+    return Intake(manifest, tokenizer, model=source.name, cache=cache, loras=loras and loras(manifest))

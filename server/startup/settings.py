@@ -84,6 +84,18 @@ class ServerSettings(BaseSettings):
         description="MiB that loaded models may take together; to load another, those that have had no request for "
         "longest are unloaded; default: no limit",
     )
+    loras: Path | None = Field(
+        None,
+        description="folder of LoRAs (.safetensors) that requests may choose, for a bundle built with --lora-slots; "
+        "files may be added, replaced and removed while the server runs; default: there are none",
+    )
+    lora_memory: int = Field(
+        1024,
+        ge=1,
+        le=1_048_576,
+        description="MiB of main memory for LoRAs that are ready to be copied to the device; beyond it those that were "
+        "used longest ago are read from their files again",
+    )
     host: str = Field(
         "127.0.0.1",
         description="address to listen on; 0.0.0.0 accepts connections from other machines: give --api-keys with it",

@@ -14,9 +14,12 @@ from engines.manifest import Manifest
 from server.access.allowances import Allowances
 from server.api.body_limits import BodyLimits
 from server.api.service import Service
+from server.loras.catalogue import Catalogue
+from server.loras.model_loras import ModelLoras
+from server.loras.packed import PackedLoras
 from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
-from server.runtime.make import make_runtime
+from server.runtime.make import LorasOf, make_runtime
 from server.runtime.models import LoadedModel, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.trace import Trace
 from server.startup.autotune import choose_fastest
@@ -72,6 +75,7 @@ def make_service(
         decode_chunk=settings.decode_chunk,
         decode_priority=settings.decode_priority if settings.overlap_decode else "between",
         model_memory=settings.model_memory,
+        loras=_loras(settings),
         on_ready=on_ready,
         on_failure=on_failure,
     )
@@ -116,6 +120,15 @@ def _source(bundle: OpenedBundle, settings: ServerSettings, fail: Callable[[Engi
         on_loaded=on_loaded,
         on_unloaded=files.unloaded,
     )
+
+
+def _loras(settings: ServerSettings) -> LorasOf | None:
+    """Raises EngineError."""
+    if settings.loras is None:
+        return None
+    if not settings.loras.is_dir():
+        raise EngineError(f"--loras {settings.loras} is no folder: make it, or name the one with your LoRAs.")
+    return partial(ModelLoras, Catalogue(settings.loras), PackedLoras(settings.lora_memory * 2**20))
 
 
 def _spans(endpoint: str) -> Spans:

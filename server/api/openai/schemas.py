@@ -12,7 +12,7 @@ from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from server.api.problems import explain
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.images import ImageFormat
-from server.requests.schemas import MAX_SEED, GenerateRequest, ImageFile, ModelState, Side
+from server.requests.schemas import MAX_SEED, GenerateRequest, ImageFile, LoraChoices, ModelState, Side
 
 _SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 _IGNORED = "accepted and ignored"
@@ -68,6 +68,7 @@ class ImagesBody(BaseModel):
     )
     scheduler: str | None = Field(None, max_length=64, description="extension: the sampling method, as in /generate")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="extension: seed of the first image; default: random")
+    loras: LoraChoices | None = Field(None, description="extension: LoRAs, as in /generate")
     width: Side | None = Field(None, description="extension: in pixels, instead of size")
     height: Side | None = Field(None, description="extension: in pixels, instead of size")
 
@@ -100,6 +101,7 @@ class ImagesBody(BaseModel):
             "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler,
             "seed": self.seed,
+            "loras": self.loras,
             "width": width,
             "height": height,
             "num_images": self.n,

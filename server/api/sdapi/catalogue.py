@@ -7,18 +7,20 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
 from engines.manifest import Manifest
 from server.api import openapi
 from server.api.context import caller_of
+from server.api.loras import loras_of
 from server.api.sdapi.choices import Choices
 from server.api.sdapi.translation.checkpoint import checkpoint_of
 from server.api.sdapi.translation.samplers import Sampler, SchedulerItem, samplers, schedulers
 from server.api.service import Service
+from server.requests.schemas import LoraDescription
 from server.runtime.models import Model
 
 _EMPTY = {
-    "loras": "LoRAs: they are fused when a bundle is built",
     "hypernetworks": "Hypernetworks: there are none",
     "sd-vae": "VAEs to choose from: the one of the bundle is used",
     "sd-modules": "Modules to choose from: there are none",
@@ -42,6 +44,15 @@ class SDModel(BaseModel, protected_namespaces=()):
     sha256: str | None
     filename: str
     config: str | None = None
+
+
+class SDLora(BaseModel):
+    """A LoRA that prompts may name."""
+
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, str]
 
 
 class Embedding(BaseModel):
@@ -90,6 +101,15 @@ def routes(service: Service, choices: Choices) -> APIRouter:
     async def _sd_models() -> list[SDModel]:
         return [_sd_model(model) for model in service.models]
 
+    @router.get("/loras", operation_id="sdapi_loras", summary="The LoRAs that prompts may name")
+    async def _loras(http: HttpRequest) -> list[SDLora]:
+        loras = await run_in_threadpool(loras_of, choices.of(caller_of(http)))
+        return [_sd_lora(lora) for lora in loras if lora.usable]
+
+    @router.post("/refresh-loras", operation_id="sdapi_refresh_loras", summary="Read the folder of LoRAs again")
+    async def _refresh_loras(http: HttpRequest) -> None:
+        await run_in_threadpool(loras_of, choices.of(caller_of(http)))
+
     @router.get("/embeddings", operation_id="sdapi_embeddings", summary="The textual inversions of the bundle")
     async def _embeddings(http: HttpRequest) -> Embeddings:
         return _embeddings_of(choices.of(caller_of(http)).manifest)
@@ -121,6 +141,16 @@ def _sd_model(model: Model) -> SDModel:
         sha256=checkpoint.sha256,
         filename=checkpoint.name,  # the paths of the server are its own
     )
+
+
+def _sd_lora(lora: LoraDescription) -> SDLora:
+    known = {
+        "ss_output_name": lora.title,
+        "ss_base_model_version": lora.base_model,
+        "modelspec.trigger_phrase": lora.trigger_words,
+    }
+    metadata = {name: value for name, value in known.items() if value}
+    return SDLora(name=lora.name, alias=lora.name, path=f"{lora.name}.safetensors", metadata=metadata)
 
 
 def _embeddings_of(manifest: Manifest) -> Embeddings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import starmap
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from engines.manifest import Size
 from engines.schedulers import METHODS, NAMES, Scheduler, find
 from server.requests.infotext import parse, sampler_names, write
-from server.requests.request import GenerationParams, InitImage
+from server.requests.request import GenerationParams, InitImage, Lora, WeightedLora
 from server.requests.tokenizer import Prompt
 
 # What the web UI 1.10 lists. Its other samplers, such as DPM++ SDE, are methods that we do not have.
@@ -160,3 +161,39 @@ def test_any_text_is_read(text: str) -> None:
 def test_long_texts_are_read_in_linear_time(piece: str) -> None:
     """A megabyte takes a fraction of a second, and would take hours if time grew as the square."""
     parse(piece * (2**20 // len(piece)))
+
+
+INK = Lora("styles/ink", "a" * 64, np.zeros((1, 2), np.float16), True, True, tensors_sha256="7c6bad76eb54" + "0" * 52)
+WASH = Lora("wash", "b" * 64, np.zeros((1, 2), np.float16), True, False, tensors_sha256="0123456789abcdef" * 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "loras", "written"),
+    [
+        ("a boat <lora:ink:0.5>", {INK: 0.5}, "a boat <lora:ink:0.5>"),
+        ("<lora:ink:0.5> a boat<lora:ink:0.25>", {INK: 0.75}, "<lora:ink:0.5> a boat<lora:ink:0.25>"),
+        ("a boat", {INK: 0.1, WASH: -1.0}, "a boat <lora:styles/ink:0.1><lora:wash:-1>"),
+        ("a boat <lora:ink:0.5>", {INK: 0.8}, "a boat <lora:styles/ink:0.8>"),
+        ("a boat <lora:ink:0.5>", {INK: 0.5, WASH: 1.0}, "a boat <lora:styles/ink:0.5><lora:wash:1>"),
+        ("", {WASH: 1.0}, "<lora:wash:1>"),
+        ("a boat <lora:ink:0.5>", {}, "a boat <lora:ink:0.5>"),  # of a server without LoRAs, or of weight 0
+    ],
+)
+def test_the_prompt_has_a_tag_of_every_lora(prompt: str, loras: dict[Lora, float], written: str) -> None:
+    params = replace(PARAMS, prompt=Prompt(prompt, ()), loras=tuple(starmap(WeightedLora, loras.items())))
+    fields = parse(write(params, seed=42, model="sd15"))
+    assert fields["Prompt"] == written
+    assert ("Lora hashes" in fields) == bool(loras)
+
+
+def test_hashes_of_loras_have_the_names_of_their_tags() -> None:
+    params = replace(PARAMS, loras=(WeightedLora(INK, 0.5), WeightedLora(WASH, 1.0)))
+    tagged = replace(params, prompt=Prompt("a boat <lora:ink:0.5><lora:wash>", ()))
+    assert parse(write(params, seed=42, model=""))["Lora hashes"] == "styles/ink: 7c6bad76eb54, wash: 0123456789ab"
+    assert parse(write(tagged, seed=42, model=""))["Lora hashes"] == "ink: 7c6bad76eb54, wash: 0123456789ab"
+
+
+def test_plain_prompts_have_no_tags() -> None:
+    params = replace(PARAMS, prompt=Prompt("<lora:x:1>", (), syntax="plain"), loras=(WeightedLora(WASH, 0.5),))
+    fields = parse(write(params, seed=42, model=""))
+    assert (fields["Prompt"], fields["Loras"]) == ("<lora:x:1>", "<lora:wash:0.5>")

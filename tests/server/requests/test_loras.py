@@ -15,7 +15,7 @@ from server.requests.errors import InvalidRequest
 from server.requests.intake import Intake
 from server.requests.loras import KnownLora, UnusableLora
 from server.requests.request import Lora, Request
-from server.requests.schemas import GenerateRequest, Parameters
+from server.requests.schemas import GenerateRequest, LoraDescription, Parameters
 from server.requests.tokenizer import PromptTokenizer
 
 RANKS = {"ink": 4, "styles/wash": 4, "large": 9}
@@ -32,6 +32,9 @@ class Folder:
             if name in (known, known.split("/")[-1]):
                 return KnownLora(known, ranks)
         raise UnusableLora(f"There is no LoRA {name}.")
+
+    def describe(self) -> list[LoraDescription]:
+        return []
 
     def load(self, name: str) -> Lora:
         self.loaded.append(name)
