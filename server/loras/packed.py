@@ -32,7 +32,7 @@ class PackedLoras:
         return self._bytes
 
     def get(self, key: Hashable, pack: Callable[[], Lora]) -> Lora:
-        """What is kept as `key`, or what `pack` makes, which may raise. Raises LoraUnreadable: requests hold too many."""
+        """What is kept as `key`, or what `pack` makes, which may raise; LoraUnreadable: requests hold too many."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
