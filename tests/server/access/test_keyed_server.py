@@ -56,6 +56,18 @@ def test_metrics_are_for_administrators(keyed: Serving, keyring: Mapping[str, st
     assert keyed.client.get("/metrics").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["index", "models/latentd-demo/load", "models/latentd-demo/unload"])
+def test_models_are_loaded_and_unloaded_by_administrators(
+    keyed: Serving, keyring: Mapping[str, str], path: str
+) -> None:
+    with client_of(keyed, keyring["alice"]) as client:
+        answer = client.post(f"/v2/repository/{path}")
+    assert (answer.status_code, answer.json()) == (403, {"error": "This needs the API key of an administrator."})
+    with client_of(keyed, "") as client:
+        assert client.post(f"/v2/repository/{path}").status_code == 401
+    assert keyed.client.post("/v2/repository/index").json()[0]["state"] == "READY"
+
+
 def test_a_refused_body_is_not_read(keyed: Serving) -> None:
     """The body is larger than any that is accepted, and the answer is about the key."""
     refused = httpx.post(f"{keyed.url}/generate", content=bytes(1_000_000), headers={"Content-Type": "image/png"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from server.startup import served_files
 from server.startup.served_files import OpenedBundle, ServedFiles, open_bundles
 from server.startup.settings import ServerSettings
 from tests import ROOT
+from tests.support.serving import run_server
 
 DEMO = ROOT / "engines" / "demo"
 WAIT = 30  # seconds at most
@@ -96,3 +98,51 @@ def test_engines_that_are_yet_to_be_compiled_are_not_missed(copied: Path, monkey
     monkeypatch.setattr(served_files, "candidate_backends", lambda _settings, _manifest: ["tensorrt"])
     (bundle,) = open_bundles(ServerSettings(bundle=(str(copied),), compile=True))
     assert bundle.backends == ["tensorrt"]
+
+
+def several(*given: str, **settings: Any) -> list[OpenedBundle]:
+    return open_bundles(ServerSettings(bundle=given, backend="onnxruntime", **settings))
+
+
+def test_each_of_several_bundles_is_verified(copied: Path) -> None:
+    flip(copied / "onnx/decode.weights")
+    with pytest.raises(BundleError, match=rf"{copied}/onnx/decode\.weights is not the file that was built"):
+        several(str(DEMO), f"other={copied}")
+
+
+def test_others_must_have_engines_for_the_backend_of_the_first(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.read(copied)
+    manifest.model_copy(update={"builds": {"onnxruntime_cuda": manifest.builds["onnxruntime"]}}).save(copied)
+    monkeypatch.setattr(served_files, "candidate_backends", lambda _settings, _manifest: ["onnxruntime_cuda"])
+    with pytest.raises(EngineError, match="latentd-demo holds no engines for onnxruntime_cuda"):
+        several(f"first={copied}", str(DEMO))
+
+
+def test_models_to_load_at_the_start_are_named() -> None:
+    given = str(DEMO), f"a={DEMO}", f"b={DEMO}"
+    assert [bundle.at_start for bundle in several(*given)] == [True, True, True]
+    assert [bundle.at_start for bundle in several(*given, load=("latentd-demo", "b"))] == [True, False, True]
+    with pytest.raises(EngineError, match=r"--load c: there is no model of that name \(latentd-demo, a, b\)"):
+        several(*given, load=("c",))
+
+
+def test_files_are_verified_before_each_load(copied: Path) -> None:
+    bundle, heard = opened(copied), queue.SimpleQueue[BundleError]()
+    for _ in range(2):
+        bundle.files.prepare(bundle.manifest, "onnxruntime")
+        bundle.files.loaded(bundle.manifest, "onnxruntime", heard.put)
+        bundle.files.unloaded()
+    flip(copied / "onnx/denoise.weights")  # while nothing is served from it
+    with pytest.raises(BundleError, match=r"denoise\.weights is not the file that was built"):
+        bundle.files.prepare(bundle.manifest, "onnxruntime")
+    flip(copied / "onnx/denoise.weights")
+    bundle.files.prepare(bundle.manifest, "onnxruntime")
+    assert heard.empty()
+
+
+def test_two_bundles_of_one_name_end_the_start_with_one_line() -> None:
+    ended = run_server("--bundle", str(DEMO), "--bundle", str(DEMO), "--port", "0")
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(f"both named latentd-demo: give one another name, as --bundle NAME={DEMO}.")
