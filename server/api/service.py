@@ -178,10 +178,10 @@ class Service:
 
 
 def _check_loaded(model: Model) -> None:
-    """Raise ModelNotLoaded, with what to do, unless requests for the model are accepted."""
+    """Raise ModelNotLoaded, with what to do, unless requests for the model are accepted: before files are decoded."""
     if model.state == "loading":
         raise ModelNotLoaded(f"The model {model.name} is loading: try again soon.", retry_after=_SOON)
-    if not model.ready:
+    if model.state != "ready":
         why = f"failed to load ({model.reason})" if model.state == "failed" else "is not loaded"
         raise ModelNotLoaded(
             f"The model {model.name} {why}: choose another of GET /models, or have an administrator load it "
