@@ -172,7 +172,10 @@ class _Updates:
             return tape.op("Squeeze", [update, self._ints(1)])
         if target.node.op_type == "Conv":
             first = tape.op("Transpose", [update], {"perm": (0, 2, 1)})
-            return tape.op("Reshape", [first, tape.op("Shape", [target.made])], {"allowzero": 1})
+            image = tape.op("Reshape", [first, tape.op("Shape", [target.made])], {"allowzero": 1})
+            # What cannot be inferred, and rewriting the graph channels last requires.
+            image.type, image.shape = ir.TensorType(self._dtype), ir.Shape([None, target.layer.outputs, None, None])
+            return image
         return update
 
     def _table(self, width: int) -> tuple[ir.Value, ir.Value]:

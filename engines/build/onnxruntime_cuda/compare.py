@@ -16,7 +16,7 @@ from engines.errors import EngineError
 from engines.manifest import Difference, Manifest, Size
 
 # Small, and where they can be different, so that no dimension passes for another.
-_SIZES = {"S": 5, "C": 7, "P": 4, "B": 2, "R": 3, "L": 2, "N": 2, "n": 2}
+_SIZES = {"S": 5, "C": 7, "P": 4, "B": 2, "R": 3, "L": 2, "N": 2, "n": 2, "Q": 9, "A": 4}
 
 
 def check_same(name: GraphName, manifest: Manifest, exported: Path, made: Path) -> Difference:

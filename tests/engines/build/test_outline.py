@@ -36,6 +36,13 @@ def test_stages_count_by_what_they_cost(clock: Clock) -> None:
     assert outline.fraction(1) == 1
 
 
+def test_adding_loras_to_a_graph_costs_little(clock: Clock) -> None:
+    outline = Outline(clock)
+    outline.expect(["exporting denoise", "exporting denoise_lora in fp16"])
+    outline.begin("exporting denoise")
+    assert outline.fraction(1) == pytest.approx(16 / 17)
+
+
 def test_stages_that_are_skipped_do_not_count(clock: Clock) -> None:
     outline = Outline(clock)
     outline.expect(["a", "b", "c", "d"])

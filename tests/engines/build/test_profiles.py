@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engines.build.profiles import shapes
-from engines.contract import STEPS, GraphName
-from engines.manifest import Manifest, Size
+from engines.contract import LORA_GRAPHS, STEPS, GraphName
+from engines.manifest import LoraCapacity, Manifest, Size
 from engines.row_buckets import step_buckets
 
 
@@ -43,6 +43,15 @@ def test_every_step_that_is_captured_lies_in_one_profile_with_the_pools_as_they_
             if all(least <= bound[dim] <= largest for dim, (least, _, largest) in one.dims.items())
         ]
         assert fitting == [min(rows for rows in manifest.rows if rows >= bucket.rows)]
+
+
+def test_graphs_that_apply_loras_take_the_whole_pool_and_few_or_many_ranks_a_row(manifest: Manifest) -> None:
+    with_loras = manifest.model_copy(update={"lora": LoraCapacity(slots=4, rank=8)})
+    for name, variant in LORA_GRAPHS.items():
+        for before, made in zip(shapes(with_loras, name), shapes(with_loras, variant), strict=True):
+            assert made.profile == before.profile
+            assert made.dims == {**before.dims, "Q": (32, 32, 32), "A": (4, 4, 16)}
+        assert shapes(with_loras, name) == shapes(manifest, name)
 
 
 def test_decoding_reads_the_staging_pool(manifest: Manifest) -> None:

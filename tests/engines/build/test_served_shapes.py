@@ -12,12 +12,12 @@ from engines.build.profiles import Shapes, shapes
 from engines.build.served_shapes import ServedShapes
 from engines.build.trajectory import GraphRunner
 from engines.build.verify import random_case
-from engines.contract import STEPS, Arrays, GraphName, TensorSpec
+from engines.contract import PLAIN_STEPS, Arrays, GraphName, TensorSpec
 from engines.manifest import Manifest
 from tests import ROOT
 
 DEMO = ROOT / "engines" / "demo"
-PADDED: tuple[GraphName, ...] = (*STEPS, "decode")
+PADDED: tuple[GraphName, ...] = (*PLAIN_STEPS, "decode")
 
 
 class Padding(OnnxRuntimeDevice):
