@@ -168,7 +168,7 @@ def _loras(manifest: Manifest, capacity: LoraCapacity) -> str:
     counts = Counter(layer.part for layer in manifest.lora_layers)
     layers = f"{counts['unet']} layers of the UNet and {counts['text_encoder']} of the text encoder"
     refused = f"; {len(manifest.lora_refused)} convolutions are not" if manifest.lora_refused else ""
-    pool = f"{capacity.slots} of rank {capacity.rank} on the device ({manifest.lora_bytes / 1e6:,.0f} MB)"
+    pool = f"{capacity.slots} of rank {capacity.rank} on the device ({_mb(manifest.lora_bytes)} MB)"
     return f"{pool}, {layers} are updated{refused}"
 
 

@@ -46,8 +46,8 @@ def test_a_bundle_without_such_graphs_names_the_command(bundle: Path, capsys: py
 def test_inspect_tells_of_the_pool_and_the_layers(lora_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("inspect", lora_bundle) == 0
     shown = " ".join(re.sub("[│┃]", " ", capsys.readouterr().err).split())
-    assert "4 of rank 8 on the device (1 MB)" in shown
-    assert "64 layers of the UNet and 12 of the text encoder are updated; 20 convolutions are not" in shown
+    assert "4 of rank 8 on the device (0.3 MB)" in shown
+    assert "63 layers of the UNet and 12 of the text encoder are updated; 20 convolutions are not" in shown
 
 
 def test_bisect_finds_nothing_in_graphs_that_agree(lora_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
