@@ -174,6 +174,7 @@ def _checked(call: Callable[..., tuple[Any, ...]], argument: int) -> None:
 def _buffers(device: OnnxRuntimeCudaDevice, session: Any, rows: int, sides: Sequence[int]) -> dict[str, Any]:
     latent, image = sides
     most = {"S": rows + 1, "C": 6 * rows + 32, "P": rows + 1, "L": 1, "h": latent, "w": latent, "H": image, "W": image}
+    most |= {"Q": 32, "A": 4}  # of LoRAs: ranks of the pool, and of a row
 
     def allocate(tensor: Any) -> Any:
         shape = tuple(dim if isinstance(dim, int) else most.get(dim, rows) for dim in tensor.shape)
