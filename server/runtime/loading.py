@@ -139,15 +139,14 @@ class Loader:
         if self._batcher.closed and model.name not in self._starting:
             self._models.unload(model.name)
         if model.state != "loading":  # it was told to stop; what it has is given back when its test image has ended
-            self._pieces.close()
-            self._model = None
+            self._end_load()
             return
         began = time.perf_counter()
         try:
             with self._watchdog.limit(_PIECE, f"Loading the model {model.name}"):
                 self._waits_for = next(self._pieces)
         except StopIteration:
-            self._model = None
+            self._end_load()
         except DeviceLost:
             raise
         except Exception as error:  # whatever it is: the other models are served as before
@@ -159,11 +158,16 @@ class Loader:
         now = time.perf_counter()
         self._not_before = now + now - began
 
+    def _end_load(self) -> None:
+        self._pieces.close()
+        self._model = None
+        self._batcher.wake()  # what follows is done in the next turn
+
     def _fail(self, model: Model, error: Exception) -> None:
         unexpected = None if isinstance(error, EngineError) else error
         _log.error("the model %s could not be loaded: %s", model.name, error, exc_info=unexpected)
         failures.forget_tracebacks(error)
-        self._model = None
+        self._end_load()
         self._drop(model)
         if model.state == "loading":
             self._models.failed(model, str(error))

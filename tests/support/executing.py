@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from numpy.typing import DTypeLike
 
@@ -49,7 +49,8 @@ class Faulty:
         self._faults[graph, launch] = act
 
     def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> Engine:
-        return _FaultyEngine(self._device.load(path, stream, read=read), self._graphs[path.name], self)
+        graph = self._graphs.get(path.name, cast(GraphName, path.stem))  # of another model, where it is not there
+        return _FaultyEngine(self._device.load(path, stream, read=read), graph, self)
 
     def stream(self, name: str, *, urgent: bool = False) -> Stream:
         return self._device.stream(name, urgent=urgent)
@@ -146,6 +147,8 @@ class Running(AbstractContextManager["Running"]):
         trace: Trace | None = None,
         decode_chunk: int | None = None,
         decode_priority: DecodePriority = "equal",
+        others: Sequence[ModelSource] = (),
+        model_memory: int | None = None,
     ) -> None:
         self.manifest = manifest or Manifest.read(bundle)
         self.trace = trace or Trace()
@@ -160,7 +163,7 @@ class Running(AbstractContextManager["Running"]):
             name=self.manifest.name, manifest=self.manifest, bundle=bundle, backend=backend, on_loaded=self._loaded
         )
         self._runtime = make_runtime(
-            [source],
+            [source, *others],
             choose_backend=lambda _on_status, _stopped: backend,
             open_device=open_device,
             max_waiting=max_waiting,
@@ -168,6 +171,7 @@ class Running(AbstractContextManager["Running"]):
             trace=self.trace,
             decode_chunk=decode_chunk,
             decode_priority=decode_priority,
+            model_memory=model_memory,
             on_ready=self._ready,
             on_failure=self._failed,
         )
@@ -185,9 +189,9 @@ class Running(AbstractContextManager["Running"]):
     ) -> None:
         self.executor.close()
 
-    def request(self, asked: Asked, **fields: Any) -> Request:
+    def request(self, asked: Asked, *, model: str = "", **fields: Any) -> Request:
         body = GenerateRequest(**{"prompt": "a red cat", "seed": 1, **fields})
-        return self.models.default.intake.request(body, asked.hear, self.metrics.observe)
+        return self.models.find(model).intake.request(body, asked.hear, self.metrics.observe)
 
     def ask(self, **fields: Any) -> Asked:
         """Submit a request."""
