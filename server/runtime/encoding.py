@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from engines.backends.device import Event
@@ -28,15 +28,14 @@ class Encoding:
         pools: Mapping[Size, LatentPool],
         prompts: PromptPool,
         loras: LoraPool | None,
-        last_step: Callable[[], Event | None],
     ) -> None:
-        """`loras` is None where requests have none; `last_step` returns the last one that was launched."""
+        """`loras` is None where requests have none."""
         self._streams = streams
         self._trace = trace
         self._pools = pools
         self._prompts = prompts
         self._loras = loras
-        self._last_step = last_step
+        self.last_step: Event | None = None  # that was launched; a function that asks the pipeline would keep it alive
 
     def admit(self, request: Request) -> Upload | Admission:
         """Begin to write the LoRAs of `request`, or if they are there, launch the encoding of its prompts and image.
@@ -98,7 +97,7 @@ class Encoding:
 
     def _release_lora(self, lora: Lora) -> None:
         if self._loras:
-            self._loras.release(lora, self._last_step())
+            self._loras.release(lora, self.last_step)
 
     def _release_prompt(self, prompt: Prompt, clip_skip: int, loras: tuple[PlacedLora, ...]) -> None:
-        self._prompts.release(prompt, clip_skip=clip_skip, loras=loras, last_read=self._last_step())
+        self._prompts.release(prompt, clip_skip=clip_skip, loras=loras, last_read=self.last_step)

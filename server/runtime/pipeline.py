@@ -127,7 +127,6 @@ class Pipeline:
         }
         self._embeds_guidance = manifest.embeds_guidance
         self._to_rgb = np.array(manifest.preview, np.float32)  # [3, channels + 1]
-        self._last_step: Event | None = None
         self._layout: RowLayout | None = None  # of the last plan
         self._shapes = StepShapes(manifest, step_times, pads=device.pads, has_loras=self._loras is not None)
         self._encoding = Encoding(
@@ -136,7 +135,6 @@ class Pipeline:
             pools=self._latent_pools,
             prompts=self._prompts,
             loras=self._loras,
-            last_step=lambda: self._last_step,
         )
 
     @classmethod
@@ -282,11 +280,11 @@ class Pipeline:
             pool.step(plan)
         moves = tuple([self._advance(placement, pool) for placement in plan.placements])
         finished = tuple([self._stage(one, pool) for one in plan.placements if one.request.denoised])
-        self._last_step = self._streams.steps.record()
+        completed = self._encoding.last_step = self._streams.steps.record()
         for placement in plan.placements if finished else ():
             if placement.request.denoised:
                 placement.release()  # now that it is known which step read its prompts last
-        return InFlightStep(plan, pool.size, moves, finished, self._last_step)
+        return InFlightStep(plan, pool.size, moves, finished, completed)
 
     def decode(self, finished: Sequence[Finished], after: Event) -> tuple[PendingDecode, ...]:
         """Launch the decoding of requests that finished in one step, when its event `after` is complete.
