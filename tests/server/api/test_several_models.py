@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from engines.demo import BUNDLE as DEMO
 from engines.manifest import Manifest
 from server.requests import infotext
+from server.runtime.models import needed_memory
 from tests.support.serving import Serving
 
 Image = NDArray[np.uint8]  # [H, W, 3]
@@ -173,6 +174,16 @@ def test_names_in_paths_are_nothing_but_names(two: Serving) -> None:
     assert {one["state"] for one in good(two.client.get("/models"))} == {"ready"}
 
 
+def test_a_caller_chooses_for_itself_alone(two: Serving) -> None:
+    with httpx.Client(base_url=two.url, transport=httpx.HTTPTransport(local_address="127.0.0.2")) as other:
+        good(other.post("/sdapi/v1/options", json={"sd_model_checkpoint": "demo"}))
+        assert good(other.get("/sdapi/v1/options"))["sd_model_checkpoint"] == title(other, "demo")
+        assert good(two.client.get("/sdapi/v1/options"))["sd_model_checkpoint"] == title(two.client, "tiny-sd")
+        refused = other.post("/sdapi/v1/options", json={"sd_model_checkpoint": "other"})
+        assert refused.status_code == 422
+        assert refused.json()["detail"][0]["loc"] == ["body", "sd_model_checkpoint"]
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + SECONDS
     while not holds():
@@ -220,6 +231,17 @@ def test_a_model_that_is_loaded_again_makes_the_same(
         assert control(unloaded, "load", "demo").status_code == 200
         assert state(unloaded, "demo") == "READY"
     np.testing.assert_array_equal(native(unloaded.client, "demo"), alone["demo"])
+
+
+def test_others_are_served_while_the_first_is_not_loaded(two: Serving, manifest: Manifest) -> None:
+    assert control(two, "unload", manifest.name).status_code == 200
+    try:
+        wait_until(lambda: state(two, manifest.name) == "UNAVAILABLE")
+        assert two.client.post("/generate", json=SAME).status_code == 503
+        good(two.client.post("/generate", json={**SAME, "model": "demo", "num_inference_steps": 1}))
+    finally:
+        assert control(two, "load", manifest.name).status_code == 200
+    good(two.client.post("/generate", json={**SAME, "num_inference_steps": 1}))
 
 
 def test_unloading_under_load_loses_nothing(two: Serving, alone: Mapping[str, Image], manifest: Manifest) -> None:
@@ -275,3 +297,16 @@ def test_what_is_not_given_at_the_start_cannot_be_loaded(two: Serving) -> None:
         answer = control(two, "load", name)
         assert answer.status_code == 404
         assert "error" in answer.json()
+
+
+def test_models_are_loaded_within_a_budget() -> None:
+    """Two are loaded at the start, two fit, and the one that had no request for longest makes room for the third."""
+    budget = 2.5 * needed_memory(Manifest.read(DEMO), DEMO, "onnxruntime") / 2**20
+    others = "--bundle", f"a={DEMO}", "--bundle", f"b={DEMO}"
+    with Serving(DEMO, *others, "--load", "a", "--model-memory", str(int(budget))) as three:
+        assert [state(three, name) for name in ("latentd-demo", "a", "b")] == ["READY", "READY", "UNAVAILABLE"]
+        for model in ("a", None):
+            good(three.client.post("/generate", json={**SAME, "model": model, "num_inference_steps": 1}))
+        assert control(three, "load", "b").status_code == 200
+        assert [state(three, name) for name in ("latentd-demo", "a", "b")] == ["READY", "UNAVAILABLE", "READY"]
+        good(three.client.post("/generate", json={**SAME, "model": "b", "num_inference_steps": 1}))
