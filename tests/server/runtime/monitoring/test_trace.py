@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.spans import read_trace
+from benchmarks.spans import TraceSpan, read_trace
+from engines.backends import host
 from engines.backends.host import HostDevice, HostEvent
 from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.errors import DeviceLost
+from server.runtime.monitoring import trace as trace_module
 from server.runtime.monitoring.trace import Trace
 
 
@@ -33,13 +37,21 @@ def work(trace: Trace, device: HostDevice) -> None:
     trace.collect()
 
 
-def test_spans_of_host_and_device_lie_on_one_clock(tmp_path: Path, device: HostDevice) -> None:
+def test_spans_of_host_and_device_lie_on_one_clock(
+    tmp_path: Path, device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which every reading is a second after the last, on the host and on the device."""
+    clock = itertools.count().__next__
+    monkeypatch.setattr(trace_module, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(host, "perf_counter", clock)
     trace = Trace(tmp_path / "trace.json")
-    trace.start(device.stream("steps"))
-    work(trace, device)
+    trace.start(device.stream("steps"))  # the device's origin is at 0, the host's at 1: as far apart as two readings
+    work(trace, device)  # from 2 to 5, and at 6 the trace is not over
     work(trace, device)
     trace.close()
-    assert spans(tmp_path / "trace.json") == [("executor", "launch"), ("steps", "step")] * 2
+    first = [TraceSpan("executor", "launch", 1, 4), TraceSpan("steps", "step", 3, 4)]
+    later = [TraceSpan(one.track, one.name, one.begin + 5, one.end + 5) for one in first]
+    assert read_trace(tmp_path / "trace.json") == (*first, *later)
 
 
 def test_after_its_time_it_is_written_and_no_more_is_recorded(tmp_path: Path, device: HostDevice) -> None:
