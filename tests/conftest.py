@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import build_engines
+from engines.contract import GRAPHS
 from engines.manifest import Manifest
 from tests.support.safety import add_safety_checker
 from tests.support.serving import Serving
+from tests.support.shared import made_once, reused_graphs
 from tests.support.tiny import make_checkpoint
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other programs run
@@ -20,28 +22,34 @@ torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much wh
 _SHAPES = ["--resolution", "32x32", "--resolution", "48x32", "--rows", "2,4,8"]
 
 
+def build(checkpoint: Path, out: Path, *options: str) -> None:
+    """Build for ONNX Runtime by the command people use."""
+    assert (
+        build_engines.main(["--model", str(checkpoint), "--out", str(out), "--backend", "onnxruntime", *options]) == 0
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder with random weights."""
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-sd")
+    return made_once(tmp_path_factory, "tiny-sd", make_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint, built by the command people use. Tests that alter a bundle copy it first."""
-    out = tmp_path_factory.mktemp("bundle")
-    options = ["--backend", "onnxruntime", *_SHAPES]
-    assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *options]) == 0
-    return out
+    """A bundle of the checkpoint. Tests that alter a bundle copy it first."""
+    return made_once(tmp_path_factory, "bundle", lambda out: build(checkpoint, out, *_SHAPES))
 
 
 @pytest.fixture(scope="session")
 def lora_bundle(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with graphs that apply the LoRAs of requests. Tests that alter it copy it first."""
-    out = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("lora-bundle") / "copy"))  # whose graphs are kept
-    options = ["--backend", "onnxruntime", *_SHAPES, "--lora-slots", "4", "--lora-rank", "8"]
-    assert build_engines.main(["--model", str(checkpoint), "--out", str(out), *options]) == 0
-    return out
+
+    def make(out: Path) -> None:
+        shutil.copytree(bundle, out)  # a build that finds graphs there adds those for LoRAs
+        build(checkpoint, out, *_SHAPES, "--lora-slots", "4", "--lora-rank", "8")
+
+    return made_once(tmp_path_factory, "lora-bundle", make)
 
 
 @pytest.fixture(scope="session")
@@ -51,16 +59,17 @@ def manifest(bundle: Path) -> Manifest:
 
 @pytest.fixture(scope="session")
 def checked_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a safety checker that flags some of its pictures."""
-    return add_safety_checker(make_checkpoint(tmp_path_factory.mktemp("checked") / "tiny-sd"))
+    """The checkpoint with a safety checker that flags some of its pictures."""
+    return made_once(tmp_path_factory, "checked/tiny-sd", lambda folder: add_safety_checker(make_checkpoint(folder)))
 
 
 @pytest.fixture(scope="session")
-def checked_bundle(checked_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("checked-bundle")
-    options = ["--backend", "onnxruntime", "--rows", "2,16", "--decode-batch", "2"]
-    assert build_engines.main(["--model", str(checked_checkpoint), "--out", str(out), *options]) == 0
-    return out
+def checked_bundle(checked_checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(out: Path) -> None:
+        with reused_graphs(bundle, out, *GRAPHS):
+            build(checked_checkpoint, out, "--rows", "2,16", "--decode-batch", "2")
+
+    return made_once(tmp_path_factory, "checked-bundle", make)
 
 
 @pytest.fixture(scope="session")

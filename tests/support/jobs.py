@@ -45,7 +45,7 @@ FACTS = Facts(
     request_id="request-1",
     created=datetime(2026, 1, 1, tzinfo=UTC),
 )
-DONE = FACTS.completed(TIMINGS, None)
+DONE = FACTS.completed(TIMINGS, None, flagged=(True,))
 RECIPE = Recipe(GenerateRequest(prompt="a red heart", seed=7, image=b"\x00\xffpng"), "192.0.2.1", "jobs")
 
 

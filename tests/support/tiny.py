@@ -57,7 +57,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     # Eight heads of 40 channels, as in real checkpoints: TensorRT does not fuse the narrower ones of the others.
     "wide": Family(unet={"block_out_channels": (320, 320), "norm_num_groups": 32, "attention_head_dim": 8}),
-    "lcm": Family(unet={"time_cond_proj_dim": 32}, scheduler=LCMScheduler, pipeline="LatentConsistencyModelPipeline"),
+    "lcm": Family(  # of a distilled model without a middle block
+        unet={"time_cond_proj_dim": 32, "mid_block_type": None},
+        scheduler=LCMScheduler,
+        pipeline="LatentConsistencyModelPipeline",
+    ),
 }
 
 

@@ -25,6 +25,7 @@ from engines.contract import LANES, Array
 from engines.errors import CheckpointError
 from engines.manifest import Manifest
 from tests.support.loaded import Loaded
+from tests.support.shared import reused_graphs
 from tests.support.tiny import make_checkpoint, make_decoder
 
 SLOTS, SIDE = 3, 8  # latents
@@ -36,11 +37,12 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(distilled: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of that decoder, made by the command people use."""
+def built(distilled: Path, checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of that decoder, made by the command people use: the graphs of the VAE, and the others as they are."""
     out = tmp_path_factory.mktemp("distilled")
     source = ["--model", str(checkpoint), "--decoder", str(distilled), "--out", str(out)]
-    assert build_engines.main([*source, "--backend", "onnxruntime", "--no-verify"]) == 0
+    with reused_graphs(bundle, out, "encode_prompt", "denoise", "denoise_shallow"):
+        assert build_engines.main([*source, "--backend", "onnxruntime", "--no-verify"]) == 0
     return out
 
 

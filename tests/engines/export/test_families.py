@@ -28,7 +28,7 @@ WORD = "<boat>"  # of the embedding: two vectors
 PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
 
 
-@pytest.fixture(scope="module", params=["sd15", "no-mid", "sd2", "lcm"])
+@pytest.fixture(scope="module", params=["sd15", "sd2", "lcm"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     """A family's name, its checkpoint and its bundle for both CPU backends."""
     name = str(request.param)
@@ -50,13 +50,13 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def source(name: str, checkpoint: Path) -> list[str]:
-    """One family comes as a single file and with a learned word, one with a LoRA; the others are folders."""
+    """One family comes as a single file and with a learned word, one with a LoRA, one as it is."""
     if name == "sd15":
         single = write_single_file(checkpoint, checkpoint.parent / "one.safetensors")
         word = checkpoint.parent / "word.safetensors"
         save_file({WORD: torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, word)
         return ["--model", str(single), "--config", str(checkpoint), "--embedding", str(word)]
-    if name == "no-mid":
+    if name == "lcm":
         lora = checkpoint.parent / "style.safetensors"
         up, down = lora_factors()
         save_file({f"unet.{CHANGED}.lora_B.weight": up, f"unet.{CHANGED}.lora_A.weight": down}, lora)
@@ -72,7 +72,7 @@ def lora_factors() -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference_of(name: str, checkpoint: Path) -> Any:
     pipeline = load_pipeline(checkpoint)
-    if name == "no-mid":
+    if name == "lcm":
         up, down = lora_factors()
         with torch.no_grad():
             pipeline.unet.get_submodule(CHANGED).weight += LORA_SCALE * up @ down
@@ -119,7 +119,7 @@ def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     manifest = Manifest.load(bundle)
     assert manifest.embeds_guidance == (name == "lcm")
-    assert manifest.source.loras == (("style.safetensors:0.5",) if name == "no-mid" else ())
+    assert manifest.source.loras == (("style.safetensors:0.5",) if name == "lcm" else ())
     assert manifest.name == {"sd15": "one"}.get(name, "checkpoint")
     assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
     assert manifest.context.width == (64 if name == "sd2" else 32)

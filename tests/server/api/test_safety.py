@@ -13,6 +13,7 @@ import pytest
 
 from engines.demo import BUNDLE as DEMO
 from engines.manifest import Manifest
+from tests.support.jobs import post_job, wait_for_job
 from tests.support.safety import REQUEST, SEEDS, checking_pipeline, draw
 from tests.support.serving import Serving, run_server
 
@@ -45,7 +46,10 @@ def flags(answer: httpx.Response) -> list[bool | None]:
 
 
 def events(serving: Serving, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
-    text = serving.client.post("/generate", json=fields, headers={"Accept": "text/event-stream"}).text
+    return read_events(serving.client.post("/generate", json=fields, headers={"Accept": "text/event-stream"}).text)
+
+
+def read_events(text: str) -> list[tuple[str, dict[str, Any]]]:
     frames = [dict(line.split(": ", 1) for line in frame.splitlines()) for frame in text.strip().split("\n\n")]
     return [(frame["event"], json.loads(frame["data"])) for frame in frames if "event" in frame]
 
@@ -66,6 +70,24 @@ def test_a_bare_image_says_it_in_a_header_and_a_stream_in_its_last_event(
     assert bare.headers["X-NSFW-Content-Detected"] == json.dumps(flagged)
     name, completed = events(flagging, **REQUEST, seed=seed)[-1]
     assert (name, completed["images"][0]["nsfw_content_detected"]) == ("completed", flagged)
+
+
+def test_a_job_keeps_the_verdict_of_each_image(flagging: Serving, expected: list[bool]) -> None:
+    path = post_job(flagging, **REQUEST, seed=0, num_images=7)
+    done = wait_for_job(flagging, path)
+    files = [flagging.client.get(image["url"]) for image in done["images"]]
+    assert [json.loads(file.headers["X-NSFW-Content-Detected"]) for file in files] == expected[:7]
+    name, completed = read_events(flagging.client.get(f"{path}/events").text)[-1]
+    assert name == "completed"
+    assert [image["nsfw_content_detected"] for image in completed["images"]] == expected[:7]
+
+
+def test_a_job_with_a_flagged_image_is_blocked(blocking: Serving, expected: list[bool]) -> None:
+    path = post_job(blocking, **REQUEST, seed=expected.index(True))
+    ended = wait_for_job(blocking, path)
+    assert (ended["status"], ended["images"]) == ("failed", [])
+    assert (ended["error"]["status"], ended["error"]["title"]) == (422, "Content blocked")
+    assert blocking.client.get(f"{path}/image").status_code == 422
 
 
 def test_a_request_with_a_flagged_image_is_blocked_and_names_its_seeds(blocking: Serving, expected: list[bool]) -> None:
