@@ -25,6 +25,8 @@ from server.requests.schemas import GenerateRequest
 from server.runtime import executor, loading, pipeline, steps
 from server.runtime.make import make_runtime
 from server.runtime.models import ModelSource
+from server.runtime.monitoring import trace as trace_module
+from server.runtime.monitoring.trace import Trace
 
 
 class Clock:
@@ -129,8 +131,8 @@ class _Stream(HostStream):
     def read(self, buffer: Buffer, *, at: int | None = None) -> Any:
         return _Reading(self._clock, self.free, super().read(buffer, at=at).result())
 
-    def record(self, *, timed: bool = False) -> Any:  # noqa: ARG002
-        return _Event(self._clock, self.free)
+    def record(self, *, timed: bool = False) -> Any:
+        return _Event(self._clock, max(self.free, self._clock.now) if timed else self.free)
 
     def follow(self, event: Event) -> None:
         self.free = max(self.free, cast(_Event, event).at)
@@ -166,7 +168,7 @@ class VirtualDevice(NullDevice):
 class VirtualRun:
     """An executor over the demo bundle, from its start to its end in one call."""
 
-    def __init__(self, device: Callable[[Clock], VirtualDevice]) -> None:
+    def __init__(self, device: Callable[[Clock], VirtualDevice], *, trace: Trace | None = None) -> None:
         self.clock = Clock()
         self.device = device(self.clock)
         manifest = Manifest.read(BUNDLE)
@@ -176,6 +178,7 @@ class VirtualRun:
             open_device=lambda _backend: self.device,
             max_waiting=1000,
             hang_factor=0,
+            trace=trace,
             on_ready=self._begin,
             on_failure=self._fail,
         )
@@ -187,7 +190,7 @@ class VirtualRun:
         """Start, let `scenario` say what arrives when, and work until it has closed the executor."""
         self._scenario = scenario
         with pytest.MonkeyPatch.context() as patch:
-            for module in (executor, loading, pipeline, steps):
+            for module in (executor, loading, pipeline, steps, trace_module):
                 patch.setattr(module, "time", self.clock)
             self._runtime.executor._run()
         if self._error:

@@ -2,8 +2,7 @@
 
 python -m tests.tools.timeline --out docs/timeline.svg
 
-The GPU is simulated on the host (`fake_cuda.py`): streams are threads, and kernels are ONNX Runtime's on the CPU.
-So the order of operations is that of a GPU, and their durations are not.
+Executor and device are in virtual time: the order of operations is that on a GPU, and their durations are made up.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 from benchmarks.spans import TraceSpan, read_trace
-from engines.demo import BUNDLE as DEMO
 from server.runtime.monitoring.trace import Trace
-from tests.engines.backends.fake_cuda import FakeCuda
-from tests.engines.backends.fake_tensorrt import fake_device, write_bundle
-from tests.support.executing import Running
+from tests.support.virtual import VirtualDevice, VirtualRun
 
+_STEP = 0.02  # seconds
+_ROUND = 60 * _STEP
 _WIDTH, _LEFT, _TRACK_HEIGHT, _TOP = 1200, 120, 54, 56  # pixels
 _TRACKS = ("executor", "steps", "encode", "decode")
 _TITLES = {"executor": "executor (host)", "steps": "steps", "encode": "encode", "decode": "decode"}
@@ -34,21 +33,32 @@ _COLOURS = {
 }
 
 
-def record(folder: Path) -> Sequence[TraceSpan]:
-    """Record a trace of four requests with different numbers of steps, two of which arrive later."""
-    write_bundle(DEMO, folder / "bundle", rows=(2, 4))
-    trace = Trace(folder / "trace.json")
-    params = {"prompt": "a red heart on a yellow background", "scheduler": "euler"}
-    with Running(folder / "bundle", lambda: fake_device(FakeCuda()), backend="tensorrt", trace=trace) as running:
-        first = [running.ask(**params, seed=seed, num_inference_steps=steps) for seed, steps in enumerate((6, 14))]
-        first[0].wait(lambda: len(first[0].steps) >= 3)
-        late = [
-            running.ask(**{**params, "prompt": prompt}, seed=9, num_inference_steps=8)
-            for prompt in ("a penguin on a blue background", "an owl on an orange background")
-        ]
-        for asked in (*first, *late):
-            asked.images()
-    return read_trace(folder / "trace.json")
+def record(path: Path) -> Sequence[TraceSpan]:
+    """Trace, twice, two requests that run and one that arrives later; the first time teaches how long steps take."""
+    trace = Trace(path)
+    run = VirtualRun(lambda clock: VirtualDevice(clock, seconds=_device_seconds, host=_host_seconds), trace=trace)
+
+    begins: list[float] = []
+
+    def scenario() -> None:
+        begins.extend((run.clock.now, run.clock.now + _ROUND))
+        for number, begin in enumerate(begins):  # a prompt for each, since prompts that are known are not encoded
+            for moment, steps, prompt in ((0, 8, 9), (0, 24, 9), (5.5, 12, number)):
+                run.clock.at(begin + moment * _STEP, partial(run.ask, steps=steps, seed=prompt))
+        run.clock.at(begins[-1] + _ROUND, run.close)
+
+    run.run(scenario)
+    return [span for span in read_trace(path) if span.begin >= begins[-1] - trace.began]
+
+
+def _device_seconds(graph: str) -> float:
+    """What a run of a graph takes on its stream."""
+    return {"denoise": _STEP, "encode_prompt": 0.4 * _STEP, "decode": _STEP / 2}.get(graph, _STEP / 20)
+
+
+def _host_seconds(graph: str) -> float:
+    """What the launch of a graph takes."""
+    return 0.0006 if graph == "denoise" else 0.0003
 
 
 def draw(spans: Sequence[TraceSpan]) -> str:
@@ -62,7 +72,7 @@ def draw(spans: Sequence[TraceSpan]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="system-ui, sans-serif" '
         f'font-size="13">\n<rect width="{_WIDTH}" height="{height}" fill="white"/>\n'
-        f'<text x="{_LEFT}" y="24" font-size="16" fill="#111827">Steps are launched before their predecessors '
+        f'<text x="{_LEFT}" y="24" font-size="16" fill="#111827">Steps are launched shortly before their predecessors '
         f"end; new requests are encoded and finished images decoded in parallel</text>\n{body}\n</svg>\n"
     )
 
@@ -123,7 +133,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/timeline.svg"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        given.out.write_text(draw(record(Path(folder))), encoding="utf-8")
+        given.out.write_text(draw(record(Path(folder) / "trace.json")), encoding="utf-8")
     return 0
 
 
