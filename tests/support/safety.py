@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 from tests.support.references import load_pipeline
 from tests.support.tiny import CAPTIONS, edit_index
 
-REQUEST = {"prompt": CAPTIONS[0], "num_inference_steps": 2}
+REQUEST: dict[str, Any] = {"prompt": CAPTIONS[0], "num_inference_steps": 2}
 SEEDS = range(8)  # of the pictures that the checker is adjusted to
 SIDE = 28  # of what it looks at
 
