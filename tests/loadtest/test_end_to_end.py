@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,12 @@ from loadtest.analysis.results import STAGES, LoadLevel, LoadTestSummary, Reques
 from loadtest.generator import request_schedule
 from loadtest.mix import Mix, MixEntry
 from tests.support.serving import Serving
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Serving]:
+    with Serving(DEMO) as running:
+        yield running
 
 
 def test_run_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,37 +91,16 @@ def read_entries_of(out: Path) -> tuple[MixEntry, ...]:
 
 
 @pytest.mark.parametrize("response_format", ["png", "events", "openai"])
-def test_other_response_formats(response_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_response_formats(
+    demo: Serving, response_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Images arrive, stages are recorded, and an invalid mix is reported in the server's words."""
-    with Serving(DEMO) as serving:
-        words = [
-            "--url",
-            serving.url,
-            "--format",
-            response_format,
-            "--steps",
-            "2",
-            "--timeout",
-            "60",
-            "--out",
-            str(tmp_path),
-        ]
-        assert command.main([*words, "--users", "2", "--warm-up", "0", "--duration", "1.5"]) == 0
-        mix = tmp_path / "mix.jsonl"
-        mix.write_text(json.dumps({"prompt": "a heart", "scheduler": "magic"}))
-        wrong = [
-            "--url",
-            serving.url,
-            "--format",
-            response_format,
-            "--users",
-            "1",
-            "--mix",
-            str(mix),
-            "--out",
-            str(tmp_path / "bad"),
-        ]
-        assert command.main(wrong) == 2
+    words = ["--url", demo.url, "--format", response_format]
+    measured = [*words, "--steps", "2", "--timeout", "60", "--users", "2", "--warm-up", "0", "--duration", "1.5"]
+    assert command.main([*measured, "--out", str(tmp_path)]) == 0
+    mix = tmp_path / "mix.jsonl"
+    mix.write_text(json.dumps({"prompt": "a heart", "scheduler": "magic"}))
+    assert command.main([*words, "--users", "1", "--mix", str(mix), "--out", str(tmp_path / "bad")]) == 2
     assert re.search(r"error: line 1: failed \((422|400)\): .*magic", " ".join(capsys.readouterr().out.split()))
     requests = [
         RequestRecord.model_validate_json(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,17 @@ from tests import ROOT
 from tests.support.serving import Serving
 
 PROMPT = "a red heart on a yellow background"
+_LONGEST_PAUSE = 5  # seconds, of a user that was refused
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("locust") is None, reason="needs Locust: pip install -e '.[locust]'"
 )
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Serving]:
+    with Serving(DEMO) as running:
+        yield running
 
 
 @pytest.fixture
@@ -70,12 +80,12 @@ def run_words(url: str, seconds: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize("response_format", ["json", "events", "openai"])
-def test_every_entry_is_counted_by_its_name(response_format: str, mix: Path, tmp_path: Path) -> None:
-    with Serving(DEMO) as serving:
-        words = [*run_words(serving.url), "--mix", str(mix), "--format", response_format, "--stages"]
-        code, said = end(start(*words, "--csv", str(tmp_path / "run"), "--json-file", str(tmp_path / "run")))
-        done = completed(serving)
+def test_every_entry_is_counted_by_its_name(demo: Serving, response_format: str, mix: Path, tmp_path: Path) -> None:
+    before = completed(demo)
+    words = [*run_words(demo.url), "--mix", str(mix), "--format", response_format, "--stages"]
+    code, said = end(start(*words, "--csv", str(tmp_path / "run"), "--json-file", str(tmp_path / "run")))
     assert code == 0, said
+    done = completed(demo) - before
     found = counted(tmp_path / "run")
     assert found.keys() == {"POST", "stage"}
     assert found["POST"].keys() <= {"line 1", "line 2"}
@@ -85,22 +95,23 @@ def test_every_entry_is_counted_by_its_name(response_format: str, mix: Path, tmp
     assert "stage,denoise," in (tmp_path / "run_stats.csv").read_text()
 
 
-def test_workers_receive_the_mix_from_the_master(mix: Path, tmp_path: Path) -> None:
+def test_workers_receive_the_mix_from_the_master(demo: Serving, mix: Path, tmp_path: Path) -> None:
+    before = completed(demo)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-    with Serving(DEMO) as serving:
-        words = [*run_words(serving.url), "--mix", str(mix), "--json-file", str(tmp_path / "run")]
-        bound = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
-        master = start(*words, "--master", "--expect-workers", "1", *bound)
-        worker = start("--worker", "--master-host", "127.0.0.1", "--master-port", port)
-        code, said = end(master)
-        worker_code, worker_said = end(worker)
-        done = completed(serving)
+    words = [*run_words(demo.url), "--mix", str(mix), "--json-file", str(tmp_path / "run")]
+    bound = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+    master = start(*words, "--master", "--expect-workers", "1", *bound)
+    worker = start("--worker", "--master-host", "127.0.0.1", "--master-port", port)
+    code, said = end(master)
+    worker_code, worker_said = end(worker)
     assert code == 0, said
     assert worker_code == 0, worker_said
     asked = counted(tmp_path / "run")["POST"]
     assert asked.keys() <= {"line 1", "line 2"}
-    assert 0 < sum(count for count, _ in asked.values()) <= done  # it ends without requests still in flight
+    assert (
+        0 < sum(count for count, _ in asked.values()) <= completed(demo) - before
+    )  # it ends without requests still in flight
     assert not any(failures for _, failures in asked.values())
 
 
@@ -120,9 +131,11 @@ def test_refusals_are_counted_and_followed_by_a_pause(mix: Path) -> None:
 def test_failing_server_is_counted_as_failures() -> None:
     """Some images arrive before its device is lost; then its process ends."""
     with Serving(DEMO, "is-lost", module="tests.support.broken_server") as serving:
-        words = [*run_words(serving.url, seconds=20), "--steps", "8"]
+        words = [*run_words(serving.url, seconds=120), "--steps", "8"]
         process = start(*words)
         assert serving.process.wait(60) == 70
+        time.sleep(_LONGEST_PAUSE + 1)  # then every user has tried again
+        process.send_signal(signal.SIGTERM)
         code, said = end(process)
     assert code == 1, said
     requests, failures = totals(said)
