@@ -74,6 +74,7 @@ def test_refusals_are_counted(local: Serving) -> None:
 def test_a_server_for_other_machines_without_keys_warns_once_and_takes_any_host() -> None:
     with Serving(DEMO, "--host", "0.0.0.0") as running:  # noqa: S104 - what is tested
         assert ask(running, "/v2/health/live", "Host: evil.example")[0] == 200
+        running.stop()
     (warning,) = [line for line in running.stderr if "WARNING" in line]
     assert "There are no API keys" in warning
     assert "--api-keys FILE" in warning

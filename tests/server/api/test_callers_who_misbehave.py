@@ -6,7 +6,6 @@ import base64
 import json
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -166,18 +165,17 @@ def test_a_full_queue_refuses_before_the_body_is_sent(server: Serving) -> None:
 def test_large_invalid_bodies_leave_the_server_responsive(server: Serving) -> None:
     """Each is parsed in a thread, piece by piece; before, every one held the event loop."""
     headers = {"Content-Type": "application/json"}
-    slowest = 0.0
+    answers = 0
     with ThreadPoolExecutor(4) as pool:
         url = f"{server.url}/generate"
         attacks = [pool.submit(httpx.post, url, content=INVALID, headers=headers, timeout=60) for _ in range(12)]
         while not all(attack.done() for attack in attacks):
-            started = time.monotonic()
             assert server.client.get("/v2/health/live").status_code == 200
-            slowest = max(slowest, time.monotonic() - started)
+            answers += 1
         statuses = {attack.result().status_code for attack in attacks}
     assert statuses <= {422, 503}
     assert 422 in statuses
-    assert slowest < 5, "seconds"
+    assert answers > 4 * len(attacks), "between two of them, the event loop answered several times"
 
 
 def test_half_sent_requests_do_not_delay_a_stop() -> None:

@@ -191,13 +191,16 @@ def test_what_expires_in_the_queue_takes_no_step(demo: Serving, how: str) -> Non
 def test_what_expires_while_it_runs_ends_at_the_next_step(demo: Serving) -> None:
     before = cancelled(demo)
     headers = {"Accept": "text/event-stream"}
-    heard = events(demo.client.post("/generate", json={**LONG, "timeout_s": 1}, headers=headers))
+    heard = events(demo.client.post("/generate", json={**LONG, "timeout_s": 0.5}, headers=headers))
     name, problem = heard[-1]
     assert (name, problem["status"], problem["title"]) == ("error", 504, "Deadline exceeded")
-    job = wait_for_job(demo, post_job(demo, **LONG, timeout="1.0"))
-    assert (job["status"], job["error"]["status"]) == ("failed", 504)
-    assert 0 < job["step"] < 200
-    assert cancelled(demo) == before + 2
+    steps: list[int] = []
+    while not any(steps):  # a busy machine may not get to its first step in time
+        job = wait_for_job(demo, post_job(demo, **LONG, timeout=str(0.5 * 4 ** len(steps))))
+        assert (job["status"], job["error"]["status"]) == ("failed", 504)
+        steps.append(job["step"])
+    assert steps[-1] < 200
+    assert cancelled(demo) == before + 1 + len(steps)
 
 
 def test_a_time_limit_begins_when_the_headers_arrive(demo: Serving) -> None:
