@@ -68,7 +68,7 @@ def read_own(path: Path) -> bytes:
     with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise PermissionError(f"{path} is no regular file.")
+            raise PermissionError(f"{path} is not a regular file.")
         if hasattr(os, "geteuid") and found.st_uid not in (0, os.geteuid()):
             raise PermissionError(f"{path} belongs to another user.")
         if hasattr(os, "geteuid") and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -134,7 +134,7 @@ class Latent(Frozen):
     @model_validator(mode="after")
     def _whole_latents(self) -> Self:
         if self.multiple % self.downscale:
-            raise ValueError(f"multiple {self.multiple} is no multiple of downscale {self.downscale}")
+            raise ValueError(f"multiple {self.multiple} is not a multiple of downscale {self.downscale}")
         return self
 
 

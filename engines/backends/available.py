@@ -115,7 +115,8 @@ def check_pools_fit(manifest: Manifest, backend: str) -> None:
     if backend in ON_CPU and manifest.pool_bytes > present:
         raise EngineError(
             f"{manifest.max_rows} rows at {len(manifest.resolutions)} sizes take {manifest.pool_bytes / 2**30:.0f} GiB "
-            f"of memory, and {present / 2**30:.0f} GiB are here: build with fewer --rows or a smaller --resolution."
+            f"of memory, and this machine has {present / 2**30:.0f} GiB: "
+            "build with fewer --rows or a smaller --resolution."
         )
 
 

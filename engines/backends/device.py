@@ -47,7 +47,7 @@ class Buffer(Protocol):
         """A part of this memory from byte `offset` on, with its own shape and dtype. It keeps the memory alive.
 
         Raises:
-            ValueError: the part is not inside this buffer, or `offset` is no multiple of `ALIGNMENT`.
+            ValueError: the part is not inside this buffer, or `offset` is not a multiple of `ALIGNMENT`.
         """
 
 

@@ -65,7 +65,7 @@ def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip
     if schedule.prediction_type not in method.about.predictions:
         raise ValueError(
             f"{scheduler.method} is not defined for models that predict the {schedule.prediction_type}: "
-            "choose another scheduler, as ddim."
+            "choose another scheduler, such as ddim."
         )
     zero_snr = schedule.rescale_betas_zero_snr and method.supports_zero_snr
     return method.make(Setting(scheduler, num_steps, schedule, skip, zero_snr))

@@ -32,7 +32,7 @@ def presented_key(headers: Headers) -> str | None:
         case "basic":
             return _password(rest.strip())
         case _:
-            raise Unauthenticated(f"Authorization has another scheme: {_WAYS}.")
+            raise Unauthenticated(f"The scheme of Authorization is not supported: {_WAYS}.")
 
 
 def _only(values: Sequence[str], name: str) -> str:
@@ -47,5 +47,5 @@ def _password(text: str) -> str:
     except (binascii.Error, ValueError):
         colon = b""
     if not colon:
-        raise Unauthenticated(f"Authorization is not Basic as RFC 7617 has it: {_WAYS}.")
+        raise Unauthenticated(f"Authorization is not valid Basic authentication (RFC 7617): {_WAYS}.")
     return password.decode("latin-1")

@@ -60,7 +60,7 @@ class KeyFile:
         try:
             self._callers = _callers(seen)  # one assignment: requests find the keys before it, or these
         except KeyFileError as error:
-            _log.error("%s: %s. The API keys of before stay valid: correct the file.", self._path, error)
+            _log.error("%s: %s. The previous API keys stay valid: correct the file.", self._path, error)
         else:
             _log.info("%s has changed: it has %d API keys", self._path, len(self._callers))
 

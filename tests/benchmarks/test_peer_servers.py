@@ -45,7 +45,7 @@ def test_loads_without_a_yardstick_are_not_measured(tmp_path: Path, capsys: pyte
     ("changed", "words", "message"),
     [
         ({}, ["--rate", "1"], "was measured with other options"),
-        ({"format": 2}, [], "is no results file of this command"),
+        ({"format": 2}, [], "is not a results file of this command"),
     ],
 )
 def test_a_run_goes_on_only_with_what_it_began_with(

@@ -292,7 +292,7 @@ def _record(options: ServersCommand) -> ServingResults:
         kept = ServingResults.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise LoadTestError(
-            f"{path} is no results file of this command: choose another --out, or leave out --resume. {error}"
+            f"{path} is not a results file of this command: choose another --out, or leave out --resume. {error}"
         ) from None
     if (kept.settings, kept.scenarios) != (begun.settings, begun.scenarios):
         raise LoadTestError(f"{path} was measured with other options: choose another --out, or leave out --resume.")
