@@ -22,7 +22,7 @@ from engines.demo import BUNDLE
 from engines.manifest import Manifest
 from server.requests.request import Event as Heard
 from server.requests.schemas import GenerateRequest
-from server.runtime import executor, loading, pipeline, steps
+from server.runtime import executor, loading, steps, warm_up
 from server.runtime.make import make_runtime
 from server.runtime.models import ModelSource
 from server.runtime.monitoring import trace as trace_module
@@ -190,7 +190,7 @@ class VirtualRun:
         """Start, let `scenario` say what arrives when, and work until it has closed the executor."""
         self._scenario = scenario
         with pytest.MonkeyPatch.context() as patch:
-            for module in (executor, loading, pipeline, steps, trace_module):
+            for module in (executor, loading, steps, trace_module, warm_up):
                 patch.setattr(module, "time", self.clock)
             self._runtime.executor._run()
         if self._error:
