@@ -34,6 +34,7 @@ from engines.build.bundle import (
     load_intact,
     stored_weights,
     updated,
+    with_shapes,
 )
 from engines.build.bundle import export as export_bundle
 from engines.build.checks import AUTO, check_compilers, check_export, check_options, check_shapes, resolved_backends
@@ -210,7 +211,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     """
     names = resolved_backends(backends, reporter.progress)
     check_compilers(names, precision, optimization_level)
-    manifest = _with_shapes(load_intact(bundle), shapes)
+    manifest = with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
     precisions = _precisions(names, precision, manifest.graph_names, prefers_bf16=prefers_bf16(manifest))
     plans = _plans(precisions, manifest, manifest.parameters)
@@ -382,24 +383,3 @@ def _spec(
     gpus_alone = not set(backends) & set(ON_CPU) and precision != "fp32"
     weights = options.weights or stored_weights(out) or ("fp16" if gpus_alone else "fp32")
     return BundleSpec(options=options, weights=weights, dtypes=frozenset().union(*dtypes))
-
-
-def _with_shapes(manifest: Manifest, shapes: ShapeOptions) -> Manifest:
-    changes = {"resolutions": shapes.resolutions, "rows": shapes.rows, "decode_batch": shapes.decode_batch}
-    lora = _lora_capacity(manifest, shapes)
-    return updated(manifest, lora=lora, **{name: value for name, value in changes.items() if value})
-
-
-def _lora_capacity(manifest: Manifest, shapes: ShapeOptions) -> LoraCapacity | None:
-    """What the device shall hold of LoRAs. Raises EngineError if the bundle has no graphs that apply them."""
-    if shapes.lora_slots is None and shapes.lora_rank is None:
-        return manifest.lora
-    if manifest.lora is None:
-        raise EngineError(
-            f"{manifest.name} has no graphs that apply LoRAs: export it once more with build_engines.py export "
-            "--lora-slots N."
-        )
-    return LoraCapacity(
-        slots=shapes.lora_slots or manifest.lora.slots,
-        rank=shapes.lora_rank or manifest.lora.rank,
-    )

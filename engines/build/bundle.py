@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from engines.backends.registry import install_command
 from engines.build.keys import export_key
-from engines.build.profiles import shapes
+from engines.build.options import ShapeOptions
+from engines.build.profiles import shapes as profiles_of
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import LORA_GRAPHS, GraphName
@@ -138,6 +139,28 @@ def updated(manifest: Manifest, **fields: Any) -> Manifest:
     return Manifest.model_validate({**dict(changed), "builds": builds})
 
 
+def with_shapes(manifest: Manifest, shapes: ShapeOptions) -> Manifest:
+    """`manifest` with the given shapes, as `updated`. Raises EngineError, also where it cannot have LoRAs."""
+    changes = {"resolutions": shapes.resolutions, "rows": shapes.rows, "decode_batch": shapes.decode_batch}
+    lora = _lora_capacity(manifest, shapes)
+    return updated(manifest, lora=lora, **{name: value for name, value in changes.items() if value})
+
+
+def _lora_capacity(manifest: Manifest, shapes: ShapeOptions) -> LoraCapacity | None:
+    """What the device shall hold of LoRAs. Raises EngineError if the bundle has no graphs that apply them."""
+    if shapes.lora_slots is None and shapes.lora_rank is None:
+        return manifest.lora
+    if manifest.lora is None:
+        raise EngineError(
+            f"{manifest.name} has no graphs that apply LoRAs: export it once more with build_engines.py export "
+            "--lora-slots N."
+        )
+    return LoraCapacity(
+        slots=shapes.lora_slots or manifest.lora.slots,
+        rank=shapes.lora_rank or manifest.lora.rank,
+    )
+
+
 def load_intact(bundle: Path) -> Manifest:
     """The manifest of a bundle, without builds of which an engine file is missing or altered.
 
@@ -161,7 +184,7 @@ def _covers(build: Build, manifest: Manifest, *, before: Geometry) -> bool:
         if engine.profiles and name in LORA_GRAPHS.values() and manifest.lora != before.lora:
             return False
         if engine.profiles:
-            required = [(shape.profile.size, shape.profile.batch) for shape in shapes(manifest, name)]
+            required = [(shape.profile.size, shape.profile.batch) for shape in profiles_of(manifest, name)]
             if [(profile.size, profile.batch) for profile in engine.profiles] != required:
                 return False
     return True
