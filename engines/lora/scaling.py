@@ -22,7 +22,7 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 _MOST_PATTERNS = 2000  # diffusers writes one for each layer
 _MOST_REPEATS = 2  # in one pattern, on names of some 80 characters
 _LONGEST = 200  # characters of a pattern, and of what a message repeats
-_ALTER_THE_MODEL = ("pissa", "olora", "corda", "loftq")  # beginnings of `init_lora_weights`
+_ALTER_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings of `init_lora_weights`
 
 
 @dataclass(frozen=True)

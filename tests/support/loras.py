@@ -140,6 +140,7 @@ def _metadata(form: FileForm, config: Mapping[str, float], changes: Iterable[Tar
     parts = sorted({target.part for target in changes})
     if form == "diffusers":
         own = {f"{part}.{key}": value for part in parts for key, value in config.items()}
+        own |= {f"{part}.target_modules": [name for of, name in changes if of == part] for part in parts}
         return {"format": "pt", "lora_adapter_metadata": json.dumps(own)}
     if form == "early":
         return {"unet": json.dumps(["CrossAttention", "Attention", "GEGLU"]), "text_encoder": '["CLIPAttention"]'}
