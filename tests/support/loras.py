@@ -139,7 +139,7 @@ def _names(target: Target, form: FileForm, changes: Iterable[Target]) -> tuple[s
 def _metadata(form: FileForm, config: Mapping[str, float], changes: Iterable[Target]) -> dict[str, str]:
     parts = sorted({target.part for target in changes})
     if form == "diffusers":
-        own = {f"{part}.{key}": value for part in parts for key, value in config.items()}
+        own: dict[str, object] = {f"{part}.{key}": value for part in parts for key, value in config.items()}
         own |= {f"{part}.target_modules": [name for of, name in changes if of == part] for part in parts}
         return {"format": "pt", "lora_adapter_metadata": json.dumps(own)}
     if form == "early":
