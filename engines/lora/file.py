@@ -55,6 +55,7 @@ class LoraFile:
 
     header: LoraHeader
     sha256: str  # of what was read, PEFT's config included where it decides
+    tensors_sha256: str  # of what follows the header, which tools rewrite
     tensors: Mapping[str, NDArray[np.float32]]
 
 
@@ -79,7 +80,8 @@ def read_lora(path: Path) -> LoraFile:
         tensors = {name: _finite(path, name, spec) for name, spec in found}
     except SafetensorError as error:
         raise CheckpointError(f"{path} {diagnosis(path, str(error))}") from error
-    return LoraFile(header, _sha256(content, header.config), tensors)
+    after = memoryview(content)[8 + _length(content) :]
+    return LoraFile(header, _sha256(content, header.config), hashlib.sha256(after).hexdigest(), tensors)
 
 
 @contextmanager

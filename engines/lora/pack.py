@@ -51,9 +51,8 @@ class PackedLora:
     """A LoRA as the device's pool holds it."""
 
     sha256: str  # of the file, and of PEFT's config beside it where that decides
-    values: NDArray[
-        np.float16
-    ]  # [ranks, G], as `Manifest.lora_layers` lays them out; a layer of lower rank ends in zeros
+    tensors_sha256: str  # of the file without its header: what AUTOMATIC1111's web UI and Civitai know it by
+    values: NDArray[np.float16]  # [ranks, G], by `Manifest.lora_layers`; layers of lower rank end in zeros
     info: LoraInfo
 
     @property
@@ -88,7 +87,7 @@ def pack_lora(path: Path, manifest: Manifest) -> PackedLora:
         start = filled[update.target]
         filled[update.target] += len(update.down)
         _fill(values[start : filled[update.target]], places[update.target], update, path.name)
-    return PackedLora(file.sha256, values, _info(file.header, found, manifest))
+    return PackedLora(file.sha256, file.tensors_sha256, values, _info(file.header, found, manifest))
 
 
 def _fill(ranks: NDArray[np.float16], place: LoraLayer, update: Update, file: str) -> None:

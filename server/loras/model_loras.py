@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from server.requests.errors import LoraUnreadable
 from server.requests.loras import KnownLora, UnusableLora
 from server.requests.request import Lora
 from server.requests.schemas import LoraDescription
-
-_BLOCK = 1 << 20  # bytes
 
 
 class ModelLoras:
@@ -68,21 +65,18 @@ class ModelLoras:
         path = file.path
         try:
             packed = pack_lora(path, self._manifest)
-            tensors_sha256 = _tensors_sha256(path)
         except CheckpointError as error:
             message = str(error).replace(str(path), path.name)
             if isinstance(error.__cause__, OSError):
                 raise LoraUnreadable(f"{message}: try again.") from error
             raise UnusableLora(message) from error
-        except OSError as error:
-            raise LoraUnreadable(f"{path.name} cannot be read now ({error.strerror}): try again.") from error
         return Lora(
             file.name,
             packed.sha256,
             packed.values,
             updates_unet="unet" in packed.parts,
             updates_text_encoder="text_encoder" in packed.parts,
-            tensors_sha256=tensors_sha256,
+            tensors_sha256=packed.tensors_sha256,
         )
 
     def _describe(self, file: CataloguedFile, info: LoraInfo) -> LoraDescription:
@@ -102,13 +96,3 @@ class ModelLoras:
             trigger_words=info.hints.trigger_words or None,
             tags=list(info.hints.tags),
         )
-
-
-def _tensors_sha256(path: Path) -> str:
-    """The hash of a .safetensors file without its header, which tools rewrite."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
