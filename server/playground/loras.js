@@ -19,21 +19,22 @@ function show() {
 }
 
 function row(lora, chosen) {
-  const shown = make("output", {}, String(lora.weight));
+  const shown = make("span", {}, String(lora.weight));
   const slider = make("input", { type: "range", min: -MOST, max: MOST, step: 0.05, value: lora.weight });
+  slider.ariaLabel = `Weight of ${lora.name}`;
   slider.oninput = () => { shown.textContent = slider.value; };
   slider.onchange = () => {
     lora.weight = Number(slider.value);
     choose(chosen);
   };
   const remove = make("button", { type: "button", className: "link" }, "Remove");
-  remove.setAttribute("aria-label", `Remove ${lora.name}`);
+  remove.ariaLabel = `Remove ${lora.name}`;
   remove.onclick = () => {
     choose(chosen.filter((other) => other !== lora));
     show();
     list.focus();
   };
-  return make("li", {}, make("label", {}, `${lora.name} `, shown, slider), remove);
+  return make("li", {}, make("div", {}, `${lora.name} `, shown, slider), remove);
 }
 
 /** Offer these usable ones of /loras. */

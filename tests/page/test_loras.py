@@ -37,17 +37,17 @@ def able(open_page: OpenPage, with_loras: Serving) -> Page:
 def test_a_server_without_loras_offers_none(page: Page) -> None:
     driving.is_loaded(page)
     driving.open_options(page)
-    expect(page.get_by_label("LoRA", exact=True)).to_be_hidden()
+    expect(page.get_by_role("combobox", name="LoRA", exact=True)).to_be_hidden()
 
 
 def test_loras_are_chosen_with_a_weight(able: Page) -> None:
-    offered = able.get_by_label("LoRA", exact=True)
+    offered = able.get_by_role("combobox", name="LoRA", exact=True)
     expect(offered.locator("option")).to_have_text(["Add a LoRA", "ink", "styles/wash"])
     offered.select_option("ink")
     offered.select_option("styles/wash")
     expect(offered.locator("option[value=ink]")).to_be_disabled()
-    able.get_by_role("slider", name="ink").fill("0.5")
-    able.get_by_role("slider", name="styles/wash").fill("-1")
+    able.get_by_role("slider", name="Weight of ink").fill("0.5")
+    able.get_by_role("slider", name="Weight of styles/wash").fill("-1")
     able.get_by_label("Steps").fill("2")
     with able.expect_request("**/generate") as sent:
         driving.generate(able)
@@ -63,18 +63,18 @@ def test_loras_are_chosen_with_a_weight(able: Page) -> None:
 
 
 def test_the_address_has_them(able: Page, open_page: OpenPage) -> None:
-    able.get_by_label("LoRA", exact=True).select_option("ink")
-    able.get_by_role("slider", name="ink").fill("0.5")
+    able.get_by_role("combobox", name="LoRA", exact=True).select_option("ink")
+    able.get_by_role("slider", name="Weight of ink").fill("0.5")
     again = open_page(url=able.url)
     driving.is_loaded(again)
     driving.open_options(again)
-    expect(again.get_by_role("slider", name="ink")).to_have_value("0.5")
+    expect(again.get_by_role("slider", name="Weight of ink")).to_have_value("0.5")
     again.evaluate("location.hash = 'prompt=x&loras=broken'")
-    expect(again.get_by_role("slider", name="ink")).to_have_count(0)
+    expect(again.get_by_role("slider", name="Weight of ink")).to_have_count(0)
 
 
 def test_settings_of_a_picture_have_them_once(able: Page) -> None:
-    able.get_by_label("LoRA", exact=True).select_option("styles/wash")
+    able.get_by_role("combobox", name="LoRA", exact=True).select_option("styles/wash")
     able.get_by_label("Steps").fill("2")
     text = f"{driving.PROMPT} <lora:ink:0.5>"
     driving.generate(able, text)
@@ -84,4 +84,4 @@ def test_settings_of_a_picture_have_them_once(able: Page) -> None:
     expect(driving.prompt(able)).to_have_value(text)  # which names one of them
     chosen = able.get_by_role("list", name="Chosen LoRAs")
     expect(chosen.get_by_role("listitem")).to_have_count(1)
-    expect(chosen.get_by_role("slider", name="styles/wash")).to_have_value("1")
+    expect(chosen.get_by_role("slider", name="Weight of styles/wash")).to_have_value("1")
