@@ -93,7 +93,7 @@ class Loader:
         """The seconds after which to `work` again, if nothing else happens; None: when the batcher is woken."""
         if self._model is None:
             return None
-        return _POLL if self._waits_for else max(self._not_before - time.perf_counter(), 0.0)
+        return _POLL if self._waits_for else 0.0  # without requests of others, the next piece is due at once
 
     def work(self) -> None:
         """Unload what is not used any more, and do the next piece of a load, if it is time.
