@@ -59,6 +59,32 @@ def test_jobs_outlive_a_server(database: Path, how: signal.Signals) -> None:
         assert (ended_late["status"], ended_late["error"]["status"]) == ("failed", 504)
 
 
+TWIN = "--bundle", f"twin={DEMO}"
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "error"),
+    [(TWIN, "completed", None), ((*TWIN, "--load", "latentd-demo"), "failed", 503), ((), "failed", 404)],
+    ids=["loaded", "not loaded", "gone"],
+)
+def test_a_job_is_run_again_by_its_model(
+    database: Path, options: tuple[str, ...], status: str, error: int | None
+) -> None:
+    with serve(database, *TWIN) as first:
+        job = post_job(first, **LONG, model="twin")
+        wait_for_job(first, job, lambda now: now["step"] > 2)
+        first.client.close()
+        first.stop(how=signal.SIGKILL)
+    with serve(database, *options) as second:
+        found = wait_for_job(second, job)
+        assert (found["status"], found["model"]) == (status, "twin")
+        assert (found["error"] and found["error"]["status"]) == error
+        if error:
+            assert "twin" in found["error"]["detail"]
+        else:
+            assert b"Model: twin" in second.client.get(f"{job}/image").content
+
+
 def test_a_running_job_is_stored_within_the_drain(database: Path) -> None:
     with serve(database, "--drain-seconds", "60") as first:
         rows = first.client.get("/models").json()[0]["max_rows"]
