@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.cli import Seconds, complain, table_console
 from benchmarks.faults.callers import EVENTS, Answer, Caller, Tally
-from benchmarks.process import ServerProcess, ServerStartError, free_port
+from benchmarks.process import START_SECONDS, ServerProcess, ServerStartError, free_port
 from engines.cli import CommandLine, parse
 from engines.files import write_atomically
 from loadtest.analysis.results import LoadLevel, MeasuredLoad
@@ -115,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _measure(url: str, options: TwoModelsCommand, run: Run) -> TwoModelsResults:
     """Each model alone, both, and both while the second is unloaded and loaded."""
     wanted = {"first": _fields(options, "first", 1), "second": _fields(options, "second", options.images)}
+    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+        for name in wanted:
+            await _until_ready(http, name)
     alone = [await _load(url, options, fields) for fields in wanted.values()]
     shared = await asyncio.gather(*(_load(url, options, fields) for fields in wanted.values()))
     figures = tuple(
@@ -169,7 +172,7 @@ async def _reload(url: str, options: TwoModelsCommand, wanted: Mapping[str, Mapp
             times = await _unload_and_load(url, "second", seconds=options.seconds)
         finally:
             over.set()
-    lost = [loss for name, tally in tallies.items() for loss in map(_loss, [name] * tally.sent, tally.answers) if loss]
+    lost = [loss for name, tally in tallies.items() for loss in map(loss, [name] * tally.sent, tally.answers) if loss]
     return Reloads(
         times=times, endings={name: dict(tally.endings) for name, tally in tallies.items()}, lost=tuple(lost)
     )
@@ -192,13 +195,21 @@ async def _unload_and_load(url: str, name: str, *, seconds: float) -> int:
             await asyncio.sleep(1)  # of work between
             (await http.post(f"/v2/repository/models/{name}/unload")).raise_for_status()
             (await http.post(f"/v2/repository/models/{name}/load")).raise_for_status()
-            while (await http.get(f"/v2/models/{name}/ready")).status_code != 200:
-                await asyncio.sleep(_POLL)
+            await _until_ready(http, name)
             times += 1
     return times
 
 
-def _loss(model: str, answer: Answer) -> str:
+async def _until_ready(http: httpx.AsyncClient, name: str) -> None:
+    """Wait until requests for a model are accepted. Raises httpx.HTTPError, LoadTestError."""
+    for _ in range(round(START_SECONDS / _POLL)):
+        if (await http.get(f"/v2/models/{name}/ready")).status_code == 200:
+            return
+        await asyncio.sleep(_POLL)
+    raise LoadTestError(f"The model {name} was not ready within {START_SECONDS:.0f} s.")
+
+
+def loss(model: str, answer: Answer) -> str:
     """What was lost, in a few words; empty for an image, and for a refusal, which is no stream of events."""
     if answer.ending == "completed" or (answer.ending in ("unavailable", "refused") and answer.status != 200):
         return ""
