@@ -153,6 +153,10 @@ async def _load(url: str, options: TwoModelsCommand, fields: Mapping[str, Any]) 
     for request in measured.requests:
         if request.outcome != "completed":
             raise LoadTestError(f"A request of {fields['model']} was {request.outcome}: {request.detail}")
+    if not _latencies(measured):
+        raise LoadTestError(
+            f"No request of {fields['model']} counts: measure for more --seconds, or take fewer --steps."
+        )
     return measured
 
 
@@ -172,9 +176,11 @@ async def _reload(url: str, options: TwoModelsCommand, wanted: Mapping[str, Mapp
             times = await _unload_and_load(url, "second", seconds=options.seconds)
         finally:
             over.set()
-    lost = [loss for name, tally in tallies.items() for loss in map(loss, [name] * tally.sent, tally.answers) if loss]
+    losses = [loss(name, answer) for name, tally in tallies.items() for answer in tally.answers]
     return Reloads(
-        times=times, endings={name: dict(tally.endings) for name, tally in tallies.items()}, lost=tuple(lost)
+        times=times,
+        endings={name: dict(tally.endings) for name, tally in tallies.items()},
+        lost=tuple(filter(None, losses)),
     )
 
 
