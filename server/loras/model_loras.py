@@ -50,7 +50,7 @@ class ModelLoras:
         files = self._catalogue.files()
         paths = {file.path for file in files}
         for known in (self._inspected, self._hashes):
-            for path in known.keys() - paths:
+            for path in [path for path in list(known) if path not in paths]:  # a copy: other threads add to it
                 known.pop(path, None)
         return [self._describe(file, self._inspect(file)) for file in files]
 

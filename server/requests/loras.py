@@ -74,7 +74,10 @@ def choose(body: GenerateRequest, loras: Loras | None, manifest: Manifest) -> tu
     weights = {**_weights(tagged, loras, ranks), **_weights(listed, loras, ranks)}
     wanted = {name: weight for name, weight in weights.items() if weight}
     _check_fits(wanted, ranks, manifest.lora.ranks_per_row, field)
-    return tuple(WeightedLora(_load(loras, name, field), weight) for name, weight in wanted.items())
+    chosen = tuple(WeightedLora(_load(loras, name, field), weight) for name, weight in wanted.items())
+    loaded = {name: weighted.lora.ranks for name, weighted in zip(wanted, chosen, strict=True)}
+    _check_fits(wanted, loaded, manifest.lora.ranks_per_row, field)  # again: a file may have been replaced meanwhile
+    return chosen
 
 
 def _weights(chosen: Sequence[Chosen], loras: Loras, ranks: dict[str, int]) -> Mapping[str, float]:

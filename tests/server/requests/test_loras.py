@@ -70,6 +70,16 @@ def test_tags_and_the_field_choose_loras(accept: Callable[..., Request]) -> None
     assert request.params.warnings == []
 
 
+def test_a_file_that_grew_before_it_was_loaded_is_refused(
+    accept: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines take no more ranks: a step with them would fail for everyone."""
+    grown = Lora("ink", "0" * 64, np.zeros((9, 2), np.float16), updates_unet=True, updates_text_encoder=True)
+    monkeypatch.setattr(Folder, "load", lambda _folder, _name: grown)
+    with pytest.raises(InvalidRequest, match="ink has rank 9: this model takes ranks of 8 in all"):
+        accept(prompt="a cat <lora:ink>")
+
+
 def test_without_loras_there_are_none(accept: Callable[..., Request]) -> None:
     request = accept(prompt="a <b> cat", loras=None)
     assert (request.params.loras, request.ranks) == ((), 0)
