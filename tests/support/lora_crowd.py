@@ -31,6 +31,10 @@ class WrittenLora(NamedTuple):
     name: str  # of requests
     changes: Changes
 
+    @property
+    def updates_text(self) -> bool:
+        return any(target.part == "text_encoder" for target in self.changes)
+
 
 class Kind(NamedTuple):
     """How a LoRA is written: in which form, which parts it updates, and its alpha over its rank."""
@@ -41,7 +45,7 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.form}-{'both' if len(self.parts) > 1 else 'unet'}"
+        return self.form if self.parts == _BOTH or self.form == "peft" else f"{self.form}-unet"
 
 
 KINDS = (

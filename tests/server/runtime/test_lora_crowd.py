@@ -48,12 +48,17 @@ def drawn(serving: Serving, body: dict[str, Any]) -> Pixels:
     return pictures(serving.generate(**body))[0]
 
 
+def steps_run(serving: Serving) -> float:
+    """The UNet calls so far."""
+    return sum(value for name, value in serving.metrics().items() if name.startswith("latentd_steps_total"))
+
+
 def together(serving: Serving, bodies: Sequence[dict[str, Any]]) -> tuple[list[Pixels], float]:
     """The pictures of requests that are sent at once, and the UNet calls that they took."""
-    before = serving.metrics()["latentd_steps_total"]
+    before = steps_run(serving)
     with ThreadPoolExecutor(len(bodies)) as pool:
         found = list(pool.map(lambda body: drawn(serving, body), bodies))
-    return found, serving.metrics()["latentd_steps_total"] - before
+    return found, steps_run(serving) - before
 
 
 def test_a_crowd_with_loras_draws_what_each_would_alone(

@@ -59,9 +59,9 @@ def reference(checkpoint: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def written(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, WrittenLora]]:
+def written(lora_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, WrittenLora]]:
     folder = tmp_path_factory.mktemp("loras")
-    return folder, {lora.name: lora for lora in write_loras(folder, reference)}
+    return folder, {lora.name: lora for lora in write_loras(folder, Manifest.read(lora_bundle))}
 
 
 @pytest.fixture(scope="session")
