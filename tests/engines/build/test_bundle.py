@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_a_damaged_graph_is_not_compiled(copied: Path, capsys: pytest.CaptureFix
     graph = copied / "onnx/encode_prompt.onnx"
     graph.write_bytes(graph.read_bytes()[:-10])
     assert build("compile", copied, "--backend", "openvino") == 1
-    assert "encode_prompt.onnx is not the file that was built" in capsys.readouterr().err
+    assert re.search(r"encode_prompt\.onnx has \d+ bytes, and \d+ were built", capsys.readouterr().err)
 
 
 def test_graphs_in_a_precision_that_is_missing_are_asked_for(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,8 +165,7 @@ def test_a_graph_in_bf16_keeps_its_own_arithmetic_and_the_timestep_in_fp32(check
 def test_auto_says_what_it_chose_and_why(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("compile", copied, "--no-verify") == 0
     output = capsys.readouterr().err
-    assert "backend openvino" in output or "backend tensorrt" in output
-    assert "openvino: available" in output or "tensorrt" in output
+    assert "backend openvino (no usable NVIDIA GPU)" in output or "backend tensorrt" in output
 
 
 def test_inspect_shows_the_bundle(several: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from engines.backends.cuda import Probe, probe
 from engines.backends.registry import ON_CPU, install_command
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
-from engines.contract import GRAPHS, LORA_GRAPHS, PLAIN_STEPS, GraphName
+from engines.contract import GRAPHS, PLAIN_STEPS, GraphName
 from engines.errors import EngineError
 from engines.manifest import MANIFEST, BundleError, Gpu, Manifest
 from tests import ROOT
@@ -108,27 +108,6 @@ def test_every_attention_and_group_norm_of_the_unet_is_fused(built: Path) -> Non
     assert layers.attentions == 8
     assert layers.group_norms > 15
     assert layers.precisions["Half"] > layers.precisions["Float"]
-
-
-def test_graphs_that_apply_loras_keep_every_fusion(
-    wide: Path, copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In FP16, at both ends of the ranks of a row; the plain graphs and their engines stay what they are."""
-    before = Manifest.load(copied).builds["tensorrt_rtx"].engines
-    sizes = ["--resolution", "64x64", "--resolution", "96x64", "--rows", "2,4", "--lora-slots", "4", "--lora-rank", "8"]
-    assert build("--model", wide, "--out", copied, "--backend", "tensorrt_rtx", *sizes) == 0
-    assert capsys.readouterr().err.count("of tensorrt_rtx: unchanged") == len(GRAPHS)
-    manifest = Manifest.load(copied)
-    engines = manifest.builds["tensorrt_rtx"].engines
-    for name, variant in LORA_GRAPHS.items():
-        assert engines[name].files == before[name].files
-        assert engines[variant].precision == "fp16"
-        assert 0 < manifest.graphs[variant].onnx["fp16"].difference.largest < 2e-2
-    plain, made = engines["denoise"].layers, engines["denoise_lora"].layers
-    assert plain is not None
-    assert made is not None
-    assert (made.fused_attentions, made.attentions) == (plain.fused_attentions, plain.attentions) == (8, 8)
-    assert (made.fused_group_norms, made.group_norms) == (plain.fused_group_norms, plain.group_norms)
 
 
 @pytest.mark.skipif(find_spec("modelopt") is None, reason="ModelOpt is not installed: extra quantize")
