@@ -276,7 +276,7 @@ class Manifest(Geometry):
             "S": self.slots,
             "C": self.context_rows,
             "P": self.feature_places,
-            "Q": self.lora.ranks if self.lora else 0,
+            "Q": self.lora.pool_rows if self.lora else 0,
             "h": size.height // self.latent.downscale,
             "w": size.width // self.latent.downscale,
             "H": size.height,

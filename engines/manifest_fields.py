@@ -335,6 +335,11 @@ class LoraCapacity(Frozen):
         return self.slots * self.rank
 
     @property
+    def pool_rows(self) -> int:
+        """Ranks, and one that stays zero, for what no LoRA updates: it reads no values of others' LoRAs."""
+        return self.ranks + 1
+
+    @property
     def ranks_per_row(self) -> int:
         """The most ranks that update one row: two LoRAs of the largest rank, or more of lower ones."""
         return min(2 * self.rank, self.ranks)

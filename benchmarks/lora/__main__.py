@@ -114,7 +114,7 @@ def measure(bundle: Path, options: LoraCommand, run: Run) -> LoraResults:
         layers=len(unet_layers(manifest)),
         slots=capacity.slots,
         rank=capacity.rank,
-        pool=capacity.ranks * manifest.dims(size)["G"] * 2,
+        pool=capacity.pool_rows * manifest.dims(size)["G"] * 2,
         graphs=count_graphs(bundle, counted_size, ranks) if options.counted else None,
         timed=tuple(timed),
         notes=tuple(notes),

@@ -70,7 +70,7 @@ def step_sizes(manifest: Manifest, size: Size, *, images: int, ranks: Ranks, pad
     }
     if pads:  # as many images as rows, of which the second half is padding
         sizes["B"] = 2 * images
-    return sizes | {"Q": capacity.ranks, "A": ranks_per_row(ranks, capacity, pads=pads)} if ranks else sizes
+    return sizes | {"Q": capacity.pool_rows, "A": ranks_per_row(ranks, capacity, pads=pads)} if ranks else sizes
 
 
 def _lora_values(ranks: Ranks, sizes: Mapping[str, int]) -> dict[str, Array]:

@@ -72,7 +72,7 @@ def _lora_dims(geometry: Geometry, graph: GraphName) -> dict[str, Range]:
     if geometry.lora is None or graph not in LORA_GRAPHS.values():
         return {}
     least, *_, most = (*rank_buckets(geometry.lora), geometry.lora.ranks_per_row)
-    return {"Q": _exactly(geometry.lora.ranks), "A": (least, least, most)}
+    return {"Q": _exactly(geometry.lora.pool_rows), "A": (least, least, most)}
 
 
 def _exactly(value: int) -> Range:

@@ -38,7 +38,7 @@ def pool_sizes(geometry: Geometry, graph: GraphName) -> dict[str, int]:
     """The sizes of the pools that a server binds to `graph`: decoding reads the staging pool, without a spare slot."""
     if graph == "decode":
         return {"S": geometry.max_rows}
-    loras = {"Q": geometry.lora.ranks} if geometry.lora and graph in LORA_GRAPHS.values() else {}
+    loras = {"Q": geometry.lora.pool_rows} if geometry.lora and graph in LORA_GRAPHS.values() else {}
     if graph not in STEPS:
         return loras
     return {"S": geometry.slots, "C": geometry.context_rows, "P": geometry.feature_places, **loras}

@@ -14,6 +14,9 @@ from engines.manifest import Manifest
 from server.requests.request import Lora
 from server.runtime.row_cache import RowCache
 
+# The row of the pool that is never written. What no LoRA updates reads it: values of another request's LoRA, of which
+# zero times infinity may be made in FP16, would be a way from one request to the images of others.
+ZERO_RANK = 0
 _BYTES_PER_CALL = 4 * 2**20  # a millisecond of copying at most, between which the executor launches the steps of others
 
 
@@ -39,12 +42,22 @@ class Ranks(NamedTuple):
         )
 
     def padded(self, count: int) -> tuple[Array, Array]:
-        """[count] i64 and f32; the rows that fill up are read already, and weigh nothing."""
+        """[count] i64 and f32; what fills up is the zero rank, with weight 0."""
         spare = count - len(self.rows)
-        return np.array(self.rows + self.rows[:1] * spare), np.array(self.weights + (0.0,) * spare, np.float32)
+        return np.array(self.rows + (ZERO_RANK,) * spare), np.array(self.weights + (0.0,) * spare, np.float32)
 
 
 NO_RANKS = Ranks((), ())
+
+
+class LoraWatch(NamedTuple):
+    """What is called with the use of a pool."""
+
+    lookup: Callable[[bool], None]  # for each LoRA of a request, with whether it was there
+    used: Callable[[int], None]  # with the ranks in use, when that has changed
+
+
+UNWATCHED = LoraWatch(lambda _found: None, lambda _ranks: None)
 
 
 class _Upload:
@@ -62,21 +75,14 @@ class LoraPool:
     stream does after that, or by other streams after an event of it.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        device: Device,
-        *,
-        stream: Stream,
-        on_lookup: Callable[[bool], None] = lambda _found: None,
-    ) -> None:
-        """`on_lookup` is called for each LoRA of a request with whether it was there. Raises EngineError."""
+    def __init__(self, manifest: Manifest, device: Device, *, stream: Stream, watch: LoraWatch = UNWATCHED) -> None:
+        """LoRAs are written on `stream`. Raises EngineError where the memory is full."""
         dims = manifest.dims(manifest.resolutions[0])
         self.buffer = device.allocate(LORA_POOL.shape(dims), LORA_POOL.dtype, purpose="LoRA pool")
-        self._cache = RowCache[str](dims["Q"])
+        self._cache = RowCache[str](range(ZERO_RANK + 1, dims["Q"]))
         self._uploads: dict[str, _Upload] = {}  # by the file's hash, those that are not complete
         self._stream = stream
-        self._on_lookup = on_lookup
+        self._watch = watch
         bytes_per_rank = dims["G"] * np.dtype(LORA_POOL.dtype).itemsize
         # Where the device works while the host goes on, callers do too; elsewhere parts would only make it take longer.
         self._ranks_per_call = max(_BYTES_PER_CALL // bytes_per_rank, 1) if device.pads else dims["Q"]
@@ -89,12 +95,13 @@ class LoraPool:
     def acquire(self, lora: Lora) -> tuple[int, ...]:
         """The rows for `lora`, which are kept until `release`, and have to be uploaded. Nothing is written yet."""
         found = lora.sha256 in self._cache
-        self._on_lookup(found)
+        self._watch.lookup(found)
         if found:
             self._cache.hold(lora.sha256)
         else:
             self._cache.add(lora.sha256, lora.ranks)
             self._uploads[lora.sha256] = _Upload()
+        self._watch.used(self.used)
         return self._cache[lora.sha256]
 
     def release(self, lora: Lora, last_read: Event | None = None) -> None:
@@ -103,6 +110,7 @@ class LoraPool:
         if lora.sha256 in self._uploads and not self._cache.is_used(lora.sha256):
             del self._uploads[lora.sha256]
             self._cache.discard(lora.sha256)
+        self._watch.used(self.used)
 
     def upload(self, loras: Sequence[Lora]) -> bool:
         """Write the next ranks of `loras`; returns whether that were the last ones.

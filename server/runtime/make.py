@@ -20,6 +20,7 @@ from server.runtime.decodes import DecodePriority
 from server.runtime.executor import Executor
 from server.runtime.latent_pool import Streams
 from server.runtime.line import Line
+from server.runtime.lora_pool import LoraWatch
 from server.runtime.models import Model, Models, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
@@ -105,6 +106,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
             step_cache=cache != "disabled",
             read=model.source.read,
             on_lookup=metrics.prompt_lookup,
+            lora_watch=LoraWatch(partial(metrics.lora_lookup, model.name), partial(metrics.lora_ranks, model.name)),
         )
 
     executor = Executor(

@@ -20,7 +20,7 @@ from server.requests.request import Image, Lane, Request
 from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement, Upload
 from server.runtime.encoding import Encoding
 from server.runtime.latent_pool import LatentPool, Streams, encoded, features_bytes, first_latents
-from server.runtime.lora_pool import LoraPool, Ranks
+from server.runtime.lora_pool import UNWATCHED, LoraPool, LoraWatch, Ranks
 from server.runtime.monitoring.trace import Trace
 from server.runtime.noise import StepNoise
 from server.runtime.pieces import Pieces
@@ -85,13 +85,14 @@ class Pipeline:
         decode_chunk: int | None = None,
         safety: Safety = UNCHECKED,
         on_lookup: Callable[[bool], None] = lambda _found: None,
-        on_lora_lookup: Callable[[bool], None] = lambda _found: None,
+        lora_watch: LoraWatch = UNWATCHED,
     ) -> None:
         """Allocate all memory, over `engines` that were loaded for `streams`; without the shallow step, no step cache.
 
         At most `decode_chunk` images are decoded in one call: unless given, on a GPU as many as the bundle was built
         for, and on a CPU one, since several would come no faster together. `on_lookup` is called for every chunk of a
-        prompt with whether its embeddings were cached. Raises EngineError where the memory is full.
+        prompt with whether its embeddings were cached, `lora_watch` for LoRAs. Raises EngineError where the memory is
+        full.
         """
         self._device, self._streams, self._step_times, self._trace = device, streams, step_times, trace
         self._safety = safety
@@ -100,7 +101,7 @@ class Pipeline:
         self._most_staged = max(manifest.max_rows // 2, chunk)
         self._loras = None
         if "denoise_lora" in engines:
-            self._loras = LoraPool(manifest, device, stream=streams.encode, on_lookup=on_lora_lookup)
+            self._loras = LoraPool(manifest, device, stream=streams.encode, watch=lora_watch)
         self._prompts = PromptPool(
             manifest,
             engines["encode_prompt"],
@@ -153,7 +154,7 @@ class Pipeline:
         step_cache: bool = True,
         read: Reader = Path.read_bytes,
         on_lookup: Callable[[bool], None] = lambda _found: None,
-        on_lora_lookup: Callable[[bool], None] = lambda _found: None,
+        lora_watch: LoraWatch = UNWATCHED,
     ) -> Pieces[Pipeline]:
         """Load the engines of the verified bundle in folder `bundle`, one after the other, and allocate all memory.
 
@@ -178,7 +179,7 @@ class Pipeline:
             decode_chunk=decode_chunk,
             safety=safety,
             on_lookup=on_lookup,
-            on_lora_lookup=on_lora_lookup,
+            lora_watch=lora_watch,
         )
 
     def warm_up(self, on_status: Callable[[str], None]) -> Pieces[None]:

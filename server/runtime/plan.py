@@ -12,6 +12,7 @@ from engines.contract import LANES, TERMS, Array
 from engines.schedulers import NUMBERS
 from server.requests.request import Depth
 from server.runtime.admission import Placement, RowConditioning
+from server.runtime.lora_pool import ZERO_RANK
 
 _PADDING = np.zeros(NUMBERS, np.float32)  # the scheduler's numbers for an image of the spare slot
 
@@ -164,9 +165,8 @@ def _lay_out(
 
 
 def _lora_ranks(conditioning: Sequence[tuple[Placement, RowConditioning]], rows: int, ranks: int) -> dict[str, Array]:
-    """What updates each row. Ranks without effect are one that the step reads anyway: others may be overwritten."""
-    read = next((placement.ranks.rows[0] for placement, _prompts in conditioning if placement.ranks.rows), 0)
-    index = np.full((rows, ranks), read, np.int64)
+    """What updates each row; nothing does where the ranks are the pool's zero."""
+    index = np.full((rows, ranks), ZERO_RANK, np.int64)
     weight = np.zeros((rows, ranks), np.float32)
     row = 0
     for placement, prompts in conditioning:

@@ -70,7 +70,7 @@ class PromptPool:
                 self._updated[ranks] = _bind_updated(*updated, device, buffers, ranks)
         self._stream = stream
         self._on_lookup = on_lookup
-        self._cache = RowCache[_Key](rows)
+        self._cache = RowCache[_Key](range(rows))
 
     def acquire(self, prompt: Prompt, *, clip_skip: int = 0, loras: Sequence[PlacedLora] = ()) -> tuple[int, ...]:
         """Return the rows of the embeddings of the prompt's chunks, which are kept until `release`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 from engines.backends.device import Event, Stream
@@ -18,8 +18,8 @@ class RowCache(Generic[Key]):
     used key that no request uses makes room.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._free = list(range(rows))
+    def __init__(self, rows: Iterable[int]) -> None:
+        self._free = list(rows)
         self._rows: OrderedDict[Key, tuple[int, ...]] = OrderedDict()  # least recently used first
         self._users: Counter[Key] = Counter()
         self._last_read: dict[int, Event] = {}  # by steps, of rows that were released since they were written

@@ -28,6 +28,14 @@ def fake_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fake_lora_bundle(lora_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the bundle whose graphs apply LoRAs."""
+    out = tmp_path_factory.mktemp("fake-lora") / "bundle"
+    write_bundle(lora_bundle, out, rows=(2, 4), decode_batch=2)
+    return out
+
+
+@pytest.fixture(scope="session")
 def compiled(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The bundle with engines of a backend, compiled on this machine's GPU."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache as cached
+from types import MappingProxyType
+
+import numpy as np
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, Table, table
 from server.requests.context import Caller, Priority, RequestContext
-from server.requests.request import Cache, GenerationParams, Request
+from server.requests.request import Cache, GenerationParams, Lora, Request, WeightedLora
 from server.requests.tokenizer import Chunk, Prompt
 from server.runtime.batcher import Batch, Batcher
 from server.runtime.step_times import Kind, StepTimeModel
@@ -30,7 +33,9 @@ def request(
     priority: Priority = "interactive",
     chunks: int = 1,
     model: str = "",
+    loras: Mapping[str, int] = MappingProxyType({}),
 ) -> Request:
+    """`loras` are the ranks of each, by name."""
     scale, seeds = 7.5 if guided else 1.0, tuple(range(images))
     params = GenerationParams(
         _prompt(chunks),
@@ -43,9 +48,14 @@ def request(
         isolated=isolated,
         cache=cache,
         model=model,
+        loras=tuple(WeightedLora(_lora(lora, ranks), 1.0) for lora, ranks in loras.items()),
     )
     context = RequestContext(Caller(caller))
     return Request(params, _table(steps), (), name, context, priority)
+
+
+def _lora(name: str, ranks: int) -> Lora:
+    return Lora(name, name, np.zeros((ranks, 1), np.float16), updates_unet=True, updates_text_encoder=False)
 
 
 def _prompt(chunks: int) -> Prompt:
@@ -64,10 +74,14 @@ class KnownTimes(StepTimeModel):
 
 
 def batcher(
-    *requests: Request, max_rows: int = 8, max_waiting: int = 100, seconds: Seconds = lambda _kind, _rows: 0.0
+    *requests: Request,
+    max_rows: int = 8,
+    max_waiting: int = 100,
+    lora_ranks: int = 0,
+    seconds: Seconds = lambda _kind, _rows: 0.0,
 ) -> Batcher:
     made = Batcher(max_waiting=max_waiting)
-    made.add("", max_rows=max_rows, step_times=KnownTimes(seconds))
+    made.add("", max_rows=max_rows, lora_ranks=lora_ranks, step_times=KnownTimes(seconds))
     for item in requests:
         made.submit(item)
     return made

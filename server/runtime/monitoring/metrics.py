@@ -86,6 +86,17 @@ class Metrics:
         )
         for result in ("hit", "miss"):
             self._lookups.labels(result)
+        self._lora_lookups = Counter(
+            "latentd_lora_lookups",
+            "LoRAs that requests needed, by whether the device held them; others were loaded.",
+            ["model", "result"],
+            registry=registry,
+        )
+        for model, result in product(models, ("hit", "miss")):
+            self._lora_lookups.labels(model, result)
+        self._lora_ranks = Gauge(
+            "latentd_lora_ranks_used", "Ranks of the LoRA pool that requests use.", ["model"], registry=registry
+        )
         self._broken = Counter(
             "latentd_broken_pictures",
             "Requests that failed because an image had NaN or infinity.",
@@ -143,6 +154,13 @@ class Metrics:
 
     def prompt_lookup(self, found: bool) -> None:
         self._lookups.labels("hit" if found else "miss").inc()
+
+    def lora_lookup(self, model: str, found: bool) -> None:
+        self._lora_lookups.labels(model, "hit" if found else "miss").inc()
+
+    def lora_ranks(self, model: str, used: int) -> None:
+        """Set how many ranks of the model's LoRA pool are in use."""
+        self._lora_ranks.labels(model).set(used)
 
     def rejected(self, error: ServerError) -> None:
         self.refused(type(error).__name__)

@@ -48,7 +48,13 @@ __version__ = "11.4.0.106"
 SCRATCH = 4096  # bytes that every context needs, if the engine's file names no others
 FAKE_GPU = Gpu(name="Fake", compute_capability="8.9")
 _ALIGNMENT = 256
-_INDICES = {"state": "slot", "inpaint": "slot", "context": "row_context", "features": "row_feature"}  # of pools' rows
+_INDICES = {  # of pools' rows
+    "state": "slot",
+    "inpaint": "slot",
+    "context": "row_context",
+    "features": "row_feature",
+    "lora_pool": "row_lora",
+}
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # least, best, largest shape of each input

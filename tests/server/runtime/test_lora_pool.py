@@ -16,9 +16,9 @@ from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.requests.request import Lora
 from server.runtime import lora_pool
-from server.runtime.lora_pool import LoraPool, PlacedLora, Ranks
+from server.runtime.lora_pool import ZERO_RANK, LoraPool, LoraWatch, PlacedLora, Ranks
 
-RANKS = 12  # of the pool
+RANKS = 12  # of the pool, besides the zero
 
 
 class Slow(HostStream):
@@ -65,8 +65,8 @@ def pool(manifest: Manifest, stream: Slow, found: list[bool], monkeypatch: pytes
     device = OnnxRuntimeDevice(threads=1)
     device.pads = True
     monkeypatch.setattr(lora_pool, "_BYTES_PER_CALL", 2 * 8 * 2)
-    with _dims(Q=RANKS, G=8):
-        yield LoraPool(manifest, device, stream=stream, on_lookup=found.append)
+    with _dims(Q=RANKS + 1, G=8):
+        yield LoraPool(manifest, device, stream=stream, watch=LoraWatch(found.append, lambda _ranks: None))
 
 
 @contextmanager
@@ -170,10 +170,11 @@ def test_those_in_use_stay_while_others_make_room(pool: LoraPool, stream: Slow) 
     np.testing.assert_array_equal(held(pool, rows, stream), kept.values)
     pool.release(kept)
     assert pool.used == 0
+    assert not stream.read(pool.buffer, at=ZERO_RANK).result().any()
 
 
-def test_ranks_that_fill_up_are_read_already_and_weigh_nothing() -> None:
+def test_what_no_lora_updates_reads_the_zero_rank() -> None:
     placed = [PlacedLora(lora("a", 2), 0.5, (7, 3)), PlacedLora(lora("b", 1), -1.0, (4,))]
     rows, weights = Ranks.of(placed).padded(5)
-    assert rows.tolist() == [7, 3, 4, 7, 7]
+    assert rows.tolist() == [7, 3, 4, 0, 0]
     assert weights.tolist() == [0.5, 0.5, -1.0, 0, 0]

@@ -25,7 +25,7 @@ class Followed(HostStream):
 
 
 def test_rows_of_a_key_need_not_be_adjacent() -> None:
-    cache = RowCache[str](4)
+    cache = RowCache[str](range(4))
     rows = [cache.add(key, 1)[0] for key in "abcd"]
     cache.release("a")
     cache.release("c")
@@ -34,7 +34,7 @@ def test_rows_of_a_key_need_not_be_adjacent() -> None:
 
 
 def test_no_more_are_evicted_than_necessary_and_the_rest_of_their_rows_is_free() -> None:
-    cache = RowCache[str](8)
+    cache = RowCache[str](range(8))
     for key, count in (("a", 5), ("b", 3)):
         cache.add(key, count)
         cache.release(key)
@@ -46,7 +46,7 @@ def test_no_more_are_evicted_than_necessary_and_the_rest_of_their_rows_is_free()
 
 
 def test_who_has_used_a_key_last_keeps_it_the_longest() -> None:
-    cache = RowCache[str](2)
+    cache = RowCache[str](range(2))
     for key in "ab":
         cache.add(key, 1)
         cache.release(key)
@@ -57,7 +57,7 @@ def test_who_has_used_a_key_last_keeps_it_the_longest() -> None:
 
 
 def test_a_key_is_in_use_until_everyone_has_released_it() -> None:
-    cache = RowCache[str](1)
+    cache = RowCache[str](range(1))
     cache.add("a", 1)
     cache.hold("a")
     cache.release("a")
@@ -70,7 +70,7 @@ def test_a_key_is_in_use_until_everyone_has_released_it() -> None:
 
 def test_a_row_remembers_its_last_reader_although_its_key_is_gone() -> None:
     """The rest of what is evicted is free, and may still be read."""
-    cache, stream, read = RowCache[str](4), Followed(), HostEvent()
+    cache, stream, read = RowCache[str](range(4)), Followed(), HostEvent()
     cache.add("a", 4)
     cache.release("a", read)
     first = cache.add("b", 1)
@@ -84,7 +84,7 @@ def test_a_row_remembers_its_last_reader_although_its_key_is_gone() -> None:
 
 
 def test_a_key_that_was_not_written_frees_its_rows_and_keeps_their_readers() -> None:
-    cache, stream, read = RowCache[str](1), Followed(), HostEvent()
+    cache, stream, read = RowCache[str](range(1)), Followed(), HostEvent()
     cache.add("a", 1)
     cache.release("a", read)
     stream.broken = True
