@@ -29,7 +29,7 @@ def samples(metrics: Metrics) -> Mapping[tuple[str, ...], float]:
 def test_outcomes_and_refusals_have_their_series_before_the_first() -> None:
     found = samples(Metrics(max_rows=2, models=["a", "b"]))
     outcomes = {name[1:]: value for name, value in found.items() if name[0] == "latentd_requests_total"}
-    assert outcomes == {(api, outcome, model): 0 for api in APIS for outcome in OUTCOMES for model in "ab"}
+    assert outcomes == {(api, model, outcome): 0 for api in APIS for outcome in OUTCOMES for model in "ab"}
     reasons = {name[1]: value for name, value in found.items() if name[0] == "latentd_requests_rejected_total"}
     assert reasons == {
         error.__name__: 0 for error in STATUS if error not in (StepFailed, BrokenPicture, ContentBlocked)
