@@ -110,9 +110,7 @@ def written(lora_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder, {lora.name: lora for lora in write_loras(folder, Manifest.read(lora_bundle))}
 
 
-@pytest.mark.parametrize(
-    "chosen", [[("kohya-both", 1.0)], [("kohya-both", 0.8), ("diffusers-unet", -0.6)], [("early-both", 1.0)]]
-)
+@pytest.mark.parametrize("chosen", [[("kohya", 1.0)], [("kohya", 0.8), ("diffusers-unet", -0.6)], [("early", 1.0)]])
 def test_the_picture_is_diffusers_own_with_the_loras_fused(
     cpu_caller: LoraCaller, reference: Any, written: tuple[Path, dict[str, WrittenLora]], chosen: Chosen
 ) -> None:
