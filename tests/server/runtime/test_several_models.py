@@ -268,7 +268,7 @@ def test_unloading_frees_what_loading_took(gpu: FakeMachine) -> None:
     with gpu.running(others=[second(gpu, at_start=False)]) as running:
         assert running.ask(**BRIEF).outcome_name() == "Completed"
         held = []
-        for _ in range(4):
+        for _ in range(2):
             before = len(gpu.cuda.live()), gpu.cuda.graphs
             running.models.load("other")
             reaches(running, "ready")
@@ -277,7 +277,7 @@ def test_unloading_frees_what_loading_took(gpu: FakeMachine) -> None:
             running.models.unload("other")
             reaches(running, "unloaded")
             held.append((len(gpu.cuda.live()) - before[0], gpu.cuda.graphs - before[1]))
-        assert held == [(0, 0)] * 4
+        assert held == [(0, 0)] * 2
         assert len(gpu.cuda._streams) == 3
 
 
