@@ -305,7 +305,8 @@ def test_the_curve_is_measured_before_ready_and_exported(machine: Machine) -> No
         measured = set(rows) if running.device.pads else {rows[0], rows[-1]}
         assert all(set(curve) == measured for curve in curves.values())
         assert all(seconds > 0 for curve in curves.values() for seconds in curve.values())
-        exported = f'latentd_step_time_estimate_seconds{{depth="shallow",rows="{rows[-1]}",size="32x32"}}'
+        labels = f'depth="shallow",model="{running.manifest.name}",rows="{rows[-1]}",size="32x32"'
+        exported = f"latentd_step_time_estimate_seconds{{{labels}}}"
         assert exported in running.metrics.render().decode()
 
 
