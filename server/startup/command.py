@@ -14,6 +14,7 @@ from engines.cli import parse
 from engines.errors import EngineError
 from server.access.keys import KeyFileError
 from server.runtime.failures import StartStopped
+from server.runtime.models import Models
 from server.startup import logs
 from server.startup.http_server import listen, make_http_server, url_of
 from server.startup.memory import return_large_blocks
@@ -49,7 +50,7 @@ def _serve(settings: ServerSettings, bundles: Sequence[OpenedBundle], signals: S
 
     def on_ready() -> None:
         if not server.should_exit:  # else it is ready too late, and its socket is closed
-            _print(_ready_message(bundles, url_of(listener)))
+            _print(_ready_message(service.models, url_of(listener)))
 
     def on_failure(error: Exception) -> None:
         nonlocal exit_code
@@ -91,14 +92,13 @@ def _serve(settings: ServerSettings, bundles: Sequence[OpenedBundle], signals: S
     return exit_code
 
 
-def _ready_message(bundles: Sequence[OpenedBundle], url: str) -> str:
-    first, *others = bundles
-    prompt = json.dumps(
-        {"prompt": next(iter(first.manifest.examples), "a red heart on a yellow background"), "seed": 7}
-    )
-    loaded = ", ".join(bundle.name for bundle in others if bundle.at_start)
+def _ready_message(models: Models, url: str) -> str:
+    first, others = models.default, [model.name for model in models if model.ready and model is not models.default]
+    example = next(iter(first.manifest.examples), "a red heart on a yellow background")
+    prompt = json.dumps({"prompt": example, "seed": 7})
+    loaded = f", with {', '.join(others)}," if others else ""
     return f"""
-{first.name}{loaded and f", with {loaded},"} is ready: open {url}
+{first.name}{loaded} is ready: open {url}
 
   curl -s -H 'Content-Type: application/json' -H 'Accept: image/png' \\
     -d {shlex.quote(prompt)} {url}/generate > picture.png
