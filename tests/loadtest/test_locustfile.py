@@ -10,16 +10,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from engines.demo import BUNDLE as DEMO
 from tests import ROOT
+from tests.support.bare_server import wait_until
 from tests.support.serving import Serving
 
 PROMPT = "a red heart on a yellow background"
+_SOME = 8  # requests
 _LONGEST_PAUSE = 5  # seconds, of a user that was refused
 
 pytestmark = pytest.mark.skipif(
@@ -75,7 +77,14 @@ def completed(serving: Serving) -> float:
     return sum(value for name, value in counts if name.startswith("latentd_requests_total") and "completed" in name)
 
 
-def run_words(url: str, seconds: int = 3) -> list[str]:
+def stop_once(process: subprocess.Popen[str], condition: Callable[[], bool]) -> tuple[int, str]:
+    """End the run once `condition` holds; return the exit code and the output."""
+    wait_until(condition, seconds=90)
+    process.send_signal(signal.SIGTERM)
+    return end(process)
+
+
+def run_words(url: str, seconds: int = 120) -> list[str]:
     return ["--host", url, "--users", "2", "--spawn-rate", "2", "--run-time", f"{seconds}s", "--stop-timeout", "60"]
 
 
@@ -83,13 +92,14 @@ def run_words(url: str, seconds: int = 3) -> list[str]:
 def test_every_entry_is_counted_by_its_name(demo: Serving, response_format: str, mix: Path, tmp_path: Path) -> None:
     before = completed(demo)
     words = [*run_words(demo.url), "--mix", str(mix), "--format", response_format, "--stages"]
-    code, said = end(start(*words, "--csv", str(tmp_path / "run"), "--json-file", str(tmp_path / "run")))
+    run = start(*words, "--csv", str(tmp_path / "run"), "--json-file", str(tmp_path / "run"))
+    code, said = stop_once(run, lambda: completed(demo) >= before + _SOME)
     assert code == 0, said
     done = completed(demo) - before
     found = counted(tmp_path / "run")
     assert found.keys() == {"POST", "stage"}
     assert found["POST"].keys() <= {"line 1", "line 2"}
-    assert sum(count for count, _ in found["POST"].values()) == done > 0
+    assert sum(count for count, _ in found["POST"].values()) == done >= _SOME
     assert not any(failures for _, failures in found["POST"].values())
     assert found["stage"] == dict.fromkeys(("queue", "encode", "denoise", "decode", "image"), (done, 0))
     assert "stage,denoise," in (tmp_path / "run_stats.csv").read_text()
@@ -103,7 +113,7 @@ def test_workers_receive_the_mix_from_the_master(demo: Serving, mix: Path, tmp_p
     bound = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port]
     master = start(*words, "--master", "--expect-workers", "1", *bound)
     worker = start("--worker", "--master-host", "127.0.0.1", "--master-port", port)
-    code, said = end(master)
+    code, said = stop_once(master, lambda: completed(demo) >= before + _SOME)
     worker_code, worker_said = end(worker)
     assert code == 0, said
     assert worker_code == 0, worker_said
@@ -119,7 +129,15 @@ def test_refusals_are_counted_and_followed_by_a_pause(mix: Path) -> None:
     """With many users and a queue of one, most are refused, and return after Retry-After."""
     users = 24
     with Serving(DEMO, "--max-waiting", "1") as serving:
-        words = [*run_words(serving.url), "--users", str(users), "--spawn-rate", str(users), "--mix", str(mix)]
+        words = [
+            *run_words(serving.url, seconds=3),
+            "--users",
+            str(users),
+            "--spawn-rate",
+            str(users),
+            "--mix",
+            str(mix),
+        ]
         code, said = end(start(*words))
         refused = serving.metrics()['latentd_requests_rejected_total{reason="QueueFull"}']
     assert code == 1
@@ -131,7 +149,7 @@ def test_refusals_are_counted_and_followed_by_a_pause(mix: Path) -> None:
 def test_failing_server_is_counted_as_failures() -> None:
     """Some images arrive before its device is lost; then its process ends."""
     with Serving(DEMO, "is-lost", module="tests.support.broken_server") as serving:
-        words = [*run_words(serving.url, seconds=120), "--steps", "8"]
+        words = [*run_words(serving.url), "--steps", "8"]
         process = start(*words)
         assert serving.process.wait(60) == 70
         time.sleep(_LONGEST_PAUSE + 1)  # then every user has tried again
