@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -79,10 +80,14 @@ class Serving:
         return self.client.post("/generate", json=fields)
 
     def metrics(self) -> dict[str, float]:
-        """`GET /metrics`: each value by its name and labels."""
+        """`GET /metrics`: each value by its name and labels, and by its name alone the sum over all labels."""
         lines = self.client.get("/metrics").text.splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
+        values = {name: float(value) for name, _, value in pairs}
+        sums: defaultdict[str, float] = defaultdict(float)
+        for name, value in values.items():
+            sums[name.partition("{")[0]] += value
+        return {**sums, **values}
 
     def logged(self, text: str, seconds: float = 10) -> bool:
         """Whether `text` is on standard error. Answers come sooner than lines, which are waited for."""
