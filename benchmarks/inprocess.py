@@ -23,10 +23,10 @@ from loadtest.arrivals import Arrival
 from server.requests.errors import BrokenPicture, Cancelled, NotReady
 from server.requests.request import Completed, Event, Failed, Request
 from server.requests.schemas import GenerateRequest
-from server.runtime.decodes import DecodePriority
 from server.runtime.make import make_runtime
 from server.runtime.models import ModelSource
 from server.runtime.monitoring.trace import Trace
+from server.runtime.pipeline.streams import DecodePriority
 
 _HANG_FACTOR = 20  # as in the server's settings
 _MAX_WAITING = 100_000  # no request is rejected

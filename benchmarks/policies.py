@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from server.requests.request import Request
-from server.runtime.line import Line
+from server.runtime.batching.line import Line
 
 
 class RequestLevelLine(Line):

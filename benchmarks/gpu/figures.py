@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.lora.results import TimedSteps
 from loadtest.analysis.statistics import Spread, goodput, percentile
 from loadtest.provenance import ResultModel
-from server.runtime.decodes import DecodePriority
+from server.runtime.pipeline.streams import DecodePriority
 
 Policy = Literal["by step", "by request"]
 POLICIES: tuple[Policy, ...] = ("by step", "by request")

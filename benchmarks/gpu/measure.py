@@ -40,7 +40,7 @@ from benchmarks.spans import (
 from engines.backends.available import precision_of
 from loadtest.analysis.statistics import Spread
 from loadtest.arrivals import Arrival, poisson
-from server.runtime.decodes import DecodePriority
+from server.runtime.pipeline.streams import DecodePriority
 
 _LORAS, _RANKS, _ROUNDS = (1, 4, 8), (4, 16, 32, 64), 3
 

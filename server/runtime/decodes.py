@@ -5,16 +5,12 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
 
 from engines.errors import DeviceLost
 from server.requests.errors import BrokenPicture, ContentBlocked
 from server.requests.request import Failed, Outcome
 from server.runtime import failures
-from server.runtime.admission import PendingDecode
-
-# Whether decodes share a GPU with steps at the same priority, wait for what steps leave, or are launched between them.
-DecodePriority = Literal["equal", "low", "between"]
+from server.runtime.pipeline.admission import PendingDecode
 
 _log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from engines.backends.device import Device
 from engines.errors import DeviceLost, EngineError
 from server.requests.request import Failed, Request
 from server.runtime import failures
-from server.runtime.batcher import Batch, Batcher
+from server.runtime.batching.batcher import Batch, Batcher
 from server.runtime.held_requests import HeldRequests
-from server.runtime.latent_pool import Streams
 from server.runtime.loading import Loader, MakePipeline
 from server.runtime.models import Models, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.stacks import stacks
 from server.runtime.monitoring.trace import Trace
 from server.runtime.monitoring.watchdog import Watchdog
-from server.runtime.pipeline import Pipeline
+from server.runtime.pipeline.pipeline import Pipeline
+from server.runtime.pipeline.streams import Streams
 from server.runtime.steps import Steps
 
 _log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from functools import partial
 from engines.errors import DeviceLost
 from server.requests.request import Failed, Outcome, Request, Started
 from server.runtime import failures
-from server.runtime.admission import Admission, Owned, Placement, Upload
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
 from server.runtime.models import Models
 from server.runtime.monitoring.trace import Trace
 from server.runtime.monitoring.watchdog import Watchdog
-from server.runtime.pipeline import Pipeline
+from server.runtime.pipeline.admission import Admission, Owned, Placement, Upload
+from server.runtime.pipeline.pipeline import Pipeline
 
 
 class HeldRequests:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.requests.request import Lane
-from server.runtime.plan import StepShape
+from server.runtime.pipeline.plan import StepShape
 
 _JITTER = 0.05  # of a step: how much less than the least of the last ones it may take
 _WAKING = 0.001  # seconds: an operating system may wake a thread so late

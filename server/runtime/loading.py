@@ -15,13 +15,13 @@ from engines.manifest import Manifest
 from server.requests.errors import ContentBlocked, ServerError
 from server.requests.request import Failed, Request
 from server.runtime import failures
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
 from server.runtime.held_requests import HeldRequests
-from server.runtime.latent_pool import Streams
 from server.runtime.models import LoadedModel, Model, Models, OnStatus, Stopped
 from server.runtime.monitoring.watchdog import Watchdog
-from server.runtime.pieces import Pieces
-from server.runtime.pipeline import Pipeline
+from server.runtime.pipeline.pieces import Pieces
+from server.runtime.pipeline.pipeline import Pipeline
+from server.runtime.pipeline.streams import Streams
 from server.runtime.steps import Steps
 
 _log = logging.getLogger(__name__)

@@ -15,17 +15,16 @@ from server.requests.intake import Intake
 from server.requests.loras import Loras
 from server.requests.request import StepCache
 from server.requests.tokenizer import PromptTokenizer
-from server.runtime.batcher import Batcher
-from server.runtime.decodes import DecodePriority
+from server.runtime.batching.batcher import Batcher
+from server.runtime.batching.line import Line
 from server.runtime.executor import Executor
-from server.runtime.latent_pool import Streams
-from server.runtime.line import Line
-from server.runtime.lora_pool import LoraWatch
 from server.runtime.models import Model, Models, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
-from server.runtime.pieces import Pieces
-from server.runtime.pipeline import Pipeline
+from server.runtime.pipeline.lora_pool import LoraWatch
+from server.runtime.pipeline.pieces import Pieces
+from server.runtime.pipeline.pipeline import Pipeline
+from server.runtime.pipeline.streams import DecodePriority, Streams
 
 _log = logging.getLogger(__name__)
 

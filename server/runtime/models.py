@@ -16,11 +16,11 @@ from server.requests.errors import FieldError, ModelNotLoaded, UnknownModel
 from server.requests.intake import Intake
 from server.requests.request import Request
 from server.requests.schemas import GenerateRequest
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
+from server.runtime.batching.step_times import StepTimeModel
 from server.runtime.monitoring.health import Health
-from server.runtime.pipeline import Pipeline
-from server.runtime.safety import UNCHECKED, Safety
-from server.runtime.step_times import StepTimeModel
+from server.runtime.pipeline.pipeline import Pipeline
+from server.runtime.pipeline.safety import UNCHECKED, Safety
 
 State = Literal["unloaded", "loading", "ready", "unloading", "failed"]
 OnStatus = Callable[[str], None]  # called with what the runtime is doing, in a few words

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from engines.errors import EngineError
 from server.requests.request import Request, Stepped
-from server.runtime.admission import Finished, PendingDecode, Placement
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
+from server.runtime.batching.step_times import kind_of
 from server.runtime.decodes import PendingDecodes, outcome_of
 from server.runtime.held_requests import HeldRequests
 from server.runtime.launch_timing import LaunchTiming
@@ -17,10 +17,10 @@ from server.runtime.models import Models
 from server.runtime.monitoring.metrics import Metrics
 from server.runtime.monitoring.trace import Trace
 from server.runtime.monitoring.watchdog import Watchdog
-from server.runtime.noise import NoiseAhead
-from server.runtime.pipeline import InFlightStep, Pipeline
-from server.runtime.plan import Plan
-from server.runtime.step_times import kind_of
+from server.runtime.pipeline.admission import Finished, PendingDecode, Placement
+from server.runtime.pipeline.noise import NoiseAhead
+from server.runtime.pipeline.pipeline import InFlightStep, Pipeline
+from server.runtime.pipeline.plan import Plan
 
 _MAX_IN_FLIGHT = 2  # steps: one that the device computes, and one that it finds when it is done
 

@@ -24,12 +24,12 @@ from engines.backends.registry import open_device
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
+from server.runtime.batching.step_times import Kind, StepTimeModel
 from server.runtime.failures import StartStopped
-from server.runtime.latent_pool import Streams
 from server.runtime.monitoring.trace import Trace
-from server.runtime.pieces import at_once
-from server.runtime.pipeline import Pipeline
-from server.runtime.step_times import Kind, StepTimeModel
+from server.runtime.pipeline.pieces import at_once
+from server.runtime.pipeline.pipeline import Pipeline
+from server.runtime.pipeline.streams import Streams
 
 _log = logging.getLogger(__name__)
 _POLL = 0.1  # seconds between checks of whether to stop

@@ -9,8 +9,8 @@ from engines.backends.registry import install_command
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.api.prompt_check import PromptCheck
-from server.runtime.opennsfw import OpenNsfw, is_installed
-from server.runtime.safety import UNCHECKED, Mode, Safety
+from server.runtime.pipeline.opennsfw import OpenNsfw, is_installed
+from server.runtime.pipeline.safety import UNCHECKED, Mode, Safety
 
 _ADVICE = (
     "write package.module:function, of a module that can be imported (PYTHONPATH) and a function that takes the prompt "

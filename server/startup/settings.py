@@ -17,8 +17,8 @@ from engines.demo import BUNDLE as DEMO
 from server.access.hosts import ALLOWED
 from server.access.rates import check_rate
 from server.requests.request import StepCache
-from server.runtime.decodes import DecodePriority
-from server.runtime.safety import Mode
+from server.runtime.pipeline.safety import Mode
+from server.runtime.pipeline.streams import DecodePriority
 from server.startup.logs import LogFormat
 
 AUTO = "auto"  # a value of `backend`

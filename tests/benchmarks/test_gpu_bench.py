@@ -64,7 +64,7 @@ from loadtest.arrivals import poisson
 from loadtest.provenance import Environment, Run
 from server.requests.request import GenerationParams, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
 
 SHORT = ["--steps", "2,4", "--runs", "2", "--seconds", "0.3", "--serve-seconds", "0.5", "--threads", "1"]
 

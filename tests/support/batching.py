@@ -13,8 +13,8 @@ from engines.schedulers import Scheduler, Table, table
 from server.requests.context import Caller, Priority, RequestContext
 from server.requests.request import Cache, GenerationParams, Lora, Request, WeightedLora
 from server.requests.tokenizer import Chunk, Prompt
-from server.runtime.batcher import Batch, Batcher
-from server.runtime.step_times import Kind, StepTimeModel
+from server.runtime.batching.batcher import Batch, Batcher
+from server.runtime.batching.step_times import Kind, StepTimeModel
 
 SMALL, LARGE = Size(width=64, height=64), Size(width=128, height=64)
 Seconds = Callable[[Kind, int], float]

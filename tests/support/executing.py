@@ -19,10 +19,10 @@ from engines.contract import GraphName
 from engines.manifest import Manifest
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
 from server.requests.schemas import GenerateRequest
-from server.runtime.decodes import DecodePriority
 from server.runtime.make import make_runtime
 from server.runtime.models import LoadedModel, ModelSource
 from server.runtime.monitoring.trace import Trace
+from server.runtime.pipeline.streams import DecodePriority
 
 SECONDS = 60  # that a test waits for what must come
 

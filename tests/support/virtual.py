@@ -22,11 +22,12 @@ from engines.demo import BUNDLE
 from engines.manifest import Manifest
 from server.requests.request import Event as Heard
 from server.requests.schemas import GenerateRequest
-from server.runtime import executor, loading, steps, warm_up
+from server.runtime import executor, loading, steps
 from server.runtime.make import make_runtime
 from server.runtime.models import ModelSource
 from server.runtime.monitoring import trace as trace_module
 from server.runtime.monitoring.trace import Trace
+from server.runtime.pipeline import warm_up
 
 
 class Clock:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from server.api.event_queue import EventQueue
 from server.requests.request import Event, Request, Started, Stepped
 from server.requests.schemas import QueuedEvent
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
 
 KEEPALIVE_SECONDS = 15.0
 _POLL_SECONDS = 1.0  # between looks at the position in the queue

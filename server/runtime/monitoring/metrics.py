@@ -15,7 +15,7 @@ from engines.manifest import Manifest
 from server.requests.context import APIS
 from server.requests.errors import STATUS, BrokenPicture, Cancelled, ContentBlocked, ServerError, StepFailed
 from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
-from server.runtime.step_times import StepTimeModel
+from server.runtime.batching.step_times import StepTimeModel
 
 _STAGES: tuple[Stage | Literal["image"], ...] = (*get_args(Stage), "image")  # the last is making files of pixels
 _OUTCOMES = ("completed", "failed", "cancelled", "blocked")

@@ -14,8 +14,8 @@ from engines.backends.cuda import CudaStream
 from engines.backends.host import HostStream
 from engines.errors import EngineError
 from server.requests.request import Completed, Request, Stepped
-from server.runtime.admission import Admission, PendingDecode, Placement, Upload
-from server.runtime.decodes import DecodePriority
+from server.runtime.pipeline.admission import Admission, PendingDecode, Placement, Upload
+from server.runtime.pipeline.streams import DecodePriority
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
 

@@ -17,10 +17,10 @@ from engines.accuracy import psnr
 from engines.contract import GraphName
 from engines.errors import DeviceLost, EngineError
 from server.requests.request import DEPTHS, Image
-from server.runtime.admission import Owned, Placement
 from server.runtime.monitoring import watchdog
 from server.runtime.monitoring.trace import Trace
-from server.runtime.noise import NoiseGenerator
+from server.runtime.pipeline.admission import Owned, Placement
+from server.runtime.pipeline.noise import NoiseGenerator
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
 
@@ -384,7 +384,9 @@ def test_pictures_are_decoded_in_chunks_as_large_as_the_bundle_allows(gpu: FakeM
 
 
 def test_everything_is_bound_and_recorded_before_ready(gpu: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.runtime.latent_pool._MOST_BOUND", 1)  # which is for devices that record nothing
+    monkeypatch.setattr(
+        "server.runtime.pipeline.latent_pool._MOST_BOUND", 1
+    )  # which is for devices that record nothing
     with gpu.running() as running:
         bound, memory = len(running.device.bound), running.device.memory()
         recorded, launched = gpu.cuda.calls["cudaGraphLaunch"], sum(running.device.launches.values())

@@ -10,8 +10,8 @@ import pytest
 
 from engines.backends.tensorrt import TensorRtDevice
 from engines.errors import EngineError
-from server.runtime.latent_pool import LatentPool
-from server.runtime.pipeline import Pipeline
+from server.runtime.pipeline.latent_pool import LatentPool
+from server.runtime.pipeline.pipeline import Pipeline
 from server.runtime.steps import Steps
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.support.executing import Asked, Running

@@ -12,7 +12,7 @@ from engines.accuracy import psnr
 from engines.backends.cuda import CudaStream
 from server.requests.request import Image
 from server.requests.tokenizer import Chunk, Prompt
-from server.runtime.row_cache import RowCache
+from server.runtime.pipeline.row_cache import RowCache
 from tests.engines.backends.fake_cuda import ByPriority, FakeCuda, Seeded
 from tests.engines.backends.fake_tensorrt import fake_device
 from tests.support.executing import Running

@@ -12,7 +12,7 @@ import pytest
 from engines.manifest import Size
 from server.requests.request import Completed, Event, Lane, Stepped
 from server.runtime.launch_timing import Key, LaunchTiming
-from server.runtime.plan import StepShape
+from server.runtime.pipeline.plan import StepShape
 from tests.support.virtual import VirtualDevice, VirtualRun
 
 STEP = 0.02  # seconds

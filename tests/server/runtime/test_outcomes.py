@@ -13,8 +13,8 @@ import pytest
 
 from engines.errors import DeviceLost, EngineError
 from server.requests.errors import NotReady
-from server.runtime.admission import PendingDecode
-from server.runtime.pipeline import Pipeline
+from server.runtime.pipeline.admission import PendingDecode
+from server.runtime.pipeline.pipeline import Pipeline
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
 

@@ -19,10 +19,10 @@ from engines.demo import BUNDLE
 from engines.errors import DeviceLost, EngineError
 from engines.manifest import Manifest
 from server.requests.errors import ModelNotLoaded, NotReady, UnknownModel
-from server.runtime.admission import DecodeCall
 from server.runtime.failures import StartStopped
-from server.runtime.latent_pool import LatentPool
 from server.runtime.models import ModelSource, OnStatus, State, Stopped, needed_memory
+from server.runtime.pipeline.admission import DecodeCall
+from server.runtime.pipeline.latent_pool import LatentPool
 from tests.server.runtime.test_executor import alike
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine

@@ -14,11 +14,11 @@ from server.requests.intake import Intake
 from server.requests.request import Cache, StepCache
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
-from server.runtime.latent_pool import Streams
+from server.runtime.batching.step_times import StepTimeModel
 from server.runtime.monitoring.trace import Trace
-from server.runtime.pieces import at_once
-from server.runtime.pipeline import Pipeline
-from server.runtime.step_times import StepTimeModel
+from server.runtime.pipeline.pieces import at_once
+from server.runtime.pipeline.pipeline import Pipeline
+from server.runtime.pipeline.streams import Streams
 from tests import ROOT
 
 DEMO = ROOT / "engines" / "demo"

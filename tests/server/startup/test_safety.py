@@ -10,8 +10,8 @@ import pytest
 
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from server.runtime.opennsfw import OpenNsfw
-from server.runtime.safety import Mode
+from server.runtime.pipeline.opennsfw import OpenNsfw
+from server.runtime.pipeline.safety import Mode
 from server.startup import safety
 from server.startup.safety import choose_safety, load_prompt_check
 from tests.support import prompt_checks

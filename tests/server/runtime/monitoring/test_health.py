@@ -9,8 +9,8 @@ import pytest
 from engines.errors import EngineError
 from server.requests.errors import BrokenPicture, Cancelled, InvalidRequest, QueueFull, StepFailed
 from server.requests.request import Completed, Failed, Outcome
-from server.runtime.admission import PendingDecode
 from server.runtime.monitoring.health import Health
+from server.runtime.pipeline.admission import PendingDecode
 from tests.support.machines import Machine
 
 BROKEN = Failed(BrokenPicture("NaN"))

@@ -17,19 +17,28 @@ from engines.contract import GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
 from server.requests.request import Image, Lane, Request
-from server.runtime.admission import Admission, DecodeCall, DecodedImage, Finished, PendingDecode, Placement, Upload
-from server.runtime.encoding import Encoding
-from server.runtime.latent_pool import LatentPool, Streams, encoded, features_bytes, first_latents
-from server.runtime.lora_pool import UNWATCHED, LoraPool, LoraWatch, Ranks
+from server.runtime.batching.step_times import Kind, StepTimeModel, kind_of
 from server.runtime.monitoring.trace import Trace
-from server.runtime.noise import StepNoise
-from server.runtime.pieces import Pieces
-from server.runtime.plan import Plan, RowLayout, StepShape, make_plan, step_shape
-from server.runtime.prompt_pool import PromptPool
-from server.runtime.safety import UNCHECKED, Safety
-from server.runtime.step_shapes import StepShapes
-from server.runtime.step_times import Kind, StepTimeModel, kind_of
-from server.runtime.warm_up import WarmUp
+from server.runtime.pipeline.admission import (
+    Admission,
+    DecodeCall,
+    DecodedImage,
+    Finished,
+    PendingDecode,
+    Placement,
+    Upload,
+)
+from server.runtime.pipeline.encoding import Encoding
+from server.runtime.pipeline.latent_pool import LatentPool, encoded, features_bytes, first_latents
+from server.runtime.pipeline.lora_pool import UNWATCHED, LoraPool, LoraWatch, Ranks
+from server.runtime.pipeline.noise import StepNoise
+from server.runtime.pipeline.pieces import Pieces
+from server.runtime.pipeline.plan import Plan, RowLayout, StepShape, make_plan, step_shape
+from server.runtime.pipeline.prompt_pool import PromptPool
+from server.runtime.pipeline.safety import UNCHECKED, Safety
+from server.runtime.pipeline.step_shapes import StepShapes
+from server.runtime.pipeline.streams import Streams
+from server.runtime.pipeline.warm_up import WarmUp
 
 _log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.admission import Placement
-from server.runtime.noise import NoiseGenerator, StepNoise
-from server.runtime.plan import StepShape, make_plan, step_shape
+from server.runtime.pipeline.admission import Placement
+from server.runtime.pipeline.noise import NoiseGenerator, StepNoise
+from server.runtime.pipeline.plan import StepShape, make_plan, step_shape
 
 LATENT = (4, 8, 8)
 SPARE = 8

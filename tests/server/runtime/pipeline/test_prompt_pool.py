@@ -12,7 +12,7 @@ from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.requests.tokenizer import Chunk, Prompt
-from server.runtime.prompt_pool import PromptPool
+from server.runtime.pipeline.prompt_pool import PromptPool
 
 
 class Recorder:

@@ -16,8 +16,8 @@ from engines.schedulers import Scheduler, table
 from server.requests.errors import BrokenPicture, ContentBlocked
 from server.requests.request import GenerationParams, Image, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.admission import DecodeCall, DecodedImage, PendingDecode
-from server.runtime.safety import UNCHECKED, Mode, Safety
+from server.runtime.pipeline.admission import DecodeCall, DecodedImage, PendingDecode
+from server.runtime.pipeline.safety import UNCHECKED, Mode, Safety
 
 
 @dataclass

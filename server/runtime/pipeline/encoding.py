@@ -9,12 +9,13 @@ from engines.backends.device import Event
 from engines.manifest import Size
 from server.requests.request import Lora, Request, WeightedLora
 from server.requests.tokenizer import Prompt
-from server.runtime.admission import Admission, Upload
-from server.runtime.latent_pool import LatentPool, Streams
-from server.runtime.lora_pool import LoraPool, PlacedLora
 from server.runtime.monitoring.trace import Trace
-from server.runtime.noise import NoiseGenerator
-from server.runtime.prompt_pool import PromptPool
+from server.runtime.pipeline.admission import Admission, Upload
+from server.runtime.pipeline.latent_pool import LatentPool
+from server.runtime.pipeline.lora_pool import LoraPool, PlacedLora
+from server.runtime.pipeline.noise import NoiseGenerator
+from server.runtime.pipeline.prompt_pool import PromptPool
+from server.runtime.pipeline.streams import Streams
 
 
 class Encoding:

@@ -9,8 +9,8 @@ import pytest
 from server.requests.context import Priority
 from server.requests.errors import ModelNotLoaded
 from server.requests.request import Request
-from server.runtime.batcher import Batcher
-from server.runtime.fair_models import FairModels
+from server.runtime.batching.batcher import Batcher
+from server.runtime.batching.fair_models import FairModels
 from tests.support.batching import LARGE, SMALL, KnownTimes, request, step
 
 SECONDS = {"quick": 0.01, "slow": 0.1}

@@ -13,8 +13,8 @@ from engines.contract import LORA_POOL
 from engines.manifest import Manifest
 from engines.row_buckets import rank_buckets
 from server.requests.tokenizer import Chunk, Prompt
-from server.runtime.lora_pool import PlacedLora, Ranks
-from server.runtime.row_cache import RowCache
+from server.runtime.pipeline.lora_pool import PlacedLora, Ranks
+from server.runtime.pipeline.row_cache import RowCache
 
 
 class _Key(NamedTuple):

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from engines.manifest import Size
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.request import Flow, Request
-from server.runtime.fair_steps import fair_rows
-from server.runtime.line import Line
-from server.runtime.lora_room import LoraRoom
-from server.runtime.step_times import StepTimeModel, kind_of
+from server.runtime.batching.fair_steps import fair_rows
+from server.runtime.batching.line import Line
+from server.runtime.batching.lora_room import LoraRoom
+from server.runtime.batching.step_times import StepTimeModel, kind_of
 
 _UNMEASURED = 1.0  # seconds that a step counts for while none was measured: models take turns then
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from engines.manifest import Size
 from server.requests.context import Priority
 from server.requests.request import Flow, Request
-from server.runtime.batcher import Batcher
-from server.runtime.fair_steps import fair_rows
-from server.runtime.step_times import Kind
+from server.runtime.batching.batcher import Batcher
+from server.runtime.batching.fair_steps import fair_rows
+from server.runtime.batching.step_times import Kind
 from tests.support.batching import LARGE, SMALL, Seconds, batcher, request, step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.requests.request import Request
-from server.runtime.line import Line
+from server.runtime.batching.line import Line
 
 
 class LoraRoom:

@@ -11,7 +11,7 @@ import pytest
 from engines.contract import MAX_CHUNKS
 from server.requests.errors import InvalidRequest, NotReady, QueueFull
 from server.requests.request import Request
-from server.runtime.batcher import Batch, Batcher
+from server.runtime.batching.batcher import Batch, Batcher
 from tests.support.batching import LARGE, SMALL, batcher, request, step
 
 

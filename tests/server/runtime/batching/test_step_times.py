@@ -8,7 +8,7 @@ from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.step_times import Kind, StepTimeModel
+from server.runtime.batching.step_times import Kind, StepTimeModel
 
 SIZE = Size(width=64, height=64)
 KIND: Kind = (SIZE, "full")

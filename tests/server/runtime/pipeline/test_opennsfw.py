@@ -12,8 +12,8 @@ import pytest
 
 from engines.errors import EngineError
 from server.requests.request import Image
-from server.runtime import opennsfw
-from server.runtime.opennsfw import OpenNsfw
+from server.runtime.pipeline import opennsfw
+from server.runtime.pipeline.opennsfw import OpenNsfw
 
 
 def even(*colour: int) -> Image:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.runtime.noise import NoiseAhead, NoiseGenerator, StepNoise
+from server.runtime.pipeline.noise import NoiseAhead, NoiseGenerator, StepNoise
 
 SEEDS = [0, 1, 42, 2**32 - 1, 2**32 + 5, 2**63]
 SHAPE = (4, 8, 8)

@@ -27,37 +27,15 @@ from engines.contract import (
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from server.requests.request import DEPTHS, Depth, Image, Mask, Request
-from server.runtime.admission import DecodeCall
-from server.runtime.decodes import DecodePriority
-from server.runtime.noise import NoiseGenerator
-from server.runtime.plan import Plan, StepShape
+from server.runtime.pipeline.admission import DecodeCall
+from server.runtime.pipeline.noise import NoiseGenerator
+from server.runtime.pipeline.plan import Plan, StepShape
+from server.runtime.pipeline.streams import Streams
 
 Latents = NDArray[np.float32]  # [channels, h, w]
 
 _GRAPHS: dict[Depth, GraphName] = {"full": "denoise", "shallow": "denoise_shallow"}
 _MOST_BOUND = 64  # shapes of steps, where any may come; each holds a plan's buffers, up to a megabyte
-
-
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """The device's work on three streams, which do not wait for each other."""
-
-    encode: Stream  # prompts and init images of admitted requests
-    steps: Stream  # everything that touches the state
-    decode: Stream  # latents that have left the state
-
-    @classmethod
-    def open(cls, device: Device, decode_priority: DecodePriority) -> Streams:
-        """The streams of `device`, where decodes run in parallel with steps or between them."""
-        steps = device.stream("steps", urgent=True)
-        # A CPU shares nothing between streams: there the threads of an urgent one would spin, and slow the steps.
-        urgent = device.pads and decode_priority != "low"
-        parallel = decode_priority != "between"
-        return cls(
-            encode=device.stream("encode", urgent=urgent),
-            steps=steps,
-            decode=device.stream("decode", urgent=urgent) if parallel else steps,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from engines.contract import Array
 from engines.errors import EngineError
 from engines.manifest import Manifest
 from server.requests.request import Lora
-from server.runtime import lora_pool
-from server.runtime.lora_pool import ZERO_RANK, LoraPool, LoraWatch, PlacedLora, Ranks
+from server.runtime.pipeline import lora_pool
+from server.runtime.pipeline.lora_pool import ZERO_RANK, LoraPool, LoraWatch, PlacedLora, Ranks
 
 RANKS = 12  # of the pool, besides the zero
 

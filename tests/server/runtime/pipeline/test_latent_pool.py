@@ -14,8 +14,9 @@ from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.contract import GRAPHS, LANES, STEPS, TERMS, Array, GraphName, Port, inputs_of
 from engines.manifest import Manifest
 from server.requests.request import DEPTHS, Depth
-from server.runtime.latent_pool import LatentPool, PlanMemory, Streams, features_bytes
-from server.runtime.plan import Plan, RowLayout, StepShape, make_plan
+from server.runtime.pipeline.latent_pool import LatentPool, PlanMemory, features_bytes
+from server.runtime.pipeline.plan import Plan, RowLayout, StepShape, make_plan
+from server.runtime.pipeline.streams import Streams
 from tests import ROOT
 from tests.support.contracts import with_inputs
 

@@ -11,8 +11,8 @@ import numpy as np
 from engines.contract import LANES, TERMS, Array
 from engines.schedulers import NUMBERS
 from server.requests.request import Depth
-from server.runtime.admission import Placement, RowConditioning
-from server.runtime.lora_pool import ZERO_RANK
+from server.runtime.pipeline.admission import Placement, RowConditioning
+from server.runtime.pipeline.lora_pool import ZERO_RANK
 
 _PADDING = np.zeros(NUMBERS, np.float32)  # the scheduler's numbers for an image of the spare slot
 

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 
 from server.requests.request import Depth
-from server.runtime.latent_pool import LatentPool, Streams
-from server.runtime.pieces import Pieces
-from server.runtime.plan import Plan, StepShape
-from server.runtime.prompt_pool import PromptPool
-from server.runtime.step_shapes import StepShapes
-from server.runtime.step_times import StepTimeModel, kind_of
+from server.runtime.batching.step_times import StepTimeModel, kind_of
+from server.runtime.pipeline.latent_pool import LatentPool
+from server.runtime.pipeline.pieces import Pieces
+from server.runtime.pipeline.plan import Plan, StepShape
+from server.runtime.pipeline.prompt_pool import PromptPool
+from server.runtime.pipeline.step_shapes import StepShapes
+from server.runtime.pipeline.streams import Streams
 
 _CAPTURED_AFTER = 2  # launches of a call: the first is plain, the second is captured
 _MEASURED = 4  # steps

@@ -12,7 +12,7 @@ from engines.backends.device import Device, Event, Stream
 from engines.contract import LORA_POOL, Array
 from engines.manifest import Manifest
 from server.requests.request import Lora
-from server.runtime.row_cache import RowCache
+from server.runtime.pipeline.row_cache import RowCache
 
 # The row of the pool that is never written. What no LoRA updates reads it: values of another request's LoRA, of which
 # zero times infinity may be made in FP16, would be a way from one request to the images of others.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from engines.contract import MAX_CHUNKS
 from server.requests.request import Depth, Flow, Request
-from server.runtime.fair_queue import FairQueue
-from server.runtime.fair_steps import FairSteps
+from server.runtime.batching.fair_queue import FairQueue
+from server.runtime.batching.fair_steps import FairSteps
 
 
 class Line:

@@ -14,9 +14,9 @@ from engines.backends.device import Event, Reading
 from engines.contract import Array
 from server.requests.errors import BrokenPicture, ContentBlocked
 from server.requests.request import Completed, Image, Request
-from server.runtime.lora_pool import NO_RANKS, PlacedLora, Ranks
-from server.runtime.noise import NoiseGenerator, StepNoise
-from server.runtime.safety import UNCHECKED, Safety
+from server.runtime.pipeline.lora_pool import NO_RANKS, PlacedLora, Ranks
+from server.runtime.pipeline.noise import NoiseGenerator, StepNoise
+from server.runtime.pipeline.safety import UNCHECKED, Safety
 
 RowConditioning = tuple[tuple[tuple[int, ...], float], ...]  # the context rows and weight of each UNet row of one image
 

@@ -9,7 +9,7 @@ import pytest
 
 from server.requests.errors import InvalidRequest
 from server.requests.request import Request
-from server.runtime.batcher import Batcher
+from server.runtime.batching.batcher import Batcher
 from tests.support.batching import LARGE, SMALL, batcher, request, step
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from server.requests.errors import ModelNotLoaded, NotReady, QueueFull
 from server.requests.request import Flow, Request
-from server.runtime.fair_models import FairModels
-from server.runtime.lanes import Lanes, Refusal
-from server.runtime.line import Line
-from server.runtime.step_times import StepTimeModel
+from server.runtime.batching.fair_models import FairModels
+from server.runtime.batching.lanes import Lanes, Refusal
+from server.runtime.batching.line import Line
+from server.runtime.batching.step_times import StepTimeModel
 
 _MAX_RETRY_AFTER = 120  # seconds; clients ignore more
 

@@ -7,7 +7,7 @@ import pytest
 from engines.backends.device import Event
 from engines.backends.host import HostEvent, HostStream
 from engines.errors import EngineError
-from server.runtime.row_cache import RowCache
+from server.runtime.pipeline.row_cache import RowCache
 
 
 class Followed(HostStream):

@@ -13,7 +13,7 @@ from engines.schedulers import Scheduler, table
 from server.requests.context import Caller, RequestContext
 from server.requests.request import Flow, GenerationParams, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.fair_queue import FairQueue
+from server.runtime.batching.fair_queue import FairQueue
 
 SIZE, PROMPT, EULER = Size(width=64, height=64), Prompt("", ()), Scheduler("euler")
 TABLES = {steps: table(EULER, steps, NoiseSchedule()) for steps in (1, 2, 5, 8, 20, 40)}

@@ -1,0 +1,1 @@
+"""Who takes the next step: queues, lanes and fair shares, without a device."""

@@ -1,0 +1,33 @@
+"""The device's streams, and how they share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.backends.device import Device, Stream
+
+# Whether decodes share a GPU with steps at the same priority, wait for what steps leave, or are launched between them.
+DecodePriority = Literal["equal", "low", "between"]
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The device's work on three streams, which do not wait for each other."""
+
+    encode: Stream  # prompts and init images of admitted requests
+    steps: Stream  # everything that touches the state
+    decode: Stream  # latents that have left the state
+
+    @classmethod
+    def open(cls, device: Device, decode_priority: DecodePriority) -> Streams:
+        """The streams of `device`, where decodes run in parallel with steps or between them."""
+        steps = device.stream("steps", urgent=True)
+        # A CPU shares nothing between streams: there the threads of an urgent one would spin, and slow the steps.
+        urgent = device.pads and decode_priority != "low"
+        parallel = decode_priority != "between"
+        return cls(
+            encode=device.stream("encode", urgent=urgent),
+            steps=steps,
+            decode=device.stream("decode", urgent=urgent) if parallel else steps,
+        )
