@@ -114,7 +114,7 @@ def written(lora_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_the_picture_is_diffusers_own_with_the_loras_fused(
     cpu_caller: LoraCaller, reference: Any, written: tuple[Path, dict[str, WrittenLora]], chosen: Chosen
 ) -> None:
-    """UNet and text encoder, two at once. Measured: at least 70 dB."""
+    """UNet and text encoder, two at once. Measured: at least 69 dB, 21 dB without them."""
     folder, loras = written
     made = {name: packed(folder / f"{name}.safetensors", cpu_caller.running.manifest) for name, _ in chosen}
     fields: dict[str, Any] = {"prompt": "a red cat", "num_inference_steps": 8, "guidance_scale": 7.5, **SMALL}
