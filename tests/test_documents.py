@@ -30,6 +30,11 @@ DOCUMENTS = documents()
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
+@each_document
+def test_no_merge_is_left_open(document: Path) -> None:
+    assert not re.search(r"^(<{7}|>{7}) ", document.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def prose(document: Path) -> str:
     return FENCE.sub("", document.read_text(encoding="utf-8"))
 

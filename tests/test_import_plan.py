@@ -187,7 +187,7 @@ PURE = (
     "server.runtime.batching.fair_models",
     "server.runtime.batching.fair_queue",
     "server.runtime.batching.fair_steps",
-    "server.runtime.batching.lanes",
+    "server.runtime.batching.model_lines",
     "server.runtime.batching.line",
     "server.runtime.pipeline.noise",
     "server.runtime.pipeline.plan",

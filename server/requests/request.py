@@ -73,7 +73,7 @@ class WeightedLora(NamedTuple):
     weight: float
 
 
-class Lane(NamedTuple):
+class BatchKey(NamedTuple):
     """What requests must share to share a step: the model and the image size."""
 
     model: str
@@ -193,9 +193,9 @@ class Request:
         return self._step
 
     @cached_property
-    def lane(self) -> Lane:
+    def batch_key(self) -> BatchKey:
         """What others must share with it to share its steps."""
-        return Lane(self.params.model, self.params.size)
+        return BatchKey(self.params.model, self.params.size)
 
     @cached_property
     def ranks(self) -> int:

@@ -85,8 +85,8 @@ class HeldRequests:
         return any(request.params.model == model for request in everyone)
 
     def limit_of(self, *requests: Request) -> AbstractContextManager[None]:
-        """Watch what is done for `requests` of one lane alone, before their first step and after their last."""
-        model, size = requests[0].lane
+        """Watch what is done for `requests` of one batch key alone, before their first step and after their last."""
+        model, size = requests[0].batch_key
         expected = self._models.find(model).step_times.encode_decode(size)
         total = expected * sum([request.images for request in requests])
         return self._watchdog.limit(total, f"Encoding or decoding an image at {size}")

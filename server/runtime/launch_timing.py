@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.requests.request import Lane
+from server.requests.request import BatchKey
 from server.runtime.pipeline.plan import StepShape
 
 _JITTER = 0.05  # of a step: how much less than the least of the last ones it may take
@@ -10,7 +10,7 @@ _WAKING = 0.001  # seconds: an operating system may wake a thread so late
 _FORGETTING = 0.02  # of what was the most, or least, with every step since
 _DISTRUST = 16, 1024  # steps that are launched at once after a late one: the first time, and at most
 
-Key = tuple[Lane, StepShape]
+Key = tuple[BatchKey, StepShape]
 
 
 class LaunchTiming:

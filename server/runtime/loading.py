@@ -176,7 +176,7 @@ class Loader:
 
     def _is_free(self, model: Model) -> bool:
         """Whether no request of `model` is left anywhere."""
-        flying = any(step.lane.model == model.name for step in self._steps.in_flight)
+        flying = any(step.batch_key.model == model.name for step in self._steps.in_flight)
         return not flying and self._batcher.is_idle(model.name) and not self._requests.holds(model.name)
 
     def _drop(self, model: Model) -> None:

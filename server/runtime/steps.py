@@ -82,7 +82,7 @@ class Steps:
             if not step.completed.done():
                 if not (wait or len(self.in_flight) >= _MAX_IN_FLIGHT):
                     return
-                expected = self._models.find(step.lane.model).step_times.seconds(step.kind, step.plan.shape.rows)
+                expected = self._models.find(step.batch_key.model).step_times.seconds(step.kind, step.plan.shape.rows)
                 with self._trace.span("wait"), self._watchdog.limit(expected, step.plan):
                     step.completed.wait()
             with self._trace.span("complete"):
@@ -135,7 +135,7 @@ class Steps:
     def _complete(self, step: InFlightStep) -> None:
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
-        model = step.lane.model
+        model = step.batch_key.model
         self._metrics.step(model, step.plan.rows, seconds)
         self._models.find(model).step_times.observe(step.kind, step.plan.shape.rows, seconds)
         self._timing.observe(step.key, seconds)
@@ -159,7 +159,7 @@ class Steps:
         if finished := [one for one in owned if isinstance(one, Finished) and one.request.outcome is None]:
             requests = [one.request for one in finished]
             with self._requests.fails_alone(*requests), self._trace.span("decode"), self._requests.limit_of(*requests):
-                for pending in self._pipelines[step.lane.model].decode(finished, step.completed):
+                for pending in self._pipelines[step.batch_key.model].decode(finished, step.completed):
                     self._requests.owned[pending.request] = pending
 
     def _collect(self, pending: PendingDecode) -> None:

@@ -1,1 +1,1 @@
-"""Who takes the next step: queues, lanes and fair shares, without a device."""
+"""Who takes the next step: queues, lines and fair shares, without a device."""

@@ -11,15 +11,15 @@ from typing import NamedTuple
 from server.requests.errors import ModelNotLoaded, NotReady, QueueFull
 from server.requests.request import Flow, Request
 from server.runtime.batching.fair_models import FairModels
-from server.runtime.batching.lanes import Lanes, Refusal
 from server.runtime.batching.line import Line
+from server.runtime.batching.model_lines import ModelLines, Refusal
 from server.runtime.batching.step_times import StepTimeModel
 
 _MAX_RETRY_AFTER = 120  # seconds; clients ignore more
 
 
 class Batch(NamedTuple):
-    """What the executor does before and in one step. `requests` share a lane and fit the largest bucket."""
+    """What the executor does before and in one step. `requests` share a line and fit the largest bucket."""
 
     left: tuple[Request, ...]  # cancelled since the last batch: to be released
     joined: tuple[Request, ...]  # newcomers to admit; an isolated one may wait for its first step
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class Batcher:
-    """Continuous batching at the step: newcomers join and the finished leave between steps; lanes take turns.
+    """Continuous batching at the step: newcomers join and the finished leave between steps; lines take turns.
 
     Models with requests have equal shares of the device's time, by the measured step times and the weight of their
     flows; the sizes of a model have as many turns each. `submit`, `check` and the counts are for any thread, as what
@@ -37,12 +37,12 @@ class Batcher:
     def __init__(self, *, max_waiting: int, line: Callable[[], Line] = Line) -> None:
         """At most `max_waiting` requests wait, and a quarter more of callers who have no other one waiting.
 
-        `line` makes the queue of a lane.
+        `line` makes the queue of a line.
         """
         self._max_waiting = max_waiting
         self._reserved = math.ceil(max_waiting / 4)
         self._new_line = line
-        self._models: dict[str, Lanes] = {}
+        self._models: dict[str, ModelLines] = {}
         self._shares = FairModels()
         self._changed = threading.Condition()
         self._closed = self._woken = False
@@ -53,7 +53,9 @@ class Batcher:
         `lora_ranks` are those of its LoRA pool.
         """
         times = step_times or StepTimeModel(max_rows=max_rows)
-        self._models[model] = Lanes(max_rows=max_rows, lora_ranks=lora_ranks, step_times=times, line=self._new_line)
+        self._models[model] = ModelLines(
+            max_rows=max_rows, lora_ranks=lora_ranks, step_times=times, line=self._new_line
+        )
 
     def set_max_rows(self, model: str, rows: int) -> None:
         """Let the steps of `model` take at most `rows`, no more than its engines do."""
@@ -67,12 +69,12 @@ class Batcher:
 
     @property
     def _waiting(self) -> int:
-        return sum(lanes.waiting for lanes in self._models.values())
+        return sum(lines.waiting for lines in self._models.values())
 
     @property
     def running(self) -> int:
         with self._changed:
-            return sum(len(lanes.running) for lanes in self._models.values())
+            return sum(len(lines.running) for lines in self._models.values())
 
     def submit(self, request: Request, *, proves: bool = False) -> int:
         """Queue `request`, and return how many wait before it. One that `proves` its model is always accepted.
@@ -81,15 +83,15 @@ class Batcher:
             InvalidRequest: it can never fit. QueueFull: too many requests wait. ModelNotLoaded.
             NotReady: the server is draining.
         """
-        lanes = self._models[request.params.model]
-        lanes.check(request)
+        lines = self._models[request.params.model]
+        lines.check(request)
         with self._changed:
             before = self._waiting if proves and not self._closed else self._check(request.flow)
-            if lanes.refusal and not proves:
-                raise ModelNotLoaded(lanes.refusal.why, retry_after=lanes.refusal.retry_after)
-            if not lanes:
+            if lines.refusal and not proves:
+                raise ModelNotLoaded(lines.refusal.why, retry_after=lines.refusal.retry_after)
+            if not lines:
                 self._shares.join(request.params.model)
-            lanes.push(request)
+            lines.push(request)
             self._changed.notify()
         return before
 
@@ -135,7 +137,7 @@ class Batcher:
             self._changed.notify()
 
     def position(self, request: Request) -> int | None:
-        """How many requests of its lane are served before `request`, if no others come; None where it does not wait."""
+        """How many requests of its line are served before `request`, if no others come; None where it does not wait."""
         with self._changed:
             before = self._models[request.params.model].before(request)
         return None if before is None else len(before)
@@ -146,7 +148,7 @@ class Batcher:
             before = self._models[request.params.model].before(request)
             if before is None:
                 return 0.0
-            running = chain.from_iterable(lanes.running for lanes in self._models.values())
+            running = chain.from_iterable(lines.running for lines in self._models.values())
             return sum(map(self._work, (*running, *before)))
 
     def _work(self, request: Request) -> float:
@@ -164,7 +166,7 @@ class Batcher:
 
     def _has_reserved_place(self, flow: Flow, before: int) -> bool:
         """A queue that one caller keeps full has places for others."""
-        first = not any(lanes.has_waiting(flow) for lanes in self._models.values())
+        first = not any(lines.has_waiting(flow) for lines in self._models.values())
         return first and before < self._max_waiting + self._reserved
 
     def next_batch(self, *, timeout: float | None = None) -> Batch | None:
@@ -175,7 +177,7 @@ class Batcher:
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._woken or any(self._models.values()), timeout=timeout)
             self._woken = False
-            left = tuple([request for lanes in self._models.values() for request in lanes.drop_cancelled()])
+            left = tuple([request for lines in self._models.values() for request in lines.drop_cancelled()])
             if (model := self._next_model()) is None:
                 self._shares.reset()
                 return Batch(left, (), ()) if left or not self._closed else None
@@ -195,7 +197,7 @@ class Batcher:
             return self._joining()
 
     def _joining(self) -> Request | None:
-        """The next request that may join those of the lane whose turn is next, if there is one; it joins."""
+        """The next request that may join those of the line whose turn is next, if there is one; it joins."""
         if (model := self._next_model()) is None:
             return None
         if newcomer := self._models[model].join_one():
@@ -207,14 +209,14 @@ class Batcher:
         if len(self._models) == 1:  # what is usual
             (model,) = self._models
             return model if self._models[model] else None
-        busy = [model for model, lanes in self._models.items() if lanes]
+        busy = [model for model, lines in self._models.items() if lines]
         return self._shares.next(busy) if busy else None
 
     def _charge(self, model: str, joined: tuple[Request, ...], turn: tuple[Request, ...]) -> None:
         """Count what the device does for `model`, where others may want it."""
         if len(self._models) > 1:
-            lanes = self._models[model]
-            self._shares.serve(model, lanes.seconds(joined, turn) / lanes.weight)
+            lines = self._models[model]
+            self._shares.serve(model, lines.seconds(joined, turn) / lines.weight)
 
     def leave(self, request: Request) -> None:
         """Remove `request` from the running: it takes no more steps."""
@@ -242,8 +244,8 @@ class Batcher:
         """Remove and return all requests that wait or run: they take no more steps."""
         with self._changed:
             evicted = tuple(self._everyone())
-            for lanes in self._models.values():
-                lanes.clear()
+            for lines in self._models.values():
+                lines.clear()
         return evicted
 
     def _everyone(self) -> Iterator[Request]:

@@ -12,7 +12,7 @@ from server.runtime.batching.fair_steps import FairSteps
 
 
 class Line:
-    """The requests of one lane, and the policy of continuous batching among them. Subclass it for another policy.
+    """The requests of one line, and the policy of continuous batching among them. Subclass it for another policy.
 
     Called by a `Batcher` under its lock. Running requests share each step, or take turns where their rows exceed it.
     """

@@ -16,7 +16,7 @@ from engines.backends.device import Device, Engine, Event, Reader, Reading, Stre
 from engines.contract import GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
-from server.requests.request import Image, Lane, Request
+from server.requests.request import BatchKey, Image, Request
 from server.runtime.batching.step_times import Kind, StepTimeModel, kind_of
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline.admission import (
@@ -65,13 +65,13 @@ class InFlightStep(NamedTuple):
         return kind_of(self.size, self.plan.shape.depth, loras=bool(self.plan.shape.ranks))
 
     @property
-    def lane(self) -> Lane:
-        return self.plan.placements[0].request.lane
+    def batch_key(self) -> BatchKey:
+        return self.plan.placements[0].request.batch_key
 
     @property
-    def key(self) -> tuple[Lane, StepShape]:
+    def key(self) -> tuple[BatchKey, StepShape]:
         """What its duration depends on."""
-        return self.lane, self.plan.shape
+        return self.batch_key, self.plan.shape
 
 
 class Pipeline:

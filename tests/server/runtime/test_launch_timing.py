@@ -10,7 +10,7 @@ from statistics import mean
 import pytest
 
 from engines.manifest import Size
-from server.requests.request import Completed, Event, Lane, Stepped
+from server.requests.request import BatchKey, Completed, Event, Stepped
 from server.runtime.launch_timing import Key, LaunchTiming
 from server.runtime.pipeline.plan import StepShape
 from tests.support.virtual import VirtualDevice, VirtualRun
@@ -18,7 +18,7 @@ from tests.support.virtual import VirtualDevice, VirtualRun
 STEP = 0.02  # seconds
 ENCODE = 0.2 * STEP
 LAUNCH = 0.0005  # of the host, for a step
-KEY = (Lane("", Size(width=64, height=64)), StepShape(4, 4, 1))
+KEY = (BatchKey("", Size(width=64, height=64)), StepShape(4, 4, 1))
 
 Seconds = Callable[[str], float]
 

@@ -35,7 +35,7 @@ def times(made: Batcher, steps: int) -> dict[str, float]:
     for _ in range(steps):
         batch = step(made)
         assert batch is not None
-        assert len({one.lane for one in batch.requests}) == 1
+        assert len({one.batch_key for one in batch.requests}) == 1
         model = batch.requests[0].params.model
         taken[model] += SECONDS[model]
     return taken
@@ -86,7 +86,7 @@ def test_the_sizes_of_a_model_share_its_time_and_not_that_of_others() -> None:
     for number, size in enumerate(sizes):
         made.submit(request(f"a {number}", model="a", size=size, steps=200))
     made.submit(request("b", model="b", steps=200))
-    turns = Counter(batch.requests[0].lane for _ in range(200) if (batch := step(made)))
+    turns = Counter(batch.requests[0].batch_key for _ in range(200) if (batch := step(made)))
     assert sorted(turns.values()) == [50, 50, 100]
 
 

@@ -26,7 +26,7 @@ class Refusal(NamedTuple):
     retry_after: int | None  # seconds, where it will be accepted by itself
 
 
-class Lanes:
+class ModelLines:
     """The requests of one model that wait or run. Called by a `Batcher` under its lock."""
 
     def __init__(self, *, max_rows: int, lora_ranks: int, step_times: StepTimeModel, line: Callable[[], Line]) -> None:
