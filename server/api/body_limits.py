@@ -21,11 +21,6 @@ class BodyLimits:
         self._memory = memory
         self._leased = 0
 
-    @property
-    def leased(self) -> int:
-        """Bytes that the bodies in flight take."""
-        return self._leased
-
     def lease(self) -> Lease:
         """The share of one body; a context manager."""
         return Lease(self)
