@@ -15,6 +15,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._received: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._taken = False
+        self._came = False  # one that should have ended the process
 
     def install(self) -> None:
         """Handle the signals from here on. To be called in the main thread."""
@@ -24,8 +25,14 @@ class StopSignals:
             signal.signal(number, self._receive)
 
     def keep(self) -> None:
-        """Keep signals for `take` from here on: there are requests to finish, or processes to end."""
+        """Keep signals for `take` from here on: there are requests to finish, or processes to end.
+
+        Raises SystemExit where one came before. The interpreter ignores that of a handler which runs within a finalizer
+        or a weak reference's callback, such as those of imports.
+        """
         self._taken = True
+        if self._came:
+            sys.exit(0)
 
     def take(self, timeout: float) -> int | None:
         """Wait for the next signal, at most `timeout` seconds; None where none came."""
@@ -42,5 +49,6 @@ class StopSignals:
     def _receive(self, number: int, _frame: object) -> None:
         """Called between any two instructions of the main thread: `SimpleQueue.put` is made for that."""
         if not self._taken:
+            self._came = True
             sys.exit(0)
         self._received.put(number)
