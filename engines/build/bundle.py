@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -226,11 +226,12 @@ def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
 def _without_lora_graphs(manifest: Manifest) -> dict[str, Any]:
     """The fields of a manifest whose graphs apply no LoRAs."""
     graphs = {name: graph for name, graph in manifest.graphs.items() if name not in LORA_GRAPHS.values()}
-    builds = {
-        backend: build.model_copy(update={"engines": {name: build.engines[name] for name in graphs}})
-        for backend, build in manifest.builds.items()
-    }
+    builds = {backend: _with_engines(build, graphs) for backend, build in manifest.builds.items()}
     return {"graphs": graphs, "builds": builds, "lora_layers": (), "lora_refused": ()}
+
+
+def _with_engines(build: Build, graphs: Iterable[GraphName]) -> Build:
+    return build.model_copy(update={"engines": {name: build.engines[name] for name in graphs}})
 
 
 def request_defaults(scheduler: str, options: ExportOptions) -> Defaults:
@@ -352,9 +353,10 @@ class _Exporter:
         )
 
     def _builds(self, graphs: Mapping[GraphName, Graph]) -> dict[str, Build]:
-        """Those of the earlier export that have an engine for each graph."""
+        """Those of the earlier export that have an engine for each graph, with these engines alone."""
         earlier = self._earlier.builds if self._earlier else {}
-        return {backend: build for backend, build in earlier.items() if build.engines.keys() == graphs.keys()}
+        whole = {backend: build for backend, build in earlier.items() if graphs.keys() <= build.engines.keys()}
+        return {backend: _with_engines(build, graphs) for backend, build in whole.items()}
 
 
 def exporter_versions() -> dict[str, str]:

@@ -36,7 +36,6 @@ _REASONS = {
     "resolution": "send width and height",
     "parameters": "send its fields beside prompt, not in an object of their own",
     "override_settings": "send its fields beside prompt, not in an object of their own",
-    "model": "the server has one model, which GET /models names: leave it out",
     "response_format": "set the header Accept: application/json for base64, image/png for a file",
     "output_type": "set the header Accept: application/json for base64, image/png for a file",
     "stream": "set the header Accept: text/event-stream",

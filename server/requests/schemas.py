@@ -232,6 +232,7 @@ class Timings(BaseModel):
 class Parameters(BaseModel):
     """The request with every default filled in; sent again with the same image and mask, it gives the same images."""
 
+    model: str = Field("", description="its name in this server")
     prompt: str
     negative_prompt: str
     prompt_syntax: Syntax

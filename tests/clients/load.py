@@ -46,8 +46,7 @@ def is_idle(serving: Serving) -> bool:
 
 def count(serving: Serving, outcome: str) -> float:
     """How many requests to any API ended so: completed, failed or cancelled."""
-    totals = {name: value for name, value in serving.metrics().items() if name.startswith("latentd_requests_total{")}
-    return sum(value for name, value in totals.items() if f'outcome="{outcome}"' in name)
+    return serving.total("latentd_requests_total", outcome=outcome)
 
 
 class Cancelling:

@@ -98,5 +98,4 @@ def test_the_app_uses_what_the_client_has() -> None:
 
 
 def cancelled(serving: Serving) -> float:
-    metrics = serving.metrics().items()
-    return sum(value for name, value in metrics if "requests_total" in name and 'outcome="cancelled"' in name)
+    return serving.total("latentd_requests_total", outcome="cancelled")

@@ -71,7 +71,7 @@ def test_a_server_without_descriptors_recovers() -> None:
         asyncio.run(ask())
         assert tally.endings["completed"]
         assert tally.endings.keys() <= {"completed", "refused", "unavailable", "disconnected"}
-        accepted = [serving.metrics()[f'latentd_requests_total{{api="generate",outcome="{one}"}}'] for one in OUTCOMES]
+        accepted = [serving.total("latentd_requests_total", api="generate", outcome=one) for one in OUTCOMES]
         assert accepted == [tally.endings["completed"], 0], "only connections without a request may be closed"
         assert tally.endings.total() > tally.endings["completed"], "there were enough: this proves nothing"
         wait_until(lambda: serving.generate(**SHORT).status_code == 200)

@@ -52,7 +52,7 @@ def served(lora_bundle: Path, folder: Path, loras: list[WrittenLora]) -> Iterato
 
 def steps_run(serving: Serving) -> float:
     """The UNet calls so far."""
-    return sum(value for name, value in serving.metrics().items() if name.startswith("latentd_steps_total"))
+    return serving.total("latentd_steps_total")
 
 
 def together(serving: Serving, bodies: list[dict[str, Any]]) -> tuple[list[Pixels], float]:

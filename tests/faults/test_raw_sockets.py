@@ -133,9 +133,9 @@ def test_no_bytes_are_answered_with_a_5xx() -> None:
         return found
 
     with watched() as one:
-        before = one.serving.metrics()['latentd_requests_total{api="generate",outcome="completed"}']
+        before = one.serving.total("latentd_requests_total", api="generate", outcome="completed")
         found = asyncio.run(send_all(one.url))
-        completed = int(one.serving.metrics()['latentd_requests_total{api="generate",outcome="completed"}'] - before)
+        completed = int(one.serving.total("latentd_requests_total", api="generate", outcome="completed") - before)
         one.count("completed", completed)
         one.count("left", _CASES - completed)
         statuses = {status for heard in found for status in heard.statuses}

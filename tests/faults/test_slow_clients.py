@@ -53,11 +53,11 @@ def test_attacks_are_refused_while_others_are_served(name: str, answers: set[str
 def test_many_large_bodies_are_bounded_in_memory() -> None:
     """Those beyond the budget are told to come again: the others' outcomes are in the ledger."""
     with watched(memory=_MEMORY) as one:
-        before = one.serving.metrics()["latentd_requests_total{" + 'api="generate",outcome="completed"}']
+        before = one.serving.total("latentd_requests_total", api="generate", outcome="completed")
         damage = asyncio.run(attacked(one, "large_bodies"))
         assert damage.answers.total() == 120
         assert damage.answers.keys() <= {"200", "413", "422", "429", "503"}
-        after = one.serving.metrics()["latentd_requests_total{" + 'api="generate",outcome="completed"}']
+        after = one.serving.total("latentd_requests_total", api="generate", outcome="completed")
         one.count("completed", int(after - before) - one.tally.endings["completed"])
 
 

@@ -118,8 +118,7 @@ def test_a_lost_server_is_said(open_page: OpenPage, console: Console) -> None:
 
 
 def cancelled(demo: Serving) -> float:
-    metrics = demo.metrics().items()
-    return sum(value for name, value in metrics if "requests_total" in name and 'outcome="cancelled"' in name)
+    return demo.total("latentd_requests_total", outcome="cancelled")
 
 
 def tab_to(page: Page, words: str) -> None:

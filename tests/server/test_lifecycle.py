@@ -66,8 +66,7 @@ def wait_for_event(output: Iterator[tuple[str, Any]], name: str) -> None:
 
 def endings(serving: Serving, outcome: str = "") -> float:
     """How many accepted requests have ended so, or at all."""
-    name = "latentd_requests_total{"
-    return sum(value for key, value in serving.metrics().items() if key.startswith(name) and outcome in key)
+    return serving.total("latentd_requests_total", **({"outcome": outcome} if outcome else {}))
 
 
 def unended(serving: Serving) -> float:

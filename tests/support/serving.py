@@ -89,6 +89,15 @@ class Serving:
             sums[name.partition("{")[0]] += value
         return {**sums, **values}
 
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric over its labels, of those that have the values `labels`."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            value
+            for key, value in self.metrics().items()
+            if key.startswith(f"{name}{{") and all(label in key for label in wanted)
+        )
+
     def logged(self, text: str, seconds: float = 10) -> bool:
         """Whether `text` is on standard error. Answers come sooner than lines, which are waited for."""
         until = time.monotonic() + seconds

@@ -144,7 +144,8 @@ def test_onnxruntime_on_gpus_computes_the_same(family: tuple[str, Path, Path], g
     assert counts.attentions[0] == counts.attentions[1] > 0
     assert counts.convolutions[0] == counts.convolutions[1]
     assert counts.group_norms[0] == counts.group_norms[1]
-    assert counts.transposes == (3 if plain(graph) == "denoise" else 0)
+    if graph == plain(graph):  # those of LoRAs transpose their factors too
+        assert counts.transposes == (3 if graph == "denoise" else 0)
     assert check_same(graph, manifest, exported, made).largest < 1e-5
 
 

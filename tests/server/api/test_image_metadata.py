@@ -135,10 +135,9 @@ def job(serving: Serving) -> bytes:
 def test_images_of_every_api_carry_the_same_and_are_counted_as_its_own(
     serving: Serving, ask: Callable[[Serving], bytes], api: str
 ) -> None:
-    count = f'latentd_requests_total{{api="{api}",outcome="completed"}}'
-    before = serving.metrics()[count]
+    before = serving.total("latentd_requests_total", api=api, outcome="completed")
     picture = PIL.Image.open(io.BytesIO(ask(serving)))
-    assert serving.metrics()[count] == before + 1
+    assert serving.total("latentd_requests_total", api=api, outcome="completed") == before + 1
     if picture.format == "PNG":
         assert "Steps: " in picture.info["parameters"]
     assert "trainedAlgorithmicMedia" in str(picture.getxmp()).replace("compositeWithT", "t")

@@ -77,7 +77,6 @@ def test_a_name_of_another_program_leads_to_ours(field: str, name: str) -> None:
         ("stream", "text/event-stream"),
         ("cross_attention_kwargs", "send loras, such as"),
         ("enable_hr", "width and height of a size that GET /models lists"),
-        ("model", "leave it out"),
         ("guidence_scale", "did you mean guidance_scale?"),
         ("num_inference_step", "did you mean num_inference_steps?"),
         ("promt", "did you mean prompt?"),

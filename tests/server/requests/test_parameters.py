@@ -40,6 +40,7 @@ def test_values_are_those_of_the_request() -> None:
         cache="fast",
     )
     assert Parameters.of(params).model_dump(exclude={"prompt_syntax", "timestep_spacing", "final_sigmas_type"}) == {
+        "model": "",
         "prompt": "a boat",
         "negative_prompt": "a bird",
         "loras": [],

@@ -50,7 +50,7 @@ def drawn(serving: Serving, body: dict[str, Any]) -> Pixels:
 
 def steps_run(serving: Serving) -> float:
     """The UNet calls so far."""
-    return sum(value for name, value in serving.metrics().items() if name.startswith("latentd_steps_total"))
+    return serving.total("latentd_steps_total")
 
 
 def together(serving: Serving, bodies: Sequence[dict[str, Any]]) -> tuple[list[Pixels], float]:

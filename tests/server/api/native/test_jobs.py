@@ -217,8 +217,7 @@ def test_a_time_limit_begins_when_the_headers_arrive(demo: Serving) -> None:
 
 def cancelled(serving: Serving) -> float:
     """Requests that were cancelled, of every API."""
-    name, outcome = "latentd_requests_total{", 'outcome="cancelled"'
-    return sum(value for key, value in serving.metrics().items() if key.startswith(name) and outcome in key)
+    return serving.total("latentd_requests_total", outcome="cancelled")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "1e9"])
