@@ -16,6 +16,7 @@ from engines.build.keys import engine_key
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
 from engines.contract import LORA_GRAPHS, GraphName
+from engines.lora.layout import width_of
 from engines.manifest import MANIFEST, BundleError, LoraCapacity, Manifest, Profile
 
 
@@ -46,7 +47,8 @@ def test_a_bundle_without_such_graphs_names_the_command(bundle: Path, capsys: py
 def test_inspect_tells_of_the_pool_and_the_layers(lora_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("inspect", lora_bundle) == 0
     shown = " ".join(re.sub("[│┃]", " ", capsys.readouterr().err).split())
-    assert "4 of rank 8 on the device (0.3 MB)" in shown
+    size = (4 * 8 + 1) * width_of(Manifest.read(lora_bundle).lora_layers) * 2  # and a rank that stays zero
+    assert f"4 of rank 8 on the device ({size / 1e6:.1f} MB)" in shown
     assert "63 layers of the UNet and 12 of the text encoder are updated; 20 convolutions are not" in shown
 
 

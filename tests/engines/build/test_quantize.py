@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from engines.backends.openvino import TAKES_BF16, openvino
+from engines.backends.registry import install_command
 from engines.build.quantize import compress, quantize
 from engines.contract import INPAINT_LANES, LANES, Array
 from engines.demo import BUNDLE as DEMO
@@ -290,7 +292,7 @@ def test_what_is_missing_is_named(small: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(EngineError, match=r"OpenVINO cannot read .*absent\.onnx"):
         quantize(tmp_path / "absent.onnx", tmp_path, small_trajectory())
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(EngineError, match=r"pip install 'latentd\[int8\]'"):
+    with pytest.raises(EngineError, match=re.escape(install_command("int8"))):
         quantize(small, tmp_path, small_trajectory())
 
 
