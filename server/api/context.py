@@ -45,7 +45,7 @@ def caller_of(http: HttpRequest) -> Caller:
 def check_administrator(http: HttpRequest) -> None:
     """Raise Forbidden unless the key is an administrator's; where there are no keys, unless it comes from this machine.
 
-    What else a server without keys answers to everyone harms nobody but by its load.
+    What else a server without keys answers to everyone harms others only by the load it causes.
     """
     known: Caller | None = http.scope.get(CALLER)
     if known is None:

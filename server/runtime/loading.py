@@ -17,7 +17,7 @@ from server.requests.request import Failed, Request
 from server.runtime import failures
 from server.runtime.batching.batcher import Batcher
 from server.runtime.held_requests import HeldRequests
-from server.runtime.models import LoadedModel, Model, Models, OnStatus, Stopped
+from server.runtime.models import LoadedModel, Model, Models, OnStatus, Prepare, Stopped
 from server.runtime.monitoring.watchdog import Watchdog
 from server.runtime.pipeline.pieces import Pieces
 from server.runtime.pipeline.pipeline import Pipeline
@@ -190,7 +190,7 @@ class Loader:
         """Load `model`, piece by piece."""
         source, report = model.source, partial(self._report, model)
         if source.prepare:
-            prepared = self._in_thread(model, report)
+            prepared = self._in_thread(source.prepare, model, report)
             yield prepared.done
             model.manifest = prepared.result()
         device, streams = self._opened(model.backend)
@@ -207,16 +207,15 @@ class Loader:
         self._models.loaded(model)
         _log.info("the model %s is loaded: %.0f MiB", model.name, model.memory / 2**20)
 
-    def _in_thread(self, model: Model, report: OnStatus) -> Future[Manifest]:
+    def _in_thread(self, prepare: Prepare, model: Model, report: OnStatus) -> Future[Manifest]:
         """Prepare the files of `model` in a thread of its own: that may take minutes."""
         prepared: Future[Manifest] = Future()
-        prepare, backend = model.source.prepare, model.backend
+        backend = model.backend
 
         def stopped() -> bool:
             return self._batcher.closed or model.state != "loading"
 
         def run() -> None:
-            assert prepare is not None  # noqa: S101 - it was looked at
             try:
                 prepared.set_result(prepare(backend, report, stopped))
             except BaseException as error:

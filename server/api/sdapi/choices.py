@@ -1,6 +1,6 @@
 """The checkpoint that each caller has chosen with `POST options`.
 
-The web UI has one user, and so one choice for all. Here it is the caller's own: nobody changes the images of others.
+The web UI has one user, and so one choice for all. Here it is the caller's own, and changes no other caller's images.
 """
 
 from __future__ import annotations
