@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
+from benchmarks.lora.results import LoraResults
 from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
 from benchmarks.server.attacks import AttackResults
@@ -20,6 +21,7 @@ FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 MODELS: dict[str, type[BaseModel]] = {
     "attacks": AttackResults,
     "fairness": FairnessResults,
+    "lora-demo": LoraResults,
     "memory-fp32": MemoryReport,
     "memory-int8": MemoryReport,
     "overhead": Overhead,
