@@ -8,13 +8,14 @@ of the context pool, L chunks of a prompt per row, B images and R UNet rows of o
 N chunks to encode, n images to decode or encode, h×w latent size, H×W image size, Q ranks of the LoRA pool, A ranks
 that update one row. The others are fixed by the checkpoint: c latent channels, f feature channels, T tokens per chunk,
 D context width, V words of the vocabulary, E hidden states of the text encoder, k concepts and j special-care concepts
-of the safety checker, G values of one rank of a LoRA.
+of the safety checker, G values of one rank of a LoRA. Of models with two text encoders: U words of the second one's
+vocabulary, Z width of a pooled embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,8 +169,19 @@ def _lora(rows: str, role: Role = "data") -> tuple[Port, ...]:
     )
 
 
-# Of UNets distilled with their guidance, such as latent consistency models: the guidance scale minus 1.
-GUIDANCE_EMBEDDED = _f32("guidance_embedded", "R", role="plan")
+# What only some models have. Manifests tell by the ports of their graphs which of these a model has.
+GUIDANCE_EMBEDDED = _f32("guidance_embedded", "R", role="plan")  # guidance scale minus 1, in place of negative rows
+IDS_2 = _index("ids_2", "N", "T", of="U")  # of the second text encoder
+TEXT_EMBEDS = _f32(
+    "text_embeds", "C", "Z", role="pool"
+)  # pooled embeddings, of the chunks in the same rows of `context`
+# The pools of prompts, and the output of `encode_prompt` that each of their rows holds.
+PROMPT_POOLS: Mapping[str, str] = {"context": "embeddings", TEXT_EMBEDS.name: TEXT_EMBEDS.name}
+# Original height and width, top and left of the crop, target height and width: Podell et al. (2023), section 2.2.
+TIME_IDS = _f32("time_ids", "R", 6, role="plan")
+# Of UNets trained to inpaint, which read the pool `inpaint` differently: its lanes are the latents of the masked image,
+# the mask, and 0. They take an image from `encode_image` without the pixels where the mask is 1.
+MASK = Port("mask", "uint8", ("n", "H", "W"), below=2)
 
 _ENCODE_PROMPT = (
     _index("ids", "N", "T", of="V"),
@@ -195,7 +207,16 @@ OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_image": (_f32("latents", "n", "c", "h", "w"),),
     "safety": (_f32("concepts", "n", "k"), _f32("special_care", "n", "j")),  # similarity above each threshold
 }
-OUTPUTS |= {variant: OUTPUTS[graph] for graph, variant in LORA_GRAPHS.items()}
+_OF_STEPS = (GUIDANCE_EMBEDDED, TEXT_EMBEDS, TIME_IDS)
+_OPTIONAL_INPUTS: dict[GraphName, tuple[Port, ...]] = {
+    "encode_prompt": (IDS_2,),
+    "denoise": _OF_STEPS,
+    "denoise_shallow": _OF_STEPS,
+    "encode_image": (MASK,),
+}
+_OPTIONAL_OUTPUTS: dict[GraphName, tuple[Port, ...]] = {"encode_prompt": (_f32("text_embeds", "N", "Z"),)}
+for _ports in (OUTPUTS, _OPTIONAL_INPUTS, _OPTIONAL_OUTPUTS):
+    _ports |= {variant: _ports[graph] for graph, variant in LORA_GRAPHS.items() if graph in _ports}
 
 
 def plain(graph: GraphName) -> GraphName:
@@ -203,10 +224,18 @@ def plain(graph: GraphName) -> GraphName:
     return next((name for name, variant in LORA_GRAPHS.items() if variant == graph), graph)
 
 
-def inputs_of(graph: GraphName, *, guidance_embedded: bool = False) -> tuple[Port, ...]:
-    """The inputs of `graph`, in the manifest's order; `guidance_embedded` adds that of UNets which embed guidance."""
-    extra = (GUIDANCE_EMBEDDED,) if guidance_embedded and graph in STEPS else ()
-    return (*INPUTS[graph], *extra)
+def inputs_of(graph: GraphName, optional: Collection[str] = ()) -> tuple[Port, ...]:
+    """The inputs of `graph`, in the manifest's order: those of every model, and the `optional` ones by name."""
+    return (*INPUTS[graph], *_chosen(_OPTIONAL_INPUTS, graph, optional))
+
+
+def outputs_of(graph: GraphName, optional: Collection[str] = ()) -> tuple[Port, ...]:
+    """The outputs of `graph`, as `inputs_of`."""
+    return (*OUTPUTS[graph], *_chosen(_OPTIONAL_OUTPUTS, graph, optional))
+
+
+def _chosen(ports: Mapping[GraphName, tuple[Port, ...]], graph: GraphName, names: Collection[str]) -> Iterable[Port]:
+    return (port for port in ports.get(graph, ()) if port.name in names)
 
 
 def neutral(port: Port, sizes: Mapping[str, int]) -> Array:

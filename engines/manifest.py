@@ -17,11 +17,13 @@ from engines.contract import (
     GUIDANCE_EMBEDDED,
     LORA_GRAPHS,
     LORA_POOL,
-    OUTPUTS,
+    MASK,
     GraphName,
     Port,
     TensorSpec,
     inputs_of,
+    outputs_of,
+    plain,
     sizes_of,
 )
 from engines.errors import BundleError
@@ -146,9 +148,8 @@ class Manifest(Geometry):
         if self.lora and not self.lora_layers:
             raise ValueError("there are graphs that apply LoRAs, and no layers that LoRAs update")
         for name, graph in self.graphs.items():
-            inputs = inputs_of(name, guidance_embedded=self.embeds_guidance)
-            _check_ports(f"inputs of the graph {name}", inputs, graph.inputs)
-            _check_ports(f"outputs of the graph {name}", OUTPUTS[name], graph.outputs)
+            _check_ports(f"inputs of the graph {name}", self.inputs(name), graph.inputs)
+            _check_ports(f"outputs of the graph {name}", self.outputs(name), graph.outputs)
         return self
 
     @model_validator(mode="after")
@@ -165,7 +166,7 @@ class Manifest(Geometry):
         """The graphs have the same fixed dimensions: the model's where it states them."""
         known = {"c": self.latent.channels, "T": self.context.tokens, "D": self.context.width}
         for name, graph in self.graphs.items():
-            ports = (*inputs_of(name, guidance_embedded=self.embeds_guidance), *OUTPUTS[name])
+            ports = (*self.inputs(name), *self.outputs(name))
             shapes = {spec.name: spec.shape for spec in (*graph.inputs, *graph.outputs)}
             for port in ports:
                 for dim, size in sizes_of([port], shapes).items():
@@ -235,13 +236,13 @@ class Manifest(Geometry):
     @property
     def pool_bytes(self) -> int:
         """Bytes of the pools that a server allocates when it starts."""
-        pools = [port for port in (*inputs_of("denoise_shallow"), *OUTPUTS["denoise"]) if port.role == "pool"]
+        pools = [port for port in (*self.inputs("denoise_shallow"), *self.outputs("denoise")) if port.role == "pool"]
         staging = [port for port in pools if port.name == "state"]
-        shared = [port for port in pools if port.name == "context"]
+        shared = [port for port in pools if port.dims[0] == "C"]
         each = sum(
             _bytes(port, {**self.dims(size), "R": self.max_rows, "n": self.decode_batch})
             for size in self.resolutions
-            for port in (*pools, *staging, *OUTPUTS["decode"])
+            for port in (*pools, *staging, *self.outputs("decode"))
             if port not in shared
         )
         return each + self.lora_bytes + sum(_bytes(port, self.dims(self.resolutions[0])) for port in shared)
@@ -264,13 +265,30 @@ class Manifest(Geometry):
         """Whether the UNet takes the guidance scale as an input, as latent consistency models do: no second row."""
         return any(spec.name == GUIDANCE_EMBEDDED.name for spec in self.graphs["denoise"].inputs)
 
+    @property
+    def is_for_inpainting(self) -> bool:
+        """Whether the UNet reads a mask and the masked image, as models trained to inpaint do."""
+        return any(spec.name == MASK.name for spec in self.graphs["encode_image"].inputs)
+
+    def inputs(self, name: GraphName) -> tuple[Port, ...]:
+        """The inputs of a graph of this model, as it has them or, if it lacks the graph, would have them."""
+        return inputs_of(name, self._names(name))
+
+    def outputs(self, name: GraphName) -> tuple[Port, ...]:
+        """The outputs of a graph, as `inputs`."""
+        return outputs_of(name, self._names(name))
+
+    def _names(self, name: GraphName) -> set[str]:
+        graph = self.graphs[plain(name)]
+        return {spec.name for spec in (*graph.inputs, *graph.outputs)}
+
     def dims(self, size: Size) -> dict[str, int]:
         """The sizes of the contract's dimensions that the model, the pools and an image size decide."""
         fixed: dict[str, int] = {}
         for name, graph in self.graphs.items():
             shapes = {spec.name: spec.shape for spec in graph.inputs}
-            fixed |= sizes_of(inputs_of(name, guidance_embedded=self.embeds_guidance), shapes)
-            fixed |= sizes_of(OUTPUTS[name], {spec.name: spec.shape for spec in graph.outputs})
+            fixed |= sizes_of(self.inputs(name), shapes)
+            fixed |= sizes_of(self.outputs(name), {spec.name: spec.shape for spec in graph.outputs})
         return {
             **fixed,
             "S": self.slots,

@@ -143,7 +143,14 @@ class Context(Frozen):
 
     tokens: int = Field(gt=SPECIAL_TOKENS, le=4096)
     width: int = Field(gt=0, le=65536)
-    layers: int = Field(gt=0, le=1024, description="layers of the text encoder; clip_skip leaves out some of the last")
+    layers: int = Field(
+        gt=0,
+        le=1024,
+        description="layers of the text encoder that a prompt goes through; clip_skip leaves out some of the last",
+    )
+    force_zeros_for_empty_prompt: bool = Field(
+        default=False, description="whether the embeddings of an empty negative prompt are zeros, as in diffusers"
+    )
 
 
 class Tokenizer(Frozen):
@@ -151,6 +158,12 @@ class Tokenizer(Frozen):
 
     file: File
     pad: int = Field(ge=0, lt=2**31)
+    pad_2: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="what the second text encoder's prompts are filled up with; None: there is one text encoder",
+    )
     embeddings: dict[Word, PositiveInt] = Field(
         default={},
         max_length=10_000,
@@ -293,7 +306,7 @@ class Source(Frozen):
     decoder: str | None = Field(default=None, description="the distilled decoder that replaces the VAE's, if any")
 
 
-LoraPart = Literal["unet", "text_encoder"]
+LoraPart = Literal["unet", "text_encoder", "text_encoder_2"]
 
 
 class LoraLayer(Frozen):

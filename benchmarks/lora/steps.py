@@ -14,13 +14,11 @@ from engines.backends.registry import ON_CPU, open_device
 from engines.contract import (
     LORA_GRAPHS,
     LORA_POOL,
-    OUTPUTS,
     Array,
     Arrays,
     GraphName,
     Port,
     build_inputs,
-    inputs_of,
     random_values,
 )
 from engines.errors import EngineError
@@ -51,7 +49,7 @@ def step_inputs(manifest: Manifest, size: Size, *, images: int, ranks: Ranks, pa
     Image i has the LoRA of `ranks[i]`; images beyond those have none.
     """
     graph = LORA_GRAPHS[PLAIN] if ranks else PLAIN
-    ports = [port for port in inputs_of(graph, guidance_embedded=manifest.embeds_guidance) if port != LORA_POOL]
+    ports = [port for port in manifest.inputs(graph) if port != LORA_POOL]
     sizes = step_sizes(manifest, size, images=images, ranks=ranks, pads=pads)
     values = _lora_values(ranks, sizes) if ranks else {}
     return build_inputs(ports, sizes, values, make=random_values(np.random.default_rng(0)))
@@ -141,7 +139,9 @@ class Steps:
         bound = {name: self._buffer(name, array.shape, array.dtype.name) for name, array in inputs.items()}
         for name, array in inputs.items():
             self._stream.write(bound[name], array)
-        outputs = {port.name: self._buffer(port.name, port.shape(sizes), port.dtype) for port in OUTPUTS[graph]}
+        outputs = {
+            port.name: self._buffer(port.name, port.shape(sizes), port.dtype) for port in self.manifest.outputs(graph)
+        }
         pool = {LORA_POOL.name: self._pool(LORA_POOL, sizes)} if ranks else {}
         return {**bound, **outputs, **pool}
 

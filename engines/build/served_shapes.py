@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engines.contract import LORA_GRAPHS, OUTPUTS, STEPS, Array, Arrays, GraphName, Port, inputs_of, sizes_of
+from engines.contract import LORA_GRAPHS, STEPS, Array, Arrays, GraphName, Port, sizes_of
 from engines.manifest import Geometry, Manifest
 
 
@@ -14,8 +14,7 @@ class ServedShapes:
     """One call of a graph, padded as a server pads it. Engines take these shapes and no others; see `profiles`."""
 
     def __init__(self, manifest: Manifest, graph: GraphName, inputs: Arrays) -> None:
-        self._ports = inputs_of(graph, guidance_embedded=manifest.embeds_guidance)
-        self._graph: GraphName = graph
+        self._ports, self._outputs = manifest.inputs(graph), manifest.outputs(graph)
         self._inputs = inputs
         self._own = sizes_of(self._ports, {name: array.shape for name, array in inputs.items()})
         self._sizes = self._own | pool_sizes(manifest, graph)
@@ -30,7 +29,7 @@ class ServedShapes:
 
     def cut(self, outputs: Arrays) -> dict[str, Array]:
         """The part of the outputs that belongs to the inputs before padding."""
-        parts = {port.name: tuple(slice(self._own.get(str(dim))) for dim in port.dims) for port in OUTPUTS[self._graph]}
+        parts = {port.name: tuple(slice(self._own.get(str(dim))) for dim in port.dims) for port in self._outputs}
         return {name: outputs[name][part] for name, part in parts.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,13 +18,13 @@ from engines.build.served_shapes import ServedShapes
 from engines.contract import (
     GRAPHS,
     LANES,
-    OUTPUTS,
     PLAIN_STEPS,
+    PROMPT_POOLS,
+    TIME_IDS,
     Array,
     Arrays,
     GraphName,
     build_inputs,
-    inputs_of,
     sizes_of,
 )
 from engines.errors import EngineError
@@ -77,14 +77,15 @@ class GraphRunner:
         for name, array in inputs.items():
             self._stream.write(bound[name], array)
         sizes = self._sizes(graph, inputs)
-        outputs = {port.name: self._device.allocate(port.shape(sizes), port.dtype) for port in OUTPUTS[graph]}
+        outputs = {
+            port.name: self._device.allocate(port.shape(sizes), port.dtype) for port in self._manifest.outputs(graph)
+        }
         self._engines[graph].bind({**bound, **outputs}).launch()
         return {name: self._stream.read(buffer).result() for name, buffer in outputs.items()}
 
     def _sizes(self, graph: GraphName, inputs: Arrays) -> dict[str, int]:
         """The sizes of all dimensions: the model's, and those of `inputs`."""
-        ports = inputs_of(graph, guidance_embedded=self._manifest.embeds_guidance)
-        varying = sizes_of(ports, {name: array.shape for name, array in inputs.items()})
+        varying = sizes_of(self._manifest.inputs(graph), {name: array.shape for name, array in inputs.items()})
         if graph == "decode":
             varying["H"] = varying["h"] * self._manifest.latent.downscale
             varying["W"] = varying["w"] * self._manifest.latent.downscale
@@ -149,10 +150,15 @@ class Trajectory:
         noise = self._latents(1)
         state = np.zeros((1, LANES, *noise.shape[1:]), np.float32)
         state[:, 0] = noise * self._table.init_scale
-        context = np.concatenate([graphs("encode_prompt", inputs)["embeddings"] for inputs in self.chunks])
+        encoded = [graphs("encode_prompt", inputs) for inputs in self.chunks]
+        prompts = {
+            pool: np.concatenate([one[output] for one in encoded])
+            for pool, output in PROMPT_POOLS.items()
+            if output in encoded[0]
+        }
         full, features = list[dict[str, Array]](), list[Array]()
         for step in self._table.steps:
-            full.append(self._inputs("denoise", {"state": state, "context": context, **self._step_values(step)}))
+            full.append(self._inputs("denoise", {"state": state, **prompts, **self._step_values(step)}))
             outputs = graphs("denoise", full[-1])
             state = outputs["state_next"]
             features.append(outputs["features"])
@@ -164,13 +170,15 @@ class Trajectory:
         return Recording(tuple(full), tuple(shallow), state, graphs("decode", decode_inputs(state))["images"])
 
     def _inputs(self, graph: GraphName, values: Arrays) -> dict[str, Array]:
-        ports = inputs_of(graph, guidance_embedded=self._manifest.embeds_guidance)
-        return build_inputs(ports, self._sizes, values)
+        return build_inputs(self._manifest.inputs(graph), self._sizes, values)
 
     def _step_values(self, step: Step) -> dict[str, Array]:
         """The inputs of one step that are not neutral; Ho & Salimans (2022), eq. 6, unless the UNet embeds guidance."""
         embeds = self._manifest.embeds_guidance
-        embedded = {"guidance_embedded": np.full(1, _GUIDANCE - 1, np.float32)} if embeds else {}
+        further: dict[str, Array] = {"guidance_embedded": np.full(1, _GUIDANCE - 1, np.float32)} if embeds else {}
+        if TIME_IDS in self._manifest.inputs("denoise"):
+            side = [self.size.height, self.size.width]
+            further[TIME_IDS.name] = np.array([[*side, 0, 0, *side]] * self._rows, np.float32)
         return {
             "noise": self._latents(2),
             "row_context": np.arange(self._rows)[:, None],
@@ -178,7 +186,7 @@ class Trajectory:
             "guidance": np.array([[1.0] if embeds else [_GUIDANCE, 1 - _GUIDANCE]], np.float32),
             "scale": np.array([step.scale], np.float32),
             "coef": step.matrix[None].astype(np.float32),
-            **embedded,
+            **further,
         }
 
     def _latents(self, seed: int) -> Array:
@@ -228,7 +236,17 @@ def _chunks(manifest: Manifest, bundle: Path, prompt: str) -> tuple[dict[str, Ar
     """The text encoder's inputs for `prompt`, and for the empty prompt."""
     tokenizer = Tokenizer.from_file(str(bundle / manifest.tokenizer.file.path))
     tokenizer.enable_truncation(manifest.context.tokens)
-    tokenizer.enable_padding(length=manifest.context.tokens, pad_id=manifest.tokenizer.pad)
-    layer, sizes = np.array([manifest.context.layers]), {"N": 1, "T": manifest.context.tokens}
-    ids = (np.array([tokenizer.encode(text).ids], np.int64) for text in (prompt, ""))
-    return tuple(build_inputs(inputs_of("encode_prompt"), sizes, {"ids": each, "layer": layer}) for each in ids)
+    return tuple(_chunk(manifest, tokenizer.encode(text).ids, is_empty=not text) for text in (prompt, ""))
+
+
+def _chunk(manifest: Manifest, ids: Sequence[int], *, is_empty: bool) -> dict[str, Array]:
+    context, pads = manifest.context, {"ids": manifest.tokenizer.pad, "ids_2": manifest.tokenizer.pad_2}
+    values = {
+        name: np.array([[*ids, *[pad] * (context.tokens - len(ids))]], np.int64)
+        for name, pad in pads.items()
+        if pad is not None
+    }
+    if is_empty and context.force_zeros_for_empty_prompt:
+        values["weights"] = np.zeros((1, context.tokens), np.float32)
+    sizes = {"N": 1, "T": context.tokens}
+    return build_inputs(manifest.inputs("encode_prompt"), sizes, {**values, "layer": np.array([context.layers])})

@@ -20,7 +20,6 @@ from engines.build.trajectory import (
     reference,
 )
 from engines.contract import (
-    INPUTS,
     LANES,
     MEMORY,
     STEPS,
@@ -30,7 +29,6 @@ from engines.contract import (
     GraphName,
     Port,
     build_inputs,
-    inputs_of,
     plain,
     random_values,
     sizes_of,
@@ -136,10 +134,9 @@ def _cases(
 def _with_loras(case: Case, name: GraphName, manifest: Manifest) -> Case:
     """A case of a plain graph for its variant `name`: every row is updated by random LoRAs."""
     assert manifest.lora  # noqa: S101 - it has such a graph
-    ports = [port for port in inputs_of(name) if port not in INPUTS[plain(name)]]
-    batch, first = (
-        sizes_of(INPUTS[plain(name)], {name: array.shape for name, array in inputs.items()}) for inputs in case
-    )
+    shared = manifest.inputs(plain(name))
+    ports = [port for port in manifest.inputs(name) if port not in shared]
+    batch, first = (sizes_of(shared, {name: array.shape for name, array in inputs.items()}) for inputs in case)
     sizes = {**manifest.dims(manifest.resolutions[0]), **batch, "Q": _RANKS, "A": rank_buckets(manifest.lora)[0]}
     loras = build_inputs(ports, sizes, make=random_values(np.random.default_rng(4)))
     kept = {port.name: loras[port.name][tuple(slice(first.get(str(dim))) for dim in port.dims)] for port in ports}
@@ -150,7 +147,7 @@ def random_case(name: GraphName, manifest: Manifest, profile: Profile) -> Case:
     """A full batch of unguided images for one profile, each in the slot and row of its own number."""
     assert profile.size is not None  # noqa: S101 - every graph but encode_prompt has one
     batch, generator = profile.batch, np.random.default_rng(3)
-    ports = inputs_of(name, guidance_embedded=manifest.embeds_guidance)
+    ports = manifest.inputs(name)
     pools = {"C": min(batch, manifest.context_rows), "P": batch}
     sizes = {**manifest.dims(profile.size), **dict.fromkeys(_BATCH, batch), **pools, "L": _CHUNKS}
     draw = random_values(generator)

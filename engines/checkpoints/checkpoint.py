@@ -13,7 +13,7 @@ from pathlib import Path
 from engines.checkpoints.adapters.embedding import Embedding, LearnedToken
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.decoder import Decoder
-from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, SAFETY_CONFIGS, CheckpointConfig
+from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, SAFETY_CONFIGS, CheckpointConfig
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.vae import Vae, vae_name
 from engines.contract import GRAPHS, GraphName
@@ -23,7 +23,7 @@ from engines.safetensors_header import read_header
 
 # The graph that a weight goes into, by its name in a single file, or by that of its part and its name in a folder.
 _GRAPHS: Mapping[str, GraphName] = {
-    r"(text_encoder|cond_stage_model)\.": "encode_prompt",
+    r"(text_encoder(_2)?|cond_stage_model|conditioner)\.": "encode_prompt",
     r"(unet|model\.diffusion_model)\.": "denoise",
     r"(vae|first_stage_model)\.(decoder|post_quant_conv)\.": "decode",
     r"(vae|first_stage_model)\.(encoder|quant_conv)\.": "encode_image",
@@ -80,7 +80,7 @@ class Checkpoint:
         """Every file that holds weights."""
         if self.single_file:
             return (self.path,)
-        parts = (*PARTS, SAFETY_CHECKER) if self.has_safety_checker else PARTS
+        parts = (*self.config.parts, SAFETY_CHECKER) if self.has_safety_checker else self.config.parts
         return tuple(path for part in parts for path in self.config.weights(part))
 
     @property

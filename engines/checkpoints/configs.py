@@ -77,11 +77,14 @@ class ModelIndex(_File):
 
     pipeline: str = Field(alias="_class_name")
     text_encoder: tuple[str | None, str | None] | None = None
+    text_encoder_2: tuple[str | None, str | None] | None = None
     tokenizer: tuple[str | None, str | None] | None = None
+    tokenizer_2: tuple[str | None, str | None] | None = None
     unet: tuple[str | None, str | None] | None = None
     vae: tuple[str | None, str | None] | None = None
     scheduler: tuple[str | None, str | None] | None = None
     safety_checker: tuple[str | None, str | None] | None = None
+    force_zeros_for_empty_prompt: bool = True  # of pipelines with two text encoders
 
     def class_of(self, part: str) -> str | None:
         """The class of a part; None where the pipeline has no such part."""
@@ -120,6 +123,8 @@ class UnetConfig(_Weights):
     class_embed_type: Any = None
     num_class_embeds: Any = None
     addition_embed_type: Any = None
+    addition_time_embed_dim: Width | None = None  # of each number of time_ids
+    projection_class_embeddings_input_dim: Width | None = None  # of time_ids and the pooled embedding together
     encoder_hid_dim: Any = None
     encoder_hid_dim_type: Any = None
 
@@ -172,6 +177,7 @@ class TextEncoderConfig(_Weights):
     vocab_size: Annotated[int, Field(ge=3, le=1_000_000)] = 49_408
     hidden_act: str = "quick_gelu"
     layer_norm_eps: Positive = 1e-5
+    projection_dim: Width = 512  # of pooled embeddings, in a `CLIPTextModelWithProjection`
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:

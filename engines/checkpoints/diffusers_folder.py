@@ -33,16 +33,24 @@ from engines.limits import MAX_SIDE
 from engines.manifest import Context, Latent, NoiseSchedule, Size
 
 PARTS = ("text_encoder", "unet", "vae")  # those that have weights in every checkpoint
+SECOND_ENCODER, SECOND_TOKENIZER = "text_encoder_2", "tokenizer_2"  # of Stable Diffusion XL
 SAFETY_CHECKER = "safety_checker"
 # Stems of the weight files of each part that has weights: as safetensors, and pickled.
 _WEIGHT_STEMS = {
     "text_encoder": ("model", "pytorch_model"),
+    SECOND_ENCODER: ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     SAFETY_CHECKER: ("model", "pytorch_model"),
 }
 # Patterns of every file but weights.
-CONFIG_PATTERNS = ("model_index.json", *(f"{part}/config.json" for part in PARTS), "scheduler/*.json", "tokenizer/*")
+CONFIG_PATTERNS = (
+    "model_index.json",
+    *(f"{part}/config.json" for part in (*PARTS, SECOND_ENCODER)),
+    "scheduler/*.json",
+    "tokenizer/*",
+    f"{SECOND_TOKENIZER}/*",
+)
 SAFETY_CONFIGS = (f"{SAFETY_CHECKER}/config.json", "feature_extractor/preprocessor_config.json")
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 _MAX_JSON = 64 << 20  # bytes; the largest tokenizers have a tenth of that
@@ -144,6 +152,20 @@ class CheckpointConfig:
         return self._parsed(TextEncoderConfig, "text_encoder/config.json")
 
     @cached_property
+    def text_encoder_2(self) -> TextEncoderConfig | None:
+        """None for models with one text encoder."""
+        return self._parsed(TextEncoderConfig, f"{SECOND_ENCODER}/config.json") if self.has_two_encoders else None
+
+    @property
+    def has_two_encoders(self) -> bool:
+        return self.index.class_of(SECOND_ENCODER) is not None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have weights, and without which there is no model."""
+        return (*PARTS, SECOND_ENCODER) if self.has_two_encoders else PARTS
+
+    @cached_property
     def latent(self) -> Latent:
         downscale = 2 ** (len(self.vae.block_out_channels) - 1)
         return Latent(
@@ -155,8 +177,15 @@ class CheckpointConfig:
 
     @cached_property
     def context(self) -> Context:
-        text = self.text_encoder
-        return Context(tokens=text.max_position_embeddings, width=text.hidden_size, layers=text.num_hidden_layers)
+        text, second = self.text_encoder, self.text_encoder_2
+        if second is None:
+            return Context(tokens=text.max_position_embeddings, width=text.hidden_size, layers=text.num_hidden_layers)
+        return Context(
+            tokens=text.max_position_embeddings,
+            width=text.hidden_size + second.hidden_size,
+            layers=min(text.num_hidden_layers, second.num_hidden_layers) - 1,  # all but the last; Podell et al. (2023)
+            force_zeros_for_empty_prompt=self.index.force_zeros_for_empty_prompt,
+        )
 
     @property
     def size(self) -> Size:
@@ -250,18 +279,22 @@ class CheckpointConfig:
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants of weights that the folder holds."""
-        files = [path for part in PARTS for path in (self.folder / part).glob("*")]
+        files = [path for part in self.parts for path in (self.folder / part).glob("*")]
         return variants_among([path.relative_to(self.folder).as_posix() for path in files])
 
     def files(self) -> tuple[Path, ...]:
         """Return every config and tokenizer file that decides what is exported."""
-        tokenizer = sorted((self.folder / "tokenizer").glob("*"))
+        tokenizer = [path for name in self._tokenizers for path in sorted((self.folder / name).glob("*"))]
         return (
             self.folder / _INDEX,
-            *(self.folder / part / "config.json" for part in PARTS),
+            *(self.folder / part / "config.json" for part in self.parts),
             self.folder / _SCHEDULER,
             *(path for path in tokenizer if path.suffix in {".json", ".txt"}),
         )
+
+    @property
+    def _tokenizers(self) -> tuple[str, ...]:
+        return ("tokenizer", SECOND_TOKENIZER) if self.has_two_encoders else ("tokenizer",)
 
     @property
     def _corrects(self) -> bool:

@@ -12,7 +12,6 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import DECODER_CONFIG, DECODER_WEIGHTS, Decoder, check_decoder_kind
 from engines.checkpoints.diffusers_folder import (
     CONFIG_PATTERNS,
-    PARTS,
     SAFETY_CHECKER,
     SAFETY_CONFIGS,
     CheckpointConfig,
@@ -135,7 +134,7 @@ class _Search:
 
     def _download_weights(self, model: str, config: CheckpointConfig, *, commit: str) -> None:
         """Download the weights of every part: of the variant, or plain ones where the part lacks it."""
-        remaining: Sequence[str] = PARTS
+        remaining: Sequence[str] = config.parts
         for variant in dict.fromkeys((self.variant, None)):
             for pickled in (False, True)[: 1 + self.allow_pickle]:
                 # The index is in the cache already: without it, the hub client warns of patterns that match nothing.
@@ -144,7 +143,7 @@ class _Search:
                 remaining = [part for part in remaining if not config.files_of(part, pickled=pickled, variant=variant)]
                 if not remaining:
                     return
-            if variant is None or len(remaining) == len(PARTS):
+            if variant is None or len(remaining) == len(config.parts):
                 raise CheckpointError(self._lacking(model, remaining, list_files(model, commit)))
 
     def _download_safety_checker(self, model: str, config: CheckpointConfig, *, commit: str) -> None:
@@ -216,9 +215,9 @@ class _Search:
         return checkpoint
 
     def _check_weights(self, config: CheckpointConfig) -> None:
-        if self.variant and not any(config.part_weights(part).variant for part in PARTS):
+        if self.variant and not any(config.part_weights(part).variant for part in config.parts):
             raise CheckpointError(_lacks_variant(config, self.variant))
-        for part in PARTS:
+        for part in config.parts:
             folder = config.folder / part
             if not config.weights(part):
                 raise CheckpointError(_lacks_weights(config, part))

@@ -11,13 +11,18 @@ from engines.checkpoints.safety_checker import read_preprocessing
 from engines.checkpoints.vae import check_vae_fits
 from engines.errors import CheckpointError
 
-SUPPORTED = "Supported models: text-to-image checkpoints of the Stable Diffusion 1.x and 2.x family"
+SUPPORTED = "Supported models: text-to-image checkpoints of Stable Diffusion 1.x, 2.x and XL"
 _PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
+_XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+_XL_CLASSES = {
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
 _CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
@@ -55,11 +60,12 @@ def check_channels(name: str, channels: int, latent: int) -> None:
 
 def _check_classes(config: CheckpointConfig) -> None:
     index = config.index
-    if index.pipeline not in _PIPELINES:
+    if index.pipeline not in (*_PIPELINES, *_XL_PIPELINES):
         raise CheckpointError(
             f"{config.name} is a {index.pipeline} (_class_name in model_index.json). {SUPPORTED} ({_PIPELINES[0]})."
         )
-    for part, classes in _CLASSES.items():
+    wanted = {**_CLASSES, **(_XL_CLASSES if index.pipeline in _XL_PIPELINES else {})}
+    for part, classes in wanted.items():
         if (published := index.class_of(part)) not in classes:
             raise CheckpointError(
                 f"{config.name} has {f'a {published}' if published else 'nothing'} as {part} (in model_index.json). "
@@ -76,6 +82,8 @@ def _check_unet(config: CheckpointConfig) -> None:
             f"and its latents have {latent}: it predicts more than the noise. {SUPPORTED}."
         )
     for key in _CONDITIONS:
+        if key == "addition_embed_type" and config.has_two_encoders and unet.addition_embed_type == "text_time":
+            continue
         if (value := getattr(unet, key)) is not None:
             raise CheckpointError(
                 f"{config.name} has a UNet with {key} {value!r}, an input that is not supported. {SUPPORTED}."

@@ -6,7 +6,7 @@ Hu et al. (2021), LoRA, section 4.1: y = Wx + Σ w · up (down · x), summed ove
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,15 @@ class LoraUpdates:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def updated(
+    updates: LoraUpdates, pool: Tensor | None, index: Tensor | None, weight: Tensor | None
+) -> AbstractContextManager[None]:
+    """As `LoraUpdates.applied`; nothing is updated where no LoRAs are given."""
+    if pool is None or index is None or weight is None:
+        return nullcontext()
+    return updates.applied(pool, index, weight)
 
 
 def _add_update(

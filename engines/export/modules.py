@@ -6,78 +6,19 @@ Shapes in comments use the letters of `engines.contract`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engines.contract import MEMORY, OUTPUTS, GraphName, Port, inputs_of
-from engines.export.lora import LoraUpdates
+from engines.contract import GUIDANCE_EMBEDDED, MEMORY, TEXT_EMBEDS, TIME_IDS, GraphName, Port
+from engines.export.graph_module import GraphModule
+from engines.export.lora import LoraUpdates, updated
 from engines.manifest import LoraLayer
 
 _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_HALF = torch.finfo(torch.float16).max
-
-
-class GraphModule(nn.Module):
-    """A graph's computation. It takes the inputs of the contract by name.
-
-    It returns a tensor, or a tuple of them where there are several outputs.
-    """
-
-    graph: ClassVar[GraphName]
-    guidance_embedded: bool = False  # an input of its own; see `engines.contract`
-
-    @property
-    def inputs(self) -> tuple[Port, ...]:
-        return inputs_of(self.graph, guidance_embedded=self.guidance_embedded)
-
-    @property
-    def outputs(self) -> tuple[Port, ...]:
-        return OUTPUTS[self.graph]
-
-
-class EncodePrompt(GraphModule):
-    """Token ids to embeddings: one of the text encoder's hidden states, normalized, and its tokens weighted."""
-
-    graph: ClassVar[GraphName] = "encode_prompt"
-    updates: LoraUpdates | None = None  # of its LoRA variant
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(
-        self,
-        ids: Tensor,
-        layer: Tensor,
-        weights: Tensor,
-        lora_pool: Tensor | None = None,
-        row_lora: Tensor | None = None,
-        lora_weight: Tensor | None = None,
-    ) -> Tensor:
-        with _updated(self.updates, lora_pool, row_lora, lora_weight):
-            states = self.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states
-        chosen = torch.stack(states, dim=1)[torch.arange(ids.shape[0]), layer]  # [N, T, D]
-        embeddings: Tensor = self.text_encoder.final_layer_norm(chosen).float()
-        weighted = embeddings * weights[:, :, None]
-        # As AUTOMATIC1111's web UI does: emphasis changes the balance of a chunk's tokens, not their mean. Where values
-        # cancel out there is no mean to restore.
-        before, after = (values.mean(dim=(1, 2), keepdim=True) for values in (embeddings, weighted))
-        meant = after.abs() > 1e-3 * weighted.abs().mean(dim=(1, 2), keepdim=True)
-        return weighted * torch.where(meant, before / torch.where(meant, after, 1.0), 1.0)
-
-
-class LoraEncodePrompt(EncodePrompt):
-    """Chunks of prompts, each with the LoRAs of its own request."""
-
-    graph: ClassVar[GraphName] = "encode_prompt_lora"
-
-    def __init__(self, text_encoder: Any, layers: Sequence[LoraLayer]) -> None:
-        super().__init__(text_encoder)
-        self.updates = LoraUpdates("text_encoder", text_encoder, layers)
 
 
 class Denoise(GraphModule):
@@ -96,7 +37,7 @@ class Denoise(GraphModule):
         super().__init__()
         self.unet = unet
         self.updates = LoraUpdates("unet", unet, lora_layers)
-        self.guidance_embedded = unet.config.time_cond_proj_dim is not None
+        self.optional = tuple(_further_inputs(unet.config))
         self.feature_channels: int = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
 
     def forward(  # noqa: PLR0913, PLR0917 - the graph's inputs, bound by name
@@ -114,6 +55,8 @@ class Denoise(GraphModule):
         coef: Tensor,
         level: Tensor,
         guidance_embedded: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
         features: Tensor | None = None,
         row_feature: Tensor | None = None,
         lora_pool: Tensor | None = None,
@@ -125,12 +68,16 @@ class Denoise(GraphModule):
         x = lanes[:, 0]
         sample = (x * scale[:, None, None, None])[row_image].to(dtype)  # [R, c, h, w]
         text = context[row_context].flatten(1, 2).to(dtype)  # [R, L·T, D]
-        condition = None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
-        with _updated(self.updates, lora_pool, row_lora, lora_weight):
+        given: dict[str, Any] = {
+            "timestep_cond": None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
+        }
+        if text_embeds is not None:  # a prompt of several chunks has the pooled embedding of the first
+            given["added_cond_kwargs"] = {"text_embeds": text_embeds[row_context[:, 0]].to(dtype), "time_ids": time_ids}
+        with updated(self.updates, lora_pool, row_lora, lora_weight):
             if features is None or row_feature is None:
-                rows, deep = self._full(sample, timestep, text, condition)
+                rows, deep = self._full(sample, timestep, text, given)
             else:
-                rows, deep = self._shallow(sample, timestep, text, condition, features[row_feature].to(dtype)), None
+                rows, deep = self._shallow(sample, timestep, text, given, features[row_feature].to(dtype)), None
         model = _guided(guidance, rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         lanes_next = (coef @ terms.flatten(2)).view_as(lanes)
@@ -138,24 +85,24 @@ class Denoise(GraphModule):
         state_next = state.index_put((slot,), torch.cat([x_next, lanes_next[:, 1:]], dim=1))
         return state_next if deep is None else (state_next, _half(deep))
 
-    def _full(self, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _full(self, sample: Tensor, timestep: Tensor, text: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The UNet's output for each row, and its last layer's input from the deeper ones: [R, f, h, w]."""
         found: list[Tensor] = []
         last = self.unet.up_blocks[-1]
         before = (last.attentions if _attends(last) else last.resnets)[-2]
         hook = before.register_forward_hook(lambda _layer, _given, made: found.append(_tensor(made)))
         try:
-            rows = self.unet(sample, timestep, text, timestep_cond=condition, return_dict=False)[0]
+            rows = self.unet(sample, timestep, text, **given, return_dict=False)[0]
         finally:
             hook.remove()
         return rows, found[0]
 
-    def _shallow(
-        self, sample: Tensor, timestep: Tensor, text: Tensor, condition: Tensor | None, deep: Tensor
-    ) -> Tensor:
+    def _shallow(self, sample: Tensor, timestep: Tensor, text: Tensor, given: dict[str, Any], deep: Tensor) -> Tensor:
         """The UNet's output for each row by its first convolution and its last layer, as diffusers runs them."""
         unet = self.unet
-        embedded = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), condition)
+        embedded = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), given["timestep_cond"])
+        added = unet.get_aug_embed(embedded, text, given.get("added_cond_kwargs"))
+        embedded = embedded if added is None else embedded + added
         last = unet.up_blocks[-1]
         rows = last.resnets[-1](torch.cat([deep, unet.conv_in(sample)], dim=1), embedded)
         if _attends(last):
@@ -232,13 +179,12 @@ class EncodeImage(GraphModule):
         return latents * self.scaling_factor
 
 
-def _updated(
-    updates: LoraUpdates | None, pool: Tensor | None, index: Tensor | None, weight: Tensor | None
-) -> AbstractContextManager[None]:
-    """Within it, layers are updated by LoRAs, if there are any."""
-    if updates is None or pool is None or index is None or weight is None:
-        return nullcontext()
-    return updates.applied(pool, index, weight)
+def _further_inputs(config: Any) -> Iterator[Port]:
+    """The inputs that the UNet has besides those of every UNet."""
+    if config.time_cond_proj_dim is not None:
+        yield GUIDANCE_EMBEDDED
+    if config.addition_embed_type == "text_time":
+        yield from (TEXT_EMBEDS, TIME_IDS)
 
 
 def _attends(block: Any) -> bool:

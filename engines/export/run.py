@@ -14,7 +14,7 @@ from engines.backends.host import HostBuffer
 from engines.backends.onnxruntime import open_device
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.loading.modules import Modules, load_tokenizer
+from engines.checkpoints.loading.modules import Modules, load_tokenizer, second_pad
 from engines.contract import LORA_GRAPHS, Array, GraphName, plain
 from engines.export.lora_graph import add_updates
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
@@ -69,6 +69,7 @@ def export_tokenizer(config: CheckpointConfig, words: Sequence[LearnedToken], ou
     return Tokenizer(
         file=File.of(path, root=out),
         pad=tokenizer.pad_token_id,
+        pad_2=second_pad(config),
         embeddings={word.token: word.vectors for word in words},
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.checkpoints.safety_checker import Preprocessing
-from engines.export.modules import GraphModule
+from engines.export.graph_module import GraphModule
 
 
 class Safety(GraphModule):

@@ -19,21 +19,20 @@ from engines.checkpoints.loading.libraries import quiet
 from engines.checkpoints.loading.modules import Modules
 from engines.contract import VARYING, Array, GraphName, Port, TensorSpec, build_inputs, random_values
 from engines.errors import EngineError
+from engines.export.graph_module import GraphModule
 from engines.export.lora import updated_layers
 from engines.export.modules import (
     Decode,
     Denoise,
     EncodeImage,
-    EncodePrompt,
-    GraphModule,
     LoraDenoise,
-    LoraEncodePrompt,
     LoraShallowDenoise,
     ShallowDenoise,
 )
+from engines.export.prompts import EncodePrompt, EncodePromptPair, LoraEncodePrompt, LoraEncodePromptPair
 from engines.export.safety import Safety
 from engines.lora.layout import lay_out, width_of
-from engines.manifest import ComputeDtype, Context, Latent, LoraLayer
+from engines.manifest import ComputeDtype, Context, Latent, LoraLayer, LoraPart
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
 _MASK = 1e30  # values beyond it, -inf among them, hide a score from softmax, in FP16 as well
@@ -80,9 +79,10 @@ class Traced:
 
 def lora_layers(modules: Modules) -> tuple[LoraLayer, ...]:
     """The layers of `modules` that LoRAs update, and where their factors lie."""
-    return lay_out(
-        (*updated_layers("unet", modules.unet), *updated_layers("text_encoder", modules.text_encoder)),
-    )
+    parts: dict[LoraPart, Any] = {"unet": modules.unet, "text_encoder": modules.text_encoder}
+    if modules.text_encoder_2:
+        parts["text_encoder_2"] = modules.text_encoder_2
+    return lay_out([layer for part, module in parts.items() for layer in updated_layers(part, module)])
 
 
 def traced_graphs(
@@ -108,11 +108,10 @@ def traced_graphs(
         "f": denoise.feature_channels,
         "T": context.tokens,
         "D": context.width,
-        "V": modules.text_encoder.get_input_embeddings().num_embeddings,
-        "E": modules.text_encoder.config.num_hidden_layers + 1,
+        **_text_sizes(modules),
     }
     graphs: dict[GraphName, GraphModule] = {
-        "encode_prompt": EncodePrompt(modules.text_encoder),
+        "encode_prompt": _encode_prompt(modules),
         "denoise": denoise,
         "denoise_shallow": ShallowDenoise(modules.unet),
         "decode": Decode(modules.decoder),
@@ -122,11 +121,29 @@ def traced_graphs(
         safety = graphs["safety"] = Safety(checker.module, checker.preprocessing)
         sizes |= {"k": safety.concepts, "j": safety.special_care}
     if layers:
-        graphs["encode_prompt_lora"] = LoraEncodePrompt(modules.text_encoder, layers)
+        graphs["encode_prompt_lora"] = _encode_prompt(modules, layers)
         graphs["denoise_lora"] = LoraDenoise(modules.unet, layers)
         graphs["denoise_shallow_lora"] = LoraShallowDenoise(modules.unet, layers)
         sizes |= {"Q": 9, "A": 4, "G": width_of(layers)}
     return {name: Traced(module.eval(), sizes, latent) for name, module in graphs.items()}
+
+
+def _text_sizes(modules: Modules) -> dict[str, int]:
+    """Sizes of the dimensions that belong to prompts."""
+    encoders = [modules.text_encoder, *([modules.text_encoder_2] if modules.text_encoder_2 else [])]
+    words = [encoder.get_input_embeddings().num_embeddings for encoder in encoders]
+    sizes = {"V": words[0], "E": min(encoder.config.num_hidden_layers for encoder in encoders) + 1}
+    if modules.text_encoder_2:
+        sizes |= {"U": words[1], "Z": modules.text_encoder_2.config.projection_dim}
+    return sizes
+
+
+def _encode_prompt(modules: Modules, layers: Sequence[LoraLayer] = ()) -> GraphModule:
+    """The graph that encodes prompts; with `layers` the variant for LoRAs."""
+    if modules.text_encoder_2:
+        pair = LoraEncodePromptPair if layers else EncodePromptPair
+        return pair(modules.text_encoder, modules.text_encoder_2, layers)
+    return (LoraEncodePrompt if layers else EncodePrompt)(modules.text_encoder, layers)
 
 
 def to_onnx(traced: Traced) -> ir.Model:

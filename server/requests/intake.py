@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import PIL.Image
 
+from engines.contract import GUIDANCE_EMBEDDED
 from engines.manifest import Manifest, Size
 from engines.schedulers import Scheduler, Table, find, table
 from server.requests import uploads
@@ -76,6 +77,7 @@ class Intake:
         defaults = self._manifest.defaults
         seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
         steps = body.num_inference_steps or defaults.num_inference_steps
+        guidance = defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale
         image = None if body.image is None else uploads.read(body.image, field="image")
         size = self._size(body, image)
         init_image = None if image is None else self._init_image(body, image, size)
@@ -86,14 +88,14 @@ class Intake:
             size=size,
             scheduler=scheduler,
             num_inference_steps=steps,
-            guidance_scale=defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale,
+            guidance_scale=guidance,
             guidance_start=body.guidance_start,
             guidance_end=body.guidance_end,
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
             clip_skip=self._clip_skip(body),
             init_image=init_image,
             preview_every=body.preview_every,
-            embeds_guidance=self._manifest.embeds_guidance,
+            unet_inputs=self._unet_inputs(guidance),
             isolated=body.exact,
             cache=self._step_cache(body),
             loras=choose(body, self._loras, self._manifest),
@@ -108,6 +110,10 @@ class Intake:
             priority=body.priority,
             deadline=_deadline(body, context),
         )
+
+    def _unet_inputs(self, guidance: float) -> dict[str, float | tuple[float, ...]]:
+        """The inputs of the UNet that only some models have."""
+        return {GUIDANCE_EMBEDDED.name: guidance - 1} if self._manifest.embeds_guidance else {}
 
     def _size(self, body: GenerateRequest, image: PIL.Image.Image | None) -> Size:
         """What was asked for, or the built size nearest to the image's shape, or the model's default."""

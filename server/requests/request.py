@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.contract import GUIDANCE_EMBEDDED
 from engines.manifest import Size
 from engines.schedulers import Scheduler, Table
 from server.requests.context import ANONYMOUS, Priority, RequestContext
@@ -96,7 +97,8 @@ class GenerationParams:
     clip_skip: int = 0  # layers skipped at the end of the text encoder
     init_image: InitImage | None = None
     preview_every: int = 0  # steps; 0 shows none
-    embeds_guidance: bool = False  # guidance is an input of the UNet, and the negative prompt is not used
+    # Inputs of the UNet besides those of every model, the same for each row: by port, a number or numbers of a row.
+    unet_inputs: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     isolated: bool = False  # shares no step, so that batching cannot change a bit
     cache: Cache = "off"  # fast: most steps reuse the UNet's deep features of an earlier step
     loras: tuple[WeightedLora, ...] = ()  # each once
@@ -105,7 +107,7 @@ class GenerationParams:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance applies, as in diffusers: not at a scale of 1 or less."""
-        return self.guidance_scale > 1 and not self.embeds_guidance
+        return self.guidance_scale > 1 and GUIDANCE_EMBEDDED.name not in self.unet_inputs
 
     @property
     def warnings(self) -> list[str]:

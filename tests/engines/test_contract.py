@@ -32,7 +32,8 @@ from engines.manifest import Manifest, Profile
 from tests import ROOT
 from tests.support.contracts import with_inputs
 
-SIZES = dict.fromkeys("SCLBRPNnhwHWcfTDVEQAG", 3)
+SIZES = dict.fromkeys("SCLBRPNnhwHWcfTDVEQAGUZ", 3)
+OPTIONAL = ("guidance_embedded", "ids_2", "text_embeds", "time_ids", "mask")
 ROW_SCALE = Port("row_scale", "float32", ("R", 2), role="plan", fill=1)
 POOLED = Port("pooled", "float32", ("C", "D"), role="pool")
 
@@ -49,7 +50,7 @@ def manifest(bundle: Path) -> Manifest:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_every_input_that_is_not_given_is_neutral(graph: GraphName) -> None:
-    ports = inputs_of(graph, guidance_embedded=True)
+    ports = inputs_of(graph, OPTIONAL)
     made = build_inputs(ports, SIZES)
     assert list(made) == [port.name for port in ports]
     for port in ports:

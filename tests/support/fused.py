@@ -13,7 +13,9 @@ import torch
 from engines.accuracy import worst_difference
 from engines.build.verify import random_case
 from engines.contract import LORA_POOL, Array, GraphName, build_inputs, inputs_of, plain, random_values
-from engines.export.modules import Denoise, EncodePrompt, GraphModule, ShallowDenoise
+from engines.export.graph_module import GraphModule
+from engines.export.modules import Denoise, ShallowDenoise
+from engines.export.prompts import EncodePrompt
 from engines.manifest import ComputeDtype, LoraLayer, Manifest, Profile
 from tests.support.loaded import Loaded
 

@@ -13,12 +13,14 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engines.demo.tokenizer import write_tokenizer
 
@@ -36,6 +38,7 @@ class Family:
     scheduler: Any = PNDMScheduler
     schedule: Mapping[str, Any] = field(default_factory=dict)
     pipeline: str | None = None
+    text_2: Mapping[str, Any] | None = None  # of the second text encoder of Stable Diffusion XL
 
 
 # Each family differs from `sd1` in its scheduler and in the configs of the UNet and the text encoder.
@@ -62,6 +65,31 @@ FAMILIES: Mapping[str, Family] = {
         scheduler=LCMScheduler,
         pipeline="LatentConsistencyModelPipeline",
     ),
+    "xl": Family(  # with transformers of several depths, and encoders of different widths and depths
+        unet={
+            "layers_per_block": 2,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": [1, 2],
+            "cross_attention_dim": WIDTH + 48,
+            "attention_head_dim": [2, 4],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        },
+        text={"num_hidden_layers": 3},
+        text_2={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "hidden_act": "gelu",
+            "projection_dim": 24,
+        },
+        scheduler=EulerDiscreteScheduler,
+        schedule={"timestep_spacing": "leading"},
+    ),
 }
 
 
@@ -71,19 +99,28 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
     write_tokenizer(folder / "tokenizer", CAPTIONS)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TOKENS)
     torch.manual_seed(0)
-    StableDiffusionPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_text_encoder(tokenizer, kind.text),
-        unet=_unet(kind.unet),
-        vae=_vae(),
-        scheduler=_scheduler(kind),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    parts = {
+        "tokenizer": tokenizer,
+        "text_encoder": _text_encoder(tokenizer, kind.text),
+        "unet": _unet(kind.unet),
+        "vae": _vae(),
+        "scheduler": _scheduler(kind),
+        "feature_extractor": None,
+    }
+    if kind.text_2 is None:
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    else:
+        pipeline = StableDiffusionXLPipeline(**parts, **_second(folder, kind.text_2), add_watermarker=False)
+    pipeline.save_pretrained(folder)
     if kind.pipeline:
         edit_index(folder, _class_name=kind.pipeline)
     return folder
+
+
+def _second(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The second tokenizer, which pads with another token, and the second text encoder."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TOKENS, pad_token="!")  # noqa: S106 - no password
+    return {"tokenizer_2": tokenizer, "text_encoder_2": _text_encoder(tokenizer, changes, CLIPTextModelWithProjection)}
 
 
 def edit_index(folder: Path, **changes: Any) -> None:
@@ -106,19 +143,20 @@ def make_decoder(folder: Path, **changes: Any) -> Path:
 
 
 def _scheduler(kind: Family) -> Any:
-    pndm = {"skip_prk_steps": True} if kind.scheduler is PNDMScheduler else {}
+    own = {} if kind.scheduler is EulerDiscreteScheduler else {"set_alpha_to_one": False}
+    if kind.scheduler is PNDMScheduler:
+        own["skip_prk_steps"] = True
     return kind.scheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        set_alpha_to_one=False,
         steps_offset=1,
-        **pndm,
+        **own,
         **kind.schedule,
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer, changes: Mapping[str, Any]) -> CLIPTextModel:
+def _text_encoder(tokenizer: CLIPTokenizer, changes: Mapping[str, Any], kind: Any = CLIPTextModel) -> Any:
     config = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -130,8 +168,9 @@ def _text_encoder(tokenizer: CLIPTokenizer, changes: Mapping[str, Any]) -> CLIPT
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    encoder = CLIPTextModel(CLIPTextConfig(**{**config, **changes}))
-    torch.nn.init.normal_(encoder.final_layer_norm.bias, std=0.5)  # zero in new encoders, unlike in trained ones
+    encoder = kind(CLIPTextConfig(**{**config, **changes}))
+    text_model = getattr(encoder, "text_model", encoder)
+    torch.nn.init.normal_(text_model.final_layer_norm.bias, std=0.5)  # zero in new encoders, unlike in trained ones
     return encoder
 
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from engines.accuracy import tolerance, worst_difference
 from engines.backends.onnxruntime import FOLDER_OF_WEIGHTS
 from engines.build.onnxruntime_cuda.reference import on_cpu
-from engines.contract import Array, Arrays, GraphName, build_inputs, inputs_of, random_values
+from engines.contract import Array, Arrays, GraphName, build_inputs, random_values
 from engines.errors import EngineError
 from engines.manifest import Difference, Manifest, Size
 
@@ -41,7 +41,7 @@ def small_inputs(name: GraphName, manifest: Manifest) -> dict[str, Array]:
     side, context = manifest.latent.multiple, manifest.context
     vocabulary = {"V": context.tokens, "E": context.layers + 1}  # it has more words, as any tokenizer has
     sizes = {**manifest.dims(Size(width=3 * side, height=2 * side)), **vocabulary, **_SIZES}
-    ports = inputs_of(name, guidance_embedded=manifest.embeds_guidance)
+    ports = manifest.inputs(name)
     return build_inputs(ports, sizes, make=random_values(np.random.default_rng(0)))
 
 

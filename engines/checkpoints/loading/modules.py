@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import Decoder, decoder_layer
-from engines.checkpoints.diffusers_folder import PARTS, SAFETY_CHECKER, CheckpointConfig
+from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, SECOND_ENCODER, SECOND_TOKENIZER, CheckpointConfig
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.convert import load_vae
 from engines.checkpoints.loading.diagnose import why_unloadable
@@ -45,6 +45,7 @@ class Modules:
     vae: Any
     decoder: Any  # the VAE, or a distilled decoder
     safety_checker: SafetyChecker | None = None
+    text_encoder_2: Any = None  # of models with two
 
 
 def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
@@ -62,6 +63,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
             vae=vae,
             decoder=_load_decoder(checkpoint.decoder) if checkpoint.decoder else vae,
             safety_checker=_load_safety_checker(config) if checkpoint.has_safety_checker else None,
+            text_encoder_2=_load_second_encoder(config) if config.has_two_encoders else None,
         )
     _check_finite(modules, config, checkpoint)
     for lora in checkpoint.loras:
@@ -74,18 +76,39 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
 
 def load_tokenizer(config: CheckpointConfig, learned_tokens: Sequence[LearnedToken] = ()) -> Any:
     """Load the tokenizer and add `learned_tokens` to it. Raises CheckpointError if it cannot be read."""
-    try:
-        with quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(config.folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"The tokenizer of {config.name} cannot be loaded: {error}") from error
+    tokenizer = _load_tokenizer(config, "tokenizer")
     add_to_tokenizer(tokenizer, learned_tokens)
     return tokenizer
 
 
+def second_pad(config: CheckpointConfig) -> int | None:
+    """The token that the second tokenizer fills prompts up with; None where the model has one text encoder.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another vocabulary than the first.
+    """
+    if not config.has_two_encoders:
+        return None
+    first, second = (_load_tokenizer(config, name) for name in ("tokenizer", SECOND_TOKENIZER))
+    if first.get_vocab() != second.get_vocab():
+        raise CheckpointError(
+            f"The two tokenizers of {config.name} have different vocabularies, which is not supported."
+        )
+    pad: int = second.pad_token_id
+    return pad
+
+
+def _load_tokenizer(config: CheckpointConfig, folder: str) -> Any:
+    try:
+        with quiet():
+            return CLIPTokenizer.from_pretrained(config.folder / folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The {folder} of {config.name} cannot be loaded: {error}") from error
+
+
 def _check_finite(modules: Modules, config: CheckpointConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for NaN or infinity, and name the file that holds it as the caller knows it."""
-    for part in PARTS:
+    for part in config.parts:
         files = (checkpoint.path,) if checkpoint.single_file else config.weights(part)
         if part == "vae" and checkpoint.vae:
             files = (checkpoint.vae.weights,)
@@ -106,6 +129,10 @@ def _load_part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -
     weights = config.part_weights(part)
     options |= {"use_safetensors": not weights.pickled, "variant": weights.variant}
     return _load(kind, config.folder / part, name=config.name, part=part, **options)
+
+
+def _load_second_encoder(config: CheckpointConfig) -> Any:
+    return _load_part(CLIPTextModelWithProjection, config, SECOND_ENCODER, attn_implementation="sdpa")
 
 
 def _load_safety_checker(config: CheckpointConfig) -> SafetyChecker:

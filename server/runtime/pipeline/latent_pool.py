@@ -133,9 +133,7 @@ class LatentPool:
         self._device = device
         self._streams = streams
         self._parity = 0  # which of the states is current
-        self._inputs = {
-            graph: inputs_of(graph, guidance_embedded=manifest.embeds_guidance) for graph in STEPS if graph in engines
-        }
+        self._inputs = {graph: manifest.inputs(graph) for graph in STEPS if graph in engines}
         pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
         self._states = tuple(self._allocate_pool(pools["state"]) for _ in range(2))
         self._staging = self._allocate_pool(pools["state"], S=manifest.max_rows)

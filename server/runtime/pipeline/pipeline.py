@@ -135,7 +135,6 @@ class Pipeline:
             )
             for size in manifest.resolutions
         }
-        self._embeds_guidance = manifest.embeds_guidance
         self._to_rgb = np.array(manifest.preview, np.float32)  # [3, channels + 1]
         self._layout: RowLayout | None = None  # of the last plan
         self._shapes = StepShapes(manifest, step_times, pads=device.pads, has_loras=self._loras is not None)
@@ -359,7 +358,6 @@ class Pipeline:
             pool.latent_shape,
             shape=shape,
             spare=pool.spare,
-            embeds_guidance=self._embeds_guidance,
             before=self._layout,
         )
         self._layout = plan.layout

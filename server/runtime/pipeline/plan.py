@@ -87,7 +87,6 @@ def make_plan(
     *,
     shape: StepShape,
     spare: int,
-    embeds_guidance: bool = False,
     before: RowLayout | None = None,
 ) -> Plan:
     """Plan the next step of every placed request, padded to `shape`; `latent_shape` is [channels, h, w].
@@ -100,7 +99,7 @@ def make_plan(
     if before and before.conditioning == conditioning and before.shape == shape:
         layout = before
     else:
-        layout = _lay_out(conditioning, shape, spare=spare, embeds_guidance=embeds_guidance)
+        layout = _lay_out(conditioning, shape, spare=spare)
     numbers = [
         placement.request.table.numbers[placement.request.step] for placement in placements for _slot in placement.slots
     ]
@@ -118,9 +117,7 @@ def make_plan(
     return Plan(placements, layout, arrays)
 
 
-def _lay_out(
-    conditioning: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int, embeds_guidance: bool
-) -> RowLayout:
+def _lay_out(conditioning: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int) -> RowLayout:
     """Assign every image its position in the step, and every row its image and prompt."""
     images, rows, chunks, depth, ranks = shape
     # Lists grow by image and by row, and become arrays at once: piecewise assignment takes several times as long.
@@ -151,17 +148,25 @@ def _lay_out(
     places = _feature_places(conditioning, spare)
     if depth == "shallow":
         arrays["row_feature"] = np.array(places + [spare] * spare_rows, np.int64)
-    if embeds_guidance:
-        scales = [
-            placement.request.params.guidance_scale - 1
-            for placement, prompts in conditioning
-            for _row in range(len(placement.slots) * len(prompts))
-        ]
-        arrays["guidance_embedded"] = np.array(scales + [0.0] * spare_rows, np.float32)
+    arrays |= _unet_inputs(conditioning, spare_rows)
     if ranks:
         arrays |= _lora_ranks(conditioning, rows, ranks)
     kept = [(row, place) for row, place in enumerate(places) if place != spare] if depth == "full" else ()
     return RowLayout(conditioning, len(contexts), shape, arrays, tuple(kept))
+
+
+def _unet_inputs(conditioning: Sequence[tuple[Placement, RowConditioning]], spare_rows: int) -> dict[str, Array]:
+    """The further inputs of the UNet, by port; those of requests of one model have the same names."""
+    by_row = [
+        placement.request.params.unet_inputs
+        for placement, prompts in conditioning
+        for _row in range(len(placement.slots) * len(prompts))
+    ]
+    arrays = {}
+    for name in by_row[0] if by_row else ():
+        values = np.array([inputs[name] for inputs in by_row], np.float32)
+        arrays[name] = np.concatenate([values, np.zeros((spare_rows, *values.shape[1:]), np.float32)])
+    return arrays
 
 
 def _lora_ranks(conditioning: Sequence[tuple[Placement, RowConditioning]], rows: int, ranks: int) -> dict[str, Array]:

@@ -212,10 +212,10 @@ def test_a_hub_checkpoint_is_downloaded_pinned_and_counted(
 def test_unsupported_models_are_refused_before_their_weights_are_downloaded(
     hub: Hub, ask: Ask, published: Path
 ) -> None:
-    edit(published / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    edit(published / "model_index.json", _class_name="StableDiffusion3Pipeline")
     hub.models["us/xl"] = {"main": published}
     (outcome,) = ask(hub.url, {"model": "us/xl"})
-    assert "us/xl is a StableDiffusionXLPipeline" in outcome["error"]
+    assert "us/xl is a StableDiffusion3Pipeline" in outcome["error"]
     assert hub.fetched
     assert not [file for file in hub.fetched if file.endswith(".safetensors")]
 

@@ -31,7 +31,16 @@ KEYS = [
 ]
 REQUIRED = {("unet/config.json", "sample_size")}
 NULLABLE = {
-    *(("unet/config.json", key) for key in ("mid_block_type", "num_attention_heads", "time_cond_proj_dim")),
+    *(
+        ("unet/config.json", key)
+        for key in (
+            "mid_block_type",
+            "num_attention_heads",
+            "time_cond_proj_dim",
+            "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+        )
+    ),
     ("unet/config.json", "_diffusers_version"),
     ("scheduler/scheduler_config.json", "trained_betas"),
 }
