@@ -15,9 +15,12 @@ from engines.contract import (
     ALL_GRAPHS,
     GRAPHS,
     GUIDANCE_EMBEDDED,
+    IDS_2,
+    INPUTS,
     LORA_GRAPHS,
     LORA_POOL,
     MASK,
+    TEXT_EMBEDS,
     GraphName,
     Port,
     TensorSpec,
@@ -95,6 +98,7 @@ FORMAT: Final = 3  # raised when older bundles can no longer be read
 _LARGEST = 8 << 20  # bytes of a manifest; those we write have some tens of thousands
 _LONGEST_MESSAGE = 300
 _WIDEST = 65536  # of a fixed dimension, but for the values of one rank of a LoRA
+_OF_SHALLOW_STEPS = {port.name for port in INPUTS["denoise_shallow"]} - {port.name for port in INPUTS["denoise"]}
 _MOST_MEMORY = 1 << 40  # bytes; no device has more
 
 
@@ -150,6 +154,20 @@ class Manifest(Geometry):
         for name, graph in self.graphs.items():
             _check_ports(f"inputs of the graph {name}", self.inputs(name), graph.inputs)
             _check_ports(f"outputs of the graph {name}", self.outputs(name), graph.outputs)
+        return self
+
+    @model_validator(mode="after")
+    def _optional_ports_agree(self) -> Self:
+        """What only some models have, all graphs have that need it of each other."""
+        full, shallow = self.inputs("denoise"), self.inputs("denoise_shallow")
+        if odd := {port.name for port in (*full, *shallow) if (port in full) != (port in shallow)} - _OF_SHALLOW_STEPS:
+            raise ValueError(f"only one of the graphs denoise and denoise_shallow has the input {min(odd)}")
+        if TEXT_EMBEDS in full and TEXT_EMBEDS.name not in {port.name for port in self.outputs("encode_prompt")}:
+            raise ValueError(f"the graph denoise reads {TEXT_EMBEDS.name}, which encode_prompt does not return")
+        if (IDS_2 in self.inputs("encode_prompt")) != (self.tokenizer.pad_2 is not None):
+            raise ValueError(
+                f"the tokenizer has a pad_2 only for a graph encode_prompt with {IDS_2.name}, and then always"
+            )
         return self
 
     @model_validator(mode="after")

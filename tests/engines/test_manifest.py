@@ -100,6 +100,15 @@ def test_every_file_is_verified(copied: Path, manifest: Manifest) -> None:
         (lambda fields: fields["preview"][0].pop(), "not for 4 channels and a constant"),
         (lambda fields: fields["preview"].pop(), "preview: .* at least 3 items"),
         (lambda fields: fields["noise_schedule"].update(trained_betas=[0.1, 0.2]), "2 trained_betas for 1000"),
+        (
+            lambda fields: with_input(fields, "guidance_embedded", ["R"], "denoise"),
+            "only one of the graphs denoise and denoise_shallow has the input guidance_embedded",
+        ),
+        (
+            lambda fields: with_input(fields, "text_embeds", ["C", 24], "denoise", "denoise_shallow"),
+            "the graph denoise reads text_embeds, which encode_prompt does not return",
+        ),
+        (lambda fields: fields["tokenizer"].update(pad_2=1), "has a pad_2 only for a graph encode_prompt with ids_2"),
     ],
 )
 def test_invalid_fields_are_refused(described: Path, change: Change, words: str) -> None:
@@ -107,6 +116,11 @@ def test_invalid_fields_are_refused(described: Path, change: Change, words: str)
     change(fields)
     (described / MANIFEST).write_text(json.dumps(fields))
     assert re.search(words, one_line(described))
+
+
+def with_input(fields: dict[str, Any], name: str, shape: list[str | int], *graphs: str) -> None:
+    for graph in graphs:
+        fields["graphs"][graph]["inputs"].append({"name": name, "dtype": "float32", "shape": shape})
 
 
 def build(fields: dict[str, Any], *, without: str) -> dict[str, Any]:
