@@ -53,6 +53,19 @@ def lora_bundle(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
+def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `checkpoint`, of the family of Stable Diffusion XL."""
+    return made_once(tmp_path_factory, "tiny-xl", lambda folder: make_checkpoint(folder, "xl"))
+
+
+@pytest.fixture(scope="session")
+def xl_bundle(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of it, with graphs that apply the LoRAs of requests. Tests that alter it copy it first."""
+    options = [*_SHAPES, "--lora-slots", "4", "--lora-rank", "8"]
+    return made_once(tmp_path_factory, "xl-bundle", lambda out: build(xl_checkpoint, out, *options))
+
+
+@pytest.fixture(scope="session")
 def manifest(bundle: Path) -> Manifest:
     return Manifest.load(bundle)
 
