@@ -22,6 +22,7 @@ from engines.checkpoints.configs import (
     VaeConfig,
     parse_config,
 )
+from engines.checkpoints.families import EVERY_PART, EVERY_TOKENIZER, SECOND_ENCODER, Family, family_of
 from engines.checkpoints.published_scheduler import (
     ignored_options,
     noise_schedule,
@@ -33,7 +34,6 @@ from engines.limits import MAX_SIDE
 from engines.manifest import Context, Latent, NoiseSchedule, Size
 
 PARTS = ("text_encoder", "unet", "vae")  # those that have weights in every checkpoint
-SECOND_ENCODER, SECOND_TOKENIZER = "text_encoder_2", "tokenizer_2"  # of Stable Diffusion XL
 SAFETY_CHECKER = "safety_checker"
 # Stems of the weight files of each part that has weights: as safetensors, and pickled.
 _WEIGHT_STEMS = {
@@ -46,10 +46,9 @@ _WEIGHT_STEMS = {
 # Patterns of every file but weights.
 CONFIG_PATTERNS = (
     "model_index.json",
-    *(f"{part}/config.json" for part in (*PARTS, SECOND_ENCODER)),
+    *(f"{part}/config.json" for part in EVERY_PART),
     "scheduler/*.json",
-    "tokenizer/*",
-    f"{SECOND_TOKENIZER}/*",
+    *(f"{name}/*" for name in EVERY_TOKENIZER),
 )
 SAFETY_CONFIGS = (f"{SAFETY_CHECKER}/config.json", "feature_extractor/preprocessor_config.json")
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
@@ -80,7 +79,7 @@ def weight_patterns(parts: Sequence[str] = PARTS, *, pickled: bool, variant: str
 
 def variants_among(names: Sequence[str]) -> tuple[str, ...]:
     """Return the variants of weights in a list of paths such as `unet/diffusion_pytorch_model.fp16.safetensors`."""
-    stems = "|".join(f"{part}/{stem}" for part in PARTS for stem in sorted(set(_WEIGHT_STEMS[part])))
+    stems = "|".join(f"{part}/{stem}" for part in EVERY_PART for stem in sorted(set(_WEIGHT_STEMS[part])))
     named = re.compile(rf"({stems})(-\d+-of-\d+)?\.(?P<variant>\w+?)(-\d+-of-\d+)?\.(safetensors|bin)")
     return tuple(sorted({found["variant"] for name in names if (found := named.fullmatch(name))}))
 
@@ -120,7 +119,7 @@ class PartWeights:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The configs of a diffusers folder with a model of the Stable Diffusion 1.x and 2.x family.
+    """The configs of a diffusers folder with a model of one of the supported families.
 
     They are read as the folder's pipeline in diffusers reads them: with the defaults of its classes, and with the
     corrections that `StableDiffusionPipeline` makes to outdated ones. The properties raise CheckpointError where a
@@ -157,13 +156,17 @@ class CheckpointConfig:
         return self._parsed(TextEncoderConfig, f"{SECOND_ENCODER}/config.json") if self.has_two_encoders else None
 
     @property
+    def family(self) -> Family:
+        return family_of(self.index.pipeline, self.name)
+
+    @property
     def has_two_encoders(self) -> bool:
-        return self.index.class_of(SECOND_ENCODER) is not None
+        return SECOND_ENCODER in self.family.parts
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that have weights, and without which there is no model."""
-        return (*PARTS, SECOND_ENCODER) if self.has_two_encoders else PARTS
+        return tuple(self.family.parts)
 
     @cached_property
     def latent(self) -> Latent:
@@ -234,25 +237,38 @@ class CheckpointConfig:
     @cached_property
     def vocabulary(self) -> frozenset[str]:
         """Every token of the tokenizer, in whichever of its files it is defined."""
-        folder = self.folder / "tokenizer"
-        files = {path.name: self.read("tokenizer", path.name) for path in sorted(folder.glob("*.json"))}
-        return frozenset(
-            token
-            for name, model in TOKENIZER_FILES.items()
-            if name in files
-            for token in parse_config(model, files[name], folder / name).tokens
-        )
+        return self._tokens_of("tokenizer")
 
     def check_complete(self) -> None:
         """Raise CheckpointError where a config that only the end of the build would need is missing or malformed."""
-        _ = self.size, self.noise_schedule, self.vocabulary
-        folder = self.folder / "tokenizer"
+        _ = self.size, self.noise_schedule
+        for name in self.family.tokenizers:
+            self._check_tokenizer(name)
+            if strange := self._tokens_of(name) ^ self.vocabulary:
+                raise CheckpointError(
+                    f"{self.folder / name} has another vocabulary than {self.folder / 'tokenizer'}, such as "
+                    f"{min(strange)!r} in one alone: take both tokenizers from the same checkpoint."
+                )
+
+    def _check_tokenizer(self, name: str) -> None:
+        folder = self.folder / name
         names = {path.name for path in folder.glob("*") if path.is_file()}
         if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
             raise CheckpointError(
                 f"{folder} should hold tokenizer.json, or vocab.json and merges.txt, and holds "
                 f"{', '.join(sorted(names)) or 'no files'}: download the tokenizer again."
             )
+
+    def _tokens_of(self, name: str) -> frozenset[str]:
+        """Every token of a tokenizer."""
+        folder = self.folder / name
+        files = {path.name: self.read(name, path.name) for path in sorted(folder.glob("*.json"))}
+        return frozenset(
+            token
+            for file, model in TOKENIZER_FILES.items()
+            if file in files
+            for token in parse_config(model, files[file], folder / file).tokens
+        )
 
     def part_weights(self, part: str) -> PartWeights:
         """Return the files that `part` is loaded from: those of the variant if there are any, safetensors first."""
@@ -284,17 +300,13 @@ class CheckpointConfig:
 
     def files(self) -> tuple[Path, ...]:
         """Return every config and tokenizer file that decides what is exported."""
-        tokenizer = [path for name in self._tokenizers for path in sorted((self.folder / name).glob("*"))]
+        tokenizer = [path for name in self.family.tokenizers for path in sorted((self.folder / name).glob("*"))]
         return (
             self.folder / _INDEX,
             *(self.folder / part / "config.json" for part in self.parts),
             self.folder / _SCHEDULER,
             *(path for path in tokenizer if path.suffix in {".json", ".txt"}),
         )
-
-    @property
-    def _tokenizers(self) -> tuple[str, ...]:
-        return ("tokenizer", SECOND_TOKENIZER) if self.has_two_encoders else ("tokenizer",)
 
     @property
     def _corrects(self) -> bool:

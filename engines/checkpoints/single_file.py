@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.supported import SUPPORTED, check_channels
+from engines.checkpoints.families import SUPPORTED
+from engines.checkpoints.supported import check_channels
 from engines.errors import CheckpointError
 from engines.safetensors_header import TensorShapes, read_header
 

@@ -15,7 +15,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.decoder import Decoder, decoder_layer
-from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, SECOND_ENCODER, SECOND_TOKENIZER, CheckpointConfig
+from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, CheckpointConfig
+from engines.checkpoints.families import SECOND_ENCODER, SECOND_TOKENIZER
 from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
 from engines.checkpoints.loading.convert import load_vae
 from engines.checkpoints.loading.diagnose import why_unloadable

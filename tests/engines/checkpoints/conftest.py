@@ -33,3 +33,9 @@ def plain(families: Families) -> Modules:
 @pytest.fixture
 def copied(families: Families, tmp_path: Path) -> Path:
     return Path(shutil.copytree(families("sd1"), tmp_path / "copy"))
+
+
+@pytest.fixture
+def copied_xl(families: Families, tmp_path: Path) -> Path:
+    """A copy of `xl`, which has two text encoders."""
+    return Path(shutil.copytree(families("xl"), tmp_path / "copy"))

@@ -220,6 +220,18 @@ def test_unsupported_models_are_refused_before_their_weights_are_downloaded(
     assert not [file for file in hub.fetched if file.endswith(".safetensors")]
 
 
+def test_every_part_of_two_encoders_is_downloaded(hub: Hub, ask: Ask, copied_xl: Path) -> None:
+    as_variant(copied_xl, "fp16", (*PARTS, "text_encoder_2"))
+    hub.models["us/xl"] = {"main": copied_xl}
+    plain, half = ask(hub.url, {"model": "us/xl"}, {"model": "us/xl", "variant": "fp16"})
+    assert "us/xl has no .safetensors weights for text_encoder, unet, vae, text_encoder_2." in plain["error"]
+    assert "It has the variants fp16: pass one as --variant fp16." in plain["error"]
+    assert half["sha256"] == find_checkpoint(str(copied_xl), variant="fp16").source.sha256
+    assert {"text_encoder_2/model.fp16.safetensors", "text_encoder_2/config.json", "tokenizer_2/tokenizer.json"} <= {
+        *hub.fetched
+    }
+
+
 def test_pickles_are_downloaded_only_with_allow_pickle(hub: Hub, ask: Ask, copied: Path) -> None:
     pickle_weights(copied)
     hub.models["us/pickled"] = {"main": copied}
