@@ -21,7 +21,7 @@ from engines.checkpoints.diffusers_folder import (
 )
 from engines.checkpoints.hub import check_hub_id, download, list_files
 from engines.checkpoints.prediction import read_prediction
-from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, read_layout
+from engines.checkpoints.single_file import SD1_CONFIGS, SingleFileLayout, check_configs_fit, read_layout
 from engines.checkpoints.supported import check_supported
 from engines.checkpoints.vae import Vae, find_vae
 from engines.errors import CheckpointError
@@ -29,7 +29,6 @@ from engines.progress import NullProgress, Progress
 from engines.safetensors_header import read_header
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_SD1_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # its configs describe every single file of SD 1.x
 _SILENT = NullProgress()
 
 
@@ -50,12 +49,12 @@ def find_checkpoint(  # noqa: PLR0913 - what a checkpoint is built from, by keyw
 ) -> Checkpoint:
     """Find the checkpoint in folder or file `model`, or download the one with hub id `model`.
 
-    A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x there is
-    a default. `revision` is the hub's: of the model, or of `config` for a single file. `decoder` is the folder or hub
-    id of a decoder that replaces the VAE's, or its file; `vae` is the file or folder of a VAE that replaces the
-    checkpoint's own. `variant` selects weights such as `model.fp16.safetensors`; parts without it have their plain
-    weights, as in diffusers. Its safety checker, where it has one, is a part of it only `with_safety_checker`. `check`
-    is called with what the configs say, before weights are downloaded, and may raise.
+    A single file needs `config`, the folder or hub id of a checkpoint whose configs describe it; for SD 1.x and XL
+    there is a default. `revision` is the hub's: of the model, or of `config` for a single file. `decoder` is the
+    folder or hub id of a decoder that replaces the VAE's, or its file; `vae` is the file or folder of a VAE that
+    replaces the checkpoint's own. `variant` selects weights such as `model.fp16.safetensors`; parts without it have
+    their plain weights, as in diffusers. Its safety checker, where it has one, is a part of it only
+    `with_safety_checker`. `check` is called with what the configs say, before weights are downloaded, and may raise.
 
     Raises:
         CheckpointError: there is none, the hub cannot be reached, its architecture is not supported, or a LoRA, an
@@ -186,11 +185,12 @@ class _Search:
         """Return the folder of configs that describe a single file."""
         if self.config and Path(self.config).is_dir():
             return Path(self.config)
-        if not self.config and layout and layout.version == 2:
+        config = self.config or (layout.default_configs if layout else SD1_CONFIGS)
+        if config is None:
             raise CheckpointError(_needs_config(path))
-        check_hub_id(self.config or _SD1_CONFIG)
+        check_hub_id(config)
         try:
-            return self._download(self.config or _SD1_CONFIG, CONFIG_PATTERNS, self.revision)
+            return self._download(config, CONFIG_PATTERNS, self.revision)
         except CheckpointError as error:
             raise CheckpointError(
                 f"The configs that describe {path.name} are missing. {error} "

@@ -48,7 +48,8 @@ def load(checkpoint: Checkpoint) -> Modules:
 
 
 def assert_same(modules: Modules, others: Modules) -> None:
-    for part in PARTS:
+    parts = (*PARTS, "text_encoder_2") if others.text_encoder_2 else PARTS
+    for part in parts:
         here, there = getattr(modules, part).state_dict(), getattr(others, part).state_dict()
         assert here.keys() == there.keys()
         assert all(torch.equal(here[name], there[name]) for name in here)

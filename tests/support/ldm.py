@@ -1,4 +1,4 @@
-"""Converts a diffusers folder to a single file in the layout of Stable Diffusion's first release."""
+"""Converts a diffusers folder to a single file with the names of Stable Diffusion's first release, or of XL's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _RESNET: Names = (
     ("conv_shortcut", "skip_connection"),
 )
 _UNET: Names = (
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
     ("conv_in", "input_blocks.0.0"),
@@ -60,7 +62,7 @@ _OPEN_CLIP: Names = (
 
 
 def single_file(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of the checkpoint in `folder` under their names in single files of SD 1.x or SD 2.x."""
+    """Return the tensors of the checkpoint in `folder` under their names in single files of SD 1.x, 2.x or XL."""
     unet, text = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "text_encoder"))
     layers, blocks = unet["layers_per_block"], len(unet["block_out_channels"])
     tensors = _read(folder, "unet", "diffusion_pytorch_model")
@@ -70,7 +72,16 @@ def single_file(folder: Path) -> dict[str, Tensor]:
         kernel = value[:, :, None, None] if "attentions" in key and value.ndim == 2 else value
         made[f"first_stage_model.{_vae(key, blocks)}"] = kernel
     encoder = _read(folder, "text_encoder", "model")
-    return made | dict(_open_clip(encoder) if text["hidden_act"] == "gelu" else _clip(encoder))
+    if (folder / "text_encoder_2").is_dir():
+        second = _read(folder, "text_encoder_2", "model")
+        return (
+            made
+            | dict(_clip(encoder, "conditioner.embedders.0.transformer."))
+            | dict(_open_clip(second, "conditioner.embedders.1.model."))
+        )
+    if text["hidden_act"] == "gelu":
+        return made | dict(_open_clip(encoder, "cond_stage_model.model."))
+    return made | dict(_clip(encoder, "cond_stage_model.transformer."))
 
 
 def write_single_file(folder: Path, path: Path) -> Path:
@@ -116,20 +127,22 @@ def _vae(key: str, blocks: int) -> str:
     return _rename(key.replace("down_blocks.", "down."), _VAE)
 
 
-def _clip(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _clip(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
     for key, value in tensors.items():
-        yield f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}", value
+        yield f"{prefix}text_model.{key.removeprefix('text_model.')}", value
 
 
-def _open_clip(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """OpenCLIP stores the projections to query, key and value as one matrix."""
+def _open_clip(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """OpenCLIP stores the projections to query, key and value as one matrix, and transposes the last one."""
     for key, value in tensors.items():
-        name = f"cond_stage_model.model.{_rename(key.removeprefix('text_model.'), _OPEN_CLIP)}"
+        name = f"{prefix}{_rename(key.removeprefix('text_model.'), _OPEN_CLIP)}"
         name = re.sub(r"(\.\d+)\.(c_fc|c_proj)", r"\1.mlp.\2", name)
         if re.search(r"\.[kv]_proj\.", name):
             continue
         if ".q_proj." in name:
             joined = [tensors[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
             yield name.replace(".q_proj.", ".in_proj_"), torch.cat(joined)
+        elif key == "text_projection.weight":
+            yield name.removesuffix(".weight"), value.T
         else:
             yield name, value

@@ -17,20 +17,21 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.diffusers_folder import PARTS, CheckpointConfig
+from engines.checkpoints.diffusers_folder import SECOND_ENCODER, SECOND_TOKENIZER, CheckpointConfig
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
 from engines.checkpoints.prediction import Prediction, read_prediction
-from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, model_name
+from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, model_names
 from engines.checkpoints.vae import Vae, vae_name
 from engines.errors import CheckpointError
 from engines.progress import Progress
 
+_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @contextmanager
 def as_folder(checkpoint: Checkpoint, progress: Progress) -> Iterator[CheckpointConfig]:
-    """Give the checkpoint as a diffusers folder; that of a single file is temporary, and takes 4 GB for SD 1.x.
+    """Give the checkpoint as a diffusers folder; that of a single file is temporary, and as large as the file.
 
     Raises:
         CheckpointError: the single file cannot be read, is not supported, or its configs describe another.
@@ -45,21 +46,24 @@ def as_folder(checkpoint: Checkpoint, progress: Progress) -> Iterator[Checkpoint
 
 
 def _convert(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
-    """Write the single file as a diffusers folder, in FP32. What has no weights is copied from the configs."""
-    parts, source = _load_parts(checkpoint, progress), checkpoint.config.folder
+    """Write the single file as a diffusers folder, one part after the other. What has no weights is copied."""
+    tensors, layout = _recognised(checkpoint, progress)
+    source = checkpoint.config.folder
     try:
-        for copied in ("tokenizer", "scheduler"):
-            shutil.copytree(source / copied, folder / copied)
+        for copied in ("tokenizer", SECOND_TOKENIZER, "scheduler"):
+            if (source / copied).is_dir():
+                shutil.copytree(source / copied, folder / copied)
         shutil.copy(source / "model_index.json", folder)
         if prediction := read_prediction(checkpoint.path):
             _set_prediction(prediction, folder / _SCHEDULER, progress)
-        with quiet():
-            for part in PARTS:
-                if part in parts:
-                    parts[part].save_pretrained(folder / part)
-                else:  # the VAE, where another replaces it
-                    (folder / part).mkdir()
-                    shutil.copy(source / part / "config.json", folder / part)
+        for part in checkpoint.config.parts:
+            if part == "vae" and checkpoint.vae:
+                (folder / part).mkdir()
+                shutil.copy(source / part / "config.json", folder / part)
+            else:
+                made = _made(part, checkpoint, layout, tensors)
+                with quiet():
+                    made.save_pretrained(folder / part)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.path.name} cannot be converted: {error}. Set TMPDIR to choose another folder."
@@ -78,8 +82,8 @@ def _set_prediction(prediction: Prediction, path: Path, progress: Progress) -> N
         path.write_text(json.dumps(config | changes), encoding="utf-8")
 
 
-def _load_parts(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
-    """Load the file's parts, and check that it holds all of their weights and no others."""
+def _recognised(checkpoint: Checkpoint, progress: Progress) -> tuple[dict[str, Tensor], SingleFileLayout]:
+    """The file's tensors by the names that diffusers knows them by. Raises CheckpointError: the configs do not fit."""
     tensors = _read(checkpoint.path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     layout = layout_of(checkpoint.path.name, shapes, needs_vae=checkpoint.vae is None)
@@ -89,27 +93,29 @@ def _load_parts(checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
             f"{checkpoint.path.name}: ignoring {len(layout.strays)} tensors that are not of the model, such as "
             f"{layout.strays[0]}"
         )
-    known = {model_name(name): tensor for name, tensor in tensors.items()}
-    named = {name: tensor for name, tensor in known.items() if name}
-    del tensors, known
-    return _made(checkpoint, layout, named)
+    return {known: tensors[name] for name, known in model_names(shapes).items()}, layout
 
 
-def _made(checkpoint: Checkpoint, layout: SingleFileLayout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    for part in PARTS:
-        if part == "vae" and checkpoint.vae:
-            continue
-        try:
-            with quiet():
-                parts[part] = _part(part, tensors, str(checkpoint.config_folder))
-        except LOAD_ERRORS as error:
-            raise _misfit(checkpoint, _explain(error, part)) from error
-        if lacking := [name for name, weight in parts[part].state_dict().items() if weight.is_meta]:
-            raise _misfit(checkpoint, f"weights of its {part} are missing, such as {lacking[0]}")
-    if layout.tensors != (expected := len(parts["unet"].state_dict())):
-        raise _misfit(checkpoint, f"its UNet has {layout.tensors} weights, not {expected}")
-    return parts
+def _made(part: str, checkpoint: Checkpoint, layout: SingleFileLayout, tensors: Mapping[str, Tensor]) -> Any:
+    """One part, in the type of the file. Raises CheckpointError unless all of its weights are there, and no others."""
+    try:
+        with quiet():
+            module = _part(part, tensors, str(checkpoint.config_folder), _dtype(part, tensors))
+    except LOAD_ERRORS as error:
+        raise _misfit(checkpoint, _explain(error, part)) from error
+    weights = module.state_dict()
+    if lacking := [name for name, weight in weights.items() if weight.is_meta]:
+        raise _misfit(checkpoint, f"weights of its {part} are missing, such as {lacking[0]}")
+    if part == "unet" and layout.tensors != len(weights):
+        raise _misfit(checkpoint, f"its UNet has {layout.tensors} weights, not {len(weights)}")
+    return module
+
+
+def _dtype(part: str, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The type that holds the weights of a part exactly."""
+    prefix = _PREFIXES.get(part, "cond")  # cond_stage_model, conditioner
+    types = {tensor.dtype for name, tensor in tensors.items() if name.startswith(prefix) and tensor.is_floating_point()}
+    return types.pop() if len(types) == 1 else torch.float32
 
 
 def load_vae(vae: Vae, config: CheckpointConfig) -> Any:
@@ -127,21 +133,22 @@ def load_vae(vae: Vae, config: CheckpointConfig) -> Any:
     return module
 
 
-def _part(part: str, tensors: Mapping[str, Tensor], config: str) -> Any:
+def _part(part: str, tensors: Mapping[str, Tensor], config: str, dtype: torch.dtype = torch.float32) -> Any:
     """Build one part from the tensors by its config."""
     # These modules warn of optional packages, so they are imported only when quiet.
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm  # noqa: PLC0415
-    from transformers import CLIPTextModel  # noqa: PLC0415
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: PLC0415
 
     options: dict[str, Any] = {
         "config": config,
         "subfolder": part,
-        "torch_dtype": torch.float32,
+        "torch_dtype": dtype,
         "local_files_only": True,
     }
-    if part == "text_encoder":
-        return create_diffusers_clip_model_from_ldm(CLIPTextModel, dict(tensors), **options)
+    encoder = {"text_encoder": CLIPTextModel, SECOND_ENCODER: CLIPTextModelWithProjection}.get(part)
+    if encoder:
+        return create_diffusers_clip_model_from_ldm(encoder, dict(tensors), **options)
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
     return kind.from_single_file(dict(tensors), **options)
 
@@ -162,10 +169,13 @@ def _explain(error: Exception, part: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a single file; FP8, which few operations take, in FP32. Pickles are read as plain tensors."""
+    """The tensors of a single file; FP8, which few operations take, in FP16, which holds it exactly.
+
+    Pickles are read as plain tensors.
+    """
     tensors = load_tensors(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
     return {
-        name: tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        name: tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
         for name, tensor in tensors.items()
     }
 

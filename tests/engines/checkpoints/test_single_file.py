@@ -21,7 +21,6 @@ from tests.support.ldm import single_file, write_single_file
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        (["conditioner.embedders.1.model.ln_final.weight"], "Stable Diffusion XL checkpoint"),
         (["conditioner.embedders.0.model.ln_final.weight"], "Stable Diffusion XL refiner"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
         (["double_blocks.0.img_attn.qkv.weight"], "Flux"),
@@ -32,7 +31,9 @@ from tests.support.ldm import single_file, write_single_file
         (["down_blocks.0.resnets.0.conv1.weight"], "one part of a diffusers checkpoint"),
         (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "pass it with --lora"),
         (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "pass it with --lora"),
-        (["model.diffusion_model.label_emb.0.0.weight"], "needs a class or an image"),
+        (["clip_txt_mapper.weight"], "a Stable Cascade checkpoint"),
+        (["model.diffusion_model.down_blocks.1.0.channelwise.0.weight"], "a Stable Cascade checkpoint"),
+        (["model.diffusion_model.label_emb.0.0.weight", "cond_stage_model.model.x"], "needs a class or an image"),
         (["model.diffusion_model.time_embed.cond_proj.weight"], "latent consistency model in one file"),
         (["emb_params"], "not a checkpoint of a known layout"),
     ],
@@ -51,7 +52,7 @@ def test_an_inpainting_file_is_refused(families: Families, tmp_path: Path) -> No
         find_checkpoint(str(tmp_path / "inpaint.safetensors"), config=str(families("sd1")))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd15", "no-mid", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd15", "no-mid", "sd2", "xl"])
 def test_a_single_file_loads_as_the_folder_it_was_made_from(families: Families, tmp_path: Path, family: str) -> None:
     folder = families(family)
     path = write_single_file(folder, tmp_path / f"{family}-one.safetensors")
@@ -80,7 +81,7 @@ def test_a_pickled_single_file_is_recognised_when_it_is_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for content, complaint in (
-        ({"conditioner.embedders.1.model.x": torch.zeros(1)}, "Stable Diffusion XL"),
+        ({"conditioner.embedders.0.model.x": torch.zeros(1)}, "Stable Diffusion XL refiner"),
         ({"state_dict": {}, "harmful": Harmful()}, "cannot be read as plain tensors"),
     ):
         torch.save(content, "one.ckpt")

@@ -155,9 +155,9 @@ def test_a_file_without_a_vae_asks_for_one(families: Families, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"pruned\.safetensors holds no VAE: pass one with --vae\.$"):
         find(path, families)
     tensors = {name: tensor for name, tensor in without_vae(families).items() if name.startswith("model.")}
-    with pytest.raises(CheckpointError, match="holds no VAE and no text encoder: pass a file that holds all three"):
+    with pytest.raises(CheckpointError, match="holds no VAE and no text encoder: pass a file that holds all parts"):
         find(write(tmp_path / "unet.safetensors", tensors), families)
-    with pytest.raises(CheckpointError, match="holds no text encoder: pass a file that holds all three"):
+    with pytest.raises(CheckpointError, match="holds no text encoder: pass a file that holds all parts"):
         find(tmp_path / "unet.safetensors", families, vae=str(families("sd1")))
 
 
