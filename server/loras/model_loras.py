@@ -75,7 +75,7 @@ class ModelLoras:
             packed.sha256,
             packed.values,
             updates_unet="unet" in packed.parts,
-            updates_text_encoder="text_encoder" in packed.parts,
+            updates_text_encoder=not packed.parts.isdisjoint(("text_encoder", "text_encoder_2")),
             tensors_sha256=packed.tensors_sha256,
         )
 

@@ -84,7 +84,11 @@ class Intake:
         scheduler = self._scheduler(body)
         params = GenerationParams(
             prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax, names_loras=self._loras is not None),
-            negative_prompt=self._tokenizer(body.negative_prompt, syntax=body.prompt_syntax),
+            negative_prompt=self._tokenizer(
+                body.negative_prompt,
+                syntax=body.prompt_syntax,
+                zeros_if_empty=self._manifest.context.force_zeros_for_empty_prompt,
+            ),
             size=size,
             scheduler=scheduler,
             num_inference_steps=steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -30,10 +30,14 @@ _NONE: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The input of one text encoder call: [tokens] ids and weights; begin, end and padding have weight 1."""
+    """The input of one text encoder call: [tokens] ids and weights; begin, end and padding have weight 1.
+
+    Where all weights are 0, the embeddings are zeros.
+    """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    ids_2: tuple[int, ...] = ()  # of a second text encoder: the same with its padding
 
     def __hash__(self) -> int:
         """Hash the ids only, in less than half the time: few chunks differ in weights alone."""
@@ -67,6 +71,7 @@ class PromptTokenizer:
         *,
         tokens: int,
         pad: int,
+        pad_2: int | None = None,
         embeddings: Mapping[str, int] = _NONE,
         content: bytes | None = None,
     ) -> None:
@@ -76,6 +81,7 @@ class PromptTokenizer:
             file: tokenizer.json of the bundle.
             tokens: ids per chunk, including begin and end.
             pad: id of the padding token.
+            pad_2: the same of a second text encoder; None: there is none.
             embeddings: number of vectors of each textual inversion; those after the first of "<cat>" are the tokens
                 "<cat>_1", "<cat>_2", …
             content: of the file, if it has been read.
@@ -88,21 +94,35 @@ class PromptTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._begin, self._end = _ends(self._tokenizer, file)
-        self._pad = pad
-        if self._tokenizer.id_to_token(pad) is None:
-            raise EngineError(f"{file} has no token {pad}, with which prompts are padded: build the bundle again.")
+        self._pad, self._pad_2 = pad, pad_2
+        for token in (pad, pad_2):
+            if token is not None and self._tokenizer.id_to_token(token) is None:
+                raise EngineError(
+                    f"{file} has no token {token}, with which prompts are padded: build the bundle again."
+                )
         self._capacity = tokens - 2
         self._comma = (self._tokenizer.token_to_id(_COMMA),)
         self._comma_reach = min(_COMMA_REACH, self._capacity // 3)  # at most a third of a small chunk
         self._vectors = {ids[0]: ids for ids in (self._vectors_of(*item) for item in embeddings.items())}
         self._cached = lru_cache(_CACHE_SIZE)(self._tokenize_prompt)
 
-    def __call__(self, text: str, *, syntax: Syntax = "a1111", names_loras: bool = False) -> Prompt:
+    def __call__(
+        self, text: str, *, syntax: Syntax = "a1111", names_loras: bool = False, zeros_if_empty: bool = False
+    ) -> Prompt:
         """Tokenize `text`, parsed as AUTOMATIC1111 syntax, or with syntax "plain" as literal text.
 
-        Where it `names_loras`, their tags are taken out of that syntax first; otherwise they are text.
+        Where it `names_loras`, their tags are taken out of that syntax first; otherwise they are text. With
+        `zeros_if_empty` the embeddings of a text of nothing but space are zeros.
         """
-        return self._cached(text, syntax, names_loras)
+        return (
+            self._zeros(text, syntax)
+            if zeros_if_empty and not text.strip()
+            else self._cached(text, syntax, names_loras)
+        )
+
+    def _zeros(self, text: str, syntax: Syntax) -> Prompt:
+        chunk = self._chunk(())
+        return Prompt(text, (replace(chunk, weights=(0.0,) * len(chunk.ids)),), syntax=syntax)
 
     def _tokenize_prompt(self, text: str, syntax: Syntax, names_loras: bool) -> Prompt:
         encoded = without_tags(text) if syntax == "a1111" and names_loras else text
@@ -172,9 +192,11 @@ class PromptTokenizer:
         ids = [token for piece in content for token in piece.ids]
         weights = [piece.weight for piece in content for _ in piece.ids]
         padding = self._capacity - len(ids)
+        padded = (self._begin, *ids, self._end)
         return Chunk(
-            ids=(self._begin, *ids, self._end, *[self._pad] * padding),
+            ids=(*padded, *[self._pad] * padding),
             weights=(1.0, *weights, 1.0, *[1.0] * padding),
+            ids_2=() if self._pad_2 is None else (*padded, *[self._pad_2] * padding),
         )
 
     def _truncation_warning(self, dropped: Sequence[_Piece], parts: Iterable[Iterable[WeightedSpan]]) -> str:

@@ -159,6 +159,7 @@ def _intake(source: ModelSource, cache: StepCache, loras: LorasOf | None) -> Int
         content=source.read(path),
         tokens=manifest.context.tokens,
         pad=manifest.tokenizer.pad,
+        pad_2=manifest.tokenizer.pad_2,
         embeddings=manifest.tokenizer.embeddings,
     )
     return Intake(manifest, tokenizer, model=source.name, cache=cache, loras=loras and loras(manifest))

@@ -14,7 +14,6 @@ from engines.contract import (
     INPAINT_LANES,
     LANES,
     LORA_GRAPHS,
-    LORA_POOL,
     OUTPUTS,
     STEPS,
     Array,
@@ -114,14 +113,14 @@ class LatentPool:
         engines: Mapping[GraphName, Engine],
         device: Device,
         streams: Streams,
-        context: Buffer,
-        loras: Buffer | None,
+        pools: Mapping[str, Buffer],
         made_features: Buffer,
         decode_chunk: int,
     ) -> None:
         """`engines` were loaded for their streams; at most `decode_chunk` images are decoded in one call.
 
-        The pools of all sizes share `context`, `loras`, and `made_features`, memory for those of one full step.
+        All sizes share `pools`, those of prompts and LoRAs by port, and `made_features`, memory for those of one full
+        step.
         """
         self.size = size
         self._dims = manifest.dims(size)
@@ -134,15 +133,13 @@ class LatentPool:
         self._streams = streams
         self._parity = 0  # which of the states is current
         self._inputs = {graph: manifest.inputs(graph) for graph in STEPS if graph in engines}
-        pools = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
-        self._states = tuple(self._allocate_pool(pools["state"]) for _ in range(2))
-        self._staging = self._allocate_pool(pools["state"], S=manifest.max_rows)
+        own = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
+        state = own.pop("state")
+        self._states = tuple(self._allocate_pool(state) for _ in range(2))
+        self._staging = self._allocate_pool(state, S=manifest.max_rows)
         self._state_lanes = tuple(map(self._lanes_of, self._states))
         self._staging_lanes = self._lanes_of(self._staging)
-        shared = {"context": context} | ({LORA_POOL.name: loras} if loras else {})
-        self._pools = shared | {
-            name: self._allocate_pool(port) for name, port in pools.items() if name not in ("state", *shared)
-        }
+        self._pools = {name: pools.get(name) or self._allocate_pool(port) for name, port in own.items()}
         (self._features,) = (port for port in OUTPUTS["denoise"] if port.name == "features")
         self._made_features = made_features
         self._denoise = {graph: engines[graph] for graph in STEPS if graph in engines}

@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.backends.available import engine_path
 from engines.backends.device import Device, Engine, Event, Reader, Reading, Stream
-from engines.contract import GraphName
+from engines.contract import LORA_POOL, GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
 from server.requests.request import BatchKey, Image, Request
@@ -120,6 +120,7 @@ class Pipeline:
             updated=(engines["encode_prompt_lora"], self._loras.buffer) if self._loras else None,
             on_lookup=on_lookup,
         )
+        shared = self._prompts.pools | ({LORA_POOL.name: self._loras.buffer} if self._loras else {})
         made_features = device.allocate((features_bytes(manifest),), np.uint8, purpose="features of steps")
         self._latent_pools = {
             size: LatentPool(
@@ -128,8 +129,7 @@ class Pipeline:
                 engines=engines,
                 device=device,
                 streams=streams,
-                context=self._prompts.context,
-                loras=self._loras.buffer if self._loras else None,
+                pools=shared,
                 made_features=made_features,
                 decode_chunk=chunk,
             )

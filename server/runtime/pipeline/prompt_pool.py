@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 
 from engines.backends.device import Buffer, Call, Device, Engine, Event, Stream
-from engines.contract import LORA_POOL
+from engines.contract import IDS_2, LORA_POOL, PROMPT_POOLS, Port
 from engines.manifest import Manifest
 from engines.row_buckets import rank_buckets
 from server.requests.tokenizer import Chunk, Prompt
@@ -55,14 +55,17 @@ class PromptPool:
 
         `updated` is the engine that applies LoRAs, and their pool.
         """
-        context = manifest.context
-        self.context = device.allocate((rows, context.tokens, context.width), np.float32, purpose="prompts")
-        self._layers = context.layers
-        self._ids = device.allocate((1, context.tokens), np.int64, purpose="prompts")
-        self._layer = device.allocate((1,), np.int64, purpose="prompts")
-        self._weights = device.allocate((1, context.tokens), np.float32, purpose="prompts")
-        self._embeddings = device.allocate((1, context.tokens, context.width), np.float32, purpose="prompts")
-        buffers = {"ids": self._ids, "layer": self._layer, "weights": self._weights, "embeddings": self._embeddings}
+        sizes = {**manifest.dims(manifest.resolutions[0]), "C": rows, "N": 1}
+
+        def allocate(ports: Iterable[Port]) -> dict[str, Buffer]:
+            return {port.name: device.allocate(port.shape(sizes), port.dtype, purpose="prompts") for port in ports}
+
+        self._tokens, self._layers = manifest.context.tokens, manifest.context.layers
+        self.pools = allocate(port for port in manifest.inputs("denoise") if port.name in PROMPT_POOLS)  # by port
+        self._inputs = allocate(manifest.inputs("encode_prompt"))
+        self._dtypes = {port.name: port.dtype for port in manifest.inputs("encode_prompt")}
+        self._outputs = allocate(manifest.outputs("encode_prompt"))
+        buffers = self._inputs | self._outputs
         self._encode = engine.bind(buffers)
         self._updated: dict[int, _UpdatedCall] = {}  # by ranks, ascending
         if updated and manifest.lora:
@@ -105,8 +108,8 @@ class PromptPool:
 
     def warm_up(self) -> None:
         """Encode a blank chunk, in every way, and keep nothing of it."""
-        tokens = self._ids.shape[1]
-        blank = _Key(Chunk((0,) * tokens, (1.0,) * tokens), 0, ())
+        ids = (0,) * self._tokens
+        blank = _Key(Chunk(ids, (1.0,) * self._tokens, ids), 0, ())
         for count in (0, *self._updated):
             self._launch(blank, Ranks((0,) * count, (0.0,) * count))
 
@@ -128,13 +131,20 @@ class PromptPool:
         with ExitStack() as undo:
             undo.callback(self._cache.discard, key)
             self._cache.await_readers(rows, self._stream)
-            self._stream.copy(self._embeddings, self.context, at=rows[0])
+            for name, pool in self.pools.items():
+                self._stream.copy(self._outputs[PROMPT_POOLS[name]], pool, at=rows[0])
             undo.pop_all()
 
     def _launch(self, key: _Key, ranks: Ranks) -> None:
-        self._stream.write(self._ids, np.array([key.chunk.ids]))
-        self._stream.write(self._layer, np.array([self._layers - key.clip_skip]))
-        self._stream.write(self._weights, np.array([key.chunk.weights], np.float32))
+        chunk = key.chunk
+        values = {
+            "ids": [chunk.ids],
+            IDS_2.name: [chunk.ids_2],
+            "layer": [self._layers - key.clip_skip],
+            "weights": [chunk.weights],
+        }
+        for name, dtype in self._dtypes.items():
+            self._stream.write(self._inputs[name], np.array(values[name], dtype))
         if not ranks.rows:
             self._encode.launch()
             return

@@ -119,7 +119,7 @@ def test_a_row_of_a_prompt_is_overwritten_after_the_last_step_that_reads_it(
     first, second = (Prompt("", (Chunk((word,) * 16, (1.0,) * 16),)) for word in (1, 2))
     (row,) = pool.acquire(first)
     running.pipeline._streams.encode.record().wait()
-    reading = steps.read(pool.context, at=row)  # as a step does
+    reading = steps.read(pool.pools["context"], at=row)  # as a step does
     pool.release(first, last_read=steps.record() if is_known else None)
     assert pool.acquire(second) == (row,)
     reading.result()

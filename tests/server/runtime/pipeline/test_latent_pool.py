@@ -11,7 +11,7 @@ from engines import contract
 from engines.backends.device import Buffer, Call, Device, Stream
 from engines.backends.host import HostReading, HostStream
 from engines.backends.onnxruntime import OnnxRuntimeDevice
-from engines.contract import GRAPHS, LANES, STEPS, TERMS, Array, GraphName, Port, inputs_of
+from engines.contract import GRAPHS, LANES, LORA_POOL, STEPS, TERMS, Array, GraphName, Port, inputs_of
 from engines.manifest import Manifest
 from server.requests.request import DEPTHS, Depth
 from server.runtime.pipeline.latent_pool import LatentPool, PlanMemory, features_bytes
@@ -130,8 +130,7 @@ def make_pool(manifest: Manifest, device: Device, stream: Stream, engines: Mappi
         engines=engines,
         device=device,
         streams=Streams(stream, stream, stream),
-        context=context,
-        loras=device.allocate((6, 8), np.float16),
+        pools={"context": context, LORA_POOL.name: device.allocate((6, 8), np.float16)},
         made_features=device.allocate((features_bytes(manifest),), np.uint8),
         decode_chunk=1,
     )

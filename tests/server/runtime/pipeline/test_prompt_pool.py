@@ -89,7 +89,7 @@ def test_the_least_recently_used_makes_room_and_those_in_use_never_do(
     pool.release(prompt(3, manifest))
     assert pool.acquire(prompt(4, manifest)) == rows[1]
     assert pool.acquire(prompt(5, manifest)) == rows[2]
-    context = stream.read(pool.context).result()
+    context = stream.read(pool.pools["context"]).result()
     assert context[rows[0][0], 0, 0] == 1, "a prompt in use was overwritten"
     assert [context[row, 0, 0] for (row,) in rows] == [1, 4, 5]
     assert pool.acquire(prompt(1, manifest)) == rows[0]
