@@ -6,7 +6,7 @@ A key that is absent has the default that diffusers and transformers give it. Ot
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -27,13 +27,18 @@ from engines.errors import CheckpointError
 
 _MAX_CHANNELS, _MAX_LEVELS, _MAX_LAYERS, _MAX_TIMESTEPS = 16_384, 6, 64, 10_000  # beyond real models
 _SHOWN = 60  # characters of a wrong value
-_PER_LEVEL = ("layers_per_block", "cross_attention_dim", "attention_head_dim")  # of the UNet: one, or one for each
+# Keys of the UNet with one value, or one for each level.
+_PER_LEVEL = ("layers_per_block", "cross_attention_dim", "attention_head_dim", "only_cross_attention")
+_DEPTHS = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")  # one for each layer, besides
 _Config = TypeVar("_Config", bound=BaseModel)
 
 Width = Annotated[int, Field(ge=1, le=_MAX_CHANNELS)]
 Layers = Annotated[int, Field(ge=1, le=_MAX_LAYERS)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=_MAX_LEVELS)]
+BlockCounts = Annotated[tuple[Layers, ...], Field(max_length=_MAX_LEVELS)]
 Names = Annotated[tuple[str, ...], Field(min_length=1, max_length=_MAX_LEVELS)]
+DownBlocks = Annotated[tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...], Field(max_length=_MAX_LEVELS)]
+UpBlocks = Annotated[tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...], Field(max_length=_MAX_LEVELS)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
@@ -50,8 +55,24 @@ def _one_or_each(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _depths(value: object) -> object:
+    """Accept one depth, or one for each level, or in a level's place a list with one for each of its layers."""
+    levels = value if isinstance(value, list | tuple) else [value]
+    each = [depth for level in levels for depth in (level if isinstance(level, list | tuple) else [level])]
+    if not 0 < len(levels) <= _MAX_LEVELS or not all(type(one) is int and 0 <= one <= _MAX_LAYERS for one in each):
+        raise ValueError(f"should be a whole number from 0 to {_MAX_LAYERS}, or a list of them or of lists")
+    return _tupled(value)
+
+
+def _tupled(value: object) -> object:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
 Counts = Annotated[int | tuple[int, ...], _one_or_each(_MAX_CHANNELS)]
 LayerCounts = Annotated[int | tuple[int, ...], _one_or_each(_MAX_LAYERS)]
+LevelDepths = tuple[int | tuple[int, ...], ...]
+Depths = Annotated[int | LevelDepths, BeforeValidator(_depths)]
+UpDepths = Annotated[LevelDepths | None, BeforeValidator(lambda value: value if value is None else _depths(value))]
 
 
 class _File(BaseModel):
@@ -100,11 +121,12 @@ class UnetConfig(_Weights):
     in_channels: Width = 4
     out_channels: Width = 4
     block_out_channels: Widths = (320, 640, 1280, 1280)
-    down_block_types: Names = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: Names = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    down_block_types: DownBlocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: UpBlocks = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] | None = "UNetMidBlock2DCrossAttn"
     layers_per_block: LayerCounts = 2
-    transformer_layers_per_block: LayerCounts = 1
+    transformer_layers_per_block: Depths = 1
+    reverse_transformer_layers_per_block: UpDepths = None  # from the deepest level up
     cross_attention_dim: Counts = 1280
     attention_head_dim: Counts = 8
     num_attention_heads: None = None  # diffusers refuses it: what it means is under attention_head_dim
@@ -118,6 +140,7 @@ class UnetConfig(_Weights):
     flip_sin_to_cos: bool = True
     center_input_sample: bool = False
     freq_shift: Annotated[int, Field(ge=0, le=1)] = 0
+    time_embedding_act_fn: None = None
     time_cond_proj_dim: Width | None = None
     # When set, the UNet has inputs besides the latent, the timestep and the prompt.
     class_embed_type: Any = None
@@ -130,11 +153,24 @@ class UnetConfig(_Weights):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        _check_levels(self, "down_block_types", "up_block_types", *_PER_LEVEL)
+        _check_levels(self, "down_block_types", "up_block_types", *_PER_LEVEL, *_DEPTHS)
+        self._check_depths()
         _check_groups(self.norm_num_groups, self.block_out_channels)
         if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
             raise ValueError("sample_size should be a whole number, or height and width")
         return self
+
+    def _check_depths(self) -> None:
+        """Raise ValueError unless every layer with attention has a depth of its transformer."""
+        down, up = self.transformer_layers_per_block, self.reverse_transformer_layers_per_block
+        if up is None and isinstance(down, tuple) and any(isinstance(one, tuple) for one in down):
+            raise ValueError(
+                f"{_DEPTHS[1]} is missing: the depths of the way up, where those of the way down are lists"
+            )
+        counts, levels = self.layers_per_block, len(self.block_out_channels)
+        layers = (counts,) * levels if isinstance(counts, int) else counts
+        _check_lengths(_DEPTHS[0], down, self.down_block_types, layers)
+        _check_lengths(_DEPTHS[1], up, self.up_block_types, [count + 1 for count in reversed(layers)])
 
     @property
     def precedes_0_9(self) -> bool:
@@ -158,12 +194,47 @@ class VaeConfig(_Weights):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    force_upcast: bool = True  # it leaves FP16's range; diffusers follows it for Stable Diffusion XL alone
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         _check_levels(self, "down_block_types", "up_block_types")
         _check_groups(self.norm_num_groups, self.block_out_channels)
         return self
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, in each direction."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+
+class TinyVaeConfig(_Weights):
+    """`vae/config.json`, of an `AutoencoderTiny`, a distilled VAE: its encoder returns latents, and no distribution."""
+
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    latent_channels: Annotated[int, Field(ge=1, le=256)] = 4
+    encoder_block_out_channels: Widths = (64,) * 4
+    decoder_block_out_channels: Widths = (64,) * 4
+    num_encoder_blocks: BlockCounts = (1, 3, 3, 3)
+    num_decoder_blocks: BlockCounts = (3, 3, 3, 1)
+    upsampling_scaling_factor: Literal[2] = 2
+    act_fn: str = "relu"
+    scaling_factor: Positive = 1.0
+    force_upcast: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        levels = len(self.encoder_block_out_channels)
+        for key in ("decoder_block_out_channels", "num_encoder_blocks", "num_decoder_blocks"):
+            if len(getattr(self, key)) != levels:
+                raise ValueError(f"{key} should have {levels} entries, one for each of encoder_block_out_channels")
+        return self
+
+    @property
+    def downscale(self) -> int:
+        """As of `VaeConfig`."""
+        return 1 << (len(self.encoder_block_out_channels) - 1)
 
 
 class TextEncoderConfig(_Weights):
@@ -299,6 +370,13 @@ def _check_levels(config: UnetConfig | VaeConfig, *keys: str) -> None:
         value = getattr(config, key)
         if isinstance(value, tuple) and len(value) != levels:
             raise ValueError(f"{key} should have {levels} entries, one for each of block_out_channels")
+
+
+def _check_lengths(key: str, depths: object, blocks: Sequence[str], layers: Sequence[int]) -> None:
+    """Raise ValueError unless a list in `depths` has an entry for each of a block's `layers`, where they attend."""
+    for block, depth, count in zip(blocks, depths if isinstance(depths, tuple) else (), layers, strict=False):
+        if block.startswith("CrossAttn") and isinstance(depth, tuple) and len(depth) != count:
+            raise ValueError(f"{key} should have {count} entries for a level of {count} layers, and has {len(depth)}")
 
 
 def _check_groups(groups: int, channels: tuple[int, ...]) -> None:

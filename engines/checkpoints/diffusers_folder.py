@@ -18,6 +18,7 @@ from engines.checkpoints.configs import (
     ModelIndex,
     SchedulerConfig,
     TextEncoderConfig,
+    TinyVaeConfig,
     UnetConfig,
     VaeConfig,
     parse_config,
@@ -143,7 +144,9 @@ class CheckpointConfig:
         return self._parsed(UnetConfig, "unet/config.json")
 
     @cached_property
-    def vae(self) -> VaeConfig:
+    def vae(self) -> VaeConfig | TinyVaeConfig:
+        if self.index.class_of("vae") == "AutoencoderTiny":
+            return self._parsed(TinyVaeConfig, "vae/config.json")
         return self._parsed(VaeConfig, "vae/config.json")
 
     @cached_property
@@ -170,11 +173,10 @@ class CheckpointConfig:
 
     @cached_property
     def latent(self) -> Latent:
-        downscale = 2 ** (len(self.vae.block_out_channels) - 1)
         return Latent(
             channels=self.unet.in_channels,
-            downscale=downscale,
-            multiple=downscale * 2 ** (len(self.unet.block_out_channels) - 1),
+            downscale=self.vae.downscale,
+            multiple=self.vae.downscale * 2 ** (len(self.unet.block_out_channels) - 1),
             scaling_factor=self.vae.scaling_factor,
         )
 

@@ -17,7 +17,7 @@ _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _ONE_ENCODER: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 
 

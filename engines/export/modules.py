@@ -163,7 +163,10 @@ class Decode(GraphModule):
 
 
 class EncodeImage(GraphModule):
-    """RGB images to latents: a sample of the VAE's posterior, drawn with the given noise."""
+    """RGB images to latents: a sample of the VAE's posterior, drawn with the given noise.
+
+    A distilled VAE returns latents and no posterior; its graph has the input `noise` all the same.
+    """
 
     graph = "encode_image"
 
@@ -174,9 +177,14 @@ class EncodeImage(GraphModule):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         pixels = images.float().permute(0, 3, 1, 2) / 127.5 - 1
-        posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
-        latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
+        encoded = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
+        latents: Tensor = encoded.float() + 0 * noise if isinstance(encoded, Tensor) else _sampled(encoded, noise)
         return latents * self.scaling_factor
+
+
+def _sampled(posterior: Any, noise: Tensor) -> Tensor:
+    latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
+    return latents
 
 
 def _further_inputs(config: Any) -> Iterator[Port]:

@@ -23,11 +23,17 @@ def fit_rgb(vae: Any, latent: Latent) -> tuple[tuple[float, ...], ...]:
     Least squares over pictures made up for it, the same on every call; where latents leave a choice, the smallest.
     """
     pictures = _pictures(_SIDE * latent.downscale)
-    means = torch.cat([vae.encode(2 * picture[None] - 1).latent_dist.mean for picture in pictures])
+    means = torch.cat([_mean(vae.encode(2 * picture[None] - 1, return_dict=False)[0]) for picture in pictures])
     latents = functional.pad(_rows(means) * latent.scaling_factor, (0, 1), value=1.0)
     colors = _rows(functional.avg_pool2d(pictures, latent.downscale))
     weights = torch.linalg.lstsq(latents, colors, driver="gelsd").solution  # [channels + 1, 3]; gelsd: of any rank
     return tuple(tuple(row) for row in weights.T.tolist())
+
+
+def _mean(encoded: Any) -> Tensor:
+    """The mean of a posterior; the latents themselves where a distilled VAE returns no posterior."""
+    mean: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mean
+    return mean
 
 
 def _pictures(side: int) -> Tensor:

@@ -39,7 +39,34 @@ class Family:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     pipeline: str | None = None
     text_2: Mapping[str, Any] | None = None  # of the second text encoder of Stable Diffusion XL
+    tiny_vae: bool = False  # a distilled one
 
+
+_XL_UNET: Mapping[str, Any] = {
+    "layers_per_block": 2,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2],
+    "cross_attention_dim": WIDTH + 48,
+    "attention_head_dim": [2, 4],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+_XL_TEXT_2: Mapping[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "hidden_act": "gelu",
+    "projection_dim": 24,
+}
+_THREE_LEVELS: Mapping[str, Any] = {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
 
 # Each family differs from `sd1` in its scheduler and in the configs of the UNet and the text encoder.
 FAMILIES: Mapping[str, Family] = {
@@ -66,29 +93,37 @@ FAMILIES: Mapping[str, Family] = {
         pipeline="LatentConsistencyModelPipeline",
     ),
     "xl": Family(  # with transformers of several depths, and encoders of different widths and depths
-        unet={
-            "layers_per_block": 2,
-            "block_out_channels": (16, 32),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": [1, 2],
-            "cross_attention_dim": WIDTH + 48,
-            "attention_head_dim": [2, 4],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 24 + 6 * 8,
-        },
+        unet=_XL_UNET,
         text={"num_hidden_layers": 3},
-        text_2={
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_hidden_layers": 4,
-            "hidden_act": "gelu",
-            "projection_dim": 24,
-        },
+        text_2=_XL_TEXT_2,
         scheduler=EulerDiscreteScheduler,
         schedule={"timestep_spacing": "leading"},
+    ),
+    # Shapes of distilled models, each smaller than the original in its own way.
+    "ssd-1b": Family(  # Segmind Vega has it too: a depth for each layer, and a middle without attention
+        unet={
+            **_XL_UNET,
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [[1], [2, 1]],
+            "reverse_transformer_layers_per_block": [[1, 1, 2], 1],
+        },
+        text_2=_XL_TEXT_2,
+        scheduler=EulerDiscreteScheduler,
+    ),
+    "koala": Family(  # KOALA-700M; its last block has two layers, without attention
+        unet={**_XL_UNET, "mid_block_type": None, "layers_per_block": 1},
+        text_2=_XL_TEXT_2,
+        scheduler=EulerDiscreteScheduler,
+    ),
+    "bk-tiny": Family(unet={**_THREE_LEVELS, "mid_block_type": None}),  # BK-SDM-Tiny
+    "sdxs": Family(  # SDXS-512-0.9: its first level has no self-attention, and its VAE is distilled
+        unet={
+            **_THREE_LEVELS,
+            "mid_block_type": None,
+            "only_cross_attention": [True, False, False],
+            "use_linear_projection": True,
+        },
+        tiny_vae=True,
     ),
 }
 
@@ -103,7 +138,7 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
         "tokenizer": tokenizer,
         "text_encoder": _text_encoder(tokenizer, kind.text),
         "unet": _unet(kind.unet),
-        "vae": _vae(),
+        "vae": _tiny_vae() if kind.tiny_vae else _vae(),
         "scheduler": _scheduler(kind),
         "feature_extractor": None,
     }
@@ -131,6 +166,11 @@ def edit_index(folder: Path, **changes: Any) -> None:
 def make_decoder(folder: Path, **changes: Any) -> Path:
     """Write an `AutoencoderTiny` that decodes the latents of these checkpoints to `folder`."""
     torch.manual_seed(1)
+    _tiny_vae(**changes).save_pretrained(folder)
+    return folder
+
+
+def _tiny_vae(**changes: Any) -> AutoencoderTiny:
     config = {
         "encoder_block_out_channels": (16, 16),
         "decoder_block_out_channels": (16, 16),
@@ -138,8 +178,7 @@ def make_decoder(folder: Path, **changes: Any) -> Path:
         "num_decoder_blocks": (1, 1),
         "scaling_factor": 1.5,  # real ones have 1, which would not show that it is used
     }
-    AutoencoderTiny(**{**config, **changes}).save_pretrained(folder)
-    return folder
+    return AutoencoderTiny(**{**config, **changes})
 
 
 def _scheduler(kind: Family) -> Any:

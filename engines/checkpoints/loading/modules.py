@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.checkpoint import Checkpoint
+from engines.checkpoints.configs import TinyVaeConfig
 from engines.checkpoints.decoder import Decoder, decoder_layer
 from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, CheckpointConfig
 from engines.checkpoints.families import SECOND_ENCODER, SECOND_TOKENIZER
@@ -57,7 +58,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
     """
     with quiet():
         replaced = checkpoint.vae
-        vae = _load_vae(replaced, config) if replaced else _load_part(AutoencoderKL, config, "vae")
+        vae = _load_vae(replaced, config) if replaced else _load_part(_vae_class(config), config, "vae")
         modules = Modules(
             text_encoder=_load_part(CLIPTextModel, config, "text_encoder", attn_implementation="sdpa"),
             unet=_load_part(UNet2DConditionModel, config, "unet"),
@@ -130,6 +131,10 @@ def _load_part(kind: Any, config: CheckpointConfig, part: str, **options: Any) -
     weights = config.part_weights(part)
     options |= {"use_safetensors": not weights.pickled, "variant": weights.variant}
     return _load(kind, config.folder / part, name=config.name, part=part, **options)
+
+
+def _vae_class(config: CheckpointConfig) -> Any:
+    return AutoencoderTiny if isinstance(config.vae, TinyVaeConfig) else AutoencoderKL
 
 
 def _load_second_encoder(config: CheckpointConfig) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,33 @@ from pydantic import BaseModel
 from engines.checkpoints.configs import SchedulerConfig, TextEncoderConfig, UnetConfig, VaeConfig
 from engines.checkpoints.find import find_checkpoint
 from engines.errors import CheckpointError
-from tests.support.checkpoints import edit
+from tests.support.checkpoints import Families, edit
 
-CONFIGS: dict[str, type[BaseModel]] = {
+Configs = dict[str, type[BaseModel]]
+CONFIGS: Configs = {
     "unet/config.json": UnetConfig,
     "vae/config.json": VaeConfig,
     "text_encoder/config.json": TextEncoderConfig,
     "scheduler/scheduler_config.json": SchedulerConfig,
 }
+SECOND: Configs = {"text_encoder_2/config.json": TextEncoderConfig}  # of a family with two text encoders
 CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
+
+
+def keys_of(family: str, configs: Configs) -> list[tuple[str, str, str]]:
+    return [
+        (family, file, field.alias or name)
+        for file, config in configs.items()
+        for name, field in config.model_fields.items()
+        if name not in {*CONDITIONS, "quantization_config"}
+    ]
+
+
+OF_TWO_ENCODERS = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 KEYS = [
-    (file, field.alias or name)
-    for file, config in CONFIGS.items()
-    for name, field in config.model_fields.items()
-    if name not in {*CONDITIONS, "quantization_config"}
+    *keys_of("sd1", CONFIGS),
+    *keys_of("xl", SECOND),
+    *(("xl", "unet/config.json", key) for key in OF_TWO_ENCODERS),
 ]
 REQUIRED = {("unet/config.json", "sample_size")}
 NULLABLE = {
@@ -37,6 +51,8 @@ NULLABLE = {
             "mid_block_type",
             "num_attention_heads",
             "time_cond_proj_dim",
+            "time_embedding_act_fn",
+            "reverse_transformer_layers_per_block",
             "addition_time_embed_dim",
             "projection_class_embeddings_input_dim",
         )
@@ -45,6 +61,7 @@ NULLABLE = {
     ("scheduler/scheduler_config.json", "trained_betas"),
 }
 ABSURD: dict[type, Any] = {bool: 7, str: 7, int: 10**12, float: -1e30, list: [[]] * 999, type(None): -1e30}
+NEEDED = {("xl", key) for key in OF_TWO_ENCODERS}
 FILES = ("model_index.json", *CONFIGS, "tokenizer/vocab.json", "tokenizer/tokenizer_config.json")
 
 
@@ -64,21 +81,27 @@ def complaint(folder: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize(("file", "key"), KEYS)
-def test_every_key(copied: Path, file: str, key: str) -> None:
-    path = copied / file
+@pytest.fixture
+def folder(families: Families, tmp_path: Path, family: str) -> Path:
+    return Path(shutil.copytree(families(family), tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(("family", "file", "key"), KEYS)
+def test_every_key(folder: Path, family: str, file: str, key: str) -> None:
+    path = folder / file
     whole = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in whole.items() if name != key}))
-    absent = complaint(copied)
+    absent = complaint(folder)
     # Another default than the value that the tiny model has gives a config that does not fit the others.
-    assert absent is None or key in absent or "do not fit each other" in absent or "should have" in absent
+    fits = ("do not fit each other", "should have", "make")
+    assert absent is None or key in absent or any(words in absent for words in fits)
     if (file, key) in REQUIRED:
         assert absent
         assert f"{path}: {key} is missing" in absent
     for value in (None, {"a": 1}, ABSURD[type(whole.get(key))]):
         path.write_text(json.dumps(whole | {key: value}))
-        found = complaint(copied)
-        if value is None and (file, key) in NULLABLE:
+        found = complaint(folder)
+        if value is None and (file, key) in NULLABLE and (family, key) not in NEEDED:
             assert found is None
         else:
             assert found
@@ -189,6 +212,14 @@ def test_a_part_that_is_missing(copied: Path, part: str) -> None:
     found = complaint(copied)
     assert found
     assert str(copied / part) in found
+
+
+@pytest.mark.parametrize("part", ["tokenizer_2", "text_encoder_2"])
+def test_a_part_of_two_encoders_that_is_missing(copied_xl: Path, part: str) -> None:
+    (copied_xl / part).rename(copied_xl / "elsewhere")
+    found = complaint(copied_xl)
+    assert found
+    assert str(copied_xl / part) in found
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])

@@ -15,7 +15,7 @@ from tests.support.checkpoints import edit
 @pytest.mark.parametrize(
     ("file", "changes", "complaint"),
     [
-        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny as vae"),
+        ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "VQModel as vae"),
         ("model_index.json", {"tokenizer": ["transformers", "T5Tokenizer"]}, "T5Tokenizer as tokenizer"),
         ("unet/config.json", {"in_channels": 9}, r"9 input channels \(inpainting\)"),
         ("unet/config.json", {"in_channels": 5}, r"5 input channels \(depth"),
