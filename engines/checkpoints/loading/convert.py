@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint
-from engines.checkpoints.diffusers_folder import SECOND_ENCODER, SECOND_TOKENIZER, CheckpointConfig
+from engines.checkpoints.diffusers_folder import CheckpointConfig
+from engines.checkpoints.families import SECOND_ENCODER, SECOND_TOKENIZER
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
 from engines.checkpoints.prediction import Prediction, read_prediction
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, model_names
