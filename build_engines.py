@@ -28,6 +28,7 @@ from rich.markup import escape
 
 from engines.build import api
 from engines.build.console import Display, JsonDisplay, display_on, terminal
+from engines.build.request_defaults.flags import RequestFlags
 from engines.build.tables import findings_tables, inspect_tables, plan_table, serve_command, summary_table
 from engines.build.values import (
     AUTO_OR_BACKEND,
@@ -35,14 +36,11 @@ from engines.build.values import (
     Backend,
     BackendOrAuto,
     Count,
-    Guidance,
     LoraCount,
     Name,
     OptimizationLevel,
-    Prompt,
     Resolution,
     RowBuckets,
-    Steps,
     Variant,
     parsed_by,
 )
@@ -133,16 +131,6 @@ class _SourceFlags(CommandLine):
         "(default: those without a variant in their names)",
     )
     name: Name | None = Field(None, description="the model's name in the API (default: the checkpoint's name)")
-    steps: Steps | None = Field(
-        None, description="default denoising steps of requests (default: 50; 4 for latent consistency models)"
-    )
-    guidance: Guidance | None = Field(
-        None, description="default guidance scale of requests (default: 7.5; 8.5 for latent consistency models)"
-    )
-    example: Annotated[Repeatable[Prompt], Metavar("PROMPT")] = Field(
-        (), description="a prompt that shows what the model can draw, repeatable"
-    )
-    notes: str = Field("", max_length=1000, description="what users should know of the model; the web page shows it")
     weights: Storage | None = Field(
         None,
         description="how weights are stored, once for all backends (default: as they are in DIR; "
@@ -172,7 +160,7 @@ class _ResolutionFlag(CommandLine):
     )
 
 
-class _ExportFlags(_ResolutionFlag, _SourceFlags):
+class _ExportFlags(_ResolutionFlag, RequestFlags, _SourceFlags):
     rows: RowBuckets = Field((), description=f"{_ROWS_HELP} (default: {','.join(map(str, api.DEFAULT_ROWS))})")
     decode_batch: Count = Field(1, description="decode up to N images in one call; each takes memory")
     lora_slots: Annotated[LoraCount, Metavar("N")] = Field(
@@ -194,10 +182,7 @@ class _ExportFlags(_ResolutionFlag, _SourceFlags):
             lora=capacity,
             name=self.name,
             resolutions=self.resolution,
-            steps=self.steps,
-            guidance=self.guidance,
-            examples=self.example,
-            notes=self.notes,
+            **self.of_requests(),
         )
 
 

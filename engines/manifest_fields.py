@@ -178,6 +178,21 @@ class Defaults(Frozen):
     scheduler: Word
     num_inference_steps: int = Field(default=50, gt=0, le=1000)
     guidance_scale: float = Field(default=7.5, ge=0, le=1000)
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = Field(
+        default=None, description="of every scheduler that has one; None: the noise schedule's"
+    )
+    eta: float | None = Field(default=None, ge=0, le=1, description="of this scheduler alone; None: its own")
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=_MOST_TIMESTEPS)], ...] | None = Field(
+        default=None,
+        max_length=1000,
+        description="those it was distilled on, for this scheduler and this many steps; None: the scheduler's",
+    )
+
+    @model_validator(mode="after")
+    def _one_timestep_per_step(self) -> Self:
+        if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
+            raise ValueError(f"{len(self.timesteps)} timesteps for {self.num_inference_steps} steps")
+        return self
 
 
 class Difference(Frozen):

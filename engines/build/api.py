@@ -26,9 +26,7 @@ from engines.backends.registry import ON_CPU, install_command
 from engines.build import verify as verification
 from engines.build.bisect.finding import Finding
 from engines.build.bundle import (
-    DEFAULT_ROWS,
     BundleSpec,
-    ExportOptions,
     geometry_of,
     graphs_of,
     load_intact,
@@ -46,8 +44,18 @@ from engines.build.compile import (
     prefers_bf16,
     required_dtypes,
 )
-from engines.build.options import BackendPlan, CheckpointSource, Reporter, ShapeOptions
+from engines.build.options import (
+    DEFAULT_ROWS,
+    OWN,
+    BackendPlan,
+    CheckpointSource,
+    ExportOptions,
+    Reporter,
+    ShapeOptions,
+)
 from engines.build.outline import compile_stages, export_stages
+from engines.build.request_defaults.choice import notes_on_defaults
+from engines.build.request_defaults.presets import PRESETS
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
@@ -60,6 +68,8 @@ from engines.progress import Progress
 __all__ = [
     "AUTO",
     "DEFAULT_ROWS",
+    "OWN",
+    "PRESETS",
     "BackendPlan",
     "CheckpointSource",
     "Embedding",
@@ -357,7 +367,7 @@ def _announce(plans: Sequence[BackendPlan], reporter: Reporter, *, before: Itera
 
 def _find(source: CheckpointSource, out: Path, options: ExportOptions, progress: Progress) -> Checkpoint:
     check_export(source.model, out)
-    return find_checkpoint(
+    checkpoint = find_checkpoint(
         source.model,
         revision=source.revision,
         config=source.config,
@@ -371,6 +381,9 @@ def _find(source: CheckpointSource, out: Path, options: ExportOptions, progress:
         check=lambda checkpoint: check_options(checkpoint, options),
         progress=progress,
     )
+    for note in notes_on_defaults(checkpoint, options):
+        progress.note(note)
+    return checkpoint
 
 
 def _spec(

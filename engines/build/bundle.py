@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from engines.backends.registry import install_command
 from engines.build.keys import export_key
-from engines.build.options import ShapeOptions
+from engines.build.options import ExportOptions, ShapeOptions
 from engines.build.profiles import shapes as profiles_of
+from engines.build.request_defaults.choice import request_defaults
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import LORA_GRAPHS, GraphName
@@ -38,39 +39,8 @@ if TYPE_CHECKING:
     from engines.checkpoints.loading.modules import Modules
 
 Preview = tuple[tuple[float, ...], ...]  # an affine map from latents to RGB, as in the manifest
-DEFAULT_ROWS = (2, 4, 8, 16)  # row buckets
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 _MEMORY_PER_WEIGHT = 12  # bytes at the peak
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """The bundle that an export makes. None and empty values are replaced by the checkpoint's own.
-
-    Attributes:
-        weights: how weights are stored, once for all precisions. None: as in the existing bundle; in a new one fp16 if
-            all its backends run on GPUs, otherwise fp32.
-        rows: row buckets, ascending. The largest bounds a step; a guided image takes two rows.
-        decode_batch: images that one call of the decoder may take.
-        lora: how many LoRAs of requests the device holds. None: requests have none.
-        name: the model's name in the API.
-        resolutions: the image sizes to serve; the first is the default of requests.
-        steps: the default number of denoising steps of requests: 50, or 4 for latent consistency models.
-        guidance: the default guidance scale of requests: 7.5, or 8.5 for latent consistency models.
-        examples: prompts that show what the model can draw.
-        notes: what users should know of the model, in a sentence or two.
-    """
-
-    weights: Storage | None = None
-    rows: tuple[int, ...] = DEFAULT_ROWS
-    decode_batch: int = 1
-    lora: LoraCapacity | None = None
-    name: str | None = None
-    resolutions: tuple[Size, ...] = ()
-    steps: int | None = None
-    guidance: float | None = None
-    examples: tuple[str, ...] = ()
-    notes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +64,7 @@ def export(checkpoint: Checkpoint, out: Path, spec: BundleSpec, *, force: bool =
         progress.note("the graphs: unchanged")
     else:
         earlier = _Exporter(checkpoint, out, spec, key=key, earlier=earlier, progress=progress).run()
-    manifest = _with_options(earlier, spec.options)
+    manifest = _with_options(earlier, checkpoint, spec.options)
     manifest.save(out)
     return manifest
 
@@ -208,7 +178,7 @@ def _has_graphs(manifest: Manifest, spec: BundleSpec) -> bool:
     return all(dtype in manifest.graphs[name].onnx for name, dtype in spec.dtypes)
 
 
-def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
+def _with_options(manifest: Manifest, checkpoint: Checkpoint, options: ExportOptions) -> Manifest:
     return updated(
         manifest,
         name=options.name or manifest.source.name,
@@ -217,7 +187,7 @@ def _with_options(manifest: Manifest, options: ExportOptions) -> Manifest:
         decode_batch=options.decode_batch,
         lora=options.lora,
         **_without_lora_graphs(manifest) if options.lora is None else {},
-        defaults=request_defaults(manifest.defaults.scheduler, options),
+        defaults=request_defaults(checkpoint, options),
         examples=options.examples,
         notes=options.notes,
     )
@@ -232,16 +202,6 @@ def _without_lora_graphs(manifest: Manifest) -> dict[str, Any]:
 
 def _with_engines(build: Build, graphs: Iterable[GraphName]) -> Build:
     return build.model_copy(update={"engines": {name: build.engines[name] for name in graphs}})
-
-
-def request_defaults(scheduler: str, options: ExportOptions) -> Defaults:
-    """The defaults of requests: those of the options, or of diffusers' own pipelines."""
-    steps, guidance = (4, 8.5) if scheduler == "lcm" else (50, 7.5)
-    return Defaults(
-        scheduler=scheduler,
-        num_inference_steps=options.steps or steps,
-        guidance_scale=guidance if options.guidance is None else options.guidance,
-    )
 
 
 class _Exporter:

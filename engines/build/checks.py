@@ -10,15 +10,17 @@ from pathlib import Path
 from engines.backends.available import Choice, choose, gpu_here, installed, probe
 from engines.backends.registry import ON_CPU, SPECS, TENSORRT, install_command
 from engines.backends.tensorrt_compatibility import check_fp8
-from engines.build.bundle import ExportOptions, exporter_versions, geometry_of, request_defaults
+from engines.build.bundle import exporter_versions, geometry_of
 from engines.build.compile import check_precision
+from engines.build.options import ExportOptions
 from engines.build.qdq.quantize import EIGHT_BITS, modelopt_version
+from engines.build.request_defaults.choice import request_defaults
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.errors import EngineError
 from engines.limits import LONGEST_NAME
 from engines.manifest import Defaults, Manifest, NoiseSchedule, Precision
 from engines.progress import Progress
-from engines.schedulers import find, table
+from engines.schedulers import complete, find, table
 
 AUTO = "auto"  # in place of a backend's name: the best that runs here
 
@@ -107,7 +109,7 @@ def check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
             "another --name."
         )
     _check_requests(
-        request_defaults(config.scheduler, options),
+        request_defaults(checkpoint, options),
         options.rows,
         config.noise_schedule,
         embeds_guidance=config.guidance_embedding is not None,
@@ -126,7 +128,8 @@ def _check_requests(defaults: Defaults, rows: Sequence[int], schedule: NoiseSche
             f"{defaults.guidance_scale:g} by default: add 2 to --rows, or export with --guidance 1."
         )
     try:
-        table(find(defaults.scheduler), defaults.num_inference_steps, schedule)
+        steps = defaults.num_inference_steps
+        table(complete(find(defaults.scheduler), defaults, num_steps=steps), steps, schedule)
     except ValueError as error:
         raise EngineError(
             f"Requests have {defaults.num_inference_steps} steps of {defaults.scheduler} by default (--steps): {error}"

@@ -8,8 +8,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora
 from engines.contract import GraphName
-from engines.manifest import Geometry, Manifest, Precision, Size
+from engines.manifest import Geometry, LoraCapacity, Manifest, Precision, Size, Storage
 from engines.progress import NullProgress, Progress
+from engines.schedulers import Spacing
+
+DEFAULT_ROWS = (2, 4, 8, 16)  # row buckets
+OWN = "none"  # in place of a preset: the checkpoint's own defaults, whatever it is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,45 @@ class CheckpointSource:
     allow_pickle: bool = False
     variant: str | None = None
     safety_checker: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """The bundle that an export makes. None and empty values are replaced by the checkpoint's own.
+
+    Attributes:
+        weights: how weights are stored, once for all precisions. None: as in the existing bundle; in a new one fp16 if
+            all its backends run on GPUs, otherwise fp32.
+        rows: row buckets, ascending. The largest bounds a step; a guided image takes two rows.
+        decode_batch: images that one call of the decoder may take.
+        lora: how many LoRAs of requests the device holds. None: requests have none.
+        name: the model's name in the API.
+        resolutions: the image sizes to serve; the first is the default of requests.
+        preset: a name of `PRESETS`, for the defaults of requests below, or `OWN`. None: the one that the checkpoint or
+            a LoRA is named after, if any.
+        steps: the default number of denoising steps of requests: 50, or 4 for latent consistency models.
+        guidance: the default guidance scale of requests: 7.5, or 8.5 for latent consistency models.
+        scheduler: the default scheduler of requests.
+        timestep_spacing: the default spacing of its timesteps.
+        eta: its default share of fresh noise.
+        examples: prompts that show what the model can draw.
+        notes: what users should know of the model, in a sentence or two.
+    """
+
+    weights: Storage | None = None
+    rows: tuple[int, ...] = DEFAULT_ROWS
+    decode_batch: int = 1
+    lora: LoraCapacity | None = None
+    name: str | None = None
+    resolutions: tuple[Size, ...] = ()
+    preset: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    timestep_spacing: Spacing | None = None
+    eta: float | None = None
+    examples: tuple[str, ...] = ()
+    notes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

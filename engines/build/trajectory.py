@@ -30,7 +30,7 @@ from engines.contract import (
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
 from engines.progress import Progress
-from engines.schedulers import Step, find, table
+from engines.schedulers import Scheduler, Step, complete, find, table
 
 CALIBRATED: tuple[GraphName, ...] = (*PLAIN_STEPS, "decode")  # for INT8
 CALIBRATION_STEPS = 20  # denoising steps of each trajectory that INT8 is calibrated on
@@ -129,12 +129,13 @@ class Recording:
 
 
 class Trajectory:
-    """One guided image from its prompt, with the bundle's default scheduler."""
+    """One image from its prompt, with the bundle's default scheduler, and guided where its requests are by default."""
 
     def __init__(self, manifest: Manifest, bundle: Path, *, steps: int, prompt: str | None = None) -> None:
         """`steps` counts denoising steps; without a `prompt` it is the first of the model's examples."""
         self._manifest = manifest
-        self._table = table(find(manifest.defaults.scheduler), steps, manifest.noise_schedule)
+        self._table = table(_scheduler(manifest, steps), steps, manifest.noise_schedule)
+        self._guidance = _guidance(manifest)
         self.size: Size = manifest.resolutions[0]
         self.steps = len(self._table.steps)
         self.chunks = _chunks(manifest, bundle, prompt or _prompts(manifest)[0])
@@ -175,7 +176,7 @@ class Trajectory:
     def _step_values(self, step: Step) -> dict[str, Array]:
         """The inputs of one step that are not neutral; Ho & Salimans (2022), eq. 6, unless the UNet embeds guidance."""
         embeds = self._manifest.embeds_guidance
-        further: dict[str, Array] = {"guidance_embedded": np.full(1, _GUIDANCE - 1, np.float32)} if embeds else {}
+        further: dict[str, Array] = {"guidance_embedded": np.full(1, self._guidance - 1, np.float32)} if embeds else {}
         if TIME_IDS in self._manifest.inputs("denoise"):
             side = [self.size.height, self.size.width]
             further[TIME_IDS.name] = np.array([[*side, 0, 0, *side]] * self._rows, np.float32)
@@ -183,7 +184,7 @@ class Trajectory:
             "noise": self._latents(2),
             "row_context": np.arange(self._rows)[:, None],
             "timestep": np.full(self._rows, step.timestep, np.float32),
-            "guidance": np.array([[1.0] if embeds else [_GUIDANCE, 1 - _GUIDANCE]], np.float32),
+            "guidance": np.array([[1.0] if embeds else [self._guidance, 1 - self._guidance]], np.float32),
             "scale": np.array([step.scale], np.float32),
             "coef": step.matrix[None].astype(np.float32),
             **further,
@@ -218,6 +219,8 @@ def calibration_config(manifest: Manifest) -> dict[str, Any]:
         "prompts": _prompts(manifest),
         "size": manifest.resolutions[0].model_dump(),
         "scheduler": manifest.defaults.scheduler,
+        **manifest.defaults.model_dump(include={"timestep_spacing", "eta"}, exclude_none=True),
+        **({} if _guidance(manifest) == _GUIDANCE else {"guidance": _guidance(manifest)}),
         "noise_schedule": manifest.noise_schedule.model_dump(),
     }
 
@@ -225,6 +228,15 @@ def calibration_config(manifest: Manifest) -> dict[str, Any]:
 def decode_inputs(state: Array) -> dict[str, Array]:
     """The decode graph's inputs for the first slot of `state` [S, LANES, c, h, w]."""
     return {"state": state, "slot": np.zeros(1, np.int64)}
+
+
+def _scheduler(manifest: Manifest, steps: int) -> Scheduler:
+    return complete(find(manifest.defaults.scheduler), manifest.defaults, num_steps=steps)
+
+
+def _guidance(manifest: Manifest) -> float:
+    """Of trajectories: models that are distilled to do without it would not draw what they draw for requests."""
+    return _GUIDANCE if manifest.defaults.guidance_scale > 1 else 1.0
 
 
 def _prompts(manifest: Manifest) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 from engines.backends.registry import BACKENDS, SPECS
-from engines.build.api import AUTO
+from engines.build.api import AUTO, OWN, PRESETS
 from engines.cli import Metavar, suggestion
 from engines.errors import EngineError
 from engines.limits import LONGEST_NAME, MAX_GUIDANCE, MAX_ROWS, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
 from engines.manifest import Size
+from engines.schedulers import find
 
 _T = TypeVar("_T")
 
@@ -80,12 +81,28 @@ def _backend_or_auto(text: str) -> str:
     return text if text == AUTO else _backend(text)
 
 
+def _preset(text: str) -> str:
+    if text not in (OWN, *PRESETS):
+        raise ValueError(
+            f"there is no preset {text!r}{suggestion(text, tuple(PRESETS))} ({', '.join((OWN, *PRESETS))})"
+        )
+    return text
+
+
+def _scheduler(text: str) -> str:
+    return find(text).name
+
+
 RowBuckets = Annotated[tuple[int, ...], NoDecode, parsed_by(_rows), Metavar("N,N")]
 Count = Annotated[int, parsed_by(_count), Metavar("N")]
 Backend = Annotated[str, AfterValidator(_backend)]
 BackendOrAuto = Annotated[str, AfterValidator(_backend_or_auto)]
 ONE_OF_BACKENDS = Metavar("{" + ",".join(BACKENDS) + "}")
 AUTO_OR_BACKEND = Metavar("{" + ",".join((AUTO, *BACKENDS)) + "}")
+PresetName = Annotated[str, AfterValidator(_preset)]
+ONE_OF_PRESETS = Metavar("{" + ",".join((OWN, *PRESETS)) + "}")
+SchedulerName = Annotated[str, AfterValidator(_scheduler)]
+Eta = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Resolution = Annotated[Size, parsed_by(_size)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 OptimizationLevel = Annotated[int, Field(ge=0, le=5)]

@@ -97,6 +97,7 @@ class ModelIndex(_File):
     """`model_index.json`: the classes of the pipeline and of its parts, each as [library, class]."""
 
     pipeline: str = Field(alias="_class_name")
+    name_or_path: str | None = Field(None, alias="_name_or_path")  # where it was loaded from before it was saved
     text_encoder: tuple[str | None, str | None] | None = None
     text_encoder_2: tuple[str | None, str | None] | None = None
     tokenizer: tuple[str | None, str | None] | None = None

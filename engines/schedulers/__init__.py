@@ -4,7 +4,7 @@ The reference is diffusers' class of the same method, configured by `from_config
 the same calls, the same timesteps, and x in the same space, so that one row of a table stands for one `step()`.
 """
 
-from engines.schedulers.catalogue import NAMES, describe, find, table
+from engines.schedulers.catalogue import NAMES, complete, describe, find, table
 from engines.schedulers.levels import Sigmas, Spacing
 from engines.schedulers.methods import METHODS, Description
 from engines.schedulers.steps import NUMBERS, FinalSigma, Scheduler, Step, Table
@@ -20,6 +20,7 @@ __all__ = [
     "Spacing",
     "Step",
     "Table",
+    "complete",
     "describe",
     "find",
     "table",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import get_args
 
 from engines.limits import MAX_STEPS
-from engines.manifest import NoiseSchedule
+from engines.manifest import Defaults, NoiseSchedule
 from engines.schedulers.levels import Sigmas, Spacing
 from engines.schedulers.methods import METHODS, Description, Option
 from engines.schedulers.names import resolve
@@ -45,6 +47,22 @@ def find(
     return scheduler
 
 
+def complete(asked: Scheduler, defaults: Defaults, *, num_steps: int) -> Scheduler:
+    """The scheduler `asked` for, with what it leaves open as a model's requests have it by default.
+
+    A spacing is every method's that has one, as in diffusers' `from_config`. eta and timesteps belong to the default
+    method, and timesteps to the default number of steps too.
+    """
+    method, usual = METHODS[asked.method], find(defaults.scheduler)
+    is_spaced = asked.timestep_spacing is None and "timestep_spacing" in method.about.options
+    if is_spaced:
+        asked = replace(asked, timestep_spacing=defaults.timestep_spacing)
+    if asked.method != usual.method:
+        return asked
+    timesteps = defaults.timesteps if num_steps == defaults.num_inference_steps else None
+    return replace(asked, eta=defaults.eta if asked.eta is None else asked.eta, timesteps=timesteps)
+
+
 @lru_cache(maxsize=256)
 def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip: int = 0) -> Table:
     """Compile the table of `scheduler` for `num_steps` steps, without the first `skip`.
@@ -62,6 +80,7 @@ def table(scheduler: Scheduler, num_steps: int, schedule: NoiseSchedule, *, skip
         raise ValueError(f"{num_steps} steps: ask for 1 to {most}.")
     if not 0 <= skip < num_steps:
         raise ValueError(f"Of {num_steps} steps {skip} are to be left out: leave out 0 to {num_steps - 1}.")
+    _check_timesteps(scheduler.timesteps, num_steps, schedule)
     if schedule.prediction_type not in method.about.predictions:
         raise ValueError(
             f"{scheduler.method} is not defined for models that predict the {schedule.prediction_type}: "
@@ -99,5 +118,24 @@ def _check(scheduler: Scheduler) -> None:
             raise ValueError(f"{name} has no {option}: leave it out, or choose one of {those}.")
         if option in _CHOICES and value not in _CHOICES[option]:
             raise ValueError(f"{option} {value!r}: choose one of {', '.join(_CHOICES[option])}.")
+    if scheduler.timesteps is not None and not METHODS[name].takes_timesteps:
+        those = ", ".join(one for one, method in METHODS.items() if method.takes_timesteps)
+        raise ValueError(f"{name} has no timesteps of one's choice: leave them out, or choose one of {those}.")
     if scheduler.eta is not None and not 0 <= scheduler.eta <= 1:
         raise ValueError(f"eta {scheduler.eta}: choose a value from 0 to 1.")
+
+
+def _check_timesteps(timesteps: tuple[int, ...] | None, num_steps: int, schedule: NoiseSchedule) -> None:
+    """Raise ValueError unless there is one for each step, and each is a training timestep below the one before."""
+    if timesteps is None:
+        return
+    falls = all(later < earlier for earlier, later in pairwise(timesteps))
+    if (
+        len(timesteps) != num_steps
+        or not falls
+        or not 0 <= min(timesteps) <= max(timesteps) < schedule.num_train_timesteps
+    ):
+        raise ValueError(
+            f"timesteps {', '.join(map(str, timesteps))}: choose {num_steps}, falling, from "
+            f"{schedule.num_train_timesteps - 1} to 0."
+        )

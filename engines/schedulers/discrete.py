@@ -126,8 +126,10 @@ def _timesteps(setting: Setting) -> Whole:
 
 
 def _distilled(setting: Setting) -> Whole:
-    """Of the timesteps that the model was distilled on, every so many: [num_steps - skip, 1]."""
+    """Those given or, of the timesteps that the model was distilled on, every so many: [num_steps - skip, 1]."""
     total, name = setting.schedule.num_train_timesteps, setting.scheduler.method
+    if setting.scheduler.timesteps is not None:
+        return np.array(setting.scheduler.timesteps, np.int64)[setting.skip :, None]
     if setting.num_steps > _DISTILLED:
         raise ValueError(f"{setting.num_steps} steps: {name} takes 1 to {_DISTILLED}, and needs 2 to 8.")
     if total < _DISTILLED:

@@ -43,6 +43,7 @@ class Method:
     about: Description
     make: Callable[[Setting], Table]
     supports_zero_snr: bool = False  # whether its class in diffusers has rescale_betas_zero_snr; others ignore it
+    takes_timesteps: bool = False  # whether it steps through given timesteps
 
 
 _LIST = (
@@ -253,6 +254,7 @@ _LIST = (
         ),
         discrete.lcm,
         supports_zero_snr=True,
+        takes_timesteps=True,
     ),
     Method(
         Description(
@@ -265,6 +267,7 @@ _LIST = (
         ),
         discrete.tcd,
         supports_zero_snr=True,
+        takes_timesteps=True,
     ),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.about.name: method for method in _LIST})

@@ -35,6 +35,7 @@ class Scheduler:
     timestep_spacing: Spacing | None = None  # None: the checkpoint's, or the method's own
     final_sigmas_type: FinalSigma | None = None  # None: the checkpoint's, or zero
     eta: float | None = None  # fresh noise, from 0 to 1; None: the method's own
+    timesteps: tuple[int, ...] | None = None  # falling, one per step; None: spaced by the method
 
     @property
     def name(self) -> str:

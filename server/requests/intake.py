@@ -11,7 +11,7 @@ import PIL.Image
 
 from engines.contract import GUIDANCE_EMBEDDED
 from engines.manifest import Manifest, Size
-from engines.schedulers import Scheduler, Table, find, table
+from engines.schedulers import Scheduler, Table, complete, find, table
 from server.requests import uploads
 from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
@@ -81,7 +81,7 @@ class Intake:
         image = None if body.image is None else uploads.read(body.image, field="image")
         size = self._size(body, image)
         init_image = None if image is None else self._init_image(body, image, size)
-        scheduler = self._scheduler(body)
+        scheduler = self._scheduler(body, steps)
         params = GenerationParams(
             prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax, names_loras=self._loras is not None),
             negative_prompt=self._tokenizer(
@@ -149,10 +149,11 @@ class Intake:
         mask = uploads.fit_mask(area, size, downscale=downscale)
         return mask, () if (mask == by_colours).all() else (_BY_TRANSPARENCY,)
 
-    def _scheduler(self, body: GenerateRequest) -> Scheduler:
+    def _scheduler(self, body: GenerateRequest, steps: int) -> Scheduler:
+        defaults = self._manifest.defaults
         try:
-            return find(
-                self._manifest.defaults.scheduler if body.scheduler is None else body.scheduler,
+            asked = find(
+                defaults.scheduler if body.scheduler is None else body.scheduler,
                 sigmas=body.sigmas,
                 timestep_spacing=body.timestep_spacing,
                 final_sigmas_type=body.final_sigmas_type,
@@ -160,6 +161,7 @@ class Intake:
             )
         except ValueError as error:
             raise _rejected("scheduler", str(error)) from error
+        return complete(asked, defaults, num_steps=steps)
 
     def _table(self, scheduler: Scheduler, steps: int, init_image: InitImage | None) -> Table:
         """The steps to be taken: with an original to start from, only the last of them."""

@@ -32,6 +32,7 @@ Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
 _WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
+_NEGATIVE_IS_UNUSED = "It is not used without guidance: send a guidance_scale above 1 if the model is made for it."
 _FULL_EVERY = 3  # steps with the fast cache: one full step, and two that reuse its features
 
 
@@ -114,6 +115,8 @@ class GenerationParams:
         """How the images deviate from the request: sentences, each after the name of its field."""
         prompts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
         found = [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]
+        if self.negative_prompt.text and not self.guided:
+            found.append(f"negative_prompt: {_NEGATIVE_IS_UNUSED}")
         return found + list(self.init_image.warnings if self.init_image else ())
 
 

@@ -136,7 +136,10 @@ def run_diffusers(
     """
     theirs, noise = reference(scheduler, schedule), noises(seed)
     with in_double(theirs) if double else nullcontext(), _drawing(theirs, noise) as drawn:
-        theirs.set_timesteps(num_steps)
+        if scheduler.timesteps is None:
+            theirs.set_timesteps(num_steps)
+        else:
+            theirs.set_timesteps(timesteps=list(scheduler.timesteps))
         begin = skip * theirs.order
         if hasattr(theirs, "set_begin_index"):
             theirs.set_begin_index(begin)

@@ -164,7 +164,14 @@ def test_a_transparent_hole_is_regenerated_as_the_same_mask_in_white(serving: Se
     where = mask(32, 32)
     holed = picture(32, 32).convert("RGBA")
     holed.putalpha(where.point(lambda value: 255 - value))
-    sent = {**BODY, "image": text_of(picture(32, 32)), "seed": 4, "scheduler": "euler", "guidance_scale": 1.0}
+    sent = {
+        **BODY,
+        "negative_prompt": "",
+        "image": text_of(picture(32, 32)),
+        "seed": 4,
+        "scheduler": "euler",
+        "guidance_scale": 1.0,
+    }
     by_white, by_hole = (serving.generate(**sent, mask=text_of(one)) for one in (where, holed))
     assert pictures(by_white)[0].tolist() == pictures(by_hole)[0].tolist()
     assert by_white.json()["warnings"] == []
