@@ -32,7 +32,7 @@ from engines.export.modules import (
 from engines.export.prompts import EncodePrompt, EncodePromptPair, LoraEncodePrompt, LoraEncodePromptPair
 from engines.export.safety import Safety
 from engines.lora.layout import lay_out, width_of
-from engines.manifest import ComputeDtype, Context, Latent, LoraLayer, LoraPart
+from engines.manifest import ComputeDtype, Context, Latent, LoraLayer
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
 _MASK = 1e30  # values beyond it, -inf among them, hide a score from softmax, in FP16 as well
@@ -79,10 +79,7 @@ class Traced:
 
 def lora_layers(modules: Modules) -> tuple[LoraLayer, ...]:
     """The layers of `modules` that LoRAs update, and where their factors lie."""
-    parts: dict[LoraPart, Any] = {"unet": modules.unet, "text_encoder": modules.text_encoder}
-    if modules.text_encoder_2:
-        parts["text_encoder_2"] = modules.text_encoder_2
-    return lay_out([layer for part, module in parts.items() for layer in updated_layers(part, module)])
+    return lay_out([layer for part, module in modules.lora_parts.items() for layer in updated_layers(part, module)])
 
 
 def traced_graphs(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from engines.lora.early import early_names
+from engines.lora.sgm import sgm_names
 from engines.manifest import LoraPart
 
 Kind = Literal["down", "up", "mid", "alpha"]
@@ -21,6 +23,10 @@ _FACTORS: tuple[tuple[Form, re.Pattern[str]], ...] = (
     ("kohya", re.compile(r"(?P<layer>.+?)(\.lora|\.lora_linear_layer|_lora)?\.(?P<kind>alpha)")),
     ("early", re.compile(r"(?P<layer>(unet|text_encoder):\d+):(?P<kind>down|up)")),  # the package `lora`, by number
 )
+_TEXT_PREFIXES: Mapping[LoraPart, tuple[str, ...]] = {
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+}
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
@@ -57,8 +63,10 @@ def written_by_peft(names: Iterable[str]) -> bool:
     return any(name.startswith(_PEFT_ALONE) for name in names)
 
 
-def targets_by_name(targets: Iterable[Target], metadata: Mapping[str, str]) -> dict[str, Target]:
+def targets_by_name(targets: Iterable[Target], metadata: Mapping[str, str]) -> dict[str, list[Target]]:
     """Return every layer that a LoRA may update under each name that files have for it.
+
+    A name is of several layers where it does not say which text encoder it means.
 
     Args:
         targets: the layers, those of each part in the order of its modules.
@@ -68,29 +76,34 @@ def targets_by_name(targets: Iterable[Target], metadata: Mapping[str, str]) -> d
         CheckpointError: those classes are not known.
     """
     targets = list(targets)
-    named: dict[str, Target] = {}
+    unet = [target.name for target in targets if target.part == "unet"]
+    numbered = sgm_names(unet)
+    named = defaultdict[str, list[Target]](list)
     for target in targets:
-        aliases = _unet_names(target.name) if target.part == "unet" else _text_names(target.name)
-        for alias in aliases:
-            named.setdefault(alias, target)
+        aliases = _unet_names(target.name, numbered) if target.part == "unet" else _text_names(target)
+        for alias in dict.fromkeys(aliases):
+            named[alias].append(target)
     for part in ("unet", "text_encoder"):
         own = [target.name for target in targets if target.part == part]
-        numbered = early_names(part, own, metadata)
-        named |= {f"{part}:{number}": Target(part, name) for number, name in enumerate(numbered)}
-    return named
+        for number, name in enumerate(early_names(part, own, metadata)):
+            named[f"{part}:{number}"] = [Target(part, name)]
+    return dict(named)
 
 
-def _unet_names(name: str) -> Iterator[str]:
-    for short in dict.fromkeys((name, name.removesuffix(".0"))):  # attention processors leave it out of to_out.0
+def _unet_names(name: str, numbered: Mapping[str, str]) -> Iterator[str]:
+    for short in (name, name.removesuffix(".0")):  # attention processors leave it out of to_out.0
         yield from (short, f"unet.{short}", f"lora_unet_{short.replace('.', '_')}")
+    if name in numbered:
+        yield f"lora_unet_{numbered[name].replace('.', '_')}"
 
 
-def _text_names(name: str) -> Iterator[str]:
-    """The names of a text encoder's layer, whose wrapper `text_model` transformers has removed."""
+def _text_names(target: Target) -> Iterator[str]:
+    """The names of a text encoder's layer. transformers has removed the wrapper `text_model` from some."""
+    part, name = target.part, target.name.removeprefix("text_model.")
     *path, last = name.split(".")
     for full in (f"text_model.{name}", name):
-        yield from (full, f"text_encoder.{full}")
-        yield from (f"{prefix}_{full.replace('.', '_')}" for prefix in ("lora_te", "lora_te1"))
+        yield from (full, f"{part}.{full}")
+        yield from (f"{prefix}_{full.replace('.', '_')}" for prefix in _TEXT_PREFIXES[part])
     if last in _OLD_TEXT:
         old = ".".join((*path, _OLD_TEXT[last]))
-        yield from (f"text_model.{old}", f"text_encoder.text_model.{old}", f"text_encoder.{old}")
+        yield from (f"text_model.{old}", f"{part}.text_model.{old}", f"{part}.{old}")

@@ -16,7 +16,7 @@ from engines.lora.file import LoraHeader, read_lora, read_lora_header
 from engines.lora.hints import NO_HINTS, Hints, printable, read_hints
 from engines.lora.layout import width_of
 from engines.lora.names import Form, Target
-from engines.lora.refusals import check_is_lora, check_width
+from engines.lora.refusals import check_is_lora, check_kind
 from engines.lora.updates import Outline, Shape, Update, outline, updates
 from engines.manifest import LoraCapacity, LoraLayer, LoraPart, Manifest
 
@@ -115,7 +115,8 @@ def _checked_outline(header: LoraHeader, manifest: Manifest) -> Outline:
             f"{header.name} into it (--lora)."
         )
     check_is_lora(header)
-    check_width(header, model=manifest.name, width=manifest.context.width)
+    two = any(layer.part == "text_encoder_2" for layer in manifest.lora_layers)
+    check_kind(header, model=manifest.name, width=manifest.context.width, has_two_encoders=two)
     found = outline(header, _layers(manifest), refused=[Target("unet", name) for name in manifest.lora_refused])
     _check_rank(found, manifest.lora)
     return found

@@ -10,7 +10,6 @@ from engines.safetensors_header import TensorShapes
 
 # Tensor names by which files that cannot be used are recognised.
 _UNSUPPORTED = {
-    r"^lora_te2_|^text_encoder_2\.|^lora_unet_(input|output)_blocks_": "a LoRA for Stable Diffusion XL",
     r"^lora_te3_|^(transformer|text_encoder_3)\.|^lora_unet_(double|single|joint)_blocks_": (
         "a LoRA for a diffusion transformer (Stable Diffusion 3, Flux)"
     ),
@@ -20,7 +19,8 @@ _UNSUPPORTED = {
     r"\.diff(_b)?$": "a full difference of weights, not a LoRA",
     r"^bundle_emb\.": "a LoRA with embeddings bundled into it, which must be files of their own (--embedding)",
 }
-_SUPPORTED = "Supported: LoRAs for Stable Diffusion 1.x and 2.x"
+_SUPPORTED = "Supported: LoRAs for Stable Diffusion 1.x, 2.x and XL"
+_SECOND_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te2_|text_encoder_2\.)")
 _PROMPT_FACTOR = re.compile(r"attn2[._](?:processor\.)?to_[kv](?:_lora)?\.(?:.*\.)?(?:lora_down|lora_A|down)\b")
 _OLD_PROMPT_FACTORS = ("unet:6:down", "unet:7:down")  # attn2's to_k and to_v in the first transformer block
 _EARLY = re.compile(r"(unet|text_encoder):\d+:(up|down)")
@@ -38,8 +38,20 @@ def check_is_lora(header: LoraHeader) -> None:
         raise CheckpointError(f"{header.name} is not a LoRA: none of its tensors is named like one.")
 
 
-def check_width(header: LoraHeader, *, model: str, width: int) -> None:
-    """Raise CheckpointError for a LoRA of a model whose prompt embeddings are not `width` wide, as far as it shows."""
+def check_kind(header: LoraHeader, *, model: str, width: int, has_two_encoders: bool) -> None:
+    """Raise CheckpointError for a LoRA of another kind of model, as far as it shows.
+
+    Args:
+        header: the file's.
+        model: its name.
+        width: of its prompt embeddings.
+        has_two_encoders: whether it has a second text encoder.
+    """
+    if not has_two_encoders and any(map(_SECOND_ENCODER.match, header.shapes)):
+        raise CheckpointError(
+            f"{header.name} is a LoRA for Stable Diffusion XL, with updates of a second text encoder, and {model} has "
+            "one: pass one that was trained on the same kind of model."
+        )
     found = _prompt_width(header.shapes)
     if found and found != width:
         made = f"{_MODELS[found]}, with" if found in _MODELS else "a model with"

@@ -16,7 +16,7 @@ from engines.manifest import LoraPart
 
 ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # where diffusers puts the same, with the part in front of each key
-_PARTS: tuple[LoraPart, ...] = ("unet", "text_encoder")
+_PARTS: tuple[LoraPart, ...] = ("unet", "text_encoder", "text_encoder_2")
 _PEFT = re.compile(r"\.lora_[AB]\.")
 _LARGEST_CONFIG = 1 << 20  # bytes
 _MOST_PATTERNS = 2000  # diffusers writes one for each layer

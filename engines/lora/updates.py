@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -96,7 +96,7 @@ def outline(header: LoraHeader, layers: Mapping[Target, Shape], *, refused: Iter
     return Outline(
         header,
         form,
-        tuple(_source(header, layer, keys, named.get(layer), layers) for layer, keys in factors.items()),
+        tuple(_source(header, layer, keys, named.get(layer, []), layers) for layer, keys in factors.items()),
         scaling,
     )
 
@@ -140,10 +140,11 @@ def _factors(header: LoraHeader) -> tuple[dict[str, dict[Kind, str]], Form]:
 
 
 def _source(
-    header: LoraHeader, layer: str, keys: Mapping[Kind, str], target: Target | None, layers: Mapping[Target, Shape]
+    header: LoraHeader, layer: str, keys: Mapping[Kind, str], named: Sequence[Target], layers: Mapping[Target, Shape]
 ) -> Source:
+    """The update of a layer, one of those that are `named` so. Raises CheckpointError."""
     file, shown = header.name, printable(layer)
-    if target is None:
+    if not named:
         raise CheckpointError(f"{file} updates the layer {shown}, which this model does not have: {_OTHER_MODEL}.")
     if lacking := {"up", "down"} - keys.keys():
         raise CheckpointError(
@@ -156,13 +157,14 @@ def _source(
         raise CheckpointError(
             f"{file} does not fit the shape of its own factors in the layer {shown} ({held}): it is damaged."
         )
+    found = _shape(shapes)
+    target = next((one for one in named if layers.get(one) == found), named[0])
     if target not in layers:
         raise CheckpointError(
             f"{file} updates the convolution {target.name}, as LoCon does, which LoRAs of requests cannot: choose a "
             "LoRA without convolutions, or fuse it into the model (build_engines.py --lora)."
         )
-    found, wanted = _shape(shapes), layers[target]
-    if found != wanted:
+    if found != (wanted := layers[target]):
         raise CheckpointError(
             f"{file} does not fit the shape of the layer {shown}: its update is {found.outputs}x{found.inputs}, the "
             f"weight {wanted.outputs}x{wanted.inputs}: {_OTHER_MODEL}."

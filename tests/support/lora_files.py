@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from engines.manifest import LoraPart, Manifest
 
-_PREFIXES: Mapping[LoraPart, str] = {"unet": "lora_unet", "text_encoder": "lora_te"}
+_PREFIXES: Mapping[LoraPart, str] = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 
 def write_lora(
@@ -19,7 +19,7 @@ def write_lora(
     *,
     rank: int = 2,
     seed: int = 0,
-    parts: Collection[LoraPart] = ("unet", "text_encoder"),
+    parts: Collection[LoraPart] = tuple(_PREFIXES),
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write random factors for every layer of `parts` that the bundle's graphs update."""

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from engines.checkpoints.loading.modules import Modules
 from engines.lora.names import Target
+from engines.lora.sgm import sgm_names
 from engines.manifest import LoraPart, Manifest
 
-FileForm = Literal["kohya", "peft", "diffusers", "diffusers-old", "early"]
-FORMS: tuple[FileForm, ...] = get_args(FileForm)
+FileForm = Literal["kohya", "kohya-sgm", "peft", "diffusers", "diffusers-old", "early"]
+# Those of Stable Diffusion XL have kohya's names by the blocks of two UNets, and a text encoder more.
+XL_FORMS: tuple[FileForm, ...] = ("kohya", "kohya-sgm", "diffusers", "diffusers-old")
+FORMS: tuple[FileForm, ...] = tuple(form for form in get_args(FileForm) if form != "kohya-sgm")
+_KOHYA: Mapping[LoraPart, str] = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 
 
 class Factors(NamedTuple):
@@ -41,10 +45,9 @@ def shapes_in(manifest: Manifest) -> Shapes:
 
 def shapes_of(modules: Modules) -> Shapes:
     """The shapes of every weight that a fused LoRA may update, convolutions included."""
-    parts: dict[LoraPart, nn.Module] = {"unet": modules.unet, "text_encoder": modules.text_encoder}
     return {
         Target(part, name): tuple(layer.weight.shape)
-        for part, module in parts.items()
+        for part, module in modules.lora_parts.items()
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
@@ -85,6 +88,7 @@ def write_lora(
     alpha: float | None = None,
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
+    beside: Iterable[str] = (),
 ) -> Path:
     """Write W += alpha / rank · up · down as a tool does. Forms that have no alpha have it in `up`.
 
@@ -95,15 +99,17 @@ def write_lora(
         alpha: of every layer. None: the rank.
         dtype: of the tensors.
         metadata: to add.
+        beside: layers of the UNet that are not updated; in SGM's form they are numbered with the others.
     """
     rank = max(len(factors.down) for factors in changes.values())
     alpha = float(rank if alpha is None else alpha)
     tensors: dict[str, Tensor] = {}
+    numbered = sgm_names([*(target.name for target in changes if target.part == "unet"), *beside])
     for target, factors in changes.items():
-        scale = 1 if form in ("kohya", "peft", "diffusers") else alpha / len(factors.down)
-        up, down = _names(target, form, changes)
+        scale = 1 if form in ("kohya", "kohya-sgm", "peft", "diffusers") else alpha / len(factors.down)
+        up, down = _names(target, form, changes, numbered)
         tensors |= {up: (scale * factors.up).to(dtype), down: factors.down.to(dtype)}
-        if form == "kohya":
+        if form in ("kohya", "kohya-sgm"):
             tensors[up.replace("lora_up.weight", "alpha")] = torch.tensor(alpha).to(dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = {"r": rank, "lora_alpha": alpha}
@@ -113,11 +119,13 @@ def write_lora(
     return path
 
 
-def _names(target: Target, form: FileForm, changes: Iterable[Target]) -> tuple[str, str]:
+def _names(target: Target, form: FileForm, changes: Iterable[Target], numbered: Mapping[str, str]) -> tuple[str, str]:
     """Of the tensors up and down."""
-    full = target.name if target.part == "unet" else f"text_model.{target.name}"
-    if form == "kohya":
-        layer = f"lora_{'unet' if target.part == 'unet' else 'te'}_{full.replace('.', '_')}"
+    inner = target.name.removeprefix("text_model.")
+    full = target.name if target.part == "unet" or inner == "text_projection" else f"text_model.{inner}"
+    if form in ("kohya", "kohya-sgm"):
+        named = numbered[full] if form == "kohya-sgm" and target.part == "unet" else full
+        layer = f"{_KOHYA[target.part]}_{named.replace('.', '_')}"
         return f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
     if form == "peft":
         return f"base_model.model.{full}.lora_B.weight", f"base_model.model.{full}.lora_A.weight"
@@ -126,8 +134,8 @@ def _names(target: Target, form: FileForm, changes: Iterable[Target]) -> tuple[s
     if form == "early":
         number = [other for other in changes if other.part == target.part].index(target)
         return f"{target.part}:{number}:up", f"{target.part}:{number}:down"
-    if target.part == "text_encoder":
-        layer = f"text_encoder.{full}.lora_linear_layer"
+    if target.part != "unet":
+        layer = f"{target.part}.{full}.lora_linear_layer"
     elif ".attn" in full:
         parent, _, last = full.removesuffix(".0").rpartition(".")
         layer = f"unet.{parent}.processor.{last}_lora"

@@ -13,7 +13,7 @@ from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.errors import CheckpointError
 from engines.lora.file import read_lora_header
-from engines.lora.refusals import check_is_lora, check_width
+from engines.lora.refusals import check_is_lora, check_kind
 from engines.lora.scaling import ADAPTER_CONFIG
 
 _FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT, of diffusers
@@ -76,7 +76,9 @@ def _file_in(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         held = f"holds {len(found)} .safetensors files" if found else f"holds no {' or '.join(_FOLDER_FILES)}"
-        parts = [part for part in ("unet", "text_encoder") if (folder / part / _FOLDER_FILES[0]).is_file()]
+        parts = [
+            part for part in ("unet", "text_encoder", "text_encoder_2") if (folder / part / _FOLDER_FILES[0]).is_file()
+        ]
         remedy = " and ".join(f"--lora {folder / part}" for part in parts) or f"{_FORMS} of one"
         raise CheckpointError(f"{folder} {held}: {f'pass {remedy}' if parts else remedy}.")
     return found[0]
@@ -98,8 +100,9 @@ def check_lora(path: Path) -> None:
 
 
 def check_lora_fits(lora: Lora, config: CheckpointConfig) -> None:
-    """Raise CheckpointError for a LoRA of a model with another text encoder, as far as its header shows."""
-    check_width(read_lora_header(lora.path), model=config.name, width=config.context.width)
+    """Raise CheckpointError for a LoRA of a model with other text encoders, as far as its header shows."""
+    header = read_lora_header(lora.path)
+    check_kind(header, model=config.name, width=config.context.width, has_two_encoders=config.has_two_encoders)
 
 
 def embeddings_in(loras: Sequence[Lora]) -> tuple[Embedding, ...]:

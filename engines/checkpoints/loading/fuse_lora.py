@@ -1,6 +1,8 @@
-"""Fuse LoRAs into the weights of the UNet and the text encoder."""
+"""Fuse LoRAs into the weights of the UNet and the text encoders."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,17 @@ from engines.lora.updates import Shape, Update, outline, updates
 from engines.manifest import LoraPart
 
 
-def fuse_lora(lora: Lora, *, unet: nn.Module, text_encoder: nn.Module) -> None:
+def fuse_lora(lora: Lora, parts: Mapping[LoraPart, nn.Module]) -> None:
     """Add the update of each layer that the file names to its weight.
 
     Args:
         lora: the file, and the scale of its updates.
-        unet: a diffusers UNet.
-        text_encoder: a transformers CLIPTextModel.
+        parts: a diffusers UNet, and the text encoders of transformers.
 
     Raises:
         CheckpointError: the file is damaged, or made for another model or with options that are not supported.
     """
-    weights = _weights("unet", unet) | _weights("text_encoder", text_encoder)
+    weights = {target: weight for part, module in parts.items() for target, weight in _weights(part, module)}
     file = read_lora(lora.path)
     shapes = {target: Shape(len(weight), weight[0].numel()) for target, weight in weights.items()}
     for update in updates(file, outline(file.header, shapes)):
@@ -36,13 +37,11 @@ def fuse_lora(lora: Lora, *, unet: nn.Module, text_encoder: nn.Module) -> None:
             raise CheckpointError(f"{lora} makes the layer {update.layer} overflow: pass a smaller scale.")
 
 
-def _weights(part: LoraPart, module: nn.Module) -> dict[Target, Tensor]:
+def _weights(part: LoraPart, module: nn.Module) -> Iterator[tuple[Target, Tensor]]:
     """The weights that LoRAs may update, in the order of the modules."""
-    return {
-        Target(part, name): layer.weight
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            yield Target(part, name), layer.weight
 
 
 def _product(update: Update) -> Tensor:

@@ -27,6 +27,7 @@ from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, l
 from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
 from engines.checkpoints.vae import Vae
 from engines.errors import CheckpointError
+from engines.manifest import LoraPart
 from engines.safetensors_header import read_header
 
 
@@ -49,6 +50,12 @@ class Modules:
     safety_checker: SafetyChecker | None = None
     text_encoder_2: Any = None  # of models with two
 
+    @property
+    def lora_parts(self) -> dict[LoraPart, Any]:
+        """Those that LoRAs update."""
+        parts: dict[LoraPart, Any] = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return parts | ({"text_encoder_2": self.text_encoder_2} if self.text_encoder_2 else {})
+
 
 def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
     """Load the weights from the folder of `config`, fuse the LoRAs into them in order, and add embeddings and decoder.
@@ -69,7 +76,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
         )
     _check_finite(modules, config, checkpoint)
     for lora in checkpoint.loras:
-        fuse_lora(lora, unet=modules.unet, text_encoder=modules.text_encoder)
+        fuse_lora(lora, modules.lora_parts)
     if checkpoint.embeddings:
         tokenizer = load_tokenizer(config, checkpoint.learned_tokens)
         add_to_text_encoder(modules.text_encoder, checkpoint.embeddings, tokenizer)

@@ -78,7 +78,7 @@ def test_packed_updates_are_what_fusing_adds(
     packed = pack_lora(path, lora_manifest)
     modules: Modules = load(find_checkpoint(str(checkpoint)))
     before = {target: weight_of(modules, target).clone() for target in shapes_in(lora_manifest)}
-    fuse_lora(Lora(path), unet=modules.unet, text_encoder=modules.text_encoder)
+    fuse_lora(Lora(path), modules.lora_parts)
     for target, weight in before.items():
         fused = (weight_of(modules, target) - weight).flatten(1).numpy()
         found = packed_change(packed, lora_manifest, target)
