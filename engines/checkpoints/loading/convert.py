@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.families import SECOND_ENCODER, SECOND_TOKENIZER
+from engines.checkpoints.families import EVERY_TOKENIZER, SECOND_ENCODER
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
 from engines.checkpoints.prediction import Prediction, read_prediction
 from engines.checkpoints.single_file import SingleFileLayout, check_configs_fit, layout_of, model_names
@@ -51,7 +51,7 @@ def _convert(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     tensors, layout = _recognised(checkpoint, progress)
     source = checkpoint.config.folder
     try:
-        for copied in ("tokenizer", SECOND_TOKENIZER, "scheduler"):
+        for copied in (*EVERY_TOKENIZER, "scheduler"):
             if (source / copied).is_dir():
                 shutil.copytree(source / copied, folder / copied)
         shutil.copy(source / "model_index.json", folder)
