@@ -21,6 +21,7 @@ from engines.contract import (
     LORA_POOL,
     MASK,
     TEXT_EMBEDS,
+    TIME_IDS,
     GraphName,
     Port,
     TensorSpec,
@@ -282,6 +283,11 @@ class Manifest(Geometry):
     def embeds_guidance(self) -> bool:
         """Whether the UNet takes the guidance scale as an input, as latent consistency models do: no second row."""
         return any(spec.name == GUIDANCE_EMBEDDED.name for spec in self.graphs["denoise"].inputs)
+
+    @property
+    def has_size_conditions(self) -> bool:
+        """Whether the UNet is told sizes of the image and of a crop, as Stable Diffusion XL's is."""
+        return any(spec.name == TIME_IDS.name for spec in self.graphs["denoise"].inputs)
 
     @property
     def is_for_inpainting(self) -> bool:

@@ -74,6 +74,7 @@ def _describe(model: Model) -> ModelInfo:
         num_inference_steps=manifest.defaults.num_inference_steps,
         guidance_scale=manifest.defaults.guidance_scale,
         step_cache=model.intake.has_step_cache,
+        size_conditions=manifest.has_size_conditions,
         max_rows=manifest.max_rows,
         examples=list(manifest.examples),
         notes=manifest.notes,

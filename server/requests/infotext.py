@@ -135,6 +135,7 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
         "Eta DDIM" if scheduler.method == "ddim" else "Eta": scheduler.eta,
         "Skip Early CFG": params.guidance_start or None,
         # Ours.
+        **_size_conditions(params),
         "Guidance end": None if params.guidance_end == 1 else params.guidance_end,
         "Timestep spacing": scheduler.timestep_spacing,
         "Final sigmas type": scheduler.final_sigmas_type,
@@ -142,6 +143,18 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
         "Prompt syntax": None if params.prompt.syntax == "a1111" else params.prompt.syntax,
         "Cache": None if params.cache == "off" else params.cache,
         "Exact": True if params.isolated else None,
+    }
+
+
+def _size_conditions(params: GenerationParams) -> dict[str, object]:
+    """Those that are not the defaults, each size as the image's is written."""
+    own = (params.size.height, params.size.width)
+    sizes = {"Original size": params.original_size, "Target size": params.target_size}
+    top, left = params.crops_coords_top_left or (0, 0)
+    return {
+        **{name: f"{size[1]}x{size[0]}" for name, size in sizes.items() if size and size != own},
+        "Crop top": top or None,
+        "Crop left": left or None,
     }
 
 

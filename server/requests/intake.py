@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import PIL.Image
 
-from engines.contract import GUIDANCE_EMBEDDED
+from engines.contract import GUIDANCE_EMBEDDED, TIME_IDS
 from engines.manifest import Manifest, Size
 from engines.schedulers import Scheduler, Table, complete, find, table
 from server.requests import uploads
@@ -17,7 +17,7 @@ from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.loras import Loras, choose, names_loras
 from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request, StepCache
-from server.requests.schemas import MAX_SEED, GenerateRequest
+from server.requests.schemas import MAX_SEED, SIZE_CONDITIONS, GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 
 Listener = Callable[[Request, Event], None]
@@ -99,7 +99,7 @@ class Intake:
             clip_skip=self._clip_skip(body),
             init_image=init_image,
             preview_every=body.preview_every,
-            unet_inputs=self._unet_inputs(guidance),
+            unet_inputs=self._unet_inputs(body, size, guidance),
             isolated=body.exact,
             cache=self._step_cache(body),
             loras=choose(body, self._loras, self._manifest),
@@ -115,9 +115,20 @@ class Intake:
             deadline=_deadline(body, context),
         )
 
-    def _unet_inputs(self, guidance: float) -> dict[str, float | tuple[float, ...]]:
+    def _unet_inputs(self, body: GenerateRequest, size: Size, guidance: float) -> dict[str, float | tuple[float, ...]]:
         """The inputs of the UNet that only some models have."""
-        return {GUIDANCE_EMBEDDED.name: guidance - 1} if self._manifest.embeds_guidance else {}
+        embedded = {GUIDANCE_EMBEDDED.name: guidance - 1} if self._manifest.embeds_guidance else {}
+        return embedded | self._time_ids(body, size)
+
+    def _time_ids(self, body: GenerateRequest, size: Size) -> dict[str, tuple[float, ...]]:
+        given = {name: getattr(body, name) for name in SIZE_CONDITIONS}
+        if self._manifest.has_size_conditions:
+            own = (size.height, size.width)
+            original, crop, target = given.values()
+            return {TIME_IDS.name: (*(original or own), *(crop or (0, 0)), *(target or own))}
+        if unknown := next((name for name, value in given.items() if value is not None), None):
+            raise _rejected(unknown, f"This model has no {unknown}, as Stable Diffusion XL has: leave it out.")
+        return {}
 
     def _size(self, body: GenerateRequest, image: PIL.Image.Image | None) -> Size:
         """What was asked for, or the built size nearest to the image's shape, or the model's default."""

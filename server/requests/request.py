@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.contract import GUIDANCE_EMBEDDED
+from engines.contract import GUIDANCE_EMBEDDED, TIME_IDS
 from engines.manifest import Size
 from engines.schedulers import Scheduler, Table
 from server.requests.context import ANONYMOUS, Priority, RequestContext
@@ -109,6 +109,24 @@ class GenerationParams:
     def guided(self) -> bool:
         """Whether classifier-free guidance applies, as in diffusers: not at a scale of 1 or less."""
         return self.guidance_scale > 1 and GUIDANCE_EMBEDDED.name not in self.unet_inputs
+
+    @property
+    def original_size(self) -> tuple[int, int] | None:
+        """Height and width before scaling, as the UNet is told; None: it is told nothing."""
+        return self._time_ids(0)
+
+    @property
+    def crops_coords_top_left(self) -> tuple[int, int] | None:
+        return self._time_ids(2)
+
+    @property
+    def target_size(self) -> tuple[int, int] | None:
+        """Height and width after scaling, as the UNet is told."""
+        return self._time_ids(4)
+
+    def _time_ids(self, first: int) -> tuple[int, int] | None:
+        values = self.unet_inputs.get(TIME_IDS.name)
+        return (int(values[first]), int(values[first + 1])) if isinstance(values, tuple) else None
 
     @property
     def warnings(self) -> list[str]:

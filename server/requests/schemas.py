@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
+from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from engines.manifest import LoraPart
 from engines.schedulers import FinalSigma, Sigmas, Spacing
-from server.requests import base64_file
 from server.requests.context import Priority
+from server.requests.field_types import HeightWidth, ImageFile, Side, TopLeft, read_json
 from server.requests.images import ImageFormat
 from server.requests.lora_tags import MAX_LORA_WEIGHT
 from server.requests.request import Cache, GenerationParams
@@ -24,6 +23,7 @@ ModelState = Literal["unloaded", "loading", "ready", "unloading", "failed"]
 MAX_SEED = 2**32 - 1  # torch's generator uses the low 32 bits of a seed
 MAX_TIMEOUT = 86_400  # seconds
 MAX_LORAS = 16  # of one request
+SIZE_CONDITIONS = ("original_size", "crops_coords_top_left", "target_size")  # fields; `time_ids` has them in this order
 
 
 def _lower(value: object) -> object:
@@ -44,14 +44,6 @@ class _NullMeans:
 
 
 _AnyCase = BeforeValidator(_lower)  # of a choice: "PNG" is png
-ImageFile = Annotated[
-    bytes,
-    BeforeValidator(base64_file.decode),
-    WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 1}),
-]
-Side = Annotated[
-    int, Field(ge=MIN_SIDE, le=MAX_SIDE, description="in pixels; default: the first resolution of the model")
-]
 
 
 class _StrictModel(BaseModel):
@@ -69,15 +61,7 @@ class LoraChoice(BaseModel):
     )
 
 
-def _read_json(value: object) -> object:
-    """What a form has as text."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
-LoraChoices = Annotated[tuple[LoraChoice, ...], Field(strict=False, max_length=MAX_LORAS), BeforeValidator(_read_json)]
+LoraChoices = Annotated[tuple[LoraChoice, ...], Field(strict=False, max_length=MAX_LORAS), BeforeValidator(read_json)]
 
 
 class GenerateRequest(_StrictModel):
@@ -109,6 +93,19 @@ class GenerateRequest(_StrictModel):
     )
     width: Side | None = None
     height: Side | None = None
+    original_size: HeightWidth | None = Field(
+        None,
+        description="[height, width] before scaling that a model such as Stable Diffusion XL is told: where they are "
+        "small, it draws an enlarged image; default: height and width",
+    )
+    crops_coords_top_left: TopLeft | None = Field(
+        None,
+        description="[top, left] of the crop that such a model is told; default: [0, 0]",
+    )
+    target_size: HeightWidth | None = Field(
+        None,
+        description="[height, width] after scaling that such a model is told; default: height and width",
+    )
     num_inference_steps: int | None = Field(
         None,
         ge=1,
@@ -240,6 +237,9 @@ class Parameters(BaseModel):
     clip_skip: int
     width: int
     height: int
+    original_size: tuple[int, int] | None = Field(None, description="null: the model has no such condition")
+    crops_coords_top_left: tuple[int, int] | None = Field(None, description="as original_size")
+    target_size: tuple[int, int] | None = Field(None, description="as original_size")
     num_inference_steps: int
     guidance_scale: float
     guidance_start: float
@@ -328,6 +328,9 @@ class ModelInfo(BaseModel):
     num_inference_steps: int = Field(description="default number of steps")
     guidance_scale: float = Field(description="default guidance scale")
     step_cache: bool = Field(description="whether requests may set cache to fast")
+    size_conditions: bool = Field(
+        description="whether requests may set original_size, crops_coords_top_left and target_size"
+    )
     max_rows: int = Field(
         description="maximum UNet rows per request; a guided image takes two rows, an unguided image one"
     )

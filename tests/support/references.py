@@ -23,6 +23,7 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -72,9 +73,11 @@ _TOLD = {"tcd": {"eta": 0.3}}
 
 def load_pipeline(checkpoint: Path) -> Any:
     """diffusers' own pipeline over the checkpoint, in FP32."""
+    is_xl = (checkpoint / "text_encoder_2").exists()
+    kind, options = (StableDiffusionXLPipeline, {}) if is_xl else (StableDiffusionPipeline, {"safety_checker": None})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None, torch_dtype=torch.float32)
+        pipeline = kind.from_pretrained(checkpoint, torch_dtype=torch.float32, **options)
     pipeline.set_progress_bar_config(disable=True)
     # Where diffusers looks for the last layer norm if layers are skipped, and transformers 5 no longer has it.
     vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder

@@ -11,6 +11,7 @@ from server.api.kserve.errors import KServeError
 from server.api.problems import shorten
 from server.api.service import Service
 from server.requests.errors import InvalidRequest, UnknownModel
+from server.requests.schemas import SIZE_CONDITIONS
 from server.runtime.models import Model
 
 VERSION_OF_MODELS = "1"  # the only one of each
@@ -44,7 +45,7 @@ class ModelMetadata(BaseModel):
     name: str
     versions: list[str] = [VERSION_OF_MODELS]
     platform: str = Field(description="latentd, and the backend that runs the engines")
-    inputs: list[Tensor] = [Tensor(name=name, datatype=datatype, shape=[1]) for name, datatype in _INPUTS.items()]
+    inputs: list[Tensor]
     outputs: list[Tensor] = [Tensor(name="image", datatype="BYTES", shape=[-1])]
 
 
@@ -76,7 +77,11 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v2/models/{model:path}/versions/{number}", include_in_schema=False)
     async def version_metadata(model: str, number: str) -> ModelMetadata:
-        return ModelMetadata(name=model, platform=f"latentd_{_find(service, model, number).backend}")
+        found = _find(service, model, number)
+        inputs = [Tensor(name=name, datatype=kind, shape=[1]) for name, kind in _INPUTS.items()]
+        if found.manifest.has_size_conditions:
+            inputs += [Tensor(name=name, datatype="INT32", shape=[2]) for name in SIZE_CONDITIONS]
+        return ModelMetadata(name=model, platform=f"latentd_{found.backend}", inputs=inputs)
 
     @router.get(
         "/v2/models/{model:path}",

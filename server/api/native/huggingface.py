@@ -37,7 +37,8 @@ class HuggingFaceBody(BaseModel):
 async def native(http: HttpRequest, body: HuggingFaceBody, lease: Lease) -> GenerateRequest:
     """The same request to `/generate`, whose errors from here on have Hugging Face's form. Raises InvalidRequest.
 
-    With `parameters.prompt`, `inputs` is the image to start from, and `parameters.target_size` the size.
+    With `parameters.prompt`, `inputs` is the image to start from. `parameters.target_size` is then the size if it is an
+    object, and the field of that name if it is a list.
     """
     use_shape(http, error_response)
     async with lease.limits.parsers:  # an image may be megabytes of base64
@@ -99,8 +100,9 @@ def _fields(body: HuggingFaceBody) -> dict[str, Any]:
     parameters = _object("parameters", body.parameters)
     if "prompt" not in parameters:
         return {"prompt": body.inputs, **parameters}
-    size = _object("target_size", parameters.pop("target_size", None))
-    return {"image": body.inputs, **parameters, **size}
+    size = parameters.pop("target_size", None)
+    sides = {"target_size": size} if isinstance(size, list) else _object("target_size", size)
+    return {"image": body.inputs, **parameters, **sides}
 
 
 def _object(name: str, value: object) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pydantic_core import PydanticCustomError
 from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from server.api.problems import explain
 from server.requests.errors import FieldError, InvalidRequest
+from server.requests.field_types import HeightWidth, ImageFile, Side, TopLeft
 from server.requests.images import ImageFormat
-from server.requests.schemas import MAX_SEED, GenerateRequest, ImageFile, LoraChoices, ModelState, Side
+from server.requests.schemas import MAX_SEED, GenerateRequest, LoraChoices, ModelState
 
 _SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 _IGNORED = "accepted and ignored"
@@ -71,6 +72,9 @@ class ImagesBody(BaseModel):
     loras: LoraChoices | None = Field(None, description="extension: LoRAs, as in /generate")
     width: Side | None = Field(None, description="extension: in pixels, instead of size")
     height: Side | None = Field(None, description="extension: in pixels, instead of size")
+    original_size: HeightWidth | None = Field(None, description="extension: [height, width], as in /generate")
+    crops_coords_top_left: TopLeft | None = Field(None, description="extension: [top, left], as in /generate")
+    target_size: HeightWidth | None = Field(None, description="extension: [height, width], as in /generate")
 
     def native(self, *, steps: int) -> GenerateRequest:
         """The same request to `/generate`; `steps` is the default number. Raises InvalidRequest."""
@@ -104,6 +108,9 @@ class ImagesBody(BaseModel):
             "loras": self.loras,
             "width": width,
             "height": height,
+            "original_size": self.original_size,
+            "crops_coords_top_left": self.crops_coords_top_left,
+            "target_size": self.target_size,
             "num_images": self.n,
         }
 

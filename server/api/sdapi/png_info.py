@@ -14,7 +14,7 @@ from server.api.sdapi.bodies import describe_json, read_json
 from server.api.sdapi.errors import responses
 from server.api.service import Service
 from server.requests import infotext, uploads
-from server.requests.schemas import ImageFile
+from server.requests.field_types import ImageFile
 
 _KEY = "parameters"
 

@@ -74,6 +74,13 @@ def test_every_setting_that_changes_the_image_is_written() -> None:
     }
 
 
+def test_size_conditions_are_written_where_they_are_not_the_size_of_the_image() -> None:
+    usual = replace(PARAMS, unet_inputs={"time_ids": (768, 512, 0, 0, 768, 512)})
+    assert write(usual, seed=42, model="sd15") == write(PARAMS, seed=42, model="sd15")
+    other = replace(PARAMS, unet_inputs={"time_ids": (768, 1024, 3, 0, 512, 512)})
+    assert ", Original size: 1024x768, Target size: 512x512, Crop top: 3, " in write(other, seed=42, model="sd15")
+
+
 def test_samplers_have_the_names_of_the_web_ui() -> None:
     assert {sampler_names(find(name)).sampler for name in NAMES} == A1111_SAMPLERS | OURS
 

@@ -7,13 +7,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import pytest
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 
 from engines.accuracy import psnr
 from engines.schedulers import METHODS
+from tests.support.image_files import mask, picture, saved, text_of
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
@@ -35,30 +35,6 @@ def _named(checkpoint: Path, image_to_image: Any, inpainting: Any) -> None:
     for pipeline in (image_to_image, inpainting):
         pipeline.register_to_config(_name_or_path=str(checkpoint))
         pipeline.set_progress_bar_config(disable=True)
-
-
-def picture(width: int, height: int) -> PIL.Image.Image:
-    """Colours that change smoothly, so that codecs and resizing agree on them."""
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    pixels = np.stack([x, y, np.sin(6 * x * y) ** 2], axis=-1)
-    return PIL.Image.fromarray((255 * pixels).astype(np.uint8))
-
-
-def mask(width: int, height: int) -> PIL.Image.Image:
-    """White, to be drawn anew, in the middle."""
-    pixels = np.zeros((height, width), np.uint8)
-    pixels[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 255
-    return PIL.Image.fromarray(pixels)
-
-
-def file_of(image: PIL.Image.Image, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
-
-
-def text_of(image: PIL.Image.Image, kind: str = "PNG") -> str:
-    return base64.b64encode(file_of(image, kind)).decode()
 
 
 @pytest.mark.parametrize("scheduler", METHODS)
@@ -90,7 +66,7 @@ def test_inpainting_matches_diffusers(serving: Serving, inpainting: Any, schedul
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_an_init_image_of_another_size_is_resized_as_in_diffusers(serving: Serving, inpainting: Any, kind: str) -> None:
     original, where = picture(131, 57), mask(77, 99)
-    read = PIL.Image.open(io.BytesIO(file_of(original, kind)))
+    read = PIL.Image.open(io.BytesIO(saved(original, kind)))
     body = {**BODY, "width": 32, "height": 32, "guidance_scale": 1.0, "strength": 0.7, "scheduler": "ddim", "seed": 8}
     ours = pictures(serving.generate(**body, image=text_of(original, kind), mask=text_of(where)))[0]
     theirs = draw(inpainting, image=read, mask_image=where, **body)
@@ -120,7 +96,7 @@ def test_a_form_gives_the_same_images_as_json(serving: Serving) -> None:
     original, where = picture(32, 32), mask(32, 32)
     fields = {"prompt": "a red cat", "num_inference_steps": 6, "seed": 2, "scheduler": "Euler a", "strength": 0.9}
     ours = serving.generate(**fields, image=text_of(original), mask=text_of(where))
-    files = {"image": ("x.png", file_of(original)), "mask": ("y.png", file_of(where))}
+    files = {"image": ("x.png", saved(original)), "mask": ("y.png", saved(where))}
     theirs = serving.client.post("/generate", data={name: str(value) for name, value in fields.items()}, files=files)
     assert pictures(ours)[0].tolist() == pictures(theirs)[0].tolist()
     assert ours.json()["parameters"] == theirs.json()["parameters"]

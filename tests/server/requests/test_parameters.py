@@ -36,6 +36,7 @@ def test_values_are_those_of_the_request() -> None:
         (5, 6),
         guidance_end=0.5,
         clip_skip=1,
+        unet_inputs={"time_ids": (48, 64, 1, 2, 96, 128)},
         isolated=True,
         cache="fast",
     )
@@ -47,6 +48,9 @@ def test_values_are_those_of_the_request() -> None:
         "clip_skip": 1,
         "width": 64,
         "height": 48,
+        "original_size": (48, 64),
+        "crops_coords_top_left": (1, 2),
+        "target_size": (96, 128),
         "num_inference_steps": 7,
         "guidance_scale": 3.5,
         "guidance_start": 0.0,

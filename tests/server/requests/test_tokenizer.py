@@ -99,6 +99,18 @@ def test_a_prompt_of_one_chunk_has_the_ids_of_transformers(
         assert chunk.weights == (1.0,) * TOKENS
 
 
+@pytest.mark.parametrize("text", ["", "a red cat", "a cat, <|endoftext|> a dog", words(ROOM), words(ROOM + 1)])
+def test_a_second_encoder_has_the_same_prompt_with_its_own_padding(
+    reference: Reference, sd2: Reference, text: str
+) -> None:
+    pads = reference.transformers.pad_token_id, sd2.transformers.pad_token_id
+    both = PromptTokenizer(reference.file, tokens=TOKENS, pad=pads[0], pad_2=pads[1])(text)
+    second = PromptTokenizer(reference.file, tokens=TOKENS, pad=pads[1])(text)
+    assert [chunk.ids for chunk in both.chunks] == [chunk.ids for chunk in reference.open()(text).chunks]
+    assert [chunk.ids_2 for chunk in both.chunks] == [chunk.ids for chunk in second.chunks]
+    assert all(chunk.ids_2 == () for chunk in second.chunks)
+
+
 @pytest.mark.parametrize(("count", "chunks"), [(0, 1), (75, 1), (76, 2), (150, 2), (151, 3), (226, 6), (450, 6)])
 def test_chunks_of_the_real_length(reference: Reference, count: int, chunks: int) -> None:
     prompt = reference.open(77)(words(count))

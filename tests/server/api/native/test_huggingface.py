@@ -67,6 +67,9 @@ def test_image_to_image() -> None:
     parameters = {"prompt": "a cat", "target_size": {"width": 64, "height": 32}, "strength": 0.5}
     found = post({"inputs": "aGVsbG8=", "parameters": parameters}).json()["huggingface"]
     assert found == {"image": "b'hello'", "prompt": "a cat", "width": "64", "height": "32", "strength": "0.5"}
+    parameters = {"prompt": "a cat", "target_size": [32, 64]}  # as diffusers means it
+    found = post({"inputs": "aGVsbG8=", "parameters": parameters}).json()["huggingface"]
+    assert found == {"image": "b'hello'", "prompt": "a cat", "target_size": "(32, 64)"}
 
 
 @pytest.mark.parametrize(
