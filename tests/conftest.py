@@ -91,3 +91,11 @@ def serving(bundle: Path) -> Iterator[Serving]:
     with Serving(bundle) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
+
+
+@pytest.fixture(scope="session")
+def xl_serving(xl_bundle: Path, bundle: Path) -> Iterator[Serving]:
+    """A server process over the tiny Stable Diffusion XL, and `bundle` as `sd`: leave it as you found it."""
+    with Serving(xl_bundle, "--bundle", f"sd={bundle}") as running:
+        yield running
+        assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
