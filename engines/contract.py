@@ -38,6 +38,7 @@ GraphName = Literal[
 ]
 # Every model has these graphs.
 GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image")
+VAE_GRAPHS: tuple[GraphName, ...] = ("decode", "encode_image")
 # Graphs that LoRAs update, and for each the variant that applies those of its rows.
 LORA_GRAPHS: Mapping[GraphName, GraphName] = {
     "encode_prompt": "encode_prompt_lora",

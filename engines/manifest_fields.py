@@ -215,12 +215,19 @@ class Graph(Frozen):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     onnx: dict[ComputeDtype, Onnx]
+    exceeds_fp16: bool = Field(
+        default=False, description="it leaves FP16's range: BF16 or FP32 takes its place where the others are in FP16"
+    )
 
     @model_validator(mode="after")
     def _has_a_reference(self) -> Self:
         if "fp32" not in self.onnx:
             raise ValueError("the graph in fp32, to which others are compared, is missing")
         return self
+
+    def exported_in(self, wanted: ComputeDtype) -> ComputeDtype:
+        """The dtype that an export in `wanted` gives."""
+        return "bf16" if self.exceeds_fp16 and wanted == "fp16" else wanted
 
 
 class Profile(Frozen):

@@ -18,7 +18,7 @@ compiling needs no torch, and for TensorRT it needs the GPU. `build_engines.py` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from engines.backends.available import check_fits, unavailable_reason
@@ -41,7 +41,7 @@ from engines.build.compile import (
     check_precision,
     compile_backend,
     engine_precisions,
-    prefers_bf16,
+    exceeding_graphs,
     required_dtypes,
 )
 from engines.build.options import (
@@ -60,7 +60,7 @@ from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.find import find_checkpoint
-from engines.contract import GraphName
+from engines.contract import VAE_GRAPHS, GraphName
 from engines.errors import EngineError
 from engines.manifest import Geometry, LoraCapacity, Manifest, Precision, Size
 from engines.progress import Progress
@@ -131,9 +131,9 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
     check_compilers(names, precision, optimization_level)
     checkpoint = _find(source, out, options, reporter.progress)
     spec = _spec(checkpoint, out, names, precision, options)
-    geometry, bf16 = geometry_of(checkpoint, options), checkpoint.config.prefers_bf16
-    graphs = graphs_of(checkpoint, options)
-    precisions = _precisions(names, precision, graphs, prefers_bf16=bf16)
+    geometry, graphs = geometry_of(checkpoint, options), graphs_of(checkpoint, options)
+    precisions = _precisions(names, precision, graphs, exceeding=checkpoint.exceeding_fp16)
+    _note_vae(precisions, checkpoint.exceeding_fp16, reporter.progress)
     plans = _plans(precisions, geometry, count_parameters(checkpoint))
     _announce(
         plans, reporter, before=export_stages(checkpoint, graphs, spec.dtypes, geometry.resolutions[0]), verify=verify
@@ -223,7 +223,8 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     check_compilers(names, precision, optimization_level)
     manifest = with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
-    precisions = _precisions(names, precision, manifest.graph_names, prefers_bf16=prefers_bf16(manifest))
+    precisions = _precisions(names, precision, manifest.graph_names, exceeding=exceeding_graphs(manifest))
+    _note_vae(precisions, exceeding_graphs(manifest), reporter.progress)
     plans = _plans(precisions, manifest, manifest.parameters)
     _announce(plans, reporter, before=(), verify=verify)
     options = EngineOptions(precision, optimization_level, force=force)
@@ -346,9 +347,23 @@ _Precisions = Mapping[str, Mapping[GraphName, Precision]]  # by backend
 
 
 def _precisions(
-    names: Sequence[str], precision: Precision | None, graphs: Sequence[GraphName], *, prefers_bf16: bool
+    names: Sequence[str],
+    precision: Precision | None,
+    graphs: Sequence[GraphName],
+    *,
+    exceeding: Collection[GraphName],
 ) -> _Precisions:
-    return {name: engine_precisions(name, precision, prefers_bf16=prefers_bf16, graphs=graphs) for name in names}
+    return {name: engine_precisions(name, precision, exceeding=exceeding, graphs=graphs) for name in names}
+
+
+def _note_vae(precisions: _Precisions, exceeding: Collection[GraphName], progress: Progress) -> None:
+    """Tell where graphs of the VAE compute in another type than FP16, which the others compute in."""
+    for backend, chosen in precisions.items():
+        if names := [name for name in VAE_GRAPHS if name in exceeding and "fp16" in chosen.values()]:
+            progress.note(
+                f"{' and '.join(names)} of {backend}: in {chosen[names[0]]}, since this VAE leaves FP16's range "
+                "(force_upcast in its config.json, or measured)"
+            )
 
 
 def _plans(precisions: _Precisions, geometry: Geometry, parameters: Mapping[GraphName, int]) -> list[BackendPlan]:
@@ -390,9 +405,8 @@ def _spec(
     checkpoint: Checkpoint, out: Path, backends: Sequence[str], precision: Precision | None, options: ExportOptions
 ) -> BundleSpec:
     """The options with what the backends require. Raises EngineError where one does not compute in `precision`."""
-    bf16 = checkpoint.config.prefers_bf16
-    graphs = graphs_of(checkpoint, options)
-    dtypes = [required_dtypes(backend, precision, prefers_bf16=bf16, graphs=graphs) for backend in backends]
+    graphs, exceeding = graphs_of(checkpoint, options), checkpoint.exceeding_fp16
+    dtypes = [required_dtypes(backend, precision, exceeding=exceeding, graphs=graphs) for backend in backends]
     gpus_alone = not set(backends) & set(ON_CPU) and precision != "fp32"
     weights = options.weights or stored_weights(out) or ("fp16" if gpus_alone else "fp32")
     return BundleSpec(options=options, weights=weights, dtypes=frozenset().union(*dtypes))

@@ -175,7 +175,8 @@ def _earlier_export(out: Path, key: str) -> Manifest | None:
 def _has_graphs(manifest: Manifest, spec: BundleSpec) -> bool:
     if spec.options.lora and not manifest.lora_layers:
         return False
-    return all(dtype in manifest.graphs[name].onnx for name, dtype in spec.dtypes)
+    wanted = [(manifest.graphs[name], dtype) for name, dtype in spec.dtypes]
+    return all(graph.exported_in(dtype) in graph.onnx for graph, dtype in wanted)
 
 
 def _with_options(manifest: Manifest, checkpoint: Checkpoint, options: ExportOptions) -> Manifest:
@@ -276,6 +277,7 @@ class _Exporter:
             typed=sorted(self._spec.dtypes),
             size=self._size(config),
             known=dict(self._earlier.graphs) if self._earlier else {},
+            exceeding=self._checkpoint.exceeding_fp16,
             layers=layers,
             progress=self._progress,
         )

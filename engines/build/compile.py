@@ -6,7 +6,7 @@ Engines of an earlier build are reused if their key and their files are unchange
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from engines.build.qdq.graphs import QuantizedGraphs
 from engines.build.qdq.quantize import EIGHT_BITS, EightBits, modelopt_version
 from engines.build.trajectory import CALIBRATED, record
 from engines.build.trt.parent import build_engine
-from engines.contract import GRAPHS, LORA_GRAPHS, PLAIN_STEPS, STEPS, Array, GraphName
+from engines.contract import GRAPHS, LORA_GRAPHS, PLAIN_STEPS, STEPS, VAE_GRAPHS, Array, GraphName
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.held import are_intact
@@ -44,7 +44,11 @@ def check_precision(backend: str, precision: Precision | None) -> None:
 
 
 def engine_precisions(
-    backend: str, precision: Precision | None, *, prefers_bf16: bool, graphs: Sequence[GraphName] = GRAPHS
+    backend: str,
+    precision: Precision | None,
+    *,
+    exceeding: Collection[GraphName] = (),
+    graphs: Sequence[GraphName] = GRAPHS,
 ) -> dict[GraphName, Precision]:
     """The precision that each engine of `backend` computes in.
 
@@ -54,19 +58,33 @@ def engine_precisions(
     more digits, and in FP32 on CPUs. Eight bits leave the safety checker as it is, whose verdicts depend on small
     differences, and the graphs that apply LoRAs: their calibration would have to know the LoRAs.
 
+    Of a VAE that leaves FP16's range, the graphs compute in BF16 where they would in FP16, whatever the UNet computes
+    in; in FP32 where the backend has no BF16.
+
     Args:
         backend: the backend's name.
         precision: the requested precision; None: the best for the backend and the model.
-        prefers_bf16: whether the model's UNet leaves the range of FP16.
+        exceeding: the graphs that leave the range of FP16.
         graphs: the model's graphs.
 
     Raises:
         EngineError: the backend does not compute in `precision`, or the model does not.
     """
     check_precision(backend, precision)
-    chosen = precision or _default_precision(backend, prefers_bf16=prefers_bf16)
+    unet_exceeds = not set(STEPS).isdisjoint(exceeding)
+    chosen = precision or _default_precision(backend, prefers_bf16=unet_exceeds)
+    precisions = _precisions(backend, chosen, graphs, unet_exceeds=unet_exceeds)
+    wide: Precision = "bf16" if "bf16" in SPECS[backend].precisions else "fp32"
+    widened = {name: wide for name in VAE_GRAPHS if name in exceeding and precisions.get(name) == "fp16"}
+    return precisions | widened
+
+
+def _precisions(
+    backend: str, chosen: Precision, graphs: Sequence[GraphName], *, unet_exceeds: bool
+) -> dict[GraphName, Precision]:
+    """As `engine_precisions`, of models whose VAE stays within FP16's range."""
     if chosen in EIGHT_BITS and backend in TENSORRT:
-        if prefers_bf16:
+        if unet_exceeds:
             raise EngineError(
                 f"{chosen} leaves a part of the UNet in FP16, whose range this model exceeds: use --precision bf16."
             )
@@ -82,10 +100,14 @@ def engine_precisions(
 
 
 def required_dtypes(
-    backend: str, precision: Precision | None, *, prefers_bf16: bool, graphs: Sequence[GraphName] = GRAPHS
+    backend: str,
+    precision: Precision | None,
+    *,
+    exceeding: Collection[GraphName] = (),
+    graphs: Sequence[GraphName] = GRAPHS,
 ) -> frozenset[tuple[GraphName, ComputeDtype]]:
     """The `graphs` that `backend` requires in another dtype than FP32, each with that dtype. Raises EngineError."""
-    precisions = engine_precisions(backend, precision, prefers_bf16=prefers_bf16, graphs=graphs)
+    precisions = engine_precisions(backend, precision, exceeding=exceeding, graphs=graphs)
     dtypes = {name: _graph_dtype(backend, engine_precision) for name, engine_precision in precisions.items()}
     return frozenset((name, dtype) for name, dtype in dtypes.items() if dtype != "fp32")
 
@@ -103,10 +125,11 @@ def _default_precision(backend: str, *, prefers_bf16: bool) -> Precision:
     return "bf16" if prefers_bf16 and "bf16" in offered and backend not in ON_CPU else offered[0]
 
 
-def prefers_bf16(manifest: Manifest) -> bool:
-    """Whether the UNet was exported in BF16 and not in FP16, because it leaves the range of FP16."""
+def exceeding_graphs(manifest: Manifest) -> frozenset[GraphName]:
+    """The graphs that leave the range of FP16: the UNet's where it was exported in BF16 and not in FP16."""
     dtypes = manifest.graphs["denoise"].onnx
-    return "bf16" in dtypes and "fp16" not in dtypes
+    unet = STEPS if "bf16" in dtypes and "fp16" not in dtypes else ()
+    return frozenset((*unet, *(name for name, graph in manifest.graphs.items() if graph.exceeds_fp16)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +163,7 @@ def compile_backend(
     """
     compiler = _EngineCompiler(manifest, bundle, backend, options, progress)
     graphs = manifest.graph_names
-    precisions = engine_precisions(backend, options.precision, prefers_bf16=prefers_bf16(manifest), graphs=graphs)
+    precisions = engine_precisions(backend, options.precision, exceeding=exceeding_graphs(manifest), graphs=graphs)
     engines = {name: compiler.engine(name, precisions[name]) for name in graphs}
     earlier = manifest.builds.get(backend)
     if earlier and _unverified(earlier.engines) == _unverified(engines):
@@ -171,6 +194,7 @@ class _EngineCompiler:
         self._bundle = bundle
         self._backend = backend
         self._force = options.force
+        self._asked = f" --precision {options.precision}" if options.precision else ""
         self._level = _optimization_level(backend, options)
         self._folder = bundle / "engines" / backend
         self._progress = progress
@@ -209,7 +233,7 @@ class _EngineCompiler:
         if dtype not in exported:
             raise EngineError(
                 f"{self._bundle} holds {name} in {', '.join(exported)}, not in {dtype}: export it once more with "
-                f"build_engines.py export --precision {dtype}."
+                f"build_engines.py export --backend {self._backend}{self._asked}."
             )
         return exported[dtype]
 

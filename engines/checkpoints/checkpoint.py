@@ -16,7 +16,7 @@ from engines.checkpoints.decoder import Decoder
 from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, SAFETY_CONFIGS, CheckpointConfig
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.vae import Vae, vae_name
-from engines.contract import GRAPHS, GraphName
+from engines.contract import GRAPHS, STEPS, VAE_GRAPHS, GraphName
 from engines.files import sha256_of
 from engines.manifest import Source
 from engines.safetensors_header import read_header
@@ -87,6 +87,15 @@ class Checkpoint:
     def graphs(self) -> tuple[GraphName, ...]:
         """The graphs that it is exported to."""
         return (*GRAPHS, "safety") if self.has_safety_checker else GRAPHS
+
+    @property
+    def exceeding_fp16(self) -> frozenset[GraphName]:
+        """The graphs that leave the range of FP16, as far as configs tell. Others are measured at the export."""
+        unet = STEPS if self.config.prefers_bf16 else ()
+        told = self.vae.force_upcast if self.vae else None
+        if not self.config.family.follows_force_upcast or not (self.config.vae.force_upcast if told is None else told):
+            return frozenset(unet)
+        return frozenset((*unet, *(name for name in VAE_GRAPHS if not (self.decoder and name == "decode"))))
 
     @property
     def wants_safety_checker(self) -> bool:

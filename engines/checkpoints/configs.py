@@ -195,7 +195,9 @@ class VaeConfig(_Weights):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    force_upcast: bool = True  # it leaves FP16's range; diffusers follows it for Stable Diffusion XL alone
+    force_upcast: bool = True  # it leaves FP16's range, as those of Stable Diffusion XL do; of others it says nothing
+    latents_mean: None = None  # set where latents have another mean and spread than those of Stable Diffusion
+    latents_std: None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

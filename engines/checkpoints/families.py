@@ -29,6 +29,7 @@ class Family:
         pipelines: the classes that `model_index.json` may name.
         parts: the parts that have weights, each with the classes that are read; without one of them there is no model.
         tokenizers: the tokenizers, in the order of their text encoders.
+        follows_force_upcast: whether its pipelines in diffusers heed the VAE's `force_upcast`: it leaves FP16's range.
         time_ids: how many numbers the UNet takes besides the timestep; 0 where it takes no pooled embedding either.
     """
 
@@ -36,6 +37,7 @@ class Family:
     parts: Mapping[str, tuple[str, ...]]
     tokenizers: tuple[str, ...] = ("tokenizer",)
     time_ids: int = 0
+    follows_force_upcast: bool = False
 
     @property
     def classes(self) -> Mapping[str, tuple[str, ...]]:
@@ -57,6 +59,7 @@ STABLE_DIFFUSION_XL = Family(  # Podell et al. (2023)
     parts={**_ONE_ENCODER, SECOND_ENCODER: ("CLIPTextModelWithProjection",)},
     tokenizers=("tokenizer", SECOND_TOKENIZER),
     time_ids=6,
+    follows_force_upcast=True,
 )
 FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 EVERY_PART = tuple(dict.fromkeys(part for family in FAMILIES for part in family.parts))

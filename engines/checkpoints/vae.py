@@ -30,6 +30,13 @@ class Vae:
     def files(self) -> tuple[Path, ...]:
         return (self.weights, self.config) if self.config else (self.weights,)
 
+    @property
+    def force_upcast(self) -> bool | None:
+        """Whether it leaves the range of FP16; None where no config tells."""
+        if self.config is None:
+            return None
+        return bool(read_json(self.config, "the VAE is incomplete").get("force_upcast", True))
+
 
 def find_vae(text: str) -> Vae:
     """Find a VAE in a file, or in a diffusers folder that is or holds one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +15,7 @@ from engines.backends.onnxruntime import open_device
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.loading.modules import Modules, load_tokenizer, second_pad
-from engines.contract import LORA_GRAPHS, Array, GraphName, plain
+from engines.contract import LORA_GRAPHS, VAE_GRAPHS, Array, GraphName, plain
 from engines.export.lora_graph import add_updates
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed, save_variant
@@ -36,16 +36,18 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     size: Size,
     known: dict[GraphName, Graph],
     layers: Sequence[LoraLayer] = (),
+    exceeding: Collection[GraphName] = (),
     progress: Progress,
 ) -> dict[GraphName, Graph]:
     """Write every graph in FP32, and those of `typed` in that precision, to folder `out`, except those in `known`.
 
     With `layers` that LoRAs update, the variants for LoRAs are among them.
 
-    Graphs that compute in FP16 are checked first to stay within its range at `size`.
+    Graphs that compute in FP16 are checked first to stay within its range at `size`. Those of the VAE that do not, or
+    are known to be `exceeding` it, compute in BF16 instead, with a note.
 
     Raises:
-        ExportError: a graph differs from torch, or leaves FP16's range.
+        ExportError: a graph differs from torch, or leaves FP16's range and is not the VAE's.
     """
     traced = traced_graphs(modules, config.latent, config.context, layers)
     exports = {
@@ -57,7 +59,7 @@ def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
     wanted = {name: [precision for graph, precision in typed if graph == name] for name in traced}
     for name, one in exports.items():  # of all, before minutes go into the first
         one.check_finite()
-        one.refuse_overflow(known.get(name), wanted[name], size)
+        wanted[name] = one.within_range(known.get(name), wanted[name], size, exceeds=name in exceeding)
     return {name: one.every_precision(known.get(name), storage, wanted[name]) for name, one in exports.items()}
 
 
@@ -84,6 +86,7 @@ class _Export:
         self._progress = progress
         self._inputs = traced.random_inputs()
         self._expected = traced.compute(self._inputs)
+        self._exceeds = False
 
     def check_finite(self) -> None:
         """Raise ExportError if torch itself computes NaN or infinity, with which every comparison would agree."""
@@ -95,38 +98,55 @@ class _Export:
                 "damaged, or overflow; download it again."
             ) from error
 
-    def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
-        """Raise ExportError if the graph is wanted in FP16 and leaves its range at `size`."""
-        if "fp16" not in typed or (known and "fp16" in known.onnx):
+    def within_range(
+        self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size, *, exceeds: bool
+    ) -> list[ComputeDtype]:
+        """The precisions `typed`, with BF16 in place of FP16 where a graph of the VAE leaves its range at `size`.
+
+        Raises:
+            ExportError: another graph does.
+        """
+        self._exceeds = self._name in VAE_GRAPHS and (exceeds or bool(known and known.exceeds_fp16))
+        if "fp16" in typed and not self._exceeds and not (known and "fp16" in known.onnx):
+            self._check_range(size)
+        if not self._exceeds:
+            return list(typed)
+        return list(dict.fromkeys("bf16" if precision == "fp16" else precision for precision in typed))
+
+    def _check_range(self, size: Size) -> None:
+        if not (reason := self._large_weight() or self._large_value(size)):
             return
-        self._refuse_large_weights()
+        if self._name not in VAE_GRAPHS:
+            raise ExportError(f"{reason}: build it with --precision bf16, or fp32.")
+        self._exceeds = True
+        self._progress.note(f"{reason}: it computes in BF16 where the others compute in FP16")
+
+    def _large_value(self, size: Size) -> str | None:
+        """What leaves FP16's range within the graph, if anything does."""
         latent = self._traced.latent
         shape = {"h": size.height // latent.downscale, "w": size.width // latent.downscale}
         pixels = {"H": size.height, "W": size.width}
         with self._progress.stage(f"measuring the range of {self._name} at {size}"):
             inputs = self._traced.random_inputs(S=1, C=1, B=1, R=1, N=1, n=1, **shape, **pixels)
             largest = largest_value(self._traced, inputs)
-        if not largest < _FP16_ENDS:  # infinite where it is NaN
-            raise ExportError(
-                f"{self._name} reaches {largest:.0f} at {size}, and FP16 ends at {_FP16_ENDS:.0f}: "
-                "build it with --precision bf16, or fp32."
-            )
+        if largest < _FP16_ENDS:  # infinite where it is NaN
+            return None
+        return f"{self._name} reaches {largest:.0f} at {size}, and FP16 ends at {_FP16_ENDS:.0f}"
 
-    def _refuse_large_weights(self) -> None:
+    def _large_weight(self) -> str | None:
+        """The weight that leaves FP16's range, if one does."""
         for name, weight in self._traced.module.named_parameters():
             low, high = map(float, weight.detach().aminmax())
             if max(-low, high) > _FP16_ENDS:
-                raise ExportError(
-                    f"{name} of {self._name} reaches {max(-low, high):.0f}, and FP16 ends at {_FP16_ENDS:.0f}: "
-                    "build it with --precision bf16, or fp32."
-                )
+                return f"{name} of {self._name} reaches {max(-low, high):.0f}, and FP16 ends at {_FP16_ENDS:.0f}"
+        return None
 
     def every_precision(self, known: Graph | None, storage: Storage, typed: Sequence[ComputeDtype]) -> Graph:
         onnx: dict[ComputeDtype, Onnx] = dict(known.onnx) if known else {}
         for precision in ("fp32", *typed):
             if precision not in onnx:
                 onnx[precision] = self._made(precision, storage)
-        return Graph(inputs=self._traced.inputs, outputs=self._traced.outputs, onnx=onnx)
+        return Graph(inputs=self._traced.inputs, outputs=self._traced.outputs, onnx=onnx, exceeds_fp16=self._exceeds)
 
     def _made(self, precision: ComputeDtype, storage: Storage) -> Onnx:
         path = _path(self._out, self._name, precision)
@@ -195,7 +215,7 @@ class _Variant(_Export):
         self._plain = plain(name)
         self._layers = layers
 
-    def refuse_overflow(self, known: Graph | None, typed: Sequence[ComputeDtype], size: Size) -> None:
+    def _check_range(self, size: Size) -> None:
         """Nothing is refused: the weights are those of the plain graph, and LoRAs are not known yet."""
 
     def _write(self, path: Path, precision: ComputeDtype, storage: Storage) -> tuple[Path, ...]:  # noqa: ARG002 - as above

@@ -40,9 +40,9 @@ def test_an_entry_makes_a_backend(fake: str, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(registry.open_device(fake, threads=3), HostDevice)
     assert unavailable_reason(fake) is None
     assert choose([fake]).backend == fake
-    assert set(engine_precisions(fake, None, prefers_bf16=False).values()) == {"fp32"}
+    assert set(engine_precisions(fake, None).values()) == {"fp32"}
     with pytest.raises(EngineError, match="fake computes in fp32 or bf16, not in fp16"):
-        engine_precisions(fake, "fp16", prefers_bf16=False)
+        engine_precisions(fake, "fp16")
 
 
 def test_an_entry_is_a_choice_of_the_command_line(

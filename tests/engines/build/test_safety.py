@@ -27,7 +27,7 @@ def test_it_is_verified_like_every_graph(checked_bundle: Path) -> None:
 
 def test_it_is_exported_in_fp16_for_gpus(checked_checkpoint: Path, checked_bundle: Path, tmp_path: Path) -> None:
     graphs = Manifest.load(checked_bundle).graphs
-    assert ("safety", "fp16") in required_dtypes("tensorrt", None, prefers_bf16=False, graphs=(*GRAPHS, "safety"))
+    assert ("safety", "fp16") in required_dtypes("tensorrt", None, graphs=(*GRAPHS, "safety"))
     out = Path(shutil.copytree(checked_bundle, tmp_path / "bundle"))
     checkpoint = find_checkpoint(str(checked_checkpoint))
     made = export_graphs(

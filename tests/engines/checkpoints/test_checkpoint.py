@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +12,10 @@ from safetensors.torch import save_file
 
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.find import find_checkpoint
-from tests.support.checkpoints import edit
+from engines.contract import VAE_GRAPHS
+from tests.support.checkpoints import Families, edit
 from tests.support.ldm import write_single_file
+from tests.support.tiny import make_decoder
 
 
 def test_the_identity_covers_every_file_that_decides_the_export(copied: Path, tmp_path: Path) -> None:
@@ -46,3 +50,17 @@ def test_the_identity_of_a_single_file_covers_its_configs(copied: Path, tmp_path
     assert find_checkpoint(str(path), config=str(copied)).source == checkpoint.source
     edit(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     assert find_checkpoint(str(path), config=str(copied)).source != checkpoint.source
+
+
+def test_a_vae_of_xl_exceeds_fp16_where_its_config_says_so(copied_xl: Path, families: Families, tmp_path: Path) -> None:
+    """As sdxl-vae-fp16-fix does not. Configs of other families have the same key, which their pipelines ignore."""
+    assert json.loads((families("sd1") / "vae" / "config.json").read_text())["force_upcast"]
+    assert not find_checkpoint(str(families("sd1"))).exceeding_fp16
+    assert find_checkpoint(str(copied_xl)).exceeding_fp16 == set(VAE_GRAPHS)
+    decoder = make_decoder(tmp_path / "decoder")
+    assert find_checkpoint(str(copied_xl), decoder=str(decoder)).exceeding_fp16 == {"encode_image"}
+    fixed = Path(shutil.copytree(copied_xl / "vae", tmp_path / "fixed"))
+    edit(fixed / "config.json", force_upcast=False)
+    assert not find_checkpoint(str(copied_xl), vae=str(fixed)).exceeding_fp16
+    edit(copied_xl / "vae" / "config.json", force_upcast=False)
+    assert not find_checkpoint(str(copied_xl)).exceeding_fp16

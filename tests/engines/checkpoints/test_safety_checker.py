@@ -15,7 +15,7 @@ from engines.build.compile import engine_precisions
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
-from engines.contract import GRAPHS
+from engines.contract import GRAPHS, STEPS
 from engines.errors import CheckpointError
 from tests.support.checkpoints import load
 from tests.support.tiny import edit_index
@@ -128,9 +128,9 @@ def test_what_is_not_followed_stops_the_build(folder: Path, content: Mapping[str
 
 
 def test_its_verdicts_are_not_quantized() -> None:
-    def precision(backend: str, wanted: Any, *, prefers_bf16: bool = False) -> str:
-        chosen = engine_precisions(backend, wanted, prefers_bf16=prefers_bf16, graphs=(*GRAPHS, "safety"))
+    def precision(backend: str, wanted: Any, *, exceeding: Any = ()) -> str:
+        chosen = engine_precisions(backend, wanted, exceeding=exceeding, graphs=(*GRAPHS, "safety"))
         return chosen["safety"]
 
     assert precision("openvino", "int8") == precision("openvino", "bf16") == precision("onnxruntime", None) == "fp32"
-    assert precision("tensorrt", None) == precision("tensorrt", None, prefers_bf16=True) == "fp16"
+    assert precision("tensorrt", None) == precision("tensorrt", None, exceeding=STEPS) == "fp16"
