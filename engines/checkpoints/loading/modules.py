@@ -18,7 +18,7 @@ from engines.checkpoints.configs import TinyVaeConfig
 from engines.checkpoints.decoder import Decoder, decoder_layer
 from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, CheckpointConfig
 from engines.checkpoints.families import SECOND_ENCODER, SECOND_TOKENIZER
-from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
+from engines.checkpoints.loading.add_tokens import add_to_text_encoders, add_to_tokenizer
 from engines.checkpoints.loading.convert import load_vae
 from engines.checkpoints.loading.diagnose import why_unloadable
 from engines.checkpoints.loading.finite import check_finite
@@ -51,6 +51,10 @@ class Modules:
     text_encoder_2: Any = None  # of models with two
 
     @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        return (self.text_encoder, self.text_encoder_2) if self.text_encoder_2 else (self.text_encoder,)
+
+    @property
     def lora_parts(self) -> dict[LoraPart, Any]:
         """Those that LoRAs update."""
         parts: dict[LoraPart, Any] = {"unet": self.unet, "text_encoder": self.text_encoder}
@@ -79,7 +83,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
         fuse_lora(lora, modules.lora_parts)
     if checkpoint.embeddings:
         tokenizer = load_tokenizer(config, checkpoint.learned_tokens)
-        add_to_text_encoder(modules.text_encoder, checkpoint.embeddings, tokenizer)
+        add_to_text_encoders(modules.text_encoders, checkpoint.embeddings, tokenizer)
     return modules
 
 

@@ -78,7 +78,7 @@ def test_tokens_are_those_of_diffusers(checkpoint: Path, embeddings: list[Embedd
     theirs = load_pipeline(checkpoint)
     for embedding in embeddings:
         for learned in embedding.learned_tokens:
-            theirs.load_textual_inversion({learned.token: load_file(embedding.path)[learned.key]})
+            theirs.load_textual_inversion({learned.token: load_file(embedding.path)[learned.keys[0]]})
     found = find_checkpoint(str(checkpoint), embeddings=embeddings)
     text_encoder = load(found).text_encoder
     made = export_tokenizer(found.config, found.learned_tokens, tmp_path)

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora, check_lora
 from engines.checkpoints.find import find_checkpoint
-from engines.checkpoints.loading.add_tokens import add_to_text_encoder, add_to_tokenizer
+from engines.checkpoints.loading.add_tokens import add_to_text_encoders, add_to_tokenizer
 from engines.checkpoints.loading.modules import Modules
 from engines.demo.tokenizer import write_tokenizer
 from engines.errors import CheckpointError
@@ -319,7 +319,7 @@ def test_real_early_loras_fit_the_layers_of_sd1(file: str, tokens: list[str]) ->
     found = outline(read_lora_header(path), layers)
     assert (found.form, len(found.ranks)) == ("early", 144 + 48)
     learned = Embedding(path).learned_tokens if tokens else ()
-    assert [(token.token, token.vectors, token.width) for token in learned] == [(token, 1, 768) for token in tokens]
+    assert [(token.token, token.vectors, token.widths) for token in learned] == [(token, 1, (768,)) for token in tokens]
 
 
 @pytest.mark.parametrize(("file", "token"), [("cat-toy", "<cat-toy>"), ("gta5-artwork", "<gta5-artwork>")])
@@ -328,7 +328,7 @@ def test_real_embeddings_are_read(file: str, token: str) -> None:
     if not path.is_file():
         pytest.skip(f"the real embedding {path.name} is not here")
     (learned,) = Embedding(path).learned_tokens
-    assert (learned.token, learned.vectors, learned.width) == (token, 1, 768)
+    assert (learned.token, learned.vectors, learned.widths) == (token, 1, (768,))
 
 
 def test_real_embeddings_fit_sd1_and_their_vectors_are_added(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_real_embeddings_fit_sd1_and_their_vectors_are_added(tmp_path: Path) -> 
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     embeddings = [Embedding(path) for path in paths]
     add_to_tokenizer(tokenizer, [learned for embedding in embeddings for learned in embedding.learned_tokens])
-    add_to_text_encoder(encoder, embeddings, tokenizer)
+    add_to_text_encoders([encoder], embeddings, tokenizer)
     for path in paths:
         ((token, vector),) = load_file(path).items()
         row = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)]
