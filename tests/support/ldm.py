@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,8 +64,8 @@ _OPEN_CLIP: Names = (
 
 def single_file(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of the checkpoint in `folder` under their names in single files of SD 1.x, 2.x or XL."""
-    unet, text = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "text_encoder"))
-    layers, blocks = unet["layers_per_block"], len(unet["block_out_channels"])
+    unet, text, vae = (_config(folder, part) for part in ("unet", "text_encoder", "vae"))
+    layers, blocks = unet["layers_per_block"], len(vae["block_out_channels"])
     tensors = _read(folder, "unet", "diffusion_pytorch_model")
     attentions = {key.split(".")[1] for key in tensors if key.startswith("up_blocks.") and ".attentions." in key}
     made = {f"model.diffusion_model.{_unet(key, layers, attentions)}": value for key, value in tensors.items()}
@@ -92,6 +93,11 @@ def write_single_file(folder: Path, path: Path) -> Path:
     else:
         torch.save({"state_dict": tensors}, path)
     return path
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / part / "config.json").read_text())
+    return config
 
 
 def _read(folder: Path, part: str, stem: str) -> dict[str, Tensor]:

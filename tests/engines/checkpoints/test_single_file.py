@@ -52,7 +52,7 @@ def test_an_inpainting_file_is_refused(families: Families, tmp_path: Path) -> No
         find_checkpoint(str(tmp_path / "inpaint.safetensors"), config=str(families("sd1")))
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd15", "no-mid", "sd2", "xl"])
+@pytest.mark.parametrize("family", ["sd1", "sd15", "no-mid", "sd2", "xl", "ssd-1b", "bk-tiny"])
 def test_a_single_file_loads_as_the_folder_it_was_made_from(families: Families, tmp_path: Path, family: str) -> None:
     folder = families(family)
     path = write_single_file(folder, tmp_path / f"{family}-one.safetensors")
