@@ -63,6 +63,11 @@ _REASONS = {
     "background": "images are opaque: leave it out",
     "quality": "choose num_inference_steps and guidance_scale",
     "user": "callers are not recorded: leave it out",
+    "prompt_2": "both text encoders read prompt: leave it out",
+    "negative_prompt_2": "both text encoders read negative_prompt: leave it out",
+    "negative_original_size": "it is that of original_size: leave it out",
+    "negative_crops_coords_top_left": "it is that of crops_coords_top_left: leave it out",
+    "negative_target_size": "it is that of target_size: leave it out",
     "prompt_embeds": "send the text as prompt",
     "negative_prompt_embeds": "send the text as negative_prompt",
 }
