@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from engines.manifest import LoraPart, Manifest
-from tests.support.loras import Changes, FileForm, Shapes, early_layers, make_changes, shapes_in, write_lora
+from tests.support.loras import Changes, FileForm, early_layers, make_changes, shapes_in, write_lora
 from tests.support.references import CLASSES, Pixels, draw
 
 _STRENGTH = 0.16  # of factors: pictures differ, and stay pictures
 _UNET: frozenset[LoraPart] = frozenset({"unet"})
 _BOTH: frozenset[LoraPart] = frozenset({"unet", "text_encoder"})
+_ALL: frozenset[LoraPart] = frozenset({"unet", "text_encoder", "text_encoder_2"})
+_SECOND: frozenset[LoraPart] = frozenset({"text_encoder_2"})
 
 
 class WrittenLora(NamedTuple):
@@ -33,7 +35,7 @@ class WrittenLora(NamedTuple):
 
     @property
     def updates_text(self) -> bool:
-        return any(target.part == "text_encoder" for target in self.changes)
+        return any(target.part != "unet" for target in self.changes)
 
 
 class Kind(NamedTuple):
@@ -45,7 +47,7 @@ class Kind(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.form if self.parts == _BOTH or self.form == "peft" else f"{self.form}-unet"
+        return self.form if len(self.parts) > 1 or self.form == "peft" else f"{self.form}-{'-'.join(self.parts)}"
 
 
 KINDS = (
@@ -58,23 +60,37 @@ KINDS = (
     Kind("peft", _UNET, 2.0),  # in a folder, with its config
     Kind("early", _BOTH),
 )
+XL_KINDS = (  # of Stable Diffusion XL
+    Kind("kohya", _ALL, 0.5),
+    Kind("kohya-sgm", _ALL, 2.0),
+    Kind("kohya-sgm", _UNET),
+    Kind("diffusers", _ALL),
+    Kind("diffusers", _SECOND, 2.0),
+    Kind("diffusers-old", _ALL, 0.5),
+)
 
 
 def write_loras(
-    folder: Path, manifest: Manifest, ranks: Sequence[int] = (2, 4, 4, 8, 2, 4, 4, 4), *, seed: int = 0
+    folder: Path,
+    manifest: Manifest,
+    ranks: Sequence[int] = (2, 4, 4, 8, 2, 4, 4, 4),
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    seed: int = 0,
 ) -> list[WrittenLora]:
     """One LoRA of each kind in `folder`, which `--loras` reads."""
+    chosen = zip(kinds, ranks[: len(kinds)], strict=True)
+    return [_write(folder, kind, manifest, rank, seed + index) for index, (kind, rank) in enumerate(chosen)]
+
+
+def _write(folder: Path, kind: Kind, manifest: Manifest, rank: int, seed: int) -> WrittenLora:
     shapes = shapes_in(manifest)
-    kinds = enumerate(zip(KINDS, ranks, strict=True))
-    return [_write(folder, kind, shapes, rank, seed + index) for index, (kind, rank) in kinds]
-
-
-def _write(folder: Path, kind: Kind, shapes: Shapes, rank: int, seed: int) -> WrittenLora:
     chosen = early_layers(shapes) if kind.form == "early" else shapes
     mine = {target: shape for target, shape in chosen.items() if target.part in kind.parts}
     changes = make_changes(mine, seed=seed, rank=rank, strength=_STRENGTH / (rank * kind.strength**2) ** 0.25)
     path = folder / kind.name / "adapter_model" if kind.form == "peft" else folder / kind.name
-    write_lora(path.with_suffix(".safetensors"), changes, kind.form, alpha=kind.strength * rank)
+    file, alpha = path.with_suffix(".safetensors"), kind.strength * rank
+    write_lora(file, changes, kind.form, alpha=alpha, beside=manifest.lora_refused)
     scaled = {target: factors._replace(up=kind.strength * factors.up) for target, factors in changes.items()}
     return WrittenLora(kind.name, scaled)
 
