@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self, cast
@@ -28,6 +29,8 @@ from server.runtime.models import ModelSource
 from server.runtime.monitoring import trace as trace_module
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline import warm_up
+
+Seconds = Callable[[str, int], float]  # by the name of a graph, and UNet rows
 
 
 class Clock:
@@ -147,9 +150,13 @@ class _Call:
 class VirtualDevice(NullDevice):
     """A device whose streams work beside the host, for as long as it is told."""
 
-    def __init__(self, clock: Clock, *, seconds: Callable[[str], float], host: Callable[[str], float]) -> None:
-        """`seconds` is what a run of a graph takes, and `host` what launching it takes, by its name."""
+    def __init__(self, clock: Clock, *, seconds: Seconds, host: Seconds, pads: bool = True) -> None:
+        """`seconds` is what a run of a graph takes, and `host` what launching it takes, by its name and UNet rows.
+
+        On a CPU, which does not pad, a launch takes all the time.
+        """
         super().__init__()
+        self.pads = pads
         self.streams: dict[str, _Stream] = {}
         self._clock, self._seconds, self._host = clock, seconds, host
 
@@ -159,22 +166,29 @@ class VirtualDevice(NullDevice):
     def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> Any:
         engine, graph = super().load(path, stream, read=read), path.stem
 
-        def take() -> None:
-            self._clock.sleep(self._host(graph))
-            cast(_Stream, stream).take(self._seconds(graph))
+        def bind(buffers: Mapping[str, Buffer]) -> _Call:
+            engine.bind(buffers)
+            rows = buffers["timestep"].shape[0] if "timestep" in buffers else 1
+            return _Call(partial(self._take, cast(_Stream, stream), graph, rows))
 
-        return SimpleNamespace(bind=lambda buffers: (engine.bind(buffers), _Call(take))[1])
+        return SimpleNamespace(bind=bind)
+
+    def _take(self, stream: _Stream, graph: str, rows: int) -> None:
+        self._clock.sleep(self._host(graph, rows))
+        stream.take(self._seconds(graph, rows))
 
 
 class VirtualRun:
     """An executor over the demo bundle, from its start to its end in one call."""
 
-    def __init__(self, device: Callable[[Clock], VirtualDevice], *, trace: Trace | None = None) -> None:
+    def __init__(
+        self, device: Callable[[Clock], VirtualDevice], *, trace: Trace | None = None, models: Sequence[str] = ("demo",)
+    ) -> None:
         self.clock = Clock()
         self.device = device(self.clock)
         manifest = Manifest.read(BUNDLE)
         self._runtime = make_runtime(
-            [ModelSource(name=manifest.name, manifest=manifest, bundle=BUNDLE, backend="onnxruntime")],
+            [ModelSource(name=name, manifest=manifest, bundle=BUNDLE, backend="onnxruntime") for name in models],
             choose_backend=lambda _on_status, _stopped: "onnxruntime",
             open_device=lambda _backend: self.device,
             max_waiting=1000,
@@ -200,10 +214,21 @@ class VirtualRun:
     def close(self) -> None:
         self._runtime.batcher.close()
 
-    def ask(self, *, steps: int, seed: int, on_event: Callable[[Heard], None] = lambda _event: None) -> None:
+    def ask(
+        self,
+        *,
+        steps: int,
+        seed: int,
+        on_event: Callable[[Heard], None] = lambda _event: None,
+        model: str | None = None,
+        **fields: Any,
+    ) -> None:
         """A request arrives now."""
-        body = GenerateRequest(prompt=f"{seed} red hearts", seed=seed, num_inference_steps=steps, scheduler="ddim")
-        intake = self._runtime.models.default.intake
+        body = GenerateRequest(
+            prompt=f"{seed} red hearts", seed=seed, num_inference_steps=steps, scheduler="ddim", **fields
+        )
+        models = self._runtime.models
+        intake = (models.find(model) if model else models.default).intake
         self._runtime.batcher.submit(intake.request(body, lambda _request, event: on_event(event)))
 
     def _begin(self) -> None:

@@ -51,12 +51,12 @@ def record(path: Path) -> Sequence[TraceSpan]:
     return [span for span in read_trace(path) if span.begin >= begins[-1] - trace.began]
 
 
-def _device_seconds(graph: str) -> float:
+def _device_seconds(graph: str, _rows: int) -> float:
     """What a run of a graph takes on its stream."""
     return {"denoise": _STEP, "encode_prompt": 0.4 * _STEP, "decode": _STEP / 2}.get(graph, _STEP / 20)
 
 
-def _host_seconds(graph: str) -> float:
+def _host_seconds(graph: str, _rows: int) -> float:
     """What the launch of a graph takes."""
     return 0.0006 if graph == "denoise" else 0.0003
 

@@ -13,6 +13,7 @@ from server.requests.request import Flow, Request
 from server.runtime.batching.fair_models import FairModels
 from server.runtime.batching.line import Line
 from server.runtime.batching.model_lines import ModelLines, Refusal
+from server.runtime.batching.quick_requests import QuickRequests
 from server.runtime.batching.step_times import StepTimeModel
 
 _MAX_RETRY_AFTER = 120  # seconds; clients ignore more
@@ -44,6 +45,7 @@ class Batcher:
         self._new_line = line
         self._models: dict[str, ModelLines] = {}
         self._shares = FairModels()
+        self._quick = QuickRequests()
         self._changed = threading.Condition()
         self._closed = self._woken = False
 
@@ -54,7 +56,11 @@ class Batcher:
         """
         times = step_times or StepTimeModel(max_rows=max_rows)
         self._models[model] = ModelLines(
-            max_rows=max_rows, lora_ranks=lora_ranks, step_times=times, line=self._new_line
+            max_rows=max_rows,
+            lora_ranks=lora_ranks,
+            step_times=times,
+            quick=self._quick,
+            line=self._new_line,
         )
 
     def set_max_rows(self, model: str, rows: int) -> None:

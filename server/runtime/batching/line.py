@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from engines.contract import MAX_CHUNKS
-from server.requests.request import Depth, Flow, Request
+from server.requests.request import Flow, Request
 from server.runtime.batching.fair_queue import FairQueue
 from server.runtime.batching.fair_steps import FairSteps
 
@@ -24,6 +24,7 @@ class Line:
         self.turns = 0.0  # that it had, by weight
         self.has_room: Callable[[Request], bool] = lambda _next: True  # for the LoRAs of the next one
         self._fair_steps = FairSteps()
+        self._passed_over = False  # the one whose turn it was, in the last step
 
     @property
     def weight(self) -> float:
@@ -60,12 +61,14 @@ class Line:
             for flow, rows in self.rows.items()
         )
 
-    def take_turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
+    def take_turn(self, max_rows: int, fair_rows: int, quick: Collection[Request] = ()) -> tuple[Request, ...]:
         """The requests of the next step: the one that is next, and those that can share the step with it.
 
-        Where several flows run, and cannot all take it, they are at most `fair_rows`; see `FairSteps`.
+        Where they cannot all take it, they are at most `fair_rows` (see `FairSteps`), and those that are `quick` go
+        before others, though not twice before the one whose turn it is.
         """
-        turn = self._turn(max_rows, fair_rows)
+        turn = self._turn(max_rows, fair_rows, quick)
+        self._passed_over = self.running[0] not in turn
         if len(turn) < len(self.running):
             taken = set(turn)
             self.running = [*(one for one in self.running if one not in taken), *turn]
@@ -73,25 +76,17 @@ class Line:
             self.waiting.advance(sum([request.rows for request in turn]), self.running)
         return turn
 
-    def _turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
-        first = self.running[0]
-        turn = (first,) if first.params.isolated else self._sharing(first.depth, max_rows)
+    def _turn(self, max_rows: int, fair_rows: int, quick: Collection[Request]) -> tuple[Request, ...]:
+        turn = _sharing(self.running, max_rows)
         everyone_fits = len(turn) == len(self.running) and sum(self.rows.values()) <= fair_rows
-        alone = len(self.rows) == 1 and fair_rows == max_rows
-        if alone or everyone_fits:
+        if everyone_fits:
             self._fair_steps.forget()
             return turn
-        return self._fair_steps.choose(self.running, max_rows=max_rows, fair_rows=fair_rows)
-
-    def _sharing(self, depth: Depth, max_rows: int) -> tuple[Request, ...]:
-        """The requests that may take their next step in one call of that depth, as far as their rows fit in it."""
-        free = max_rows
-        turn = []
-        for one in self.running:
-            if one.rows <= free and one.depth == depth and not one.params.isolated:
-                free -= one.rows
-                turn.append(one)
-        return tuple(turn)
+        order = self.running if self._passed_over else sorted(self.running, key=lambda one: one not in quick)
+        if len(self.rows) == 1 and fair_rows == max_rows:
+            self._fair_steps.forget()
+            return _sharing(order, max_rows)
+        return self._fair_steps.choose(order, max_rows=max_rows, fair_rows=fair_rows)
 
     def leave(self, request: Request) -> None:
         """Remove `request` from the running."""
@@ -112,6 +107,19 @@ class Line:
     def __iter__(self) -> Iterator[Request]:
         yield from self.running
         yield from self.waiting
+
+
+def _sharing(order: Sequence[Request], max_rows: int) -> tuple[Request, ...]:
+    """The first of `order`, and those that may take their next step in one call with it, as far as their rows fit."""
+    first, free = order[0], max_rows
+    if first.params.isolated:
+        return (first,)
+    turn = []
+    for one in order:
+        if one.rows <= free and one.depth == first.depth and not one.params.isolated:
+            free -= one.rows
+            turn.append(one)
+    return tuple(turn)
 
 
 def _fit_in_memory(requests: Sequence[Request], max_rows: int) -> bool:

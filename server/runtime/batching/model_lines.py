@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from server.requests.request import Flow, Request
 from server.runtime.batching.fair_steps import fair_rows
 from server.runtime.batching.line import Line
 from server.runtime.batching.lora_room import LoraRoom
+from server.runtime.batching.quick_requests import QuickRequests
 from server.runtime.batching.step_times import StepTimeModel, kind_of
 
 _UNMEASURED = 1.0  # seconds that a step counts for while none was measured: models take turns then
@@ -29,11 +30,23 @@ class Refusal(NamedTuple):
 class ModelLines:
     """The requests of one model that wait or run. Called by a `Batcher` under its lock."""
 
-    def __init__(self, *, max_rows: int, lora_ranks: int, step_times: StepTimeModel, line: Callable[[], Line]) -> None:
-        """Steps take at most `max_rows`, the pool `lora_ranks`; `line` makes the queue of a size."""
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        lora_ranks: int,
+        step_times: StepTimeModel,
+        quick: QuickRequests,
+        line: Callable[[], Line],
+    ) -> None:
+        """Steps take at most `max_rows`, the pool `lora_ranks`; `line` makes the queue of a size.
+
+        `quick` are those of all models, which wait for each other's steps.
+        """
         self.max_rows = max_rows
         self._loras = LoraRoom(lora_ranks)
         self.step_times = step_times
+        self._quick = quick
         self.refusal: Refusal | None = None
         self.last_used = 0.0  # when the last request came, on monotonic's clock
         self._new_line = line
@@ -73,10 +86,11 @@ class ModelLines:
     def push(self, request: Request) -> None:
         """Let `request` wait."""
         self.last_used = time.monotonic()
+        self._quick.came(request, self.step_times.alone(request))
         size = request.params.size
         if size not in self._lines:
             line = self._lines[size] = self._new_line()
-            line.has_room = lambda newcomer: self._loras.admits(newcomer, line, self.running)
+            line.has_room = lambda newcomer: self._has_room(newcomer, line)
             line.turns = min((other.turns for other in self._lines.values() if other is not line), default=0.0)
         self._lines[size].waiting.push(request)
 
@@ -98,7 +112,10 @@ class ModelLines:
         size = self._next_size()
         line = self._lines[size]
         joined = tuple(line.join(self.max_rows))
-        return joined, line.take_turn(self.max_rows, self._fair_rows(size))
+        quick = self._quick.among(line.running)
+        rows = min(self._fair_rows(size), self._brief_rows(size, quick))
+        self._quick.stepped()
+        return joined, line.take_turn(self.max_rows, rows, quick)
 
     def drop_cancelled(self) -> tuple[Request, ...]:
         """Remove and return the cancelled."""
@@ -141,6 +158,28 @@ class ModelLines:
         line = self._lines[size] = self._lines.pop(size)
         line.turns += 1 / line.weight
         return size
+
+    def _has_room(self, newcomer: Request, line: Line) -> bool:
+        """Whether there is memory for `newcomer` besides rows: places for quick ones, and room for its LoRAs."""
+        return self._leaves_places(newcomer, line) and self._loras.admits(newcomer, line, self.running)
+
+    def _leaves_places(self, newcomer: Request, line: Line) -> bool:
+        """Whether an eighth of the slots is free for quick requests, while such are expected, once it has joined."""
+        if not line.running or not self._quick.expected or self._quick.among([newcomer]):
+            return True
+        images = sum([one.images for one in (*line.running, newcomer)])
+        return images <= self.max_rows - (self.max_rows + 4) // 8
+
+    def _brief_rows(self, size: Size, quick: Collection[Request]) -> int:
+        """The most rows that a step of `size` may take, for the sake of the `quick` among its requests, or elsewhere.
+
+        Quick requests among themselves take full steps.
+        """
+        running = self._lines[size].running
+        if len(quick) == len(running) or not self._quick.expected:
+            return self.max_rows
+        limits = self._quick.limits(partial(self._seconds, size, requests=running), max_rows=self.max_rows)
+        return limits.with_quick if quick else limits.without
 
     def _fair_rows(self, size: Size) -> int:
         """The most rows that a step of `size` may take, for the sake of the other flows that run; see `fair_rows`."""

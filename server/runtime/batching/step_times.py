@@ -28,6 +28,7 @@ class StepTimeModel:
 
     def __init__(self, *, max_rows: int) -> None:
         self._max_rows = max_rows
+        self.pads = False  # whether steps are padded to rows that are measured
         self._seconds: dict[Kind, dict[int, float]] = {}
         self._encode_decode: dict[Size, float] = {}
         self._lock = threading.Lock()
@@ -39,9 +40,14 @@ class StepTimeModel:
             known[rows] = known.get(rows, seconds) * (1 - _WEIGHT) + seconds * _WEIGHT
 
     def seconds(self, kind: Kind, rows: int) -> float:
-        """The duration of a step of `rows`: interpolated between measurements, proportional beyond; 0 if unknown."""
+        """The duration of a step of `rows`; 0 if unknown.
+
+        Interpolated between measurements and proportional beyond, but where steps are padded as measured.
+        """
         with self._lock:
-            return _interpolate(self._seconds.get(kind, {}), rows)
+            known = self._seconds.get(kind, {})
+            padded = [seconds for count, seconds in known.items() if self.pads and count >= rows]
+            return min(padded) if padded else _interpolate(known, rows)
 
     def cheapest(self, kind: Kind, row_counts: Sequence[int]) -> int:
         """The row count whose step takes the least time: kernels of a larger one are sometimes faster."""
@@ -65,6 +71,14 @@ class StepTimeModel:
         kinds = {depth: kind_of(request.params.size, depth, loras=request.ranks > 0) for depth in DEPTHS}
         left = request.steps_left.items()
         return share * sum(count * self.seconds(kinds[depth], self._max_rows) for depth, count in left)
+
+    def alone(self, request: Request) -> float:
+        """The seconds that `request` takes on an idle device, from its prompt to its image; 0 if steps are unknown."""
+        size, left = request.params.size, request.steps_left.items()
+        seconds = [
+            count * self.seconds(kind_of(size, depth, loras=request.ranks > 0), request.rows) for depth, count in left
+        ]
+        return sum(seconds) + self.encode_decode(size) * request.images if all(seconds) else 0.0
 
     def curves(self) -> Mapping[Kind, Mapping[int, float]]:
         """Everything measured: seconds by rows, for each kind of step."""

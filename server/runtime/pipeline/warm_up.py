@@ -39,7 +39,7 @@ class WarmUp:
         self._shapes = shapes
         self._step_times = step_times
         self._plan = plan
-        self._pads = pads
+        self._pads = step_times.pads = pads
 
     def run(self, pool: LatentPool) -> Pieces[None]:
         """Run every call of one image size, and measure it, shape by shape. Raises EngineError."""

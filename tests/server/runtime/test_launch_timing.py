@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from functools import partial
 from statistics import mean
 
@@ -13,14 +12,12 @@ from engines.manifest import Size
 from server.requests.request import BatchKey, Completed, Event, Stepped
 from server.runtime.launch_timing import Key, LaunchTiming
 from server.runtime.pipeline.plan import StepShape
-from tests.support.virtual import VirtualDevice, VirtualRun
+from tests.support.virtual import Seconds, VirtualDevice, VirtualRun
 
 STEP = 0.02  # seconds
 ENCODE = 0.2 * STEP
 LAUNCH = 0.0005  # of the host, for a step
 KEY = (BatchKey("", Size(width=64, height=64)), StepShape(4, 4, 1))
-
-Seconds = Callable[[str], float]
 
 
 def arrivals(seconds: Seconds, host: Seconds, *, count: int = 150) -> tuple[float, float]:
@@ -59,11 +56,11 @@ def arrivals(seconds: Seconds, host: Seconds, *, count: int = 150) -> tuple[floa
     return mean(waits), stream.idle / (stream.idle + stream.busy)
 
 
-def constant(graph: str) -> float:
+def constant(graph: str, _rows: int) -> float:
     return {"denoise": STEP, "denoise_shallow": STEP, "encode_prompt": ENCODE, "decode": STEP / 2}.get(graph, 0.001)
 
 
-def host(graph: str) -> float:
+def host(graph: str, _rows: int) -> float:
     return LAUNCH if graph == "denoise" else LAUNCH / 2
 
 
@@ -71,12 +68,12 @@ def jittering(seed: int) -> tuple[Seconds, Seconds]:
     """Steps vary by a few percent, and one in twenty is slowed by a decode; the host is late now and then."""
     rng = random.Random(seed)
 
-    def seconds(graph: str) -> float:
+    def seconds(graph: str, rows: int) -> float:
         slow = 1.4 if rng.random() < 0.05 else 1
-        return constant(graph) * slow * rng.uniform(0.97, 1.03)
+        return constant(graph, rows) * slow * rng.uniform(0.97, 1.03)
 
-    def launch(graph: str) -> float:
-        return host(graph) * rng.uniform(0.8, 1.5) + (0.003 if rng.random() < 0.02 else 0)
+    def launch(graph: str, rows: int) -> float:
+        return host(graph, rows) * rng.uniform(0.8, 1.5) + (0.003 if rng.random() < 0.02 else 0)
 
     return seconds, launch
 
@@ -106,8 +103,8 @@ def test_a_device_that_gets_faster_is_waited_for_less() -> None:
     """From one step on, all take half as long: late once, and a gap of less than the poll; then in time again."""
     steps = iter(range(10**9))
 
-    def seconds(graph: str) -> float:
-        return constant(graph) / (2 if graph == "denoise" and next(steps) > 300 else 1)
+    def seconds(graph: str, rows: int) -> float:
+        return constant(graph, rows) / (2 if graph == "denoise" and next(steps) > 300 else 1)
 
     _, idle = arrivals(seconds, host)
     assert idle < 0.005
