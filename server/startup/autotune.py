@@ -156,8 +156,8 @@ class _Shortest(StepTimeModel):
         if kind[1] == "full":
             self.step = min(self.step, seconds)
 
-    def observe_encode_decode(self, size: Size, seconds: float) -> None:
-        super().observe_encode_decode(size, seconds)
+    def observe_encode_decode(self, size: Size, seconds: float, *, init_image: float = 0.0) -> None:
+        super().observe_encode_decode(size, seconds, init_image=init_image)
         self.end = min(self.end, seconds)
 
 

@@ -21,6 +21,7 @@ from engines.backends.host import HostStream
 from engines.contract import Array
 from engines.demo import BUNDLE
 from engines.manifest import Manifest
+from server.requests.context import Caller, RequestContext
 from server.requests.request import Event as Heard
 from server.requests.schemas import GenerateRequest
 from server.runtime import executor, loading, steps
@@ -221,6 +222,7 @@ class VirtualRun:
         seed: int,
         on_event: Callable[[Heard], None] = lambda _event: None,
         model: str | None = None,
+        caller: str = "",
         **fields: Any,
     ) -> None:
         """A request arrives now."""
@@ -229,7 +231,8 @@ class VirtualRun:
         )
         models = self._runtime.models
         intake = (models.find(model) if model else models.default).intake
-        self._runtime.batcher.submit(intake.request(body, lambda _request, event: on_event(event)))
+        context = RequestContext(Caller(caller))
+        self._runtime.batcher.submit(intake.request(body, lambda _request, event: on_event(event), context=context))
 
     def _begin(self) -> None:
         self._scenario()

@@ -78,17 +78,23 @@ class FairQueue:
         heapq.heappush(flow.waiting, _Waiting(self._of_requests + request.work, self._number, request))
 
     def peek(self) -> Request:
-        """The request that `pop` returns next. Raises ValueError where none waits."""
-        return self._next().request
+        """The request to serve next. Raises ValueError where none waits."""
+        return min(flow.next() for flow in self._flows.values()).request
 
-    def pop(self) -> Request:
-        """Remove and return the request to serve next. Raises ValueError where none waits."""
-        served = self._next()
-        flow = self._flows[served.request.flow]
-        heapq.heappop(flow.waiting)
-        flow.start = served.due
+    def heads(self) -> list[Request]:
+        """The next request of each flow, in the order in which they are to be served."""
+        return [entry.request for entry in sorted(flow.next() for flow in self._flows.values())]
+
+    def pop(self, served: Request | None = None) -> Request:
+        """Remove and return the request to serve next, or `served`, which is one of the `heads`.
+
+        Raises ValueError where none waits.
+        """
+        flow = self._flows[(served or self.peek()).flow]
+        flow.start = flow.next().due
+        popped = heapq.heappop(flow.waiting).request
         self._forget_idle()
-        return served.request
+        return popped
 
     def before(self, request: Request) -> list[Request] | None:
         """The requests that are served before `request` if no others come; None where it does not wait."""
@@ -108,9 +114,6 @@ class FairQueue:
             flow.waiting = [entry for entry in flow.waiting if entry.request not in requests]
             heapq.heapify(flow.waiting)
         self._forget_idle()
-
-    def _next(self) -> _Waiting:
-        return min(flow.next() for flow in self._flows.values())
 
     def _forget_idle(self) -> None:
         """Forget flows without waiting requests: one that comes back starts at the clock, without credit or debt."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from engines.contract import MAX_CHUNKS
 from server.requests.request import Flow, Request
 from server.runtime.batching.fair_queue import FairQueue
 from server.runtime.batching.fair_steps import FairSteps
+from server.runtime.batching.quick_requests import QuickRequests
 
 
 class Line:
@@ -23,6 +24,7 @@ class Line:
         self.rows: Counter[Flow] = Counter()  # of the running requests
         self.turns = 0.0  # that it had, by weight
         self.has_room: Callable[[Request], bool] = lambda _next: True  # for the LoRAs of the next one
+        self.quick = QuickRequests()
         self._fair_steps = FairSteps()
         self._passed_over = False  # the one whose turn it was, in the last step
 
@@ -32,23 +34,52 @@ class Line:
         return max(flow.weight for flow in (*self.rows, *self.waiting.flows))
 
     def join(self, max_rows: int) -> Iterator[Request]:
-        """Move requests from waiting to running, in the queue's order, while the next one may join; yield each."""
-        while self.waiting and self.may_join(self.waiting.peek(), max_rows) and self.has_room(self.waiting.peek()):
-            newcomer = self.waiting.pop()
+        """Move requests from waiting to running, in the queue's order, while the next one may join; yield each.
+
+        Where that one waits for rows, quick requests of other flows do not wait behind it.
+        """
+        while newcomer := self._next(max_rows):
+            self.waiting.pop(newcomer)
             self.running.append(newcomer)
             self.rows[newcomer.flow] += newcomer.rows
             yield newcomer
 
+    def _next(self, max_rows: int) -> Request | None:
+        """The request to join next, if one may."""
+        if not self.waiting:
+            return None
+        first, *others = self.waiting.heads()
+        if self.may_join(first, max_rows):
+            return first if self.has_room(first) else None
+        overtaking = self._overtaking(first, others, max_rows)
+        return next((one for one in overtaking if self.may_join(one, max_rows) and self.has_room(one)), None)
+
+    def _overtaking(self, first: Request, others: Sequence[Request], max_rows: int) -> Iterator[Request]:
+        """The quick ones of `others`, as far as they leave memory for `first`, which joins when longer ones have ended.
+
+        So it does not wait for ever, however many quick ones come.
+        """
+        quick = self.quick.among((*self.running, *others))
+        staying = [one for one in self.running if one in quick]
+        return (one for one in others if one in quick and _fit_in_memory([first, *staying, one], max_rows))
+
     def may_join(self, newcomer: Request, max_rows: int) -> bool:
         """Whether there are rows for it, or memory for it to take turns with a much longer or a greedy one.
 
-        So a short request does not wait until long ones are done, and a caller not until those of another are.
+        So a short request does not wait until long ones are done, and a caller not until those of another are. Longer
+        ones do not wait for the rows of quick ones, and leave an eighth of the slots to those that are expected.
         """
         everyone = [*self.running, newcomer]
-        if sum([request.rows for request in everyone]) <= max_rows:
+        if not _fit_in_memory(everyone, max_rows):
+            return False
+        quick = self.quick.among(everyone)
+        longer = [one for one in everyone if one not in quick]
+        if self.quick.expected and newcomer not in quick and not _leave_places(longer, max_rows):
+            return False
+        if sum([one.rows for one in (everyone if newcomer in quick else longer)]) <= max_rows:
             return True
         is_short = any(newcomer.work <= request.work_left / 2 for request in self.running)
-        return (is_short or self._is_owed_rows(newcomer, max_rows)) and _fit_in_memory(everyone, max_rows)
+        return is_short or self._is_owed_rows(newcomer, max_rows)
 
     def _is_owed_rows(self, newcomer: Request, max_rows: int) -> bool:
         """Whether its flow has no rows, and another one has a request more than its share, or less weight."""
@@ -61,13 +92,13 @@ class Line:
             for flow, rows in self.rows.items()
         )
 
-    def take_turn(self, max_rows: int, fair_rows: int, quick: Collection[Request] = ()) -> tuple[Request, ...]:
+    def take_turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
         """The requests of the next step: the one that is next, and those that can share the step with it.
 
-        Where they cannot all take it, they are at most `fair_rows` (see `FairSteps`), and those that are `quick` go
-        before others, though not twice before the one whose turn it is.
+        Where they cannot all take it, they are at most `fair_rows` (see `FairSteps`), and quick ones go before
+        others, though not twice in succession before the one whose turn it is.
         """
-        turn = self._turn(max_rows, fair_rows, quick)
+        turn = self._turn(max_rows, fair_rows)
         self._passed_over = self.running[0] not in turn
         if len(turn) < len(self.running):
             taken = set(turn)
@@ -76,13 +107,14 @@ class Line:
             self.waiting.advance(sum([request.rows for request in turn]), self.running)
         return turn
 
-    def _turn(self, max_rows: int, fair_rows: int, quick: Collection[Request]) -> tuple[Request, ...]:
+    def _turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
         turn = _sharing(self.running, max_rows)
         everyone_fits = len(turn) == len(self.running) and sum(self.rows.values()) <= fair_rows
         if everyone_fits:
             self._fair_steps.forget()
             return turn
-        order = self.running if self._passed_over else sorted(self.running, key=lambda one: one not in quick)
+        quick = frozenset[Request]() if self._passed_over else self.quick.among(self.running)
+        order = sorted(self.running, key=lambda one: one not in quick)
         if len(self.rows) == 1 and fair_rows == max_rows:
             self._fair_steps.forget()
             return _sharing(order, max_rows)
@@ -120,6 +152,12 @@ def _sharing(order: Sequence[Request], max_rows: int) -> tuple[Request, ...]:
             free -= one.rows
             turn.append(one)
     return tuple(turn)
+
+
+def _leave_places(requests: Sequence[Request], max_rows: int) -> bool:
+    """Whether `requests` leave an eighth of the slots free; one alone may take all."""
+    images = sum([one.images for one in requests])
+    return len(requests) == 1 or images <= max_rows - (max_rows + 4) // 8
 
 
 def _fit_in_memory(requests: Sequence[Request], max_rows: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -90,7 +90,8 @@ class ModelLines:
         size = request.params.size
         if size not in self._lines:
             line = self._lines[size] = self._new_line()
-            line.has_room = lambda newcomer: self._has_room(newcomer, line)
+            line.quick = self._quick
+            line.has_room = lambda newcomer: self._loras.admits(newcomer, line, self.running)
             line.turns = min((other.turns for other in self._lines.values() if other is not line), default=0.0)
         self._lines[size].waiting.push(request)
 
@@ -112,10 +113,9 @@ class ModelLines:
         size = self._next_size()
         line = self._lines[size]
         joined = tuple(line.join(self.max_rows))
-        quick = self._quick.among(line.running)
-        rows = min(self._fair_rows(size), self._brief_rows(size, quick))
+        rows = min(self._fair_rows(size), self._brief_rows(size))
         self._quick.stepped()
-        return joined, line.take_turn(self.max_rows, rows, quick)
+        return joined, line.take_turn(self.max_rows, rows)
 
     def drop_cancelled(self) -> tuple[Request, ...]:
         """Remove and return the cancelled."""
@@ -159,24 +159,14 @@ class ModelLines:
         line.turns += 1 / line.weight
         return size
 
-    def _has_room(self, newcomer: Request, line: Line) -> bool:
-        """Whether there is memory for `newcomer` besides rows: places for quick ones, and room for its LoRAs."""
-        return self._leaves_places(newcomer, line) and self._loras.admits(newcomer, line, self.running)
-
-    def _leaves_places(self, newcomer: Request, line: Line) -> bool:
-        """Whether an eighth of the slots is free for quick requests, while such are expected, once it has joined."""
-        if not line.running or not self._quick.expected or self._quick.among([newcomer]):
-            return True
-        images = sum([one.images for one in (*line.running, newcomer)])
-        return images <= self.max_rows - (self.max_rows + 4) // 8
-
-    def _brief_rows(self, size: Size, quick: Collection[Request]) -> int:
-        """The most rows that a step of `size` may take, for the sake of the `quick` among its requests, or elsewhere.
+    def _brief_rows(self, size: Size) -> int:
+        """The most rows that a step of `size` may take, for the sake of quick requests that wait for it, or may come.
 
         Quick requests among themselves take full steps.
         """
         running = self._lines[size].running
-        if len(quick) == len(running) or not self._quick.expected:
+        quick = self._quick.among(running)
+        if len(quick) == len(running):
             return self.max_rows
         limits = self._quick.limits(partial(self._seconds, size, requests=running), max_rows=self.max_rows)
         return limits.with_quick if quick else limits.without

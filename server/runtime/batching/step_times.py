@@ -30,7 +30,7 @@ class StepTimeModel:
         self._max_rows = max_rows
         self.pads = False  # whether steps are padded to rows that are measured
         self._seconds: dict[Kind, dict[int, float]] = {}
-        self._encode_decode: dict[Size, float] = {}
+        self._encode_decode: dict[Size, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
@@ -55,15 +55,18 @@ class StepTimeModel:
             known = self._seconds.get(kind, {})
             return min(row_counts, key=lambda rows: _interpolate(known, rows))
 
-    def observe_encode_decode(self, size: Size, seconds: float) -> None:
-        """Set the duration of encoding a request of one image and decoding that image."""
+    def observe_encode_decode(self, size: Size, seconds: float, *, init_image: float = 0.0) -> None:
+        """Set the duration of encoding a request of one image and decoding that image.
+
+        `init_image` is the part of it that only requests with an initial image take.
+        """
         with self._lock:
-            self._encode_decode[size] = seconds
+            self._encode_decode[size] = seconds, init_image
 
     def encode_decode(self, size: Size) -> float:
         """The seconds that encoding and decoding take together; 0 if unknown."""
         with self._lock:
-            return self._encode_decode.get(size, 0.0)
+            return self._encode_decode.get(size, (0.0, 0.0))[0]
 
     def work(self, request: Request) -> float:
         """The seconds of a full device that the remaining steps of `request` take."""
@@ -75,10 +78,13 @@ class StepTimeModel:
     def alone(self, request: Request) -> float:
         """The seconds that `request` takes on an idle device, from its prompt to its image; 0 if steps are unknown."""
         size, left = request.params.size, request.steps_left.items()
-        seconds = [
+        steps = [
             count * self.seconds(kind_of(size, depth, loras=request.ranks > 0), request.rows) for depth, count in left
         ]
-        return sum(seconds) + self.encode_decode(size) * request.images if all(seconds) else 0.0
+        with self._lock:
+            around, init_image = self._encode_decode.get(size, (0.0, 0.0))
+        around -= 0.0 if request.params.init_image else init_image
+        return sum(steps) + around * request.images if all(steps) else 0.0
 
     def curves(self) -> Mapping[Kind, Mapping[int, float]]:
         """Everything measured: seconds by rows, for each kind of step."""

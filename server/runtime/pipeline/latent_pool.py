@@ -251,12 +251,14 @@ class LatentPool:
         """
         return tuple(self._encode_with(image, generator.randn(self.latent_shape)) for generator in noise)
 
-    def warm_up(self) -> None:
-        """Encode and decode blank images, and wait for them. Raises EngineError."""
+    def encode_blank(self) -> None:
+        """Encode a blank image, and wait for it. Raises EngineError."""
         blank = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         self._encode_with(blank, np.zeros(self.latent_shape, np.float32)).result()
-        for count in range(1, len(self._decode) + 1):
-            self.decode(range(count)).wait()
+
+    def decode_blank(self, images: int) -> None:
+        """Decode blank images in one call, and wait for them. Raises EngineError."""
+        self.decode(range(images)).wait()
 
     def _encode_with(self, image: Image, noise: Latents) -> Reading:
         bound, stream = self._encode, self._streams.encode

@@ -45,7 +45,7 @@ class WarmUp:
         """Run every call of one image size, and measure it, shape by shape. Raises EngineError."""
         for depth in pool.depths:  # steps first: an engine's weights are in memory twice while it first runs
             yield from self._run_steps(pool, depth)
-        self._step_times.observe_encode_decode(pool.size, self._run_encode_decode(pool))
+        self._run_encode_decode(pool)
         yield
 
     def _run_steps(self, pool: LatentPool, depth: Depth) -> Pieces[None]:
@@ -62,13 +62,17 @@ class WarmUp:
                 too_long.add(loras)
             yield
 
-    def _run_encode_decode(self, pool: LatentPool) -> float:
-        """Encode and decode a blank image; returns the seconds of one."""
-        for _ in range(_CAPTURED_AFTER + 1 if self._pads else 1):
-            started = time.perf_counter()
-            self._prompts.warm_up()
-            pool.warm_up()
-        return time.perf_counter() - started
+    def _run_encode_decode(self, pool: LatentPool) -> None:
+        """Encode blank images, and decode as many as one call may; measure one of each."""
+        for images in range(pool.decode_chunk, 0, -1):
+            for _ in range(_CAPTURED_AFTER + 1 if self._pads else 1):
+                began = time.perf_counter()
+                pool.encode_blank()
+                encoded = time.perf_counter()
+                self._prompts.warm_up()
+                pool.decode_blank(images)
+        ended = time.perf_counter()
+        self._step_times.observe_encode_decode(pool.size, ended - began, init_image=encoded - began)
 
     def _measure_step(self, pool: LatentPool, shape: StepShape) -> float:
         """Take steps without requests; returns the seconds of one."""
