@@ -12,7 +12,7 @@ from server.requests.request import Request
 
 _REMEMBERED = 1000  # steps after a quick request for which another one is expected
 _ALIKE = 1.5  # times the seconds of the quickest: requests that are about as quick
-_EFFICIENT = 0.95  # of the rows per second of a full step: what shorter ones compute at least
+_EFFICIENT = 0.75, 0.95  # of the rows per second of a full step: what steps with quick requests, and others, compute
 
 
 class StepLimits(NamedTuple):
@@ -70,6 +70,9 @@ class QuickRequests:
         if full <= self._quickest:
             return StepLimits(max_rows, max_rows)
         counts = range(1, max_rows + 1)
-        brief = max(bisect_right(counts, self._quickest, key=seconds), 1)
-        efficient = bisect_left(counts, _EFFICIENT * max_rows / full, key=lambda rows: rows / seconds(rows))
-        return StepLimits(brief, max(brief, counts[efficient]))
+        brief = bisect_right(counts, self._quickest, key=seconds)
+        efficient = (
+            counts[bisect_left(counts, least * max_rows / full, key=lambda rows: rows / seconds(rows))]
+            for least in _EFFICIENT
+        )
+        return StepLimits(*(max(brief, rows) for rows in efficient))
