@@ -26,7 +26,8 @@ from engines.checkpoints.vae import Vae, vae_name
 from engines.errors import CheckpointError
 from engines.progress import Progress
 
-_PREFIXES = {"unet": "model.", "vae": "first_stage_model."}
+# Of the tensors of each part; those of text encoders begin with cond_stage_model or conditioner.
+_PREFIXES = {"unet": "model.", "vae": "first_stage_model.", "text_encoder": "cond", SECOND_ENCODER: "cond"}
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -101,7 +102,7 @@ def _made(part: str, checkpoint: Checkpoint, layout: SingleFileLayout, tensors: 
     """One part, in the type of the file. Raises CheckpointError unless all of its weights are there, and no others."""
     try:
         with quiet():
-            module = _part(part, tensors, str(checkpoint.config_folder), _dtype(part, tensors))
+            module = _part(part, tensors, str(checkpoint.config_folder))
     except LOAD_ERRORS as error:
         raise _misfit(checkpoint, _explain(error, part)) from error
     weights = module.state_dict()
@@ -112,19 +113,12 @@ def _made(part: str, checkpoint: Checkpoint, layout: SingleFileLayout, tensors: 
     return module
 
 
-def _dtype(part: str, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The type that holds the weights of a part exactly."""
-    prefix = _PREFIXES.get(part, "cond")  # cond_stage_model, conditioner
-    types = {tensor.dtype for name, tensor in tensors.items() if name.startswith(prefix) and tensor.is_floating_point()}
-    return types.pop() if len(types) == 1 else torch.float32
-
-
 def load_vae(vae: Vae, config: CheckpointConfig) -> Any:
     """Load a VAE from a file of its own, by the config of the checkpoint that it is for. Raises CheckpointError."""
     tensors = {vae_name(name): tensor for name, tensor in _read(vae.weights).items()}
     try:
         with quiet():
-            module = _part("vae", {name: tensor for name, tensor in tensors.items() if name}, str(config.folder))
+            module = _part("vae", {name: one for name, one in tensors.items() if name}, str(config.folder)).float()
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"{vae.name} does not fit {config.name}: {_explain(error, 'vae')}. Pass a VAE made for this kind of model."
@@ -134,24 +128,26 @@ def load_vae(vae: Vae, config: CheckpointConfig) -> Any:
     return module
 
 
-def _part(part: str, tensors: Mapping[str, Tensor], config: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Build one part from the tensors by its config."""
+def _part(part: str, tensors: Mapping[str, Tensor], config: str) -> Any:
+    """Build one part from its tensors by its config, in the type that holds all of them exactly."""
     # These modules warn of optional packages, so they are imported only when quiet.
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm  # noqa: PLC0415
     from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: PLC0415
 
+    own = {name: _computable(tensor) for name, tensor in tensors.items() if name.startswith(_PREFIXES[part])}
+    types = {tensor.dtype for tensor in own.values() if tensor.is_floating_point()}
     options: dict[str, Any] = {
         "config": config,
         "subfolder": part,
-        "torch_dtype": dtype,
+        "torch_dtype": types.pop() if len(types) == 1 else torch.float32,
         "local_files_only": True,
     }
     encoder = {"text_encoder": CLIPTextModel, SECOND_ENCODER: CLIPTextModelWithProjection}.get(part)
     if encoder:
-        return create_diffusers_clip_model_from_ldm(encoder, dict(tensors), **options)
+        return create_diffusers_clip_model_from_ldm(encoder, own, **options)
     kind = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    return kind.from_single_file(dict(tensors), **options)
+    return kind.from_single_file(own, **options)
 
 
 def _misfit(checkpoint: Checkpoint, why: str) -> CheckpointError:
@@ -169,16 +165,14 @@ def _explain(error: Exception, part: str) -> str:
     return f"{part}: {first_sentence(error)}"
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a single file; FP8, which few operations take, in FP16, which holds it exactly.
+def _computable(tensor: Tensor) -> Tensor:
+    """FP8, which few operations take, in FP16, which holds it exactly."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
-    Pickles are read as plain tensors.
-    """
-    tensors = load_tensors(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
-    return {
-        name: tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-        for name, tensor in tensors.items()
-    }
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a single file. Pickles are read as plain tensors."""
+    return load_tensors(path) if path.suffix.lower() == ".safetensors" else _unpickled(path)
 
 
 def _is_cut(path: Path) -> bool:
