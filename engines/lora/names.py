@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from engines.lora.early import early_names
@@ -63,7 +64,7 @@ def written_by_peft(names: Iterable[str]) -> bool:
     return any(name.startswith(_PEFT_ALONE) for name in names)
 
 
-def targets_by_name(targets: Iterable[Target], metadata: Mapping[str, str]) -> dict[str, list[Target]]:
+def targets_by_name(targets: Iterable[Target], metadata: Mapping[str, str]) -> dict[str, Sequence[Target]]:
     """Return every layer that a LoRA may update under each name that files have for it.
 
     A name is of several layers where it does not say which text encoder it means.
@@ -75,19 +76,24 @@ def targets_by_name(targets: Iterable[Target], metadata: Mapping[str, str]) -> d
     Raises:
         CheckpointError: those classes are not known.
     """
-    targets = list(targets)
-    unet = [target.name for target in targets if target.part == "unet"]
-    numbered = sgm_names(unet)
+    targets = tuple(targets)
+    named = dict(_aliases(targets))
+    for part in ("unet", "text_encoder"):
+        own = [target.name for target in targets if target.part == part]
+        for number, name in enumerate(early_names(part, own, metadata)):
+            named[f"{part}:{number}"] = [Target(part, name)]
+    return named
+
+
+@lru_cache(maxsize=8)  # of the models of a server: a folder has many files for each
+def _aliases(targets: tuple[Target, ...]) -> Mapping[str, Sequence[Target]]:
+    numbered = sgm_names([target.name for target in targets if target.part == "unet"])
     named = defaultdict[str, list[Target]](list)
     for target in targets:
         aliases = _unet_names(target.name, numbered) if target.part == "unet" else _text_names(target)
         for alias in dict.fromkeys(aliases):
             named[alias].append(target)
-    for part in ("unet", "text_encoder"):
-        own = [target.name for target in targets if target.part == part]
-        for number, name in enumerate(early_names(part, own, metadata)):
-            named[f"{part}:{number}"] = [Target(part, name)]
-    return dict(named)
+    return named
 
 
 def _unet_names(name: str, numbered: Mapping[str, str]) -> Iterator[str]:
