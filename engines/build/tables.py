@@ -15,7 +15,7 @@ from engines.accuracy import IDENTICAL
 from engines.build.api import BackendPlan, Finding
 from engines.build.profiles import shapes
 from engines.contract import INPAINT_LANES, LANES, STEPS, GraphName, plain
-from engines.manifest import Build, Compiled, File, FusionReport, Geometry, LoraCapacity, Manifest, Precision
+from engines.manifest import Build, Compiled, Defaults, File, FusionReport, Geometry, LoraCapacity, Manifest, Precision
 
 _ROOT = Path(__file__).parents[2]
 # Bytes per latent of a row, or per pixel, as TensorRT for RTX reports them for SD 1.x in FP16.
@@ -151,16 +151,27 @@ def _source_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _model_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
     context, defaults = manifest.context, manifest.defaults
-    requests = f"{defaults.scheduler}, {defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}"
     yield "resolutions", ", ".join(map(str, manifest.resolutions))
     yield "row buckets", ", ".join(map(str, manifest.rows))
     yield "prediction", manifest.noise_schedule.prediction_type
     yield "context", f"{context.tokens} tokens of {context.width}, {context.layers} layers"
-    yield "defaults", requests
+    yield "defaults", ", ".join(_request_defaults(defaults))
     yield "weights", f"stored in {manifest.weights}"
     if manifest.lora:
         yield "LoRAs", _loras(manifest, manifest.lora)
     yield "exported by", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+
+
+def _request_defaults(defaults: Defaults) -> Iterator[str]:
+    yield defaults.scheduler
+    yield f"{defaults.num_inference_steps} steps"
+    yield f"guidance {defaults.guidance_scale:g}"
+    if defaults.timestep_spacing:
+        yield f"timesteps {defaults.timestep_spacing}"
+    if defaults.eta is not None:
+        yield f"eta {defaults.eta:g}"
+    if defaults.timesteps:
+        yield f"timesteps {' '.join(map(str, defaults.timesteps))}"
 
 
 def _loras(manifest: Manifest, capacity: LoraCapacity) -> str:

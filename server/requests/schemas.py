@@ -187,7 +187,7 @@ class GenerateRequest(_StrictModel):
     cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
         description="fast: two of three steps reuse deep UNet features of the step before (DeepCache), which is faster "
-        "and changes the image slightly; default: the server's --cache setting",
+        "and changes the image slightly; no effect up to 4 steps; default: the server's --cache setting",
     )
     priority: Annotated[Priority, _AnyCase, _NullMeans("interactive")] = Field(
         "interactive",
@@ -327,6 +327,15 @@ class ModelInfo(BaseModel):
     scheduler: str = Field(description="default scheduler")
     num_inference_steps: int = Field(description="default number of steps")
     guidance_scale: float = Field(description="default guidance scale")
+    timestep_spacing: Spacing | None = Field(
+        None, description="default spacing of the timesteps; null: the checkpoint's"
+    )
+    eta: float | None = Field(None, description="default eta of the default scheduler; null: its own")
+    timesteps: tuple[int, ...] | None = Field(
+        None,
+        description="timesteps that the model was distilled on, taken with the default scheduler and number of steps; "
+        "null: those of the scheduler",
+    )
     step_cache: bool = Field(description="whether requests may set cache to fast")
     size_conditions: bool = Field(
         description="whether requests may set original_size, crops_coords_top_left and target_size"

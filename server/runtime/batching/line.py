@@ -164,5 +164,5 @@ def _fit_in_memory(requests: Sequence[Request], max_rows: int) -> bool:
     """Whether the pools of one size hold `requests`: slots, prompt chunks, and features of the step cache."""
     images = sum([request.images for request in requests])
     chunks = sum([request.chunks for request in requests])
-    features = sum([request.rows for request in requests if request.params.cache != "off"])
+    features = sum([request.rows for request in requests if request.params.reuses_features])
     return images <= max_rows and chunks <= max_rows * MAX_CHUNKS and features <= max_rows

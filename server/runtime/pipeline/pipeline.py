@@ -246,7 +246,7 @@ class Pipeline:
         for index, generator in enumerate(admission.noise):
             latents = encoded(admission.init_latents[index]) if admission.init_latents else None
             slots.append(pool.take_slot(*first_latents(request, pool, generator, latents)))
-        if request.params.cache == "fast":
+        if request.params.reuses_features:
             places.extend(pool.take_feature_place() for _ in range(request.rows))
         rows_per_image = request.rows // request.images
         features = tuple(

@@ -34,6 +34,9 @@ def depths(asked: Request) -> str:
         (request(cache="off"), "ffffffff"),
         (request(), "fssfssfs"),
         (request(scale=1), "fssfssfs"),
+        (request(steps=5), "fssfs"),
+        (request(steps=4), "ffff"),
+        (request(steps=1), "f"),
         # Guidance begins at step 4: step 3 kept no features of the negative prompt, step 6 does.
         (request(start=0.5), "fssffffs"),
         # It ends after step 3: what was kept for both rows serves the one that is left.

@@ -225,7 +225,7 @@ def test_a_request_that_fails_at_any_stage_releases_everything(cpu: Machine, gra
 
     image = io.BytesIO()
     PIL.Image.new("RGB", (32, 32)).save(image, "png")
-    fields: dict[str, Any] = {"num_images": 2, "cache": "fast", "num_inference_steps": 4, "image": image.getvalue()}
+    fields: dict[str, Any] = {"num_images": 2, "cache": "fast", "num_inference_steps": 5, "image": image.getvalue()}
     with cpu.running() as running:
         before = free_places(running)
         running.device.before(graph, 2, fail)  # the second launch: something is held already

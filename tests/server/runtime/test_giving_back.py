@@ -50,7 +50,7 @@ def unheld(gpu: FakeMachine) -> Unheld:
 
 
 def draw(running: Running, **fields: Any) -> str:
-    return running.ask(num_inference_steps=3, cache="fast", num_images=2, **fields).outcome_name()
+    return running.ask(num_inference_steps=5, cache="fast", num_images=2, **fields).outcome_name()
 
 
 def test_everything_is_given_back_when_the_executor_has_ended(gpu: FakeMachine) -> None:

@@ -159,7 +159,7 @@ def test_loras_take_no_more_unet_calls(caller: LoraCaller) -> None:
 
 
 def test_a_step_without_loras_is_the_plain_graphs(cpu_caller: LoraCaller, bundle: Path) -> None:
-    fields: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, "cache": "fast", "num_images": 2}
+    fields: dict[str, Any] = {"seed": 3, "num_inference_steps": 5, "cache": "fast", "num_images": 2}
     cpu_caller.draw([("a", 1.0)], seed=4)
     before = cpu_caller.running.device.launches.copy()
     images = cpu_caller.draw(**fields)

@@ -18,7 +18,7 @@ from server.runtime.pipeline.pipeline import Pipeline
 from tests.support.executing import Asked, Running
 from tests.support.machines import FakeMachine, Machine
 
-FIELDS: dict[str, Any] = {"num_images": 2, "cache": "fast", "num_inference_steps": 4, "preview_every": 1}
+FIELDS: dict[str, Any] = {"num_images": 2, "cache": "fast", "num_inference_steps": 5, "preview_every": 1}
 
 
 def upload() -> bytes:

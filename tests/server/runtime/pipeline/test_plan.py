@@ -33,8 +33,8 @@ def placement(
     scale = 7.5 if guided else 1.0
     size, method = Size(width=64, height=64), Scheduler(scheduler)
     cache: Cache = "fast" if features else "off"
-    params = GenerationParams(NOTHING, NOTHING, size, method, 4, scale, tuple(range(len(slots))), cache=cache)
-    request = Request(params, table(method, 4, NoiseSchedule()), (), "a")
+    params = GenerationParams(NOTHING, NOTHING, size, method, 6, scale, tuple(range(len(slots))), cache=cache)
+    request = Request(params, table(method, 6, NoiseSchedule()), (), "a")
     advance(request, step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
     noise = StepNoise([NoiseGenerator(seed) for seed in params.seeds], LATENT)
