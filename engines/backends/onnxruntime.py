@@ -68,10 +68,12 @@ class OnnxRuntimeEngine:
 class OnnxRuntimeDevice(HostDevice):
     """This machine's processor, with ONNX graphs in ONNX Runtime."""
 
-    def __init__(self, *, threads: int) -> None:
+    def __init__(self, *, threads: int, is_frugal: bool = False) -> None:
+        """Where it is frugal, weights stay in their file and in its type, and are widened when a step reads them."""
         super().__init__()
         self.name = f"cpu, ONNX Runtime {ort.__version__}"
         self._threads = threads or cores.limit()
+        self._is_frugal = is_frugal
 
     def load(self, path: Path, stream: Stream, *, read: Reader = Path.read_bytes) -> OnnxRuntimeEngine:
         options = ort.SessionOptions()
@@ -86,13 +88,22 @@ class OnnxRuntimeDevice(HostDevice):
         options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(path.parent))
         options.log_severity_level = 3  # errors only: operators cannot act on the optimiser's warnings
         try:
-            session = ort.InferenceSession(read(path), options, providers=[_PROVIDER])
+            session = ort.InferenceSession(
+                read(path), options, providers=[_PROVIDER], disabled_optimizers=self._not_run(options)
+            )
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
         return OnnxRuntimeEngine(session, path.name)
 
+    def _not_run(self, options: ort.SessionOptions) -> list[str]:
+        """The optimizers that make copies of weights, which are not run where memory matters more than time."""
+        if not self._is_frugal:
+            return []
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        return ["ConstantFolding"]
 
-def open_device(*, threads: int) -> OnnxRuntimeDevice:
-    return OnnxRuntimeDevice(threads=threads)
+
+def open_device(*, threads: int, is_frugal: bool = False) -> OnnxRuntimeDevice:
+    return OnnxRuntimeDevice(threads=threads, is_frugal=is_frugal)

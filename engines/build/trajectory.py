@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from engines.accuracy import AccuracyError, check_finite
 from engines.backends.device import Device, Engine
-from engines.backends.registry import open_device
 from engines.build.served_shapes import ServedShapes
 from engines.contract import (
     GRAPHS,
@@ -33,7 +32,8 @@ from engines.progress import Progress
 from engines.schedulers import Scheduler, Step, complete, find, table
 
 CALIBRATED: tuple[GraphName, ...] = (*PLAIN_STEPS, "decode")  # for INT8
-CALIBRATION_STEPS = 20  # denoising steps of each trajectory that INT8 is calibrated on
+CALIBRATION_STEPS = 20  # denoising steps of each trajectory that INT8 is calibrated on; fewer where requests take fewer
+_MANY_WEIGHTS = 10**9  # of a graph, of which memory shall hold no copies
 _PROMPTS = (
     "a photograph of a lighthouse on a rock in the sea",
     "portrait of an old man with a red hat, oil on canvas",
@@ -110,12 +110,20 @@ def reference(manifest: Manifest, bundle: Path) -> RunGraph:
     """The FP32 graphs in ONNX Runtime on this machine's processor. Raises NotFiniteError where they compute NaN."""
     files = {name: bundle / graph.onnx["fp32"].files[0].path for name, graph in manifest.graphs.items()}
     return finite(
-        GraphRunner(manifest, open_device("onnxruntime"), files),
+        GraphRunner(manifest, reference_device(manifest), files),
         lambda graph: (
             f"the weights of {graph} in {manifest.source.name} are damaged, or overflow even FP32; download the "
             "checkpoint again, and build it with --force"
         ),
     )
+
+
+def reference_device(manifest: Manifest) -> Device:
+    """ONNX Runtime on this machine's processor; for large models as frugal as it can be."""
+    from engines.backends import onnxruntime  # noqa: PLC0415 - a backend is imported when it is opened
+
+    is_large = max(manifest.parameters.values(), default=0) > _MANY_WEIGHTS
+    return onnxruntime.open_device(threads=0, is_frugal=is_large)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,7 @@ class Trajectory:
         self.size: Size = manifest.resolutions[0]
         self.steps = len(self._table.steps)
         self.chunks = _chunks(manifest, bundle, prompt or _prompts(manifest)[0])
-        self._rows = 1 if manifest.embeds_guidance else 2
+        self._rows = 1 if manifest.embeds_guidance or self._guidance == 1 else 2
         self._sizes = {**manifest.dims(self.size), "S": 1, "C": 2, "L": 1, "B": 1, "R": self._rows, "P": self._rows}
 
     def run(self, graphs: RunGraph, on_step: Callable[[], None] = lambda: None) -> Recording:
@@ -175,6 +183,7 @@ class Trajectory:
 
     def _step_values(self, step: Step) -> dict[str, Array]:
         """The inputs of one step that are not neutral; Ho & Salimans (2022), eq. 6, unless the UNet embeds guidance."""
+        weights = [self._guidance, 1 - self._guidance] if self._rows == 2 else [1.0]
         embeds = self._manifest.embeds_guidance
         further: dict[str, Array] = {"guidance_embedded": np.full(1, self._guidance - 1, np.float32)} if embeds else {}
         if TIME_IDS in self._manifest.inputs("denoise"):
@@ -184,7 +193,7 @@ class Trajectory:
             "noise": self._latents(2),
             "row_context": np.arange(self._rows)[:, None],
             "timestep": np.full(self._rows, step.timestep, np.float32),
-            "guidance": np.array([[1.0] if embeds else [self._guidance, 1 - self._guidance]], np.float32),
+            "guidance": np.array([weights], np.float32),
             "scale": np.array([step.scale], np.float32),
             "coef": step.matrix[None].astype(np.float32),
             **further,
@@ -200,7 +209,8 @@ def record(manifest: Manifest, bundle: Path, progress: Progress) -> dict[GraphNa
     """The inputs of the graphs in `CALIBRATED` along trajectories to the model's examples. Takes minutes."""
     graphs = reference(manifest, bundle)
     found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in CALIBRATED}
-    trajectories = [Trajectory(manifest, bundle, steps=CALIBRATION_STEPS, prompt=one) for one in _prompts(manifest)]
+    length = _calibration_steps(manifest)
+    trajectories = [Trajectory(manifest, bundle, steps=length, prompt=one) for one in _prompts(manifest)]
     total, steps = sum(trajectory.steps for trajectory in trajectories), count(1)
     with progress.stage("recording trajectories to calibrate on") as stage:
         for trajectory in trajectories:
@@ -217,6 +227,7 @@ def calibration_config(manifest: Manifest) -> dict[str, Any]:
         "graphs": [file.sha256 for name in GRAPHS for file in manifest.graphs[name].onnx["fp32"].files],
         "tokenizer": [manifest.tokenizer.file.sha256, manifest.tokenizer.pad],
         "prompts": _prompts(manifest),
+        "steps": _calibration_steps(manifest),
         "size": manifest.resolutions[0].model_dump(),
         "scheduler": manifest.defaults.scheduler,
         **manifest.defaults.model_dump(include={"timestep_spacing", "eta"}, exclude_none=True),
@@ -232,6 +243,11 @@ def decode_inputs(state: Array) -> dict[str, Array]:
 
 def _scheduler(manifest: Manifest, steps: int) -> Scheduler:
     return complete(find(manifest.defaults.scheduler), manifest.defaults, num_steps=steps)
+
+
+def _calibration_steps(manifest: Manifest) -> int:
+    """As many as requests take by default: few-step models are not made for more."""
+    return min(CALIBRATION_STEPS, manifest.defaults.num_inference_steps)
 
 
 def _guidance(manifest: Manifest) -> float:

@@ -72,7 +72,8 @@ class Denoise(GraphModule):
             "timestep_cond": None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
         }
         if text_embeds is not None:  # a prompt of several chunks has the pooled embedding of the first
-            given["added_cond_kwargs"] = {"text_embeds": text_embeds[row_context[:, 0]].to(dtype), "time_ids": time_ids}
+            # In FP32, as what diffusers makes of `time_ids`: it joins both, and then casts them.
+            given["added_cond_kwargs"] = {"text_embeds": text_embeds[row_context[:, 0]], "time_ids": time_ids}
         with updated(self.updates, lora_pool, row_lora, lora_weight):
             if features is None or row_feature is None:
                 rows, deep = self._full(sample, timestep, text, given)

@@ -24,6 +24,7 @@ from engines.manifest import MANIFEST, ComputeDtype, Difference, File, Graph, Lo
 from engines.progress import Progress
 
 _FP16_ENDS = 65504.0
+_MUCH = 2**30  # bytes of weights, of which memory shall not hold further copies
 
 
 def export_graphs(  # noqa: PLR0913 - what decides the graphs, by keyword
@@ -161,10 +162,10 @@ class _Export:
     def _write(self, path: Path, precision: ComputeDtype, storage: Storage) -> tuple[Path, ...]:
         if precision == "fp32":
             return save_reference(to_onnx(self._traced), path, storage=storage)
-        model = to_onnx(self._traced.rounded(DTYPES[precision]))
+        model = to_onnx(self._traced, DTYPES[precision])
         files = save_typed(model, path, reference=_path(self._out, self._name, "fp32"))
         del model
-        gc.collect()  # its cycles hold a copy of the weights
+        gc.collect()  # its cycles hold copies of weights
         return files
 
     def _checked(self, files: Sequence[Path], precision: ComputeDtype) -> Onnx:
@@ -197,7 +198,8 @@ class _Export:
             return self._run_onnx(wide)
 
     def _run_onnx(self, path: Path) -> dict[str, Array]:
-        device = open_device(threads=0)
+        weights = path.with_name(f"{plain(self._name)}.weights")
+        device = open_device(threads=0, is_frugal=weights.exists() and weights.stat().st_size > _MUCH)
         stream = device.stream("check")
         inputs = {name: HostBuffer(value.contiguous().numpy()) for name, value in self._inputs.items()}
         outputs = {name: device.allocate(right.shape, right.dtype) for name, right in self._expected.items()}

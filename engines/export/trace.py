@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.checkpoints.loading.libraries import quiet
+from engines.checkpoints.loading.mapped import LARGE_WEIGHT
 from engines.checkpoints.loading.modules import Modules
 from engines.contract import VARYING, Array, GraphName, Port, TensorSpec, build_inputs, random_values
 from engines.errors import EngineError
@@ -31,6 +31,7 @@ from engines.export.modules import (
 )
 from engines.export.prompts import EncodePrompt, EncodePromptPair, LoraEncodePrompt, LoraEncodePromptPair
 from engines.export.safety import Safety
+from engines.export.stand_ins import StandIns
 from engines.lora.layout import lay_out, width_of
 from engines.manifest import ComputeDtype, Context, Latent, LoraLayer
 
@@ -58,10 +59,6 @@ class Traced:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return tuple(port.spec(self.sizes) for port in self.module.outputs)
-
-    def rounded(self, dtype: torch.dtype) -> Traced:
-        """The same graph with its weights in `dtype`; this one keeps its own."""
-        return replace(self, module=deepcopy(self.module).to(dtype))
 
     def compute(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Array]:
         """The outputs that torch computes, by name."""
@@ -143,12 +140,17 @@ def _encode_prompt(modules: Modules, layers: Sequence[LoraLayer] = ()) -> GraphM
     return (LoraEncodePrompt if layers else EncodePrompt)(modules.text_encoder, layers)
 
 
-def to_onnx(traced: Traced) -> ir.Model:
-    """Trace the module as it is, in its own dtype. Raises ExportError."""
+def to_onnx(traced: Traced, dtype: torch.dtype = torch.float32) -> ir.Model:
+    """Trace the module with its weights in `dtype`; large ones are read from it when the model is written.
+
+    Raises:
+        ExportError: torch exports nothing.
+    """
     shapes = dynamic_shapes(traced.module.inputs, traced.latent)
+    stand_ins = StandIns(traced.module, dtype)
     with quiet(), torch.inference_mode():
         program = torch.onnx.export(
-            traced.module,
+            stand_ins.module,
             kwargs=traced.random_inputs(),
             dynamic_shapes=shapes,
             output_names=[port.name for port in traced.module.outputs],
@@ -160,7 +162,8 @@ def to_onnx(traced: Traced) -> ir.Model:
         raise ExportError(f"{type(traced.module).__name__} was not exported: the exporter returned nothing.")
     model: ir.Model = program.model
     _tidy(model, traced)
-    _name_weights(model.graph, traced.module)
+    large = stand_ins.replace(model.graph)
+    _name_weights(model.graph, stand_ins.module, known=large)
     return model
 
 
@@ -231,23 +234,26 @@ def _tidy(model: ir.Model, traced: Traced) -> None:
     graph.metadata_props.clear()
 
 
-def _name_weights(graph: ir.Graph, module: GraphModule) -> None:
+def _name_weights(graph: ir.Graph, module: GraphModule, *, known: Collection[str]) -> None:
     """Restore the names of weights that the exporter folded into constants: reshaped, or transposed (`.T`).
 
     The graph stays readable, graphs of several precisions can share weights, and the checkpoint can be restored.
+    Those in `known` have theirs.
     """
     names: dict[bytes, str] = {}
     for name, weight in module.named_parameters():
+        if weight.numel() >= LARGE_WEIGHT:
+            continue
         array = ir.tensor(weight.detach()).numpy()
         names.setdefault(_digest(array), name)
         if array.ndim == 2:
             names.setdefault(_digest(array.T), f"{name}.T")
     for value in list(graph.initializers.values()):
-        if value.const_value is None or not value.const_value.dtype.is_floating_point():
+        if value.name in known or value.const_value is None or not value.const_value.dtype.is_floating_point():
             continue
-        known = names.get(_digest(value.const_value.numpy()))
-        if known and known not in graph.initializers:
-            value.name = known
+        found = names.get(_digest(value.const_value.numpy()))
+        if found and found not in graph.initializers:
+            value.name = found
 
 
 def _digest(array: Array) -> bytes:

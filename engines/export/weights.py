@@ -72,13 +72,23 @@ def _halve(graph: ir.Graph) -> None:
     lose digits that matter. So does what FP16 cannot hold, such as a causal mask.
     """
     for name, weight in list(graph.initializers.items()):
-        array = _as_weight(weight)
-        if array is None or array.dtype != np.float32:
+        array, tensor = _as_weight(weight), weight.const_value
+        if array is None or tensor is None or array.dtype != np.float32:
             continue
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if np.isfinite(half).all():
-            _replace(graph, weight, ir.tensor(half, name=name))
+            _replace(graph, weight, _halved(tensor, name))
+
+
+def _halved(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """A tensor in FP16, made when it is written: all weights of a graph may be more than memory holds."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(tensor.numpy().astype(np.float16)),
+        ir.DataType.FLOAT16,
+        ir.Shape(tensor.shape.numpy()),
+        name=name,
+    )
 
 
 def _share(graph: ir.Graph, reference: ir.Graph) -> None:
@@ -114,7 +124,7 @@ def _replace(graph: ir.Graph, weight: ir.Value, stored: ir.TensorProtocol) -> No
         weight.const_value = stored
         return
     value = ir.Value(
-        name=name, shape=ir.Shape(stored.numpy().shape), type=ir.TensorType(stored.dtype), const_value=stored
+        name=name, shape=ir.Shape(stored.shape.numpy()), type=ir.TensorType(stored.dtype), const_value=stored
     )
     cast = ir.node("Cast", [value], {"to": wanted})
     weight.replace_all_uses_with(cast.outputs[0])

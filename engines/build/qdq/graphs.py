@@ -8,9 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.accuracy import tolerance, worst_difference, worst_of
-from engines.backends.registry import open_device
 from engines.build.qdq.quantize import EightBits, quantize
-from engines.build.trajectory import GraphRunner, finite, reference
+from engines.build.trajectory import GraphRunner, finite, reference, reference_device
 from engines.contract import Array, GraphName
 from engines.errors import EngineError
 from engines.files import write_atomically
@@ -71,7 +70,7 @@ class QuantizedGraphs:
         expected = [graphs(name, inputs) for inputs in cases]
         del graphs  # memory never holds the model twice
         runner = finite(
-            GraphRunner(self._manifest, open_device("onnxruntime"), {name: path}),
+            GraphRunner(self._manifest, reference_device(self._manifest), {name: path}),
             lambda graph: f"{graph} does not bear eight bits; compile it with --precision fp16",
         )
         return worst_of(

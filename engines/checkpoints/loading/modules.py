@@ -24,6 +24,7 @@ from engines.checkpoints.loading.diagnose import why_unloadable
 from engines.checkpoints.loading.finite import check_finite
 from engines.checkpoints.loading.fuse_lora import fuse_lora
 from engines.checkpoints.loading.libraries import LOAD_ERRORS, first_sentence, load_tensors, quiet
+from engines.checkpoints.loading.mapped import type_to_load, widen
 from engines.checkpoints.safety_checker import Preprocessing, read_preprocessing
 from engines.checkpoints.vae import Vae
 from engines.errors import CheckpointError
@@ -41,7 +42,10 @@ class SafetyChecker:
 
 @dataclass(frozen=True)
 class Modules:
-    """A checkpoint's parts in FP32, in evaluation mode, with torch's fused attention."""
+    """A checkpoint's parts, which compute in FP32, in evaluation mode, with torch's fused attention.
+
+    Weights of large parts may be in 16 bits; see `engines.checkpoints.loading.mapped`.
+    """
 
     text_encoder: Any
     unet: Any
@@ -72,13 +76,16 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
         vae = _load_vae(replaced, config) if replaced else _load_part(_vae_class(config), config, "vae")
         modules = Modules(
             text_encoder=_load_part(CLIPTextModel, config, "text_encoder", attn_implementation="sdpa"),
-            unet=_load_part(UNet2DConditionModel, config, "unet"),
+            unet=_load_part(UNet2DConditionModel, config, "unet", dtype=_type_of("unet", config, checkpoint)),
             vae=vae,
             decoder=_load_decoder(checkpoint.decoder) if checkpoint.decoder else vae,
             safety_checker=_load_safety_checker(config) if checkpoint.has_safety_checker else None,
-            text_encoder_2=_load_second_encoder(config) if config.has_two_encoders else None,
+            text_encoder_2=_load_second_encoder(config, checkpoint) if config.has_two_encoders else None,
         )
     _check_finite(modules, config, checkpoint)
+    for module in (modules.unet, modules.text_encoder_2):
+        if module is not None:
+            widen(module)
     for lora in checkpoint.loras:
         fuse_lora(lora, modules.lora_parts)
     if checkpoint.embeddings:
@@ -148,8 +155,15 @@ def _vae_class(config: CheckpointConfig) -> Any:
     return AutoencoderTiny if isinstance(config.vae, TinyVaeConfig) else AutoencoderKL
 
 
-def _load_second_encoder(config: CheckpointConfig) -> Any:
-    return _load_part(CLIPTextModelWithProjection, config, SECOND_ENCODER, attn_implementation="sdpa")
+def _load_second_encoder(config: CheckpointConfig, checkpoint: Checkpoint) -> Any:
+    dtype = _type_of(SECOND_ENCODER, config, checkpoint)
+    return _load_part(CLIPTextModelWithProjection, config, SECOND_ENCODER, dtype=dtype, attn_implementation="sdpa")
+
+
+def _type_of(part: str, config: CheckpointConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The type that a part is loaded in: FP32 where its weights are changed in memory."""
+    is_changed = checkpoint.loras or checkpoint.embeddings
+    return torch.float32 if is_changed else type_to_load(config.weights(part))
 
 
 def _load_safety_checker(config: CheckpointConfig) -> SafetyChecker:
@@ -185,14 +199,14 @@ def _load_vae(vae: Vae, config: CheckpointConfig) -> Any:
     return load_vae(vae, config)
 
 
-def _load(kind: Any, folder: Path, *, name: str, part: str, **options: Any) -> Any:
-    dtype = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
+def _load(kind: Any, folder: Path, *, name: str, part: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    keyword = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
     try:
         module, info = kind.from_pretrained(
             folder,
             local_files_only=True,
             output_loading_info=True,
-            **{dtype: torch.float32},
+            **{keyword: dtype},
             **options,
         )
     except LOAD_ERRORS as error:
