@@ -71,7 +71,7 @@ def _compiled(spec: Spec) -> Generate:
 def _torch_pipeline(spec: Spec) -> Any:
     torch, diffusers = import_module("torch"), import_module("diffusers")
     torch.set_num_threads(spec["threads"])
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
         spec["model"],
         torch_dtype=torch.float32,
         local_files_only=True,

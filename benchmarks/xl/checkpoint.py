@@ -1,6 +1,6 @@
 """Stable Diffusion XL at its full size, with random weights in FP16: 3.5 billion, written one at a time.
 
-python -m benchmarks.xl --out DIR
+python -m benchmarks.xl.checkpoint --out DIR
 """
 
 from __future__ import annotations
