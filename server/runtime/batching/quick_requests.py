@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -69,10 +68,8 @@ class QuickRequests:
         full = seconds(max_rows)
         if full <= self._quickest:
             return StepLimits(max_rows, max_rows)
-        counts = range(1, max_rows + 1)
-        brief = bisect_right(counts, self._quickest, key=seconds)
-        efficient = (
-            counts[bisect_left(counts, least * max_rows / full, key=lambda rows: rows / seconds(rows))]
-            for least in _EFFICIENT
-        )
+        rates = {rows: rows / seconds(rows) for rows in range(1, max_rows + 1)}
+        brief = max((rows for rows, rate in rates.items() if rows <= rate * self._quickest), default=1)
+        # Not bisected: where steps are padded, a row more may halve the rate.
+        efficient = (next(rows for rows in rates if rates[rows] >= least * rates[max_rows]) for least in _EFFICIENT)
         return StepLimits(*(max(brief, rows) for rows in efficient))
