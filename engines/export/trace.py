@@ -36,6 +36,7 @@ from engines.lora.layout import lay_out, width_of
 from engines.manifest import ComputeDtype, Context, Latent, LoraLayer
 
 OPSET = 20  # 23 has a native Attention, around which TensorRT's parser lays transposes
+_FEW = 63  # rows and images: diffusers upsamples more by a branch of its own, of which torch would ask after one trace
 _MASK = 1e30  # values beyond it, -inf among them, hide a score from softmax, in FP16 as well
 DTYPES: Mapping[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -206,7 +207,8 @@ def dynamic_shapes(ports: Iterable[Port], latent: Latent) -> dict[str, dict[int,
 
 def _dims(latent: Latent) -> dict[int | str, Any]:
     """The dimensions that vary. Latent sides are multiples of the UNet's downsampling, image sides too, in pixels."""
-    dims: dict[int | str, Any] = {name: Dim(name, min=1, max=65536) for name in VARYING - set("hwHW")}
+    most = {"R": _FEW, "n": _FEW}
+    dims: dict[int | str, Any] = {name: Dim(name, min=1, max=most.get(name, 65536)) for name in VARYING - set("hwHW")}
     side = latent.multiple // latent.downscale
     for name in ("h", "w"):
         unit = Dim(f"{name}_unit", min=1, max=1024)

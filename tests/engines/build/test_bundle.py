@@ -46,6 +46,15 @@ def several(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def in_bf16(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's bundle with graphs and engines in BF16."""
+    out = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("bf16") / "copy"))
+    source = ["--model", checkpoint, "--out", out, "--resolution", "32x32"]
+    assert build(*source, "--backend", "openvino", "--precision", "bf16") == 0
+    return out
+
+
 def test_backends_share_the_graphs(several: Path) -> None:
     manifest = Manifest.load(several)
     assert list(manifest.builds) == ["onnxruntime", "openvino"]
@@ -132,29 +141,26 @@ def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path, capsys: pytest
         assert serving.generate(prompt="two old boats", seed=3, num_inference_steps=4).status_code == 200
 
 
-def test_bf16_on_a_cpu_keeps_the_picture(checkpoint: Path, copied: Path) -> None:
+def test_bf16_on_a_cpu_keeps_the_picture(in_bf16: Path) -> None:
     """Processors without BF16 compute the same graphs in FP32."""
-    source = ["--model", checkpoint, "--out", copied, "--resolution", "32x32"]
-    assert build(*source, "--backend", "openvino", "--precision", "bf16") == 0
-    made = Manifest.load(copied).builds["openvino"]
+    made = Manifest.load(in_bf16).builds["openvino"]
     chosen = {name: engine.precision for name, engine in made.engines.items()}
     assert chosen == {name: "fp32" if name.startswith("encode") else "bf16" for name in GRAPHS}
     assert made.verification
     assert made.verification.psnr >= 35
     # As on a processor without BF16, where compiling drops casts, and the names of a graph's outputs with them.
-    verify = [sys.executable, str(ROOT / "build_engines.py"), "verify", str(copied)]
+    verify = [sys.executable, str(ROOT / "build_engines.py"), "verify", str(in_bf16)]
     subprocess.run(verify, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)  # noqa: S603 - our own
-    with Serving(copied, "--backend", "openvino") as serving:
+    with Serving(in_bf16, "--backend", "openvino") as serving:
         assert serving.client.get("/models").json()[0]["precision"] == "bf16"
         fast = {"prompt": "two old boats", "seed": 3, "num_inference_steps": 5, "cache": "fast"}
         assert serving.generate(**fast).status_code == 200
 
 
-def test_a_graph_in_bf16_keeps_its_own_arithmetic_and_the_timestep_in_fp32(checkpoint: Path, copied: Path) -> None:
+def test_a_graph_in_bf16_keeps_its_own_arithmetic_and_the_timestep_in_fp32(in_bf16: Path) -> None:
     """In eight bits of mantissa 999 is 1000, and a scheduler's table a rough one."""
-    assert build("export", "--model", checkpoint, "--out", copied, "--backend", "openvino", "--precision", "bf16") == 0
     compiled = openvino.Core().compile_model(
-        copied / "onnx" / "denoise.bf16.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        in_bf16 / "onnx" / "denoise.bf16.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     runs = {(one["layerType"].value, one["runtimePrecision"].value) for one in facts}

@@ -19,7 +19,7 @@ import build_engines
 from engines.backends import available
 from engines.backends.cuda import Probe, probe
 from engines.backends.registry import ON_CPU, install_command
-from engines.build import api
+from engines.build import api, trajectory
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
 from engines.build.profiles import shapes
@@ -30,6 +30,7 @@ from engines.manifest import MANIFEST, BundleError, FusionReport, Gpu, Manifest
 from engines.progress import NullProgress
 from tests import ROOT
 from tests.support.serving import Serving, pictures, run_server
+from tests.support.shared import reused_graphs
 from tests.support.tiny import make_checkpoint
 
 without_gpu = pytest.mark.skipif(probe().gpu is not None, reason="a GPU is here, and would run the engines")
@@ -46,10 +47,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(wide: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its text encoder and its VAE are those of the session's checkpoint."""
     out = tmp_path_factory.mktemp("rtx")
     sizes = ["--resolution", "64x64", "--resolution", "96x64", "--rows", "2,4"]
-    assert build("--model", wide, "--out", out, "--backend", "tensorrt_rtx", *sizes) == 0
+    with reused_graphs(bundle, out, "encode_prompt", "decode", "encode_image"):
+        assert build("--model", wide, "--out", out, "--backend", "tensorrt_rtx", *sizes) == 0
     return out
 
 
@@ -129,8 +132,11 @@ def test_the_graph_that_applies_loras_keeps_every_fusion(wide: Path, copied: Pat
 
 
 @pytest.mark.skipif(find_spec("modelopt") is None, reason="ModelOpt is not installed: extra quantize")
-def test_fp8_keeps_every_fusion_and_shares_the_weights(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fp8_keeps_every_fusion_and_shares_the_weights(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The text encoder and the decoder stay what they were, and other rows need no new calibration."""
+    monkeypatch.setattr(trajectory, "CALIBRATION_STEPS", 4)  # more make better ranges, and no other layers
     before = Manifest.load(copied).builds["tensorrt_rtx"].engines
     words = ["compile", copied, "--backend", "tensorrt_rtx", "--precision", "fp8", "--no-verify"]
     assert build(*words, "--resolution", "64x64", "--rows", "2") == 0

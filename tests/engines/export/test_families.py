@@ -19,6 +19,7 @@ from tests.support.fused import fused_difference
 from tests.support.ldm import write_single_file
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
+from tests.support.shared import reused_graphs
 from tests.support.tiny import make_checkpoint
 
 BODY: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "width": 32, "height": 32}
@@ -29,24 +30,17 @@ PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd2", "lcm"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    """A family's name, its checkpoint and its bundle for both CPU backends."""
+def family(
+    request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Path]:
+    """A family's name, its checkpoint and its bundle for both CPU backends. All have the same VAE."""
     name = str(request.param)
     folder = tmp_path_factory.mktemp(name)
-    checkpoint, bundle = make_checkpoint(folder / "checkpoint", name), folder / "bundle"
-    command = [
-        *source(name, checkpoint),
-        "--out",
-        str(bundle),
-        "--rows",
-        "2,4",
-        "--lora-slots",
-        "4",
-        "--lora-rank",
-        "8",
-    ]
-    assert build_engines.main([*command, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
-    return name, checkpoint, bundle
+    checkpoint, out = make_checkpoint(folder / "checkpoint", name), folder / "bundle"
+    command = [*source(name, checkpoint), "--out", str(out), "--rows", "2,4", "--lora-slots", "4", "--lora-rank", "8"]
+    with reused_graphs(bundle, out, "decode", "encode_image"):
+        assert build_engines.main([*command, "--backend", "onnxruntime", "--backend", "openvino"]) == 0
+    return name, checkpoint, out
 
 
 def source(name: str, checkpoint: Path) -> list[str]:
