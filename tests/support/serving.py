@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+_PATIENCE = 300  # seconds for what takes three on a machine that does nothing else
 _READY = re.compile(r"is ready: open (http://[^\s\\]+)")
 
 
@@ -28,7 +29,7 @@ def run_server(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     """`python -m server` with `variables` in its environment, for a server that ends by itself."""
     command = [sys.executable, "-m", "server", *arguments]
     environment = {**os.environ, **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - our own command
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False)  # noqa: S603 - our own command
 
 
 def pictures(answer: httpx.Response) -> list[NDArray[np.float64]]:
@@ -45,7 +46,7 @@ class Serving:
         self,
         bundle: Path,
         *arguments: str,
-        start_seconds: float = 60,
+        start_seconds: float = _PATIENCE,
         module: str = "server",
         within: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
@@ -60,9 +61,9 @@ class Serving:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self._ready.wait(start_seconds) or not self._url:
-            self.process.kill()
+            self.stop(how=signal.SIGKILL)
             raise RuntimeError(f"the server did not start: {''.join(self.stderr)}")
-        self.client = httpx.Client(base_url=self._url, timeout=120)
+        self.client = httpx.Client(base_url=self._url, timeout=_PATIENCE)
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +99,7 @@ class Serving:
             if key.startswith(f"{name}{{") and all(label in key for label in wanted)
         )
 
-    def logged(self, text: str, seconds: float = 10) -> bool:
+    def logged(self, text: str, seconds: float = _PATIENCE) -> bool:
         """Whether `text` is on standard error. Answers come sooner than lines, which are waited for."""
         until = time.monotonic() + seconds
         while text not in "".join(self.stderr):
@@ -107,7 +108,7 @@ class Serving:
             time.sleep(0.02)
         return True
 
-    def stop(self, *, how: signal.Signals = signal.SIGTERM, seconds: float = 60) -> int:
+    def stop(self, *, how: signal.Signals = signal.SIGTERM, seconds: float = _PATIENCE) -> int:
         """Send a signal and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(how)
