@@ -34,5 +34,6 @@ def routes(service: Service) -> APIRouter:
 
 def loras_of(model: Model) -> list[LoraDescription]:
     """All LoRAs of the folder, which is read for it, as the model takes them. Raises LoraUnreadable."""
-    loras = model.intake.loras
-    return loras.describe() if loras else []
+    loras, resident = model.intake.loras, model.resident_loras
+    listed = loras.describe() if loras else []
+    return [lora.model_copy(update={"resident": lora.sha256 in resident}) for lora in listed]

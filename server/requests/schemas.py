@@ -360,6 +360,9 @@ class LoraDescription(BaseModel):
     sha256: str | None = Field(
         description="of the file, and of adapter_config.json where that decides; null until the LoRA is used"
     )
+    resident: bool = Field(
+        default=False, description="whether the device holds it now, so that a request need not wait"
+    )
     title: str | None = Field(description="as the tool that trained it says, as the fields that follow")
     base_model: str | None
     trigger_words: str | None

@@ -183,7 +183,7 @@ class Loader:
         """Give back what `model` holds on the device, which frees it with the last reference."""
         self._pipelines.pop(model.name, None)
         self._steps.forget()
-        model.memory = 0
+        model.memory, model.resident_loras = 0, frozenset()
         model.source.on_unloaded()
 
     def _load(self, model: Model) -> _Load:

@@ -105,7 +105,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
             step_cache=cache != "disabled",
             read=model.source.read,
             on_lookup=metrics.prompt_lookup,
-            lora_watch=LoraWatch(partial(metrics.lora_lookup, model.name), partial(metrics.lora_ranks, model.name)),
+            lora_watch=_lora_watch(metrics, model),
         )
 
     executor = Executor(
@@ -123,6 +123,13 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     )
     metrics.watch(_gauges(batcher, executor), models)
     return Runtime(models, batcher, executor, metrics)
+
+
+def _lora_watch(metrics: Metrics, model: Model) -> LoraWatch:
+    def set_resident(hashes: frozenset[str]) -> None:
+        model.resident_loras = hashes
+
+    return LoraWatch(partial(metrics.lora_lookup, model.name), partial(metrics.lora_ranks, model.name), set_resident)
 
 
 def _gauges(batcher: Batcher, executor: Executor) -> Mapping[str, tuple[str, Callable[[], float]]]:

@@ -73,6 +73,7 @@ class Model:
         self.status = "not loaded"  # what is done with it, in a few words
         self.reason = ""  # of a failure
         self.memory = 0  # bytes that it takes, or is expected to take, while it is loaded
+        self.resident_loras = frozenset[str]()  # hashes of the LoRAs that the device holds
 
     @property
     def ready(self) -> bool:

@@ -78,10 +78,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v2/models/{model:path}/versions/{number}", include_in_schema=False)
     async def version_metadata(model: str, number: str) -> ModelMetadata:
         found = _find(service, model, number)
-        inputs = [Tensor(name=name, datatype=kind, shape=[1]) for name, kind in _INPUTS.items()]
-        if found.manifest.has_size_conditions:
-            inputs += [Tensor(name=name, datatype="INT32", shape=[2]) for name in SIZE_CONDITIONS]
-        return ModelMetadata(name=model, platform=f"latentd_{found.backend}", inputs=inputs)
+        return ModelMetadata(name=model, platform=f"latentd_{found.backend}", inputs=_inputs(found))
 
     @router.get(
         "/v2/models/{model:path}",
@@ -97,6 +94,16 @@ def routes(service: Service) -> APIRouter:
         raise InvalidRequest(f"Images of {shorten(model)} are made by POST /generate, which /docs describes.")
 
     return router
+
+
+def _inputs(model: Model) -> list[Tensor]:
+    """The fields that a request to `model` may have."""
+    inputs = [Tensor(name=name, datatype=kind, shape=[1]) for name, kind in _INPUTS.items()]
+    if model.manifest.has_size_conditions:
+        inputs += [Tensor(name=name, datatype="INT32", shape=[2]) for name in SIZE_CONDITIONS]
+    if model.intake.loras and model.manifest.lora:
+        inputs.append(Tensor(name="loras", datatype="BYTES", shape=[1]))  # JSON, as in a form
+    return inputs
 
 
 def _find(service: Service, name: str, number: str) -> Model:

@@ -55,9 +55,12 @@ class LoraWatch(NamedTuple):
 
     lookup: Callable[[bool], None]  # for each LoRA of a request, with whether it was there
     used: Callable[[int], None]  # with the ranks in use, when that has changed
+    resident: Callable[
+        [frozenset[str]], None
+    ]  # with the hashes of the LoRAs that are there, when that may have changed
 
 
-UNWATCHED = LoraWatch(lambda _found: None, lambda _ranks: None)
+UNWATCHED = LoraWatch(lambda _found: None, lambda _ranks: None, lambda _hashes: None)
 
 
 class _Upload:
@@ -101,6 +104,7 @@ class LoraPool:
         else:
             self._cache.add(lora.sha256, lora.ranks)
             self._uploads[lora.sha256] = _Upload()
+            self._tell_resident()  # others may have made room
         self._watch.used(self.used)
         return self._cache[lora.sha256]
 
@@ -145,4 +149,8 @@ class LoraPool:
         upload.event = self._stream.record()
         if upload.ranks == lora.ranks:
             del self._uploads[lora.sha256]
+            self._tell_resident()
         return len(rows)
+
+    def _tell_resident(self) -> None:
+        self._watch.resident(frozenset(self._cache) - self._uploads.keys())

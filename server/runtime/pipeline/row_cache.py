@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from engines.backends.device import Event, Stream
@@ -26,6 +26,9 @@ class RowCache(Generic[Key]):
 
     def __contains__(self, key: Key) -> bool:
         return key in self._rows
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._rows)
 
     def __getitem__(self, key: Key) -> tuple[int, ...]:
         return self._rows[key]

@@ -58,6 +58,19 @@ def test_loras_are_listed_without_paths(running: Serving, folder: Path) -> None:
     assert "broken" not in web_ui
 
 
+def test_the_list_says_which_the_device_holds(running: Serving) -> None:
+    assert running.generate(prompt="a cat<lora:ink:0.8>", **FAST).status_code == 200
+    resident = {lora["name"]: lora["resident"] for lora in running.client.get("/loras").json()}
+    assert resident.items() >= {"ink": True, "broken": False}.items()
+
+
+def test_kserve_lists_loras_as_an_input_where_there_are_some(running: Serving, serving: Serving) -> None:
+    for server, expected in ((running, [{"name": "loras", "datatype": "BYTES", "shape": [1]}]), (serving, [])):
+        (name,) = [model["name"] for model in server.client.get("/models").json()]
+        inputs = server.client.get(f"/v2/models/{name}").json()["inputs"]
+        assert [one for one in inputs if one["name"] == "loras"] == expected
+
+
 def test_a_tag_and_the_field_give_the_same_picture(running: Serving) -> None:
     plain = running.generate(prompt="a cat", **FAST)
     tagged = running.generate(prompt="a cat<lora:ink:0.8>", **FAST)

@@ -60,13 +60,27 @@ def found() -> list[bool]:
 
 
 @pytest.fixture
-def pool(manifest: Manifest, stream: Slow, found: list[bool], monkeypatch: pytest.MonkeyPatch) -> Iterator[LoraPool]:
+def resident() -> list[frozenset[str]]:
+    """What the pool told, in this order."""
+    return []
+
+
+@pytest.fixture
+def pool(
+    manifest: Manifest,
+    stream: Slow,
+    found: list[bool],
+    resident: list[frozenset[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[LoraPool]:
     """It takes 12 ranks of 8 values, and writes two in a call."""
     device = OnnxRuntimeDevice(threads=1)
     device.pads = True
     monkeypatch.setattr(lora_pool, "_BYTES_PER_CALL", 2 * 8 * 2)
     with _dims(Q=RANKS + 1, G=8):
-        yield LoraPool(manifest, device, stream=stream, watch=LoraWatch(found.append, lambda _ranks: None))
+        yield LoraPool(
+            manifest, device, stream=stream, watch=LoraWatch(found.append, lambda _ranks: None, resident.append)
+        )
 
 
 @contextmanager
@@ -171,6 +185,20 @@ def test_those_in_use_stay_while_others_make_room(pool: LoraPool, stream: Slow) 
     pool.release(kept)
     assert pool.used == 0
     assert not stream.read(pool.buffer, at=ZERO_RANK).result().any()
+
+
+def test_it_tells_which_are_there_completely(pool: LoraPool, stream: Slow, resident: list[frozenset[str]]) -> None:
+    one, other = lora("a", 5), lora("b", 5)
+    load(pool, one)
+    assert resident == [frozenset(), {"a"}]
+    pool.acquire(other)
+    pool.upload([other])
+    pool.release(other)  # half way
+    pool.release(one)
+    assert resident[-1] == {"a"}
+    load(pool, lora("c", 12))
+    assert resident[-2:] == [frozenset(), {"c"}], "what made room is gone"
+    assert stream.writes == 5 + 2 + 12
 
 
 def test_what_no_lora_updates_reads_the_zero_rank() -> None:
