@@ -30,7 +30,6 @@ from engines.manifest import MANIFEST, BundleError, FusionReport, Gpu, Manifest
 from engines.progress import NullProgress
 from tests import ROOT
 from tests.support.serving import Serving, pictures, run_server
-from tests.support.shared import reused_graphs
 from tests.support.tiny import make_checkpoint
 
 without_gpu = pytest.mark.skipif(probe().gpu is not None, reason="a GPU is here, and would run the engines")
@@ -47,12 +46,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(wide: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its text encoder and its VAE are those of the session's checkpoint."""
+def built(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rtx")
     sizes = ["--resolution", "64x64", "--resolution", "96x64", "--rows", "2,4"]
-    with reused_graphs(bundle, out, "encode_prompt", "decode", "encode_image"):
-        assert build("--model", wide, "--out", out, "--backend", "tensorrt_rtx", *sizes) == 0
+    assert build("--model", wide, "--out", out, "--backend", "tensorrt_rtx", *sizes) == 0
     return out
 
 
