@@ -254,11 +254,21 @@ def test_a_private_checkpoint_needs_a_token(hub: Hub, ask: Ask, published: Path)
     assert hub.tokens == {None, "Bearer hf_of_a_test"}
 
 
-def test_a_single_files_configs_come_from_the_hub(hub: Hub, ask: Ask, published: Path, tmp_path: Path) -> None:
+def test_a_single_files_configs_come_from_the_hub(
+    hub: Hub, ask: Ask, published: Path, families: Families, tmp_path: Path
+) -> None:
+    """Those of SD 1.x and of SDXL are known."""
     path = write_single_file(published, tmp_path / "one.safetensors")
-    hub.models |= {"us/tiny": {"main": published}, "stable-diffusion-v1-5/stable-diffusion-v1-5": {"main": published}}
-    given, default = ask(hub.url, {"model": str(path), "config": "us/tiny"}, {"model": str(path)})
+    xl = write_single_file(families("xl"), tmp_path / "xl.safetensors")
+    hub.models |= {
+        "us/tiny": {"main": published},
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": {"main": published},
+        "stabilityai/stable-diffusion-xl-base-1.0": {"main": families("xl")},
+    }
+    calls = ({"model": str(path), "config": "us/tiny"}, {"model": str(path)}, {"model": str(xl)})
+    given, default, of_xl = ask(hub.url, *calls)
     assert given["sha256"] == default["sha256"] == find_checkpoint(str(path), config=str(published)).source.sha256
+    assert of_xl["sha256"] == find_checkpoint(str(xl), config=str(families("xl"))).source.sha256
     assert not [file for file in hub.fetched if file.endswith((".safetensors", ".bin"))]
 
 
