@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,28 @@ def test_the_least_recently_used_makes_room_and_those_in_use_never_do(
     assert [context[row, 0, 0] for (row,) in rows] == [1, 4, 5]
     assert pool.acquire(prompt(1, manifest)) == rows[0]
     assert encoder.runs == 5
+
+
+class PairRecorder(Recorder):
+    """Two text encoders, with a pooled embedding that is the second one's first token."""
+
+    def launch(self) -> None:
+        super().launch()
+        ids, pooled = self._buffers["ids_2"], self._buffers["text_embeds"]
+        first = self._stream.read(ids).result()[0, 0]
+        self._stream.write(pooled, np.full(pooled.shape, first, np.float32))
+
+
+def test_every_pool_of_prompts_has_a_chunk_in_the_same_row(xl_bundle: Path, device: Device, stream: Stream) -> None:
+    manifest = Manifest.read(xl_bundle)
+    pool = PromptPool(manifest, PairRecorder(stream), device, stream=stream, rows=3)
+    tokens = manifest.context.tokens
+    chunks = [Chunk((number,) * tokens, (1.0,) * tokens, (10 * number,) * tokens) for number in (1, 2)]
+    (first, second) = pool.acquire(Prompt("", tuple(chunks)))
+    assert pool.pools.keys() == {"context", "text_embeds"}
+    context, pooled = (stream.read(pool.pools[name]).result() for name in ("context", "text_embeds"))
+    assert [context[row, 0, 0] for row in (first, second)] == [1, 2]
+    assert [pooled[row, 0] for row in (first, second)] == [10, 20]
 
 
 def test_a_failed_encoding_leaves_the_pool_as_it_was(pool: PromptPool, encoder: Recorder, manifest: Manifest) -> None:
