@@ -12,10 +12,10 @@ import torch
 
 from engines.accuracy import worst_difference
 from engines.build.verify import random_case
-from engines.contract import LORA_POOL, Array, GraphName, build_inputs, inputs_of, plain, random_values
+from engines.contract import LORA_POOL, Array, GraphName, build_inputs, plain, random_values
 from engines.export.graph_module import GraphModule
 from engines.export.modules import Denoise, ShallowDenoise
-from engines.export.prompts import EncodePrompt
+from engines.export.prompts import EncodePrompt, EncodePromptPair
 from engines.manifest import ComputeDtype, LoraLayer, Manifest, Profile
 from tests.support.loaded import Loaded
 
@@ -31,8 +31,8 @@ def lora_inputs(name: GraphName, manifest: Manifest) -> dict[str, Array]:
     rng = np.random.default_rng(0)
     dims = manifest.dims(manifest.resolutions[0])
     if plain(name) == "encode_prompt":
-        sizes = {**dims, "N": ROWS, "V": 20, "E": manifest.context.layers + 1}  # of more words
-        given = build_inputs(inputs_of("encode_prompt"), sizes, make=random_values(rng))
+        sizes = {**dims, "N": ROWS, "V": 20, "U": 20, "E": manifest.context.layers + 1}  # of more words
+        given = build_inputs(manifest.inputs("encode_prompt"), sizes, make=random_values(rng))
     else:
         given = dict(random_case(plain(name), manifest, Profile(size=manifest.resolutions[0], batch=ROWS))[0])
     pool = (rng.standard_normal((RANKS, dims["G"])) * LORA_POOL.spread).astype(np.float16)
@@ -45,12 +45,12 @@ def outputs_of(name: GraphName, manifest: Manifest, bundle: Path, inputs: Mappin
 
 def by_fused_weights(name: GraphName, manifest: Manifest, parts: Mapping[str, Any], inputs: Mapping[str, Array]) -> Any:
     """The outputs, by name, whose every row is that of torch modules `parts` with the row's LoRAs in their weights."""
-    part = "text_encoder" if plain(name) == "encode_prompt" else "unet"
-    layers = [layer for layer in manifest.lora_layers if layer.part == part]
+    updated = [part for part in parts if (part == "unet") != (plain(name) == "encode_prompt")]
+    layers = {part: [layer for layer in manifest.lora_layers if layer.part == part] for part in updated}
     found: dict[str, Array] = {}
     for row in range(ROWS):
         ranks, weights = inputs["lora_pool"][inputs["row_lora"][row]], inputs["lora_weight"][row]
-        module = _graph_module(name, fused(parts[part], layers, ranks, weights))
+        module = _graph_module(name, *(fused(parts[part], layers[part], ranks, weights) for part in updated))
         for output, values in _computed(module, inputs).items():
             found.setdefault(output, values.copy())[row] = values[row]
     return found
@@ -68,13 +68,13 @@ def fused(module: Any, layers: Iterable[LoraLayer], ranks: Array, weights: Array
     return changed.eval()
 
 
-def _graph_module(name: GraphName, module: Any) -> GraphModule:
-    kinds: Mapping[GraphName, Callable[[Any], GraphModule]] = {
-        "encode_prompt": EncodePrompt,
+def _graph_module(name: GraphName, *modules: Any) -> GraphModule:
+    kinds: Mapping[GraphName, Callable[..., GraphModule]] = {
+        "encode_prompt": EncodePrompt if len(modules) == 1 else EncodePromptPair,
         "denoise": Denoise,
         "denoise_shallow": ShallowDenoise,
     }
-    return kinds[plain(name)](module).eval()
+    return kinds[plain(name)](*modules).eval()
 
 
 def _computed(module: GraphModule, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -39,7 +39,8 @@ def check_same(name: GraphName, manifest: Manifest, exported: Path, made: Path) 
 def small_inputs(name: GraphName, manifest: Manifest) -> dict[str, Array]:
     """Random inputs of the smallest image size that is not square."""
     side, context = manifest.latent.multiple, manifest.context
-    vocabulary = {"V": context.tokens, "E": context.layers + 1}  # it has more words, as any tokenizer has
+    words = context.tokens  # it has more, as any tokenizer has
+    vocabulary = {"V": words, "U": words, "E": context.layers + 1}
     sizes = {**manifest.dims(Size(width=3 * side, height=2 * side)), **vocabulary, **_SIZES}
     ports = manifest.inputs(name)
     return build_inputs(ports, sizes, make=random_values(np.random.default_rng(0)))

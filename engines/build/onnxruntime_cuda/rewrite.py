@@ -54,21 +54,24 @@ def rewritten(model: ir.Model) -> Counts:
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     _tidy(model)
+    constant = _constants(model.graph)
+    varying = [node for node in model.graph if node not in constant]
     return Counts(
         attentions=(attentions, before["Softmax"]),
         group_norms=(group_norms, before["InstanceNormalization"]),
         convolutions=(convolutions, before["Conv"]),
-        transposes=sum(node.op_type == "Transpose" and not _is_constant(node) for node in model.graph),
-        operators=sum(not _is_constant(node) for node in model.graph),
+        transposes=sum(node.op_type == "Transpose" for node in varying),
+        operators=len(varying),
     )
 
 
-def _is_constant(node: ir.Node) -> bool:
-    """Whether it depends on weights alone, so that ONNX Runtime computes it when it loads the graph."""
-    return all(
-        value is None or value.is_initializer() or ((source := value.producer()) is not None and _is_constant(source))
-        for value in node.inputs
-    )
+def _constants(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that depend on weights alone, so that ONNX Runtime computes them when it loads the graph."""
+    found: set[ir.Node] = set()
+    for node in graph:  # in the order of their computation
+        if all(value is None or value.is_initializer() or value.producer() in found for value in node.inputs):
+            found.add(node)
+    return found
 
 
 def _tidy(model: ir.Model) -> None:

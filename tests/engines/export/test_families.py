@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import build_engines
 from engines.accuracy import psnr
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
+from engines.checkpoints.find import find_checkpoint
 from engines.contract import LORA_GRAPHS, GraphName, plain
 from engines.manifest import Manifest
+from tests.support.checkpoints import load
 from tests.support.fused import fused_difference
 from tests.support.ldm import write_single_file
 from tests.support.references import draw, load_pipeline
@@ -26,6 +29,7 @@ BODY: dict[str, Any] = {"prompt": "two old boats", "negative_prompt": "rain", "w
 CHANGED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"  # by the LoRA
 LORA_SCALE = 0.5
 WORD = "<boat>"  # of the embedding: two vectors
+REWRITTEN: tuple[GraphName, ...] = ("encode_prompt", "denoise", "encode_prompt_lora", "denoise_lora")
 PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
 
 
@@ -76,7 +80,18 @@ def reference_of(name: str, checkpoint: Path) -> Any:
 
 
 def test_graphs_agree_with_torch_and_with_each_other(family: tuple[str, Path, Path]) -> None:
-    manifest = Manifest.load(family[2])
+    graphs_agree(Manifest.load(family[2]))
+
+
+def test_graphs_of_xl_agree_with_torch(xl_bundle: Path) -> None:
+    manifest = Manifest.load(xl_bundle)
+    graphs_agree(manifest)
+    assert (manifest.context.width, manifest.context.layers) == (80, 2)
+    assert manifest.context.force_zeros_for_empty_prompt
+    assert manifest.tokenizer.pad_2 not in {None, manifest.tokenizer.pad}
+
+
+def graphs_agree(manifest: Manifest) -> None:
     for name, graph in manifest.graphs.items():
         found = [build.engines[name].difference for build in manifest.builds.values()]
         for difference in [graph.onnx["fp32"].difference, *found]:
@@ -128,11 +143,30 @@ def test_loras_of_each_row_are_as_in_the_weights(family: tuple[str, Path, Path],
     assert fused_difference(graph, Manifest.load(bundle), bundle, parts) <= PARITY
 
 
-@pytest.mark.parametrize("graph", ["encode_prompt", "denoise", "encode_prompt_lora", "denoise_lora"])
-def test_onnxruntime_on_gpus_computes_the_same(family: tuple[str, Path, Path], graph: GraphName) -> None:
+@pytest.mark.parametrize("graph", LORA_GRAPHS.values())
+def test_loras_of_two_encoders_are_as_in_the_weights(xl_checkpoint: Path, xl_bundle: Path, graph: GraphName) -> None:
+    modules = load(find_checkpoint(str(xl_checkpoint)))
+    parts = {part: getattr(modules, part) for part in ("unet", "text_encoder", "text_encoder_2")}
+    assert fused_difference(graph, Manifest.load(xl_bundle), xl_bundle, parts) <= PARITY
+
+
+@pytest.mark.parametrize("graph", REWRITTEN)
+def test_onnxruntime_on_gpus_computes_the_same(
+    family: tuple[str, Path, Path], graph: GraphName, tmp_path: Path
+) -> None:
     """By its fused operators, which replace all that they support of every family."""
-    manifest = Manifest.load(family[2])
-    exported = family[2] / manifest.graphs[graph].onnx["fp32"].files[0].path
+    rewritten_is_the_same(family[2], graph, tmp_path)
+
+
+@pytest.mark.parametrize("graph", REWRITTEN)
+def test_onnxruntime_on_gpus_computes_the_same_for_xl(xl_bundle: Path, graph: GraphName, tmp_path: Path) -> None:
+    rewritten_is_the_same(xl_bundle, graph, tmp_path)
+
+
+def rewritten_is_the_same(bundle: Path, graph: GraphName, folder: Path) -> None:
+    manifest = Manifest.load(bundle)
+    copied = Path(shutil.copytree(bundle / "onnx", folder / "onnx"))  # the rewritten graph lies beside its weights
+    exported = copied / Path(manifest.graphs[graph].onnx["fp32"].files[0].path).name
     made = exported.with_suffix(".cuda.onnx")
     counts = rewrite(exported, made)
     assert counts.attentions[0] == counts.attentions[1] > 0
