@@ -58,6 +58,8 @@ NULLABLE = {
         )
     ),
     ("unet/config.json", "_diffusers_version"),
+    ("vae/config.json", "latents_mean"),
+    ("vae/config.json", "latents_std"),
     ("scheduler/scheduler_config.json", "trained_betas"),
 }
 ABSURD: dict[type, Any] = {bool: 7, str: 7, int: 10**12, float: -1e30, list: [[]] * 999, type(None): -1e30}
