@@ -15,7 +15,7 @@ from engines.build.keys import export_key
 from engines.build.options import ExportOptions, ShapeOptions
 from engines.build.profiles import shapes as profiles_of
 from engines.build.request_defaults.choice import request_defaults
-from engines.checkpoints.checkpoint import Checkpoint, count_parameters
+from engines.checkpoints.checkpoint import LARGE_PART, Checkpoint, count_parameters
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.contract import LORA_GRAPHS, GraphName
 from engines.errors import EngineError
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 Preview = tuple[tuple[float, ...], ...]  # an affine map from latents to RGB, as in the manifest
 _EXPORTERS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-_MEMORY_PER_WEIGHT = 12  # bytes at the peak
+_MEMORY_PER_WEIGHT = 12  # bytes at the peak, of a part that is read into memory
+_MEMORY = 3e9  # bytes: torch, and what large parts take, whose weights stay in their files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +206,14 @@ def _with_engines(build: Build, graphs: Iterable[GraphName]) -> Build:
     return build.model_copy(update={"engines": {name: build.engines[name] for name in graphs}})
 
 
+def _memory_of(checkpoint: Checkpoint) -> float:
+    """An estimate of the bytes that an export takes, without pages of files, which the system can drop."""
+    counts = count_parameters(checkpoint).values()
+    if checkpoint.loras or checkpoint.embeddings or checkpoint.allow_pickle:
+        return _MEMORY + _MEMORY_PER_WEIGHT * sum(counts)
+    return _MEMORY + _MEMORY_PER_WEIGHT * sum(count for count in counts if count < LARGE_PART)
+
+
 class _Exporter:
     """Exports one checkpoint, for the graphs that an earlier export of it lacks."""
 
@@ -255,7 +264,7 @@ class _Exporter:
 
     def _warn_of_memory(self) -> None:
         """Warn before minutes of work that the system may end the process, which it does without a message."""
-        needed = _MEMORY_PER_WEIGHT * sum(count_parameters(self._checkpoint).values())
+        needed = _memory_of(self._checkpoint)
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > present:
             self._progress.note(

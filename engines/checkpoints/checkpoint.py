@@ -29,6 +29,7 @@ _GRAPHS: Mapping[str, GraphName] = {
     r"(vae|first_stage_model)\.(encoder|quant_conv)\.": "encode_image",
     r"safety_checker\.": "safety",
 }
+LARGE_PART = 2**28  # weights; of a part with as many they stay in its file while it is exported
 _SAFETY_CLASS = "StableDiffusionSafetyChecker"
 
 

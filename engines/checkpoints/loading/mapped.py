@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-_LARGE_PART = 2**28  # weights
+from engines.checkpoints.checkpoint import LARGE_PART
+
 LARGE_WEIGHT = 2**18  # values; smaller tensors are a thousandth of a large part, and are in FP32
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -29,7 +30,7 @@ def type_to_load(files: Iterable[Path]) -> torch.dtype:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 - no mapping
             found |= {one.get_dtype() for one in slices}
             weights += sum(math.prod(one.get_shape()) for one in slices)
-    if len(found) != 1 or weights < _LARGE_PART:
+    if len(found) != 1 or weights < LARGE_PART:
         return torch.float32
     return _HALVES.get(found.pop(), torch.float32)
 

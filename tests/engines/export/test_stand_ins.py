@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def load(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, maps: bool) -> Modules:
     with monkeypatch.context() as patch:
-        patch.setattr(mapped, "_LARGE_PART", 1 if maps else 2**40)
+        patch.setattr(mapped, "LARGE_PART", 1 if maps else 2**40)
         return load_modules(checkpoint.config, checkpoint)
 
 
