@@ -86,23 +86,17 @@ class OnnxRuntimeDevice(HostDevice):
             # makes steps a quarter faster, but the spinning of other sessions slows them down.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(path.parent))
+        if self._is_frugal:  # the optimizers fold casts of weights, and kernels pack them: copies as large as the model
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.log_severity_level = 3  # errors only: operators cannot act on the optimiser's warnings
         try:
-            session = ort.InferenceSession(
-                read(path), options, providers=[_PROVIDER], disabled_optimizers=self._not_run(options)
-            )
+            session = ort.InferenceSession(read(path), options, providers=[_PROVIDER])
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime cannot load {path}: {error}") from error
         return OnnxRuntimeEngine(session, path.name)
-
-    def _not_run(self, options: ort.SessionOptions) -> list[str]:
-        """The optimizers that make copies of weights, which are not run where memory matters more than time."""
-        if not self._is_frugal:
-            return []
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        return ["ConstantFolding"]
 
 
 def open_device(*, threads: int, is_frugal: bool = False) -> OnnxRuntimeDevice:
