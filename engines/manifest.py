@@ -294,6 +294,14 @@ class Manifest(Geometry):
         """Whether the UNet reads a mask and the masked image, as models trained to inpaint do."""
         return any(spec.name == MASK.name for spec in self.graphs["encode_image"].inputs)
 
+    @property
+    def mask_strength(self) -> float:
+        """The strength of requests with a mask that do not set it: that of the inpainting pipeline in diffusers.
+
+        Less than 1 takes a step less, and begins with the noised image.
+        """
+        return 0.9999 if TIME_IDS in self.inputs("denoise") else 1.0
+
     def inputs(self, name: GraphName) -> tuple[Port, ...]:
         """The inputs of a graph of this model, as it has them or, if it lacks the graph, would have them."""
         return inputs_of(name, self._names(name))

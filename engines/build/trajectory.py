@@ -17,6 +17,7 @@ from engines.build.served_shapes import ServedShapes
 from engines.contract import (
     GRAPHS,
     LANES,
+    MASK,
     PLAIN_STEPS,
     PROMPT_POOLS,
     TIME_IDS,
@@ -148,7 +149,8 @@ class Trajectory:
         self.steps = len(self._table.steps)
         self.chunks = _chunks(manifest, bundle, prompt or _prompts(manifest)[0])
         self._rows = 1 if manifest.embeds_guidance or self._guidance == 1 else 2
-        self._sizes = {**manifest.dims(self.size), "S": 1, "C": 2, "L": 1, "B": 1, "R": self._rows, "P": self._rows}
+        own = {"S": 1, "C": 2, "L": 1, "B": 1, "R": self._rows, "P": self._rows, "n": 1}
+        self._sizes = {**manifest.dims(self.size), **own}
 
     def run(self, graphs: RunGraph, on_step: Callable[[], None] = lambda: None) -> Recording:
         """Run the trajectory on `graphs`, from prompt to image.
@@ -160,14 +162,14 @@ class Trajectory:
         state = np.zeros((1, LANES, *noise.shape[1:]), np.float32)
         state[:, 0] = noise * self._table.init_scale
         encoded = [graphs("encode_prompt", inputs) for inputs in self.chunks]
-        prompts = {
+        pools = self._masked(graphs) | {
             pool: np.concatenate([one[output] for one in encoded])
             for pool, output in PROMPT_POOLS.items()
             if output in encoded[0]
         }
         full, features = list[dict[str, Array]](), list[Array]()
         for step in self._table.steps:
-            full.append(self._inputs("denoise", {"state": state, **prompts, **self._step_values(step)}))
+            full.append(self._inputs("denoise", {"state": state, **pools, **self._step_values(step)}))
             outputs = graphs("denoise", full[-1])
             state = outputs["state_next"]
             features.append(outputs["features"])
@@ -177,6 +179,23 @@ class Trajectory:
             for inputs, earlier in zip(full[1:], features, strict=False)
         )
         return Recording(tuple(full), tuple(shallow), state, graphs("decode", decode_inputs(state))["images"])
+
+    def encode_inputs(self, images: Array) -> dict[str, Array]:
+        """The inputs that encode `images` [1, H, W, 3] u8; of UNets that inpaint, without their upper half."""
+        values = {"images": images, "noise": np.ones(self._shape, np.float32)}
+        if self._manifest.is_for_inpainting:
+            values[MASK.name] = np.ones(images.shape[:3], np.uint8)
+            values[MASK.name][:, images.shape[1] // 2 :] = 0
+        return self._inputs("encode_image", values)
+
+    def _masked(self, graphs: RunGraph) -> dict[str, Array]:
+        """The pool of UNets that inpaint, which are to paint the whole image; empty for others."""
+        if not self._manifest.is_for_inpainting:
+            return {}
+        values = {"images": np.zeros((1, self.size.height, self.size.width, 3), np.uint8), "noise": self._latents(3)}
+        values[MASK.name] = np.ones(values["images"].shape[:3], np.uint8)
+        latents = graphs("encode_image", self._inputs("encode_image", values))["latents"]
+        return {"inpaint": np.stack([latents, np.ones_like(latents), np.zeros_like(latents)], axis=1)}
 
     def _inputs(self, graph: GraphName, values: Arrays) -> dict[str, Array]:
         return build_inputs(self._manifest.inputs(graph), self._sizes, values)
@@ -201,8 +220,11 @@ class Trajectory:
 
     def _latents(self, seed: int) -> Array:
         """Standard noise [1, c, h, w]."""
-        shape = [1, *(self._sizes[dim] for dim in "chw")]
-        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+        return np.random.default_rng(seed).standard_normal(self._shape, np.float32)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (1, *(self._sizes[dim] for dim in "chw"))
 
 
 def record(manifest: Manifest, bundle: Path, progress: Progress) -> dict[GraphName, list[dict[str, Array]]]:

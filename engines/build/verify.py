@@ -120,12 +120,11 @@ def _cases(
         # Engines without profiles treat all shapes alike: one is enough.
         for profile in profiles or (shapes(manifest, name)[0].profile,):
             yield random_case(name, manifest, profile)
-        noise = np.ones((1, *recording.state.shape[2:]), np.float32)
         recorded = {
             "denoise": recording.full,
             "denoise_shallow": recording.shallow,
             "decode": [decode_inputs(recording.state)],
-            "encode_image": [{"images": recording.images, "noise": noise}],
+            "encode_image": [trajectory.encode_inputs(recording.images)],
             "safety": [{"images": recording.images}],
         }[name]
     yield from ((inputs, inputs) for inputs in recorded)
@@ -159,8 +158,16 @@ def random_case(name: GraphName, manifest: Manifest, profile: Profile) -> Case:
     values = _step_values(batch) if name in STEPS else {}
     inputs = build_inputs(ports, sizes, values, make=make)
     if name in STEPS:
-        inputs["inpaint"][:, 2] = inputs["inpaint"][:, 2] > 0  # the keep mask: half of each image
+        _make_masks(inputs["inpaint"], inpaints=manifest.is_for_inpainting)
     return inputs, {port.name: inputs[port.name][_first(port)] for port in ports}
+
+
+def _make_masks(inpaint: Array, *, inpaints: bool) -> None:
+    """Turn the lane of `inpaint` that is a mask into one of half of each image, in place."""
+    mask = 1 if inpaints else 2
+    inpaint[:, mask] = inpaint[:, mask] > 0
+    if inpaints:
+        inpaint[:, 2] = 0  # nothing is kept by mixing
 
 
 def _step_values(batch: int) -> dict[str, Array]:

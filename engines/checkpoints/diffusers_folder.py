@@ -55,7 +55,7 @@ SAFETY_CONFIGS = (f"{SAFETY_CHECKER}/config.json", "feature_extractor/preprocess
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 _MAX_JSON = 64 << 20  # bytes; the largest tokenizers have a tenth of that
 # Pipelines of diffusers that correct outdated configs when they are made.
-_CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _CORRECTED_SAMPLE_SIZE = 64  # the size of a UNet that was published with a smaller one, before version 0.9
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -174,7 +174,7 @@ class CheckpointConfig:
     @cached_property
     def latent(self) -> Latent:
         return Latent(
-            channels=self.unet.in_channels,
+            channels=self.vae.latent_channels,
             downscale=self.vae.downscale,
             multiple=self.vae.downscale * 2 ** (len(self.unet.block_out_channels) - 1),
             scaling_factor=self.vae.scaling_factor,

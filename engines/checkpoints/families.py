@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engines.errors import CheckpointError
 
 SECOND_ENCODER, SECOND_TOKENIZER = "text_encoder_2", "tokenizer_2"
-SUPPORTED = "Supported models: text-to-image checkpoints of Stable Diffusion 1.x, 2.x and XL"
+SUPPORTED = "Supported models: text-to-image and inpainting checkpoints of Stable Diffusion 1.x, 2.x and XL"
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _ONE_ENCODER: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel",),
@@ -49,18 +49,21 @@ STABLE_DIFFUSION = Family(  # 1.x and 2.x
     pipelines=(
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
     ),
     parts=_ONE_ENCODER,
 )
 STABLE_DIFFUSION_XL = Family(  # Podell et al. (2023)
-    pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+    pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
     parts={**_ONE_ENCODER, SECOND_ENCODER: ("CLIPTextModelWithProjection",)},
     tokenizers=("tokenizer", SECOND_TOKENIZER),
     time_ids=6,
     follows_force_upcast=True,
 )
+# Pipelines whose UNets may take a mask and the latents of the masked image, after the latents.
+INPAINTING = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 EVERY_PART = tuple(dict.fromkeys(part for family in FAMILIES for part in family.parts))
 EVERY_TOKENIZER = tuple(dict.fromkeys(name for family in FAMILIES for name in family.tokenizers))
@@ -70,7 +73,6 @@ _REFUSED = {
     r"ControlNet|Adapter|GLIGEN|ReferenceOnly": (
         "which draws by a control image: build from the checkpoint that it extends"
     ),
-    r"Inpaint": "which needs a mask for every image: build from its text-to-image checkpoint",
     r"Upscale|Depth2Img|Pix2Pix|ImageVariation|UnCLIP|LatentUpscale|Marigold": (
         "which needs an image in addition to the prompt: build from a text-to-image checkpoint"
     ),

@@ -176,7 +176,7 @@ def model_names(keys: Collection[str]) -> dict[str, str]:
 def check_configs_fit(checkpoint: Checkpoint, layout: SingleFileLayout) -> None:
     """Raise CheckpointError unless the configs describe the single file, as far as its layout shows."""
     name, config = checkpoint.path.name, checkpoint.config
-    check_channels(name, layout.channels, config.read("vae")["latent_channels"])
+    check_channels(name, layout.channels, config.vae.latent_channels, inpaints=True)
     if layout.width != config.context.width:
         raise CheckpointError(
             f"{name} takes prompt embeddings {layout.width} wide (Stable Diffusion {layout.version}), but the configs "

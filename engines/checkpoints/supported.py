@@ -8,7 +8,7 @@ from engines.checkpoints.checkpoint import Checkpoint
 from engines.checkpoints.configs import TextEncoderConfig
 from engines.checkpoints.decoder import check_decoder_fits
 from engines.checkpoints.diffusers_folder import CheckpointConfig
-from engines.checkpoints.families import SECOND_ENCODER, SUPPORTED
+from engines.checkpoints.families import INPAINTING, SECOND_ENCODER, SUPPORTED
 from engines.checkpoints.safety_checker import read_preprocessing
 from engines.checkpoints.vae import check_vae_fits
 from engines.errors import CheckpointError
@@ -36,9 +36,12 @@ def check_supported(checkpoint: Checkpoint) -> None:
         check_decoder_fits(checkpoint.decoder, checkpoint.config)
 
 
-def check_channels(name: str, channels: int, latent: int) -> None:
-    """Raise CheckpointError unless the UNet takes the `latent` channels of the VAE alone."""
-    if channels != latent:
+def check_channels(name: str, channels: int, latent: int, *, inpaints: bool) -> None:
+    """Raise CheckpointError unless the UNet takes the `latent` channels of the VAE alone.
+
+    Where it may be one that `inpaints`, it may also take a mask and the latents of the masked image.
+    """
+    if channels != latent and not (inpaints and channels == 2 * latent + 1):
         purpose = _PURPOSES.get(channels, "more than a latent")
         raise CheckpointError(f"{name} has a UNet with {channels} input channels ({purpose}). {SUPPORTED}.")
 
@@ -60,7 +63,7 @@ def _check_classes(config: CheckpointConfig) -> None:
 
 def _check_unet(config: CheckpointConfig) -> None:
     unet, latent = config.unet, config.vae.latent_channels
-    check_channels(config.name, unet.in_channels, latent)
+    check_channels(config.name, unet.in_channels, latent, inpaints=config.index.pipeline in INPAINTING)
     if unet.out_channels != latent:
         raise CheckpointError(
             f"{config.name} has a UNet with {unet.out_channels} output channels (out_channels in unet/config.json), "

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from engines.contract import GUIDANCE_EMBEDDED, MEMORY, TEXT_EMBEDS, TIME_IDS, GraphName, Port
+from engines.contract import GUIDANCE_EMBEDDED, MASK, MEMORY, TEXT_EMBEDS, TIME_IDS, GraphName, Port
 from engines.export.graph_module import GraphModule
 from engines.export.lora import LoraUpdates, updated
 from engines.manifest import LoraLayer
@@ -38,6 +38,9 @@ class Denoise(GraphModule):
         self.unet = unet
         self.updates = LoraUpdates("unet", unet, lora_layers)
         self.optional = tuple(_further_inputs(unet.config))
+        self.inpaints: bool = (
+            unet.config.in_channels != unet.config.out_channels
+        )  # a mask and the masked image follow x
         self.feature_channels: int = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
 
     def forward(  # noqa: PLR0913, PLR0917 - the graph's inputs, bound by name
@@ -66,7 +69,10 @@ class Denoise(GraphModule):
         dtype = self.unet.dtype
         lanes = state[slot]  # [B, LANES, c, h, w]
         x = lanes[:, 0]
-        sample = (x * scale[:, None, None, None])[row_image].to(dtype)  # [R, c, h, w]
+        sample = x * scale[:, None, None, None]
+        if self.inpaints:
+            sample = _with_mask(sample, inpaint[slot])
+        sample = sample[row_image].to(dtype)  # [R, c, h, w], or [R, c + 1 + c, h, w]
         text = context[row_context].flatten(1, 2).to(dtype)  # [R, L·T, D]
         given: dict[str, Any] = {
             "timestep_cond": None if guidance_embedded is None else self._embed(guidance_embedded).to(dtype)
@@ -166,18 +172,22 @@ class Decode(GraphModule):
 class EncodeImage(GraphModule):
     """RGB images to latents: a sample of the VAE's posterior, drawn with the given noise.
 
-    A distilled VAE returns latents and no posterior; its graph has the input `noise` all the same.
+    A distilled VAE returns latents and no posterior; its graph has the input `noise` all the same. For UNets that
+    inpaint there is a mask, and pixels where that is 1 become grey.
     """
 
     graph = "encode_image"
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, *, masks: bool = False) -> None:
         super().__init__()
         self.vae = vae
+        self.optional = (MASK,) if masks else ()
         self.scaling_factor: float = vae.config.scaling_factor
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, images: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         pixels = images.float().permute(0, 3, 1, 2) / 127.5 - 1
+        if mask is not None:
+            pixels = pixels * (1 - mask.float())[:, None]
         encoded = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         latents: Tensor = encoded.float() + 0 * noise if isinstance(encoded, Tensor) else _sampled(encoded, noise)
         return latents * self.scaling_factor
@@ -216,6 +226,11 @@ def _guided(guidance: Tensor, rows: Tensor) -> Tensor:
     lost = torch.where(guidance != 0, broken, 0.0).amax(dim=1, keepdim=True)  # [B, 1], of 0 and 1
     model = guidance @ torch.where(finite, rows, 0.0)
     return torch.where(lost > 0, torch.nan, model)
+
+
+def _with_mask(sample: Tensor, inpaint: Tensor) -> Tensor:
+    """`sample` [B, c, h, w], then the mask [B, 1, h, w] and the latents of the masked image [B, c, h, w]."""
+    return torch.cat([sample, inpaint[:, 1, :1], inpaint[:, 0]], dim=1)
 
 
 def _inpainted(x: Tensor, inpaint: Tensor, level: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def traced_graphs(
         "denoise": denoise,
         "denoise_shallow": ShallowDenoise(modules.unet),
         "decode": Decode(modules.decoder),
-        "encode_image": EncodeImage(modules.vae),
+        "encode_image": EncodeImage(modules.vae, masks=denoise.inpaints),
     }
     if checker := modules.safety_checker:
         safety = graphs["safety"] = Safety(checker.module, checker.preprocessing)

@@ -15,18 +15,13 @@ from engines.schedulers import Scheduler, Table, complete, find, table
 from server.requests import uploads
 from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
+from server.requests.init_images import start_of
 from server.requests.loras import Loras, choose, names_loras
-from server.requests.request import Cache, Event, GenerationParams, InitImage, Mask, Request, StepCache
+from server.requests.request import Cache, Event, GenerationParams, InitImage, Request, StepCache
 from server.requests.schemas import MAX_SEED, SIZE_CONDITIONS, GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 
 Listener = Callable[[Request, Event], None]
-
-_STRENGTH = 0.8  # of image to image, as in diffusers
-_BY_TRANSPARENCY = (
-    "mask: Its transparent areas are regenerated and its colours are ignored: send it without transparency to have its "
-    "white areas regenerated."
-)
 
 
 class Intake:
@@ -80,7 +75,7 @@ class Intake:
         guidance = defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale
         image = None if body.image is None else uploads.read(body.image, field="image")
         size = self._size(body, image)
-        init_image = None if image is None else self._init_image(body, image, size)
+        init_image, masked = start_of(body, image, size, self._manifest)
         scheduler = self._scheduler(body, steps)
         params = GenerationParams(
             prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax, names_loras=self._loras is not None),
@@ -98,6 +93,7 @@ class Intake:
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
             clip_skip=self._clip_skip(body),
             init_image=init_image,
+            masked=masked,
             preview_every=body.preview_every,
             unet_inputs=self._unet_inputs(body, size, guidance),
             isolated=body.exact,
@@ -144,21 +140,6 @@ class Intake:
             message = f"Unsupported size {size}: this model was built for {', '.join(map(str, built))}."
             fields = (FieldError("width", message), FieldError("height", message))
             raise InvalidRequest(message, fields=fields) from None
-
-    def _init_image(self, body: GenerateRequest, image: PIL.Image.Image, size: Size) -> InitImage:
-        mask, warnings = (None, ()) if body.mask is None else self._mask(body.mask, size)
-        usual = _STRENGTH if mask is None else 1.0
-        return InitImage(uploads.fit(image, size), usual if body.strength is None else body.strength, mask, warnings)
-
-    def _mask(self, file: bytes, size: Size) -> tuple[Mask, tuple[str, ...]]:
-        """The mask, and a warning if it is read by its transparency although its colours are another mask."""
-        image, downscale = uploads.read(file, field="mask"), self._manifest.latent.downscale
-        by_colours = uploads.fit_mask(image, size, downscale=downscale)
-        area = uploads.transparent_area(image)
-        if area is None:
-            return by_colours, ()
-        mask = uploads.fit_mask(area, size, downscale=downscale)
-        return mask, () if (mask == by_colours).all() else (_BY_TRANSPARENCY,)
 
     def _scheduler(self, body: GenerateRequest, steps: int) -> Scheduler:
         defaults = self._manifest.defaults

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 Image = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
+PixelMask = NDArray[np.uint8]  # [H, W], likewise
 Stage = Literal["queue", "encode", "denoise", "decode"]
 Cache = Literal["off", "fast"]
 StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
@@ -50,6 +51,18 @@ class InitImage:
     def starts_from_noise(self) -> bool:
         """Whether the image is ignored, as diffusers does for inpainting at full strength, and only there."""
         return self.mask is not None and self.strength == 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskedImage:
+    """What a UNet that inpaints sees besides the latents: the image without what is to be repainted, and where that is.
+
+    Without an image, or without a mask, everything is to be repainted.
+    """
+
+    image: Image
+    pixels: PixelMask
+    mask: Mask  # the first of each latent's pixels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +111,7 @@ class GenerationParams:
     guidance_end: float = 1.0  # and ends
     clip_skip: int = 0  # layers skipped at the end of the text encoder
     init_image: InitImage | None = None
+    masked: MaskedImage | None = None  # of models that inpaint, whether there is an initial image or not
     preview_every: int = 0  # steps; 0 shows none
     # Inputs of the UNet besides those of every model, the same for each row: by port, a number or numbers of a row.
     unet_inputs: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)

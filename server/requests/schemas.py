@@ -177,7 +177,7 @@ class GenerateRequest(_StrictModel):
         ge=0,
         le=1,
         description="how much to change the initial image, from 0 (hardly) to 1 (almost entirely); requires image; "
-        "default: 0.8, or 1 with a mask",
+        "default: 0.8, or 1 with a mask (0.9999 for Stable Diffusion XL)",
     )
     exact: Annotated[bool, _NullMeans(False)] = Field(
         False,

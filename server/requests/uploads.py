@@ -98,14 +98,21 @@ def fit(image: PIL.Image.Image, size: Size) -> NDArray[np.uint8]:
     return np.asarray(_resize(image.convert("RGB"), size))
 
 
-def fit_mask(image: PIL.Image.Image, size: Size, *, downscale: int) -> NDArray[np.float32]:
-    """Resize to a mask [h, w] over the latents, 1 where the image is regenerated, as in diffusers' inpainting.
+def fit_mask(image: PIL.Image.Image, size: Size) -> NDArray[np.uint8]:
+    """Resize to a mask [H, W] at `size`, 1 where the image is regenerated, as in diffusers' inpainting.
 
-    Bright pixels are regenerated, dark ones are kept, and transparency is ignored. The first pixel of each block of
-    `downscale` x `downscale` pixels decides; `size` is a multiple of `downscale`.
+    Bright pixels are regenerated, dark ones are kept, and transparency is ignored.
     """
     brightness = np.asarray(_resize(image.convert("RGB"), size).convert("L"))
-    return (brightness[::downscale, ::downscale] >= 128).astype(np.float32)
+    return (brightness >= 128).astype(np.uint8)
+
+
+def over_latents(mask: NDArray[np.uint8], *, downscale: int) -> NDArray[np.float32]:
+    """A mask [H, W] as one [h, w] over the latents.
+
+    The first pixel of each block of `downscale` x `downscale` pixels decides; the sides are multiples of `downscale`.
+    """
+    return mask[::downscale, ::downscale].astype(np.float32)
 
 
 def transparent_area(image: PIL.Image.Image) -> PIL.Image.Image | None:

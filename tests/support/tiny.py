@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Family:
     pipeline: str | None = None
     text_2: Mapping[str, Any] | None = None  # of the second text encoder of Stable Diffusion XL
     tiny_vae: bool = False  # a distilled one
+    inpaints: bool = False  # whether the UNet takes a mask and the masked image too; nothing else differs then
 
 
 _XL_UNET: Mapping[str, Any] = {
@@ -69,7 +70,7 @@ _THREE_LEVELS: Mapping[str, Any] = {
 }
 
 # Each family differs from `sd1` in its scheduler and in the configs of the UNet and the text encoder.
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "sd1": Family(),  # layers_per_block=1, as in the smallest distilled checkpoints
     "sd15": Family(unet={"layers_per_block": 2}),
     "no-mid": Family(unet={"mid_block_type": None}),
@@ -126,6 +127,10 @@ FAMILIES: Mapping[str, Family] = {
         tiny_vae=True,
     ),
 }
+FAMILIES |= {
+    "inpaint": replace(FAMILIES["sd1"], inpaints=True, pipeline="StableDiffusionInpaintPipeline"),
+    "xl-inpaint": replace(FAMILIES["xl"], inpaints=True, pipeline="StableDiffusionXLInpaintPipeline"),
+}
 
 
 def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
@@ -146,10 +151,21 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
         pipeline = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
     else:
         pipeline = StableDiffusionXLPipeline(**parts, **_second(folder, kind.text_2), add_watermarker=False)
+    if kind.inpaints:
+        _widen(pipeline.unet)
     pipeline.save_pretrained(folder)
     if kind.pipeline:
         edit_index(folder, _class_name=kind.pipeline)
     return folder
+
+
+def _widen(unet: UNet2DConditionModel) -> None:
+    """Let a UNet take five more channels, as training for inpainting begins."""
+    narrow = unet.conv_in
+    unet.register_to_config(in_channels=2 * narrow.in_channels + 1)
+    unet.conv_in = torch.nn.Conv2d(unet.config.in_channels, narrow.out_channels, 3, padding=1)
+    with torch.no_grad():
+        unet.conv_in.weight[:, : narrow.in_channels] = narrow.weight
 
 
 def _second(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:

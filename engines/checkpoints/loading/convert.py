@@ -102,7 +102,8 @@ def _made(part: str, checkpoint: Checkpoint, layout: SingleFileLayout, tensors: 
     """One part, in the type of the file. Raises CheckpointError unless all of its weights are there, and no others."""
     try:
         with quiet():
-            module = _part(part, tensors, str(checkpoint.config_folder))
+            own = {"in_channels": layout.channels} if part == "unet" else {}  # more where it inpaints
+            module = _part(part, tensors, str(checkpoint.config_folder), **own)
     except LOAD_ERRORS as error:
         raise _misfit(checkpoint, _explain(error, part)) from error
     weights = module.state_dict()
@@ -128,8 +129,8 @@ def load_vae(vae: Vae, config: CheckpointConfig) -> Any:
     return module
 
 
-def _part(part: str, tensors: Mapping[str, Tensor], config: str) -> Any:
-    """Build one part from its tensors by its config, in the type that holds all of them exactly."""
+def _part(part: str, tensors: Mapping[str, Tensor], config: str, **changes: int) -> Any:
+    """Build one part from its tensors by its config with `changes`, in the type that holds all of them exactly."""
     # These modules warn of optional packages, so they are imported only when quiet.
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm  # noqa: PLC0415
@@ -142,6 +143,7 @@ def _part(part: str, tensors: Mapping[str, Tensor], config: str) -> Any:
         "subfolder": part,
         "torch_dtype": types.pop() if len(types) == 1 else torch.float32,
         "local_files_only": True,
+        **changes,
     }
     encoder = {"text_encoder": CLIPTextModel, SECOND_ENCODER: CLIPTextModelWithProjection}.get(part)
     if encoder:

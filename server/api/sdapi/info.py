@@ -53,7 +53,7 @@ def info(plan: Plan, task: Task, requests: Sequence[Request], flagged: Sequence[
         "styles": [],
         "job_timestamp": task.timestamp,
         "clip_skip": params.clip_skip + 1,
-        "is_using_inpainting_conditioning": False,
+        "is_using_inpainting_conditioning": params.masked is not None,
         "version": f"latentd {VERSION}",
         "nsfw_content_detected": list(flagged),
         "warnings": list(dict.fromkeys([*plan.warnings, *params.warnings])),

@@ -9,6 +9,9 @@ from functools import cached_property
 from itertools import compress
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engines import safety
 from engines.backends.device import Event, Reading
 from engines.contract import Array
@@ -83,6 +86,14 @@ class DecodedImage(NamedTuple):
     position: int
 
 
+class Start(NamedTuple):
+    """What one image starts from."""
+
+    noise: NDArray[np.float32]  # [c, h, w]
+    image: Reading | None  # latents of the init image [1, c, h, w]
+    masked: Reading | None  # likewise of the masked image, for models that inpaint
+
+
 @dataclass(frozen=True, eq=False)
 class Owned:
     """What one request holds on the device at a stage of its life."""
@@ -109,7 +120,7 @@ class Admission(Owned):
     loras: tuple[PlacedLora, ...]
     prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
     noise: tuple[NoiseGenerator, ...]  # one per image
-    init_latents: tuple[Reading, ...]  # the encoded init image, sampled for each image; empty without one
+    starts: tuple[Start, ...]  # of each image
     encoded: Event
 
 

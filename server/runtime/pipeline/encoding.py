@@ -78,15 +78,14 @@ class Encoding:
         for prompt, clip_skip in prompts if params.guided else prompts[:1]:
             rows.append(self._prompts.acquire(prompt, clip_skip=clip_skip, loras=upload.loras))
             resources.callback(self._release_prompt, prompt, clip_skip, upload.loras)
-        image = params.init_image
-        latents = () if image is None else self._pools[params.size].encode(image.image, noise)
+        pool = self._pools[params.size]
         return Admission(
             upload.request,
             resources,
             loras=upload.loras,
             prompts=tuple(rows),
             noise=noise,
-            init_latents=latents,
+            starts=tuple(pool.start(params, generator) for generator in noise),
             encoded=self._streams.encode.record(),
         )
 

@@ -14,36 +14,28 @@ from engines.contract import (
     INPAINT_LANES,
     LANES,
     LORA_GRAPHS,
+    MASK,
     OUTPUTS,
     STEPS,
     Array,
     GraphName,
     Port,
     build_inputs,
-    inputs_of,
     neutral,
 )
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
-from server.requests.request import DEPTHS, Depth, Image, Mask, Request
-from server.runtime.pipeline.admission import DecodeCall
+from server.requests.request import DEPTHS, Depth, GenerationParams, Image, Mask, PixelMask, Request
+from server.runtime.pipeline.admission import DecodeCall, Start
 from server.runtime.pipeline.noise import NoiseGenerator
 from server.runtime.pipeline.plan import Plan, StepShape
 from server.runtime.pipeline.streams import Streams
 
 Latents = NDArray[np.float32]  # [channels, h, w]
+Lanes = Sequence[Latents | Mask]  # those of the pool `inpaint` that are not 0, of one image
 
 _GRAPHS: dict[Depth, GraphName] = {"full": "denoise", "shallow": "denoise_shallow"}
 _MOST_BOUND = 64  # shapes of steps, where any may come; each holds a plan's buffers, up to a megabyte
-
-
-@dataclass(frozen=True, slots=True)
-class InpaintLatents:
-    """What inpainting needs to keep a part of the init image."""
-
-    latents: Latents
-    noise: Latents  # added to them at each step's noise level
-    mask: Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +124,10 @@ class LatentPool:
         self._device = device
         self._streams = streams
         self._parity = 0  # which of the states is current
-        self._inputs = {graph: manifest.inputs(graph) for graph in STEPS if graph in engines}
-        own = {port.name: port for ports in self._inputs.values() for port in ports if port.role == "pool"}
+        self._inputs = {graph: manifest.inputs(graph) for graph in engines}
+        self._outputs = {graph: manifest.outputs(graph) for graph in engines}
+        of_steps = [port for graph in STEPS if graph in engines for port in self._inputs[graph]]
+        own = {port.name: port for port in of_steps if port.role == "pool"}
         state = own.pop("state")
         self._states = tuple(self._allocate_pool(state) for _ in range(2))
         self._staging = self._allocate_pool(state, S=manifest.max_rows)
@@ -168,15 +162,14 @@ class LatentPool:
         """The most images that one call decodes."""
         return len(self._decode)
 
-    def take_slot(self, x: Latents, inpaint: InpaintLatents | None) -> int:
-        """Take a free slot for an image that starts as `x`; `inpaint` keeps a part of its init image."""
+    def take_slot(self, x: Latents, inpaint: Lanes = ()) -> int:
+        """Take a free slot for an image that starts as `x`; `inpaint` are its lanes of that pool, or 0."""
         # All of it is written: the NaN of an earlier image would survive a zero coefficient.
         lanes = np.zeros((LANES, *self.latent_shape), np.float32)
         lanes[0] = x
         kept = np.zeros((INPAINT_LANES, *self.latent_shape), np.float32)
-        if inpaint:
-            keep_mask = np.broadcast_to(1 - inpaint.mask, self.latent_shape)
-            kept[:] = inpaint.latents, inpaint.noise, keep_mask
+        for lane, values in zip(kept, inpaint, strict=False):
+            lane[:] = values
         slot = self._slots[-1]
         self._streams.steps.write(self._states[self._parity], lanes, at=slot)
         self._streams.steps.write(self._pools["inpaint"], kept, at=slot)
@@ -244,12 +237,22 @@ class LatentPool:
         """Free entries of the staging pool, once no call reads them."""
         self._entries.extend(entries)
 
-    def encode(self, image: Image, noise: Sequence[NoiseGenerator]) -> tuple[Reading, ...]:
-        """Launch the encoding of an image [H, W, 3], with noise of each generator, to latents [1, channels, h, w].
+    def start(self, params: GenerationParams, generator: NoiseGenerator) -> Start:
+        """Draw what one image starts from, in diffusers' order, and launch the encoding of its initial image.
 
         Raises EngineError.
         """
-        return tuple(self._encode_with(image, generator.randn(self.latent_shape)) for generator in noise)
+        original, masked = params.init_image, params.masked
+        image = seen = None
+        # UNets that inpaint see what is kept: an image that starts from noise has no other use for it.
+        if original and not (masked and original.starts_from_noise):
+            image = self._encode_with(original.image, generator.randn(self.latent_shape))
+        noise = generator.randn(self.latent_shape)
+        if masked:
+            seen = self._encode_with(masked.image, generator.randn(self.latent_shape), masked.pixels)
+        elif original and original.mask is not None:
+            generator.randn(self.latent_shape)  # diffusers encodes the masked image for every UNet
+        return Start(noise, image, seen)
 
     def encode_blank(self) -> None:
         """Encode a blank image, and wait for it. Raises EngineError."""
@@ -260,10 +263,14 @@ class LatentPool:
         """Decode blank images in one call, and wait for them. Raises EngineError."""
         self.decode(range(images)).wait()
 
-    def _encode_with(self, image: Image, noise: Latents) -> Reading:
+    def _encode_with(self, image: Image, noise: Latents, mask: PixelMask | None = None) -> Reading:
+        """Launch the encoding of `image`; of models that inpaint, without the pixels where `mask` is 1."""
         bound, stream = self._encode, self._streams.encode
         stream.write(bound.buffers["images"], image[None])
         stream.write(bound.buffers["noise"], noise[None])
+        if MASK.name in bound.buffers:
+            hidden = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
+            stream.write(bound.buffers[MASK.name], hidden[None])
         bound.call.launch()
         return stream.read(bound.buffers["latents"])
 
@@ -309,7 +316,7 @@ class LatentPool:
         sizes = {**self._dims, "n": n}
         buffers = {
             port.name: self._device.allocate(port.shape(sizes), port.dtype, purpose=f"images of {self.size}")
-            for port in (*inputs_of(graph), *OUTPUTS[graph])
+            for port in (*self._inputs[graph], *self._outputs[graph])
             if port.name not in pools
         }
         return _BoundCall(buffers, engines[graph].bind({**buffers, **pools}))
@@ -322,7 +329,7 @@ def features_bytes(manifest: Manifest) -> int:
     return max(map(math.prod, shapes)) * np.dtype(features.dtype).itemsize
 
 
-def encoded(reading: Reading) -> Latents:
+def _encoded(reading: Reading) -> Latents:
     """The latents [channels, h, w] that the image encoder made, once they are here. Raises EngineError."""
     latents: Latents = reading.result()[0]
     if not np.isfinite(latents).all():
@@ -330,20 +337,23 @@ def encoded(reading: Reading) -> Latents:
     return latents
 
 
-def first_latents(
-    request: Request, pool: LatentPool, generator: NoiseGenerator, latents: Latents | None
-) -> tuple[Latents, InpaintLatents | None]:
-    """The first x of one image, noise or the noised init image; the inpainting latents. Draws in diffusers' order."""
-    init_image, table = request.params.init_image, request.table
-    noise = generator.randn(pool.latent_shape)
-    if init_image is None or latents is None:
-        return noise * np.float32(table.init_scale), None
-    signal, sigma = (0.0, table.init_scale) if init_image.starts_from_noise else table.steps[0].level
-    x = np.float32(signal) * latents + np.float32(sigma) * noise
-    if init_image.mask is None:
-        return x, None
-    generator.randn(pool.latent_shape)  # diffusers encodes the masked image too, which only inpainting UNets read
-    return x, InpaintLatents(latents, noise, init_image.mask)
+def first_latents(request: Request, start: Start) -> tuple[Latents, Lanes]:
+    """The first x of one image, noise or the noised init image, and its lanes of the pool `inpaint`.
+
+    Raises EngineError.
+    """
+    params, table, noise = request.params, request.table, start.noise
+    original = params.init_image
+    latents = _encoded(start.image) if start.image else None
+    x: Latents = noise * np.float32(table.init_scale)
+    if original and latents is not None and not original.starts_from_noise:
+        signal, sigma = table.steps[0].level
+        x = np.float32(signal) * latents + np.float32(sigma) * noise
+    if params.masked and start.masked:
+        return x, (_encoded(start.masked), params.masked.mask)
+    if original and original.mask is not None and latents is not None:
+        return x, (latents, noise, np.float32(1) - original.mask)
+    return x, ()
 
 
 def _aligned(size: int) -> int:

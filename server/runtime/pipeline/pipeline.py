@@ -29,7 +29,7 @@ from server.runtime.pipeline.admission import (
     Upload,
 )
 from server.runtime.pipeline.encoding import Encoding
-from server.runtime.pipeline.latent_pool import LatentPool, encoded, features_bytes, first_latents
+from server.runtime.pipeline.latent_pool import LatentPool, features_bytes, first_latents
 from server.runtime.pipeline.lora_pool import UNWATCHED, LoraPool, LoraWatch, Ranks
 from server.runtime.pipeline.noise import StepNoise
 from server.runtime.pipeline.pieces import Pieces
@@ -243,9 +243,8 @@ class Pipeline:
         slots, places = list[int](), list[int]()
         resources.callback(pool.free_slots, slots)
         resources.callback(pool.free_feature_places, places)
-        for index, generator in enumerate(admission.noise):
-            latents = encoded(admission.init_latents[index]) if admission.init_latents else None
-            slots.append(pool.take_slot(*first_latents(request, pool, generator, latents)))
+        for start in admission.starts:
+            slots.append(pool.take_slot(*first_latents(request, start)))
         if request.params.reuses_features:
             places.extend(pool.take_feature_place() for _ in range(request.rows))
         rows_per_image = request.rows // request.images

@@ -44,12 +44,25 @@ def test_unsupported_single_files_are_refused(tmp_path: Path, keys: list[str], c
         find_checkpoint(str(tmp_path / "other.safetensors"))
 
 
-def test_an_inpainting_file_is_refused(families: Families, tmp_path: Path) -> None:
+def test_a_file_takes_as_many_channels_as_its_weights_say(families: Families, tmp_path: Path) -> None:
+    """Whether the configs describe a model that inpaints or not."""
     tensors = single_file(families("sd1"))
-    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "inpaint.safetensors")
-    with pytest.raises(CheckpointError, match="9 input channels"):
-        find_checkpoint(str(tmp_path / "inpaint.safetensors"), config=str(families("sd1")))
+    for channels, config in [(9, "sd1"), (9, "inpaint"), (4, "inpaint")]:
+        weight = torch.rand(16, channels, 3, 3)
+        tensors["model.diffusion_model.input_blocks.0.0.weight"] = weight
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "one.safetensors")
+        modules = load(find_checkpoint(str(tmp_path / "one.safetensors"), config=str(families(config))))
+        assert modules.unet.config.in_channels == channels
+        assert torch.equal(modules.unet.conv_in.weight, weight)
+
+
+@pytest.mark.parametrize("channels", [5, 7, 8])
+def test_a_file_with_other_channels_is_refused(families: Families, tmp_path: Path, channels: int) -> None:
+    tensors = single_file(families("sd1"))
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, channels, 3, 3)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"{channels} input channels"):
+        find_checkpoint(str(tmp_path / "other.safetensors"), config=str(families("sd1")))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd15", "no-mid", "sd2", "xl", "ssd-1b", "bk-tiny"])

@@ -19,6 +19,7 @@ from tests.support.checkpoints import edit
         ("model_index.json", {"tokenizer": ["transformers", "T5Tokenizer"]}, "T5Tokenizer as tokenizer"),
         ("unet/config.json", {"in_channels": 9}, r"9 input channels \(inpainting\)"),
         ("unet/config.json", {"in_channels": 5}, r"5 input channels \(depth"),
+        ("unet/config.json", {"in_channels": 8}, r"8 input channels \(editing"),
         ("unet/config.json", {"in_channels": 7}, r"7 input channels \(upscaling"),
         ("unet/config.json", {"class_embed_type": "projection"}, "class_embed_type 'projection'"),
         ("unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds 1000"),
@@ -84,3 +85,13 @@ def test_parts_of_two_encoders_that_do_not_fit(
     edit(path, **changes)
     with pytest.raises(CheckpointError, match=complaint):
         find_checkpoint(str(copied_xl))
+
+
+def test_an_inpainting_pipeline_takes_a_mask_or_a_latent_alone(copied: Path) -> None:
+    edit(copied / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    for channels in (4, 9):
+        edit(copied / "unet/config.json", in_channels=channels)
+        assert find_checkpoint(str(copied)).config.latent.channels == 4
+    edit(copied / "unet/config.json", in_channels=5)
+    with pytest.raises(CheckpointError, match=r"5 input channels \(depth"):
+        find_checkpoint(str(copied))

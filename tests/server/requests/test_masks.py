@@ -10,7 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from engines.manifest import Size
-from server.requests.uploads import fit_mask, read, transparent_area
+from server.requests.uploads import fit_mask, over_latents, read, transparent_area
 from tests.support.image_files import noise, saved
 
 SIZE = Size(width=64, height=48)
@@ -36,12 +36,12 @@ def test_the_first_pixel_of_a_mask_block_decides(downscale: int) -> None:
     picture = noise(size.width, size.height)
     full = mask_processor.preprocess(picture, height=size.height, width=size.width)
     expected = torch.nn.functional.interpolate(full, size=(size.height // downscale, size.width // downscale))
-    assert torch.equal(torch.from_numpy(fit_mask(picture, size, downscale=downscale)), expected[0, 0])
+    assert torch.equal(torch.from_numpy(over_latents(fit_mask(picture, size), downscale=downscale)), expected[0, 0])
 
 
 def test_the_mask_threshold_is_half_of_white() -> None:
     greys = PIL.Image.fromarray(np.repeat(np.array([[0, 127, 128, 255]], np.uint8), 8, axis=0).repeat(8, axis=1))
-    mask = fit_mask(read(saved(greys), field="mask"), Size(width=32, height=8), downscale=8)
+    mask = over_latents(fit_mask(read(saved(greys), field="mask"), Size(width=32, height=8)), downscale=8)
     assert mask.tolist() == [[0, 0, 1, 1]]
 
 
@@ -64,7 +64,7 @@ def test_transparent_pixels_are_regenerated_whatever_the_colours(image_format: s
     options = {} if image_format == "png" else {"lossless": True}
     area = transparent_area(read(saved(image, image_format, **options), field="mask"))
     assert area is not None
-    assert fit_mask(area, SIZE, downscale=8).tolist() == of_the_hole()
+    assert over_latents(fit_mask(area, SIZE), downscale=8).tolist() == of_the_hole()
 
 
 BY_COLOURS = {
@@ -80,7 +80,7 @@ BY_COLOURS = {
 def test_without_transparent_pixels_white_is_regenerated(image: PIL.Image.Image) -> None:
     mask = read(saved(image), field="mask")
     assert transparent_area(mask) is None
-    assert fit_mask(mask, SIZE, downscale=8).tolist() == of_the_hole()
+    assert over_latents(fit_mask(mask, SIZE), downscale=8).tolist() == of_the_hole()
 
 
 def test_a_palette_with_a_transparent_entry_is_read_by_it() -> None:
@@ -88,9 +88,9 @@ def test_a_palette_with_a_transparent_entry_is_read_by_it() -> None:
     image.putpalette([255, 255, 255, 0, 0, 0])
     area = transparent_area(read(saved(image, transparency=1), field="mask"))
     assert area is not None
-    assert fit_mask(area, SIZE, downscale=8).tolist() == of_the_hole()
+    assert over_latents(fit_mask(area, SIZE), downscale=8).tolist() == of_the_hole()
 
 
 def test_a_mask_by_colours_ignores_transparency() -> None:
     content = saved(PIL.Image.new("RGBA", (8, 8), (255, 255, 255, 0)))
-    assert fit_mask(read(content, field="mask"), Size(width=16, height=16), downscale=8).all()
+    assert over_latents(fit_mask(read(content, field="mask"), Size(width=16, height=16)), downscale=8).all()

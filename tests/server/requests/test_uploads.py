@@ -23,7 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from engines.manifest import Size
 from server.requests.errors import InvalidRequest
-from server.requests.uploads import MAX_FILE, MAX_SCANS, fit, fit_mask, read
+from server.requests.uploads import MAX_FILE, MAX_SCANS, fit, fit_mask, over_latents, read
 from tests.support.image_files import chunk, noise, png, saved
 
 DOWNSCALE = 8
@@ -98,7 +98,7 @@ def test_a_mask_is_prepared_as_in_diffusers(content: bytes, size: Size) -> None:
     full = mask_processor.preprocess(theirs, height=size.height, width=size.width)
     grid = (size.height // DOWNSCALE, size.width // DOWNSCALE)
     expected = torch.nn.functional.interpolate(full, size=grid)
-    ours = fit_mask(read(content, field="mask"), size, downscale=DOWNSCALE)
+    ours = over_latents(fit_mask(read(content, field="mask"), size), downscale=DOWNSCALE)
     assert ours.dtype == np.float32
     assert torch.equal(torch.from_numpy(ours), expected[0, 0])
     assert set(np.unique(ours)) <= {0.0, 1.0}
@@ -297,7 +297,7 @@ def test_no_file_causes_a_server_error(data: st.DataObject) -> None:
         return
     assert picture.mode in ("RGB", "RGBA")
     assert fit(picture, SIZES[0]).shape == (32, 48, 3)
-    assert fit_mask(picture, SIZES[0], downscale=8).shape == (4, 6)
+    assert over_latents(fit_mask(picture, SIZES[0]), downscale=8).shape == (4, 6)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

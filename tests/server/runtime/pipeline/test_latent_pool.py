@@ -92,7 +92,7 @@ def test_a_preview_reads_one_lane_and_staging_copies_one(manifest: Manifest) -> 
 
     stream = Watched(urgent=False)
     pool = make_pool(manifest, device, stream, {name: Recorder() for name in GRAPHS})
-    slots = [pool.take_slot(np.full(pool.latent_shape, value, np.float32), None) for value in (1, 2)]
+    slots = [pool.take_slot(np.full(pool.latent_shape, value, np.float32)) for value in (1, 2)]
     lanes = np.arange(LANES).reshape(LANES, 1, 1, 1)
     for slot in slots:
         stream.write(
