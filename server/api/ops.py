@@ -81,4 +81,5 @@ def _describe(model: Model) -> ModelInfo:
         max_rows=manifest.max_rows,
         examples=list(manifest.examples),
         notes=manifest.notes,
+        is_for_inpainting=manifest.is_for_inpainting,
     )

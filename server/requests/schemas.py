@@ -345,6 +345,9 @@ class ModelInfo(BaseModel):
     )
     examples: list[str]
     notes: str = Field(description="what users should know of the model; empty where there is nothing")
+    is_for_inpainting: bool = Field(
+        False, description="whether it was trained to inpaint: without a mask it repaints the whole image"
+    )
 
 
 class LoraDescription(BaseModel):

@@ -160,12 +160,13 @@ def make_checkpoint(folder: Path, family: str = "sd1") -> Path:
 
 
 def _widen(unet: UNet2DConditionModel) -> None:
-    """Let a UNet take five more channels, as training for inpainting begins."""
+    """Let a UNet take a mask and a masked image too, as training for inpainting begins; they matter."""
     narrow = unet.conv_in
     unet.register_to_config(in_channels=2 * narrow.in_channels + 1)
     unet.conv_in = torch.nn.Conv2d(unet.config.in_channels, narrow.out_channels, 3, padding=1)
     with torch.no_grad():
         unet.conv_in.weight[:, : narrow.in_channels] = narrow.weight
+        unet.conv_in.weight[:, narrow.in_channels :] *= 8  # latents of an untrained VAE are small
 
 
 def _second(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
