@@ -300,7 +300,7 @@ class Manifest(Geometry):
 
         Less than 1 takes a step less, and begins with the noised image.
         """
-        return 0.9999 if TIME_IDS in self.inputs("denoise") else 1.0
+        return 0.9999 if self.has_size_conditions else 1.0
 
     def inputs(self, name: GraphName) -> tuple[Port, ...]:
         """The inputs of a graph of this model, as it has them or, if it lacks the graph, would have them."""
