@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,25 @@ def xl_bundle(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A bundle of it, with graphs that apply the LoRAs of requests. Tests that alter it copy it first."""
     options = [*_SHAPES, "--lora-slots", "4", "--lora-rank", "8"]
     return made_once(tmp_path_factory, "xl-bundle", lambda out: build(xl_checkpoint, out, *options))
+
+
+def build_like(plain: Path, checkpoint: Path, out: Path) -> None:
+    """Build a checkpoint that has the parts of the bundle `plain` but for its UNet, which takes a mask too."""
+    with reused_graphs(plain, out, "encode_prompt", "decode"):
+        build(checkpoint, out, *_SHAPES)
+
+
+@pytest.fixture(scope="session")
+def inpainting_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `checkpoint`, with a UNet that takes a mask and the masked image."""
+    return made_once(tmp_path_factory, "tiny-inpaint", lambda folder: make_checkpoint(folder, "inpaint"))
+
+
+@pytest.fixture(scope="session")
+def inpainting_bundle(inpainting_checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of it. Tests that alter it copy it first."""
+    make = partial(build_like, bundle, inpainting_checkpoint)
+    return made_once(tmp_path_factory, "inpainting-bundle", make)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from engines.manifest import LoraLayer
 
 _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_HALF = torch.finfo(torch.float16).max
+_GREY = 127.5  # of RGB values; 0 to the VAE
 
 
 class Denoise(GraphModule):
@@ -185,9 +186,10 @@ class EncodeImage(GraphModule):
         self.scaling_factor: float = vae.config.scaling_factor
 
     def forward(self, images: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-        pixels = images.float().permute(0, 3, 1, 2) / 127.5 - 1
+        values = images.float()
         if mask is not None:
-            pixels = pixels * (1 - mask.float())[:, None]
+            values = torch.where(mask.float()[..., None] > 0, _GREY, values)
+        pixels = values.permute(0, 3, 1, 2) / 127.5 - 1
         encoded = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         latents: Tensor = encoded.float() + 0 * noise if isinstance(encoded, Tensor) else _sampled(encoded, noise)
         return latents * self.scaling_factor

@@ -19,11 +19,11 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPi
 
 from engines.accuracy import psnr
 from engines.manifest import Manifest
-from tests.conftest import build
+from tests.conftest import build_like
 from tests.support.image_files import picture, saved, text_of
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
-from tests.support.shared import made_once, reused_graphs
+from tests.support.shared import made_once
 from tests.support.tiny import make_checkpoint
 
 BODY: dict[str, Any] = {
@@ -38,24 +38,8 @@ SCHEDULERS = ["ddim", "pndm", "euler", "euler_ancestral", "dpmpp_2m", "heun", "l
 
 
 @pytest.fixture(scope="session")
-def inpainting_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "tiny-inpaint", lambda folder: make_checkpoint(folder, "inpaint"))
-
-
-@pytest.fixture(scope="session")
 def xl_inpainting_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "tiny-xl-inpaint", lambda folder: make_checkpoint(folder, "xl-inpaint"))
-
-
-def build_like(plain: Path, checkpoint: Path, out: Path) -> None:
-    """Build the checkpoint, which has the parts of the bundle `plain` but for its UNet."""
-    with reused_graphs(plain, out, "encode_prompt", "decode"):
-        build(checkpoint, out, "--resolution", "32x32", "--resolution", "48x32", "--rows", "2,4,8")
-
-
-@pytest.fixture(scope="session")
-def inpainting_bundle(inpainting_checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "inpainting-bundle", lambda out: build_like(bundle, inpainting_checkpoint, out))
 
 
 @pytest.fixture(scope="session")
