@@ -58,7 +58,7 @@ class StepTimeModel:
     def observe_encode_decode(self, size: Size, seconds: float, *, init_image: float = 0.0) -> None:
         """Set the duration of encoding a request of one image and decoding that image.
 
-        `init_image` is the part of it that only requests with an initial image take.
+        `init_image` is the part of it that only requests with an initial image, or to models that inpaint, take.
         """
         with self._lock:
             self._encode_decode[size] = seconds, init_image
@@ -83,7 +83,7 @@ class StepTimeModel:
         ]
         with self._lock:
             around, init_image = self._encode_decode.get(size, (0.0, 0.0))
-        around -= 0.0 if request.params.init_image else init_image
+        around -= 0.0 if request.params.init_image or request.params.masked else init_image
         return sum(steps) + around * request.images if all(steps) else 0.0
 
     def curves(self) -> Mapping[Kind, Mapping[int, float]]:
