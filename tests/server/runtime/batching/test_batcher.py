@@ -154,7 +154,7 @@ def test_no_more_requests_take_turns_than_the_memory_holds(long: dict[str, Any])
     rows = 1 if long.get("guided") is False else 2
     policy = batcher(*(request(str(index), steps=200, **long) for index in range(8 // rows)), max_rows=8)
     assert len(names(step(policy))) == 8 // rows
-    policy.submit(request("short", **long))
+    policy.submit(request("short", steps=5, **long))
     step(policy)
     assert policy.waiting == 1
 

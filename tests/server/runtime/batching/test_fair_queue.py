@@ -116,3 +116,11 @@ def test_every_request_is_served_once_in_any_interleaving(arrivals: list[tuple[s
         served += names(waiting, min(pops, len(waiting)))
     served += names(waiting)
     assert sorted(served, key=int) == [str(number) for number in range(len(arrivals))]
+
+
+def test_the_next_request_of_any_flow_is_served_out_of_turn_and_paid_for() -> None:
+    waiting = queue(request("a", caller="a"), request("b", caller="b", steps=8), request("c", caller="b", steps=8))
+    assert [item.id for item in waiting.heads()] == ["a", "b"]
+    assert waiting.pop(waiting.heads()[1]).id == "b"
+    waiting.push(request("d", caller="a", steps=8))
+    assert names(waiting) == ["a", "d", "c"]

@@ -74,3 +74,17 @@ def test_shallow_steps_are_less_work() -> None:
     made.observe(SHALLOW, 16, 1)
     cached = request(images=2, steps=10, done=1, cache="fast")  # full are steps 3, 6 and 9
     assert made.work(cached) == pytest.approx((3 * 8 + 6 * 1) * 4 / 16)
+
+
+def test_where_steps_are_padded_they_take_as_long_as_the_best_that_was_measured() -> None:
+    times = step_times(r2=1, r4=3, r8=2)
+    times.pads = True
+    assert [times.seconds(KIND, rows) for rows in (1, 2, 3, 8, 16)] == [1, 1, 2, 2, 4]
+
+
+def test_a_request_takes_its_steps_and_what_is_encoded_and_decoded_for_it_alone() -> None:
+    times = step_times(r2=1, r16=8)
+    times.observe_encode_decode(SIZE, 3.0, init_image=1.0)
+    assert times.alone(request(images=1, steps=5)) == pytest.approx(5 * 1 + 2)
+    assert times.alone(request(images=1, steps=5, size=OTHER[0])) == 0, "nothing is known of that size"
+    assert times.encode_decode(SIZE) == 3
