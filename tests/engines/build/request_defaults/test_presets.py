@@ -86,6 +86,21 @@ OF_XL = {
 }
 
 
+# With one value changed, which has to show: tiny models with random weights draw much the same by all recipes.
+CHANGED: dict[str, Recipe] = {
+    "hyper-4": Recipe(DDIMScheduler, few(4), {"timestep_spacing": "leading", "clip_sample": False}),
+    "hyper-8-cfg": Recipe(DDIMScheduler, {"num_inference_steps": 8, "guidance_scale": 7.5}, UNCLIPPED),
+    "tcd": Recipe(TCDScheduler, few(4, eta=1.0)),
+    "lcm-lora": Recipe(LCMScheduler, few(3)),
+    "turbo": Recipe(EulerDiscreteScheduler, few(1), {"timestep_spacing": "leading"}),
+}
+CHANGED_XL = {
+    "lightning-4": Recipe(EulerDiscreteScheduler, few(4), {"timestep_spacing": "leading"}),
+    "hyper-1-unet": Recipe(LCMScheduler, few(1)),
+    "dmd2-1": Recipe(LCMScheduler, few(1)),
+}
+
+
 def test_every_preset_has_a_recipe_here() -> None:
     assert {*OF_SD, *OF_XL, "lcm"} == {*api.PRESETS}
 
@@ -127,6 +142,28 @@ def test_sd_draws_the_picture_of_the_model_card(of_sd: Crowd, preset: str) -> No
     theirs = OF_SD[preset].draw(of_sd.pipeline)
     assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
     assert psnr(of_sd.pictures[preset], theirs) >= PARITY
+
+
+@pytest.mark.parametrize("preset", CHANGED)
+def test_a_recipe_with_another_value_draws_another_picture(of_sd: Crowd, preset: str) -> None:
+    assert psnr(of_sd.pictures[preset], CHANGED[preset].draw(of_sd.pipeline)) < PARITY
+
+
+@pytest.fixture(scope="module")
+def of_xl(xl_bundle: Path, xl_checkpoint: Path) -> Crowd:
+    return Crowd(xl_bundle, xl_checkpoint, OF_XL)
+
+
+@pytest.mark.parametrize("preset", OF_XL)
+def test_xl_draws_the_picture_of_the_model_card(of_xl: Crowd, preset: str) -> None:
+    theirs = OF_XL[preset].draw(of_xl.pipeline)
+    assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
+    assert psnr(of_xl.pictures[preset], theirs) >= PARITY
+
+
+@pytest.mark.parametrize("preset", CHANGED_XL)
+def test_a_recipe_of_xl_with_another_value_draws_another_picture(of_xl: Crowd, preset: str) -> None:
+    assert psnr(of_xl.pictures[preset], CHANGED_XL[preset].draw(of_xl.pipeline)) < PARITY
 
 
 def test_requests_of_one_step_and_of_twelve_share_steps(of_sd: Crowd) -> None:
