@@ -13,6 +13,7 @@ from pathlib import Path
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.checkpoint import Checkpoint
 from engines.lora.file import read_lora_header
+from engines.lora.hints import printable
 from engines.safetensors_header import read_header
 
 # Names of published files and hub ids, without separators, and the preset that their model cards describe.
@@ -80,4 +81,4 @@ def _names_of_checkpoint(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _titles(metadata: Mapping[str, str]) -> Iterator[str]:
-    return (metadata[key] for key in _TITLES if key in metadata)
+    return (printable(metadata[key]) for key in _TITLES if key in metadata)

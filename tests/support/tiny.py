@@ -100,6 +100,12 @@ FAMILIES: dict[str, Family] = {
         scheduler=EulerDiscreteScheduler,
         schedule={"timestep_spacing": "leading"},
     ),
+    "lcm-xl": Family(
+        unet={**_XL_UNET, "time_cond_proj_dim": 32},
+        text={"num_hidden_layers": 3},
+        text_2=_XL_TEXT_2,
+        scheduler=LCMScheduler,
+    ),
     # Shapes of distilled models, each smaller than the original in its own way.
     "ssd-1b": Family(  # Segmind Vega has it too: a depth for each layer, and a middle without attention
         unet={

@@ -133,7 +133,8 @@ def test_flags_become_the_options_of_the_api() -> None:
     words += ["--decoder", "d", "--vae", "v", "--steps", "3", "--guidance", "1.5", "--weights", "fp16", "--rows", "4,2"]
     words += ["--resolution", "512x512", "768x768", "--resolution", "64x32", "--decode-batch", "2"]
     words += ["--example", 'a cat, "oil"', "--example", "a dog", "--backend", "auto", "--backend", "openvino"]
-    words += ["--precision", "int8", "--force", "--no-verify", "--variant", "fp16"]
+    words += ["--precision", "int8", "--force", "--no-verify", "--variant", "fp16", "--preset", "hyper-4"]
+    words += ["--scheduler", "DPM++ 2M Karras", "--timestep-spacing", "trailing", "--eta", "0.5", "--notes", "of ink"]
     arguments = parse(build_engines.BuildCommand, words)
     assert arguments.source() == api.CheckpointSource(
         "m",
@@ -152,8 +153,13 @@ def test_flags_become_the_options_of_the_api() -> None:
         decode_batch=2,
         name="n",
         resolutions=tuple(Size(width=width, height=height) for width, height in ((512, 512), (768, 768), (64, 32))),
+        preset="hyper-4",
         steps=3,
         guidance=1.5,
+        scheduler="dpmpp_2m_karras",
+        timestep_spacing="trailing",
+        eta=0.5,
+        notes="of ink",
         examples=('a cat, "oil"', "a dog"),
     )
     assert (arguments.out, arguments.backends()) == (Path("o"), ("auto", "openvino"))
