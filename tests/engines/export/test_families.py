@@ -53,12 +53,19 @@ def source(name: str, checkpoint: Path) -> list[str]:
         single = write_single_file(checkpoint, checkpoint.parent / "one.safetensors")
         word = checkpoint.parent / "word.safetensors"
         save_file({WORD: torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, word)
-        return ["--model", str(single), "--config", str(checkpoint), "--embedding", str(word)]
+        lora = checkpoint.parent / "lcm-lora-sdv1-5" / "pytorch_lora_weights.safetensors"  # as it is published
+        lora.parent.mkdir()
+        up, down = lora_factors()
+        key = f"lora_unet_{CHANGED.replace('.', '_')}"
+        save_file(
+            {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)}, lora
+        )
+        return ["--model", str(single), "--config", str(checkpoint), "--embedding", str(word), "--lora", str(lora)]
     if name == "lcm":
         lora = checkpoint.parent / "style.safetensors"
         up, down = lora_factors()
         save_file({f"unet.{CHANGED}.lora_B.weight": up, f"unet.{CHANGED}.lora_A.weight": down}, lora)
-        return ["--model", str(checkpoint), "--lora", f"{lora}:{LORA_SCALE}"]
+        return ["--model", str(checkpoint), "--lora", f"{lora}:{LORA_SCALE}", "--preset", "lcm"]
     return ["--model", str(checkpoint)]
 
 
@@ -70,7 +77,7 @@ def lora_factors() -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference_of(name: str, checkpoint: Path) -> Any:
     pipeline = load_pipeline(checkpoint)
-    if name == "lcm":
+    if name in ("lcm", "sd15"):  # alpha is half the rank there
         up, down = lora_factors()
         with torch.no_grad():
             pipeline.unet.get_submodule(CHANGED).weight += LORA_SCALE * up @ down
@@ -117,6 +124,23 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
             assert psnr(ours, theirs) >= 45, case
 
 
+# What the model cards pass: of the LoRA that was fused, and of latent consistency models.
+CARDS: dict[str, dict[str, Any]] = {
+    "sd15": {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 0.0},
+    "lcm": {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 8.0},
+    "sd2": {"scheduler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5},
+}
+
+
+def test_a_request_that_names_nothing_is_drawn_as_its_model_card_says(family: tuple[str, Path, Path]) -> None:
+    name, checkpoint, bundle = family
+    with Serving(bundle) as serving:
+        answer = serving.generate(prompt="two old boats", seed=11)
+    assert answer.json()["parameters"].items() >= CARDS[name].items()
+    theirs = draw(reference_of(name, checkpoint), seed=11, prompt="two old boats", width=32, height=32, **CARDS[name])
+    assert psnr(pictures(answer)[0], theirs) >= 45
+
+
 def test_a_model_that_is_told_its_guidance_has_no_interval_of_it(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     with Serving(bundle) as serving:
@@ -128,11 +152,12 @@ def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     manifest = Manifest.load(bundle)
     assert manifest.embeds_guidance == (name == "lcm")
-    assert manifest.source.loras == (("style.safetensors:0.5",) if name == "lcm" else ())
+    loras = {"lcm": ("style.safetensors:0.5",), "sd15": ("pytorch_lora_weights.safetensors:1",)}
+    assert manifest.source.loras == loras.get(name, ())
     assert manifest.name == {"sd15": "one"}.get(name, "checkpoint")
     assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
     assert manifest.context.width == (64 if name == "sd2" else 32)
-    assert manifest.defaults.scheduler == {"sd2": "ddim", "lcm": "lcm"}.get(name, "pndm")
+    assert manifest.defaults.scheduler == {"sd2": "ddim"}.get(name, "lcm")
 
 
 @pytest.mark.parametrize("graph", LORA_GRAPHS.values())
