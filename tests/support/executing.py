@@ -178,8 +178,8 @@ class Running(AbstractContextManager["Running"]):
         self.models, self.metrics = self._runtime.models, self._runtime.metrics
         self.batcher, self.executor = self._runtime.batcher, self._runtime.executor
         self.step_times = self.models.default.step_times
-        # Which of tiny models' requests are quick depends on what else the machine does; virtual time tests what follows.
-        self.batcher._quick.came = lambda _request, _seconds: None  # type: ignore[method-assign]
+        # Whether a tiny model's request is quick depends on what else the machine does. Virtual time tests what follows.
+        cast(Any, self.batcher._quick).came = lambda _request, _seconds: None
 
     def __enter__(self) -> Self:
         self.executor.start()
