@@ -178,7 +178,7 @@ class Running(AbstractContextManager["Running"]):
         self.models, self.metrics = self._runtime.models, self._runtime.metrics
         self.batcher, self.executor = self._runtime.batcher, self._runtime.executor
         self.step_times = self.models.default.step_times
-        # Whether a tiny model's request is quick depends on what else the machine does: tests in virtual time have some.
+        # Whether a tiny model's request is quick depends on what else the machine does; see test_mixed_load.
         cast(Any, self.batcher._quick).came = lambda _request, _seconds: None
 
     def __enter__(self) -> Self:
