@@ -7,7 +7,7 @@ those of weights in FP32: widening is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,24 +15,30 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engines.checkpoints.checkpoint import LARGE_PART
+from engines.safetensors_header import read_header
 
 LARGE_WEIGHT = 2**18  # values; smaller tensors are a thousandth of a large part, and are in FP32
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def type_to_load(files: Iterable[Path]) -> torch.dtype:
-    """The type that a part is loaded in: that of its files where they are large and in 16 bits, FP32 otherwise."""
-    found, weights = set[str](), 0
-    for path in files:
-        if path.suffix != ".safetensors":
-            return torch.float32
-        with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 - no mapping
-            found |= {one.get_dtype() for one in slices}
-            weights += sum(math.prod(one.get_shape()) for one in slices)
-    if len(found) != 1 or weights < LARGE_PART:
+def type_to_load(files: Sequence[Path]) -> torch.dtype:
+    """The type that a part is loaded in: that of its files where they are large and in 16 bits, FP32 otherwise.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if any(path.suffix != ".safetensors" for path in files):
         return torch.float32
-    return _HALVES.get(found.pop(), torch.float32)
+    shapes = [shape for path in files for shape in read_header(path)[0].values()]
+    if sum(map(math.prod, shapes)) < LARGE_PART:
+        return torch.float32
+    found = {dtype for path in files for dtype in _types(path)}
+    return _HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def _types(path: Path) -> set[str]:
+    with safe_open(path, framework="pt") as file:
+        return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 def widen(module: nn.Module) -> None:

@@ -32,6 +32,7 @@ def test_config_values_of_each_family(families: Families) -> None:
     assert {name: config.guidance_embedding for name, config in configs.items()} == {
         **dict.fromkeys(FAMILIES),
         "lcm": 32,
+        "lcm-xl": 32,
     }
     assert (configs["lcm"].scheduler, configs["sd2"].scheduler, configs["sd1"].scheduler) == ("lcm", "ddim", "pndm")
 
