@@ -123,7 +123,7 @@ def test_a_damaged_graph_is_not_compiled(copied: Path, capsys: pytest.CaptureFix
 
 def test_graphs_in_a_precision_that_is_missing_are_asked_for(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("compile", copied, "--backend", "tensorrt_rtx") == 1
-    assert "export --precision fp16" in capsys.readouterr().err
+    assert "export --backend tensorrt_rtx" in capsys.readouterr().err
 
 
 def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
