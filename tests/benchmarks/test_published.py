@@ -10,6 +10,7 @@ from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
 from benchmarks.server.attacks import AttackResults
 from benchmarks.server.fairness import FairnessResults
+from benchmarks.server.few_steps import FewStepsResults
 from benchmarks.server.memory import MemoryReport
 from benchmarks.server.overhead import Overhead
 from benchmarks.server.soak import SoakResults
@@ -21,6 +22,7 @@ FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 MODELS: dict[str, type[BaseModel]] = {
     "attacks": AttackResults,
     "fairness": FairnessResults,
+    "few-steps": FewStepsResults,
     "lora-demo": LoraResults,
     "memory-fp32": MemoryReport,
     "memory-int8": MemoryReport,
