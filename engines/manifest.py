@@ -286,7 +286,7 @@ class Manifest(Geometry):
 
     @property
     def has_size_conditions(self) -> bool:
-        """Whether the UNet is told sizes of the image and of a crop, as Stable Diffusion XL's is."""
+        """Whether sizes of the image and of a crop condition the UNet, as in Stable Diffusion XL."""
         return any(spec.name == TIME_IDS.name for spec in self.graphs["denoise"].inputs)
 
     @property

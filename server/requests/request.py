@@ -127,7 +127,7 @@ class GenerationParams:
 
     @property
     def original_size(self) -> tuple[int, int] | None:
-        """Height and width before scaling, as the UNet is told; None: it is told nothing."""
+        """Height and width before scaling, a condition of the UNet; None: it has none."""
         return self._time_ids(0)
 
     @property
@@ -136,7 +136,7 @@ class GenerationParams:
 
     @property
     def target_size(self) -> tuple[int, int] | None:
-        """Height and width after scaling, as the UNet is told."""
+        """Height and width after scaling, a condition of the UNet."""
         return self._time_ids(4)
 
     def _time_ids(self, first: int) -> tuple[int, int] | None:

@@ -95,16 +95,16 @@ class GenerateRequest(_StrictModel):
     height: Side | None = None
     original_size: HeightWidth | None = Field(
         None,
-        description="[height, width] before scaling that a model such as Stable Diffusion XL is told: where they are "
+        description="[height, width] before scaling, a condition of models such as Stable Diffusion XL: where they are "
         "small, it draws an enlarged image; default: height and width",
     )
     crops_coords_top_left: TopLeft | None = Field(
         None,
-        description="[top, left] of the crop that such a model is told; default: [0, 0]",
+        description="[top, left] of the crop, which conditions such a model; default: [0, 0]",
     )
     target_size: HeightWidth | None = Field(
         None,
-        description="[height, width] after scaling that such a model is told; default: height and width",
+        description="[height, width] after scaling, which conditions such a model; default: height and width",
     )
     num_inference_steps: int | None = Field(
         None,

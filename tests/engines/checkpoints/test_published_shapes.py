@@ -113,6 +113,7 @@ def test_published_configs_are_read(name: str) -> None:
         ({"transformer_layers_per_block": [[1], [2, [2]], [4, 4]]}, "should be a whole number from 0 to 64"),
         ({"only_cross_attention": [True]}, "only_cross_attention should have 3 entries"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type should be 'UNetMidBlock2DCrossAttn' or"),
+        ({"down_block_types": ["Other"] * 3}, r"down_block_types\.0 should be 'CrossAttnDownBlock2D' or 'DownBlock2D'"),
         ({"up_block_types": ["AttnUpBlock2D"] * 3}, r"up_block_types\.0 should be 'CrossAttnUpBlock2D' or 'UpBlock2D'"),
     ],
 )

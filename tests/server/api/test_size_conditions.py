@@ -1,4 +1,4 @@
-"""The sizes that Stable Diffusion XL is told, through every API, in its answers and in image files."""
+"""The sizes that condition Stable Diffusion XL, through every API, in its answers and in image files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes that Stable Diffusion XL is told: their defaults, bounds and forms, and models without them."""
+"""The sizes that condition Stable Diffusion XL: their defaults, bounds and forms, and models without them."""
 
 from __future__ import annotations
 
