@@ -121,12 +121,13 @@ class Served:
     def saturate(self, rows: int, steps: Iterator[int], *, seconds: float) -> Saturated:
         """Keep steps of at most `rows` full for `seconds`, and until four images are done. As many wait as run.
 
-        The first requests have different step counts, as those of a busy server are at different steps.
+        The first requests take more steps, each another count, as those of a busy server are at different steps. None
+        takes fewer: the batcher would keep steps brief for it.
         """
         images = max(rows // self.rows_per_image, 1)
         ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self.batcher.set_max_rows(self._model.name, rows)
-        asked = [self._submit(max(next(steps) * (index + 1) // images, 1), 0, ended) for index in range(images)]
+        asked = [self._submit(next(steps) * (images + index) // images, 0, ended) for index in range(images)]
         asked += [self._submit(next(steps), 0, ended) for _ in range(images)]
         moments: list[float] = []
         while len(moments) < 4 or moments[-1] < moments[0] + seconds:
