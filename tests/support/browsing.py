@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from tests.support.programs import program
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 _OPTIONS = (
@@ -24,19 +23,10 @@ SECONDS = 30.0  # how long anything may take on a busy machine
 expect.set_options(timeout=SECONDS * 1000)
 
 
-def chromium() -> str:
-    """The browser's path. Where there is none, the test is skipped; in continuous integration it fails."""
-    path = next(filter(None, map(shutil.which, _NAMES)), None)
-    if path is None:
-        missing = "no Chromium on this machine: install it (scripts/browser does on Debian)"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(missing)
-    return path
-
-
 @contextmanager
 def browsing() -> Iterator[Browser]:
     """A headless browser. Its event loop is this thread's as long as it lives."""
-    path = chromium()
+    path = program(*_NAMES)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=_OPTIONS)
         yield browser
