@@ -6,26 +6,33 @@ import http.server
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator
+import venv
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import ClassVar
 
 import dockerfile
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from server.startup.settings import ServerSettings
 from server.startup.stopping import GRACE_SECONDS
 from tests import ROOT
-from tests.tools.docker_image import STOP_SECONDS, DockerfileStage, needed, stages, text_of
+from tests.tools.docker_image import SBOM, STOP_SECONDS, DockerfileStage, needed, packages_of, stages, text_of
 
 STAGES = stages(ROOT / "Dockerfile")
 TARGETS = ("cpu", "cuda")
-PINNED = re.compile(r"python:\d+\.\d+\.\d+-slim-[a-z]+")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+UNLICENSED = {"protobuf"}  # its licence is a text in its wheel, which its metadata do not name
+PINNED = re.compile(r"python:\d+\.\d+\.\d+-slim-[a-z]+@sha256:[0-9a-f]{64}")
 
 
 def inherited(name: str) -> list[dockerfile.Command]:
@@ -74,7 +81,7 @@ def test_cpu_is_what_one_gets_without_asking() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_every_base_is_a_stage_or_a_version(stage: DockerfileStage) -> None:
+def test_every_base_is_a_stage_or_pinned(stage: DockerfileStage) -> None:
     assert stage.base in STAGES or PINNED.fullmatch(stage.base)
 
 
@@ -129,12 +136,49 @@ def test_each_target_takes_only_its_own_packages() -> None:
     assert "FROM runtime AS cpu" in text_of(needed(STAGES, "cpu"))
 
 
-def test_the_version_is_the_project_s() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    labels = last("cpu", "LABEL").value
-    stated = dict(zip(labels[::2], labels[1::2], strict=True))
-    assert stated["org.opencontainers.image.version"].strip('"') == project["version"]
-    assert stated["org.opencontainers.image.licenses"].strip('"') == project["license"]
+def labels(target: str) -> dict[str, str]:
+    values = (command.value for command in inherited(target) if command.cmd == "LABEL")
+    return {name: text.strip('"') for one in values for name, text in zip(one[::2], one[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_labels_are_the_project_s(target: str) -> None:
+    stated = {name.removeprefix("org.opencontainers.image."): text for name, text in labels(target).items()}
+    assert stated == {
+        "title": PROJECT["name"],
+        "description": PROJECT["description"],
+        "version": PROJECT["version"],
+        "licenses": PROJECT["license"],
+        "revision": "${REVISION}",
+        "created": "${CREATED}",
+    }
+    given = [command.value[0] for command in STAGES[target].commands if command.cmd == "ARG"]
+    assert given == ['REVISION=""', 'CREATED=""']
+    assert STAGES[target].commands[-1].cmd == "LABEL"  # what differs from build to build is the last layer
+
+
+@pytest.mark.parametrize(
+    ("target", "architecture", "refused"),
+    [
+        ("cpu", "amd64", ""),
+        ("cpu", "arm64", ""),
+        ("cpu", "riscv64", "amd64 and arm64"),
+        ("cuda", "amd64", ""),
+        ("cuda", "arm64", "for amd64 alone"),
+    ],
+)
+def test_an_architecture_without_wheels_is_refused(
+    target: str, architecture: str, refused: str, tmp_path: Path
+) -> None:
+    dpkg = tmp_path / "dpkg"
+    dpkg.write_text(f"#!/bin/sh\necho {architecture}\n")
+    dpkg.chmod(0o755)
+    check = next(command.value[0] for command in STAGES[f"{target}-packages"].commands if command.cmd == "RUN")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["/bin/sh", "-c", check], env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - from the Dockerfile
+    assert bool(done.returncode) == bool(refused)
+    assert refused in done.stderr
+    assert done.stderr.count("\n") == bool(refused)
 
 
 def test_what_is_copied_is_there_and_let_through() -> None:
@@ -214,3 +258,53 @@ def test_hadolint_has_nothing_to_say() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)  # noqa: S603 - installed beside us
     assert not done.stdout
+
+
+def closure(names_: set[str]) -> dict[str, Distribution]:
+    """The installed packages that these need here, themselves among them, by their names."""
+    found: dict[str, Distribution] = {}
+    todo = sorted(names_)
+    while todo:
+        package = distribution(todo.pop())
+        if found.setdefault(canonicalize_name(package.name), package) is package:
+            needed_ = map(Requirement, package.requires or ())
+            todo += [one.name for one in needed_ if not one.marker or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+def environment_of(packages: Iterable[Distribution], folder: Path) -> None:
+    """An environment as the image has it, whose packages are those installed here, and the project itself."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for package in packages:
+        metadata = Path(str(package.locate_file(""))) / Path(str(package._path)).name  # type: ignore[attr-defined]
+        (site / metadata.name).symlink_to(metadata)
+    ours = site / f"{PROJECT['name']}-{PROJECT['version']}.dist-info"
+    ours.mkdir()
+    (ours / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {PROJECT['name']}\nVersion: {PROJECT['version']}\n")
+
+
+def test_the_sbom_lists_what_is_installed(tmp_path: Path) -> None:
+    """The Dockerfile's own command, over what the image for CPUs installs."""
+    packages = closure(names(requirements("cpu", "compile")))
+    environment_of(packages.values(), tmp_path / "latentd")
+    command = shlex.split(STAGES["cpu-sbom"].commands[-1].value[0])
+    places = {"/opt/latentd": str(tmp_path / "latentd"), "/sbom.cdx.json": str(tmp_path / "sbom.cdx.json")}
+    program, *arguments = (places.get(word, word) for word in command)
+    subprocess.run([Path(sys.executable).with_name(program), *arguments], cwd=ROOT, check=True)  # noqa: S603 - from the Dockerfile
+    text = (tmp_path / "sbom.cdx.json").read_text(encoding="utf-8")
+    sbom = json.loads(text)
+    assert "--validate" in command  # against CycloneDX' schema, or the command fails
+    assert packages_of(sbom) == {(one.name, one.version) for one in packages.values()} | {
+        (PROJECT["name"], PROJECT["version"])
+    }
+    assert {one["name"] for one in sbom["components"] if not one.get("licenses")} <= UNLICENSED
+    assert str(tmp_path) not in text
+
+
+def test_both_images_have_their_sbom() -> None:
+    for target in TARGETS:
+        made = STAGES[f"{target}-sbom"]
+        assert made.base == f"{target}-packages"
+        assert made.commands[-1].value == STAGES["cpu-sbom"].commands[-1].value
+        assert any(command.value == ("/sbom.cdx.json", SBOM) for command in STAGES[target].commands)

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import dockerfile
@@ -36,6 +37,10 @@ HARDENED = ("--network", "none", "--read-only", "--tmpfs", "/tmp", "--cap-drop",
 CHECK_IMAGES = ("python", "-m", "engines.demo.check", "--url", "http://127.0.0.1:8000", "--prompts", "40")
 COMPILE = ("python", "-m", "build_engines", "compile", "/bundles/demo", "--backend", "tensorrt_rtx")
 COMPILERS = ("cc", "gcc", "g++", "clang", "nvcc", "ld")
+SBOM = "/usr/share/doc/latentd/sbom.cdx.json"
+INSTALLED = (
+    "import importlib.metadata as m, json; print(json.dumps([[one.name, one.version] for one in m.distributions()]))"
+)
 STOP_SECONDS = 10  # Docker's default timeout
 
 
@@ -59,14 +64,17 @@ class DockerfileStage:
 
 
 def stages(path: Path) -> dict[str, DockerfileStage]:
-    """Return the stages of a Dockerfile in order, read by BuildKit's own parser."""
+    """Return the stages of a Dockerfile in order, read by BuildKit's own parser, on the bases that it names."""
     found: list[DockerfileStage] = []
+    defaults: dict[str, str] = {}
     for command in dockerfile.parse_file(str(path)):
         if command.cmd == "FROM":
             base, _, name = command.value
-            found.append(DockerfileStage(name, base))
-        else:
+            found.append(DockerfileStage(name, Template(base).substitute(defaults)))
+        elif found:
             found[-1].commands.append(command)
+        else:  # ARG is all that may come before the first stage
+            defaults |= [word.split("=", 1) for word in command.value]
     return {stage.name: stage for stage in found}
 
 
@@ -88,6 +96,11 @@ def text_of(parts: dict[str, DockerfileStage]) -> str:
         lines.append(f"FROM {stage.base} AS {stage.name}")
         lines += [command.original for command in stage.commands]
     return "\n".join(lines) + "\n"
+
+
+def packages_of(sbom: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return name and version of each package that an SBOM of CycloneDX lists, the program itself among them."""
+    return {(one["name"], one["version"]) for one in (sbom["metadata"]["component"], *sbom["components"])}
 
 
 def run(*command: str) -> str:
@@ -192,7 +205,7 @@ def bootstrap(engine: ContainerEngine, image: str, release: str) -> None:
 def with_stand_in(engine: ContainerEngine, parts: dict[str, DockerfileStage]) -> dict[str, DockerfileStage]:
     """Return `parts` on an image of Debian's packages, of the release that the base's tag ends with."""
     base = parts["base"]
-    release = base.base.rpartition("-")[2]
+    release = base.base.partition("@")[0].rpartition("-")[2]
     image = f"localhost/latentd-check:debian-{release}"
     seconds = 0.0 if engine.has(image) else timed(lambda: bootstrap(engine, image, release))
     say(f"stand-in for {base.base}: Debian's packages (built in {seconds:.1f} s)")
@@ -269,6 +282,9 @@ def check_contents(engine: ContainerEngine, image: str) -> list[str]:
     require(True, "the code is read-only for its user")
     engine.once(image, "python", "-m", "build_engines", "compile", "--help")
     require(True, "build_engines compile runs")
+    listed = packages_of(json.loads(engine.once(image, "cat", SBOM)))
+    installed = {(name, version) for name, version in json.loads(engine.once(image, "python", "-c", INSTALLED))}
+    require(listed == installed, f"the SBOM lists the {len(installed)} packages that are installed")
     kind, *health = (config.get("Healthcheck") or inspected["Healthcheck"])["Test"]  # Docker's place, and Podman's
     require(kind == "CMD", "the health check needs no shell")
     return [str(word) for word in health]
