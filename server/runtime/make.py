@@ -17,6 +17,7 @@ from server.requests.request import StepCache
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batching.batcher import Batcher
 from server.runtime.batching.line import Line
+from server.runtime.batching.quick_requests import QuickRequests
 from server.runtime.executor import Executor
 from server.runtime.models import Model, Models, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.metrics import Metrics
@@ -49,6 +50,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     max_waiting: int,
     hang_factor: float,
     line: Callable[[], Line] = Line,
+    quick: QuickRequests | None = None,
     trace: Trace | None = None,
     cache: StepCache = "off",
     decode_chunk: int | None = None,
@@ -63,7 +65,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
     Args:
         choose_backend: the backend of all models; called in the executor's thread, before any model is loaded.
         open_device: opens the device of that backend; called in the executor's thread.
-        max_waiting: requests that may wait; see `Batcher`, as for `line`.
+        max_waiting: requests that may wait; see `Batcher`, as for `line` and `quick`.
         hang_factor: see `Watchdog`.
         cache: the step cache of requests that do not set it; `disabled` does without its engine and its memory.
         decode_chunk: images decoded in one call; see `Pipeline`.
@@ -73,7 +75,7 @@ def make_runtime(  # noqa: PLR0913 - the parts and options, all by keyword
         on_ready, on_failure: called in the executor's thread.
     """
     trace = trace or Trace()
-    batcher = Batcher(max_waiting=max_waiting, line=line)
+    batcher = Batcher(max_waiting=max_waiting, line=line, quick=quick)
     models = Models(
         [Model(source, _intake(source, cache, loras), batcher) for source in sources],
         batcher,

@@ -19,6 +19,7 @@ from engines.contract import GraphName
 from engines.manifest import Manifest
 from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
 from server.requests.schemas import GenerateRequest
+from server.runtime.batching.quick_requests import QuickRequests
 from server.runtime.make import make_runtime
 from server.runtime.models import LoadedModel, ModelSource
 from server.runtime.monitoring.trace import Trace
@@ -89,6 +90,16 @@ class _FaultyCall:
     def launch(self) -> None:
         self._faults.launching(self._graph)
         self._call.launch()
+
+
+class NoneQuick(QuickRequests):
+    """Steps are as full as they can be.
+
+    Whether a tiny model's request is quick depends on what else the machine does; see test_mixed_load.
+    """
+
+    def came(self, request: Request, seconds: float) -> None:
+        pass
 
 
 class Asked:
@@ -167,6 +178,7 @@ class Running(AbstractContextManager["Running"]):
             choose_backend=lambda _on_status, _stopped: backend,
             open_device=open_device,
             max_waiting=max_waiting,
+            quick=NoneQuick(),
             hang_factor=hang_factor,
             trace=self.trace,
             decode_chunk=decode_chunk,
@@ -178,8 +190,6 @@ class Running(AbstractContextManager["Running"]):
         self.models, self.metrics = self._runtime.models, self._runtime.metrics
         self.batcher, self.executor = self._runtime.batcher, self._runtime.executor
         self.step_times = self.models.default.step_times
-        # Whether a tiny model's request is quick depends on what else the machine does; see test_mixed_load.
-        cast(Any, self.batcher._quick).came = lambda _request, _seconds: None
 
     def __enter__(self) -> Self:
         self.executor.start()

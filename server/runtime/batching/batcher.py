@@ -35,17 +35,19 @@ class Batcher:
     says which models are accepted; `next_batch` and `leave` are for the executor's thread.
     """
 
-    def __init__(self, *, max_waiting: int, line: Callable[[], Line] = Line) -> None:
+    def __init__(
+        self, *, max_waiting: int, line: Callable[[], Line] = Line, quick: QuickRequests | None = None
+    ) -> None:
         """At most `max_waiting` requests wait, and a quarter more of callers who have no other one waiting.
 
-        `line` makes the queue of a line.
+        `line` makes the queue of a line, `quick` says which requests keep steps brief.
         """
         self._max_waiting = max_waiting
         self._reserved = math.ceil(max_waiting / 4)
         self._new_line = line
         self._models: dict[str, ModelLines] = {}
         self._shares = FairModels()
-        self._quick = QuickRequests()
+        self._quick = quick or QuickRequests()
         self._changed = threading.Condition()
         self._closed = self._woken = False
 
