@@ -93,7 +93,7 @@ def prometheus(configuration: str, folder: Path) -> Iterator[httpx.Client]:
     (folder / "prometheus.yml").write_text(configuration, encoding="utf-8")
     (folder / "alerts.yml").write_bytes((FOLDER / "alerts.yml").read_bytes())
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    options = ["--config.file", folder / "prometheus.yml", "--storage.tsdb.path", folder / "data"]
+    options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     command = [program("prometheus"), *options, f"--web.listen-address={address}"]
     with (
         (folder / "log").open("w") as log,
