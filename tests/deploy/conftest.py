@@ -1,0 +1,27 @@
+"""A server behind each of the proxies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from engines.demo import BUNDLE
+from tests.support.proxies import PROXIES, proxied
+from tests.support.serving import Serving
+
+BEHIND = ("--root-path", "/images", "--allowed-hosts", "images.example.com")  # what the configurations ask for
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[Serving]:
+    """A server as the configurations expect it, with the access log."""
+    with Serving(BUNDLE, *BEHIND, "--access-log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=PROXIES)
+def proxy(request: pytest.FixtureRequest, upstream: Serving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of each proxy, for both of whose servers stands `upstream`."""
+    with proxied(request.param, tmp_path_factory.mktemp(request.param), upstream.url) as url:
+        yield url

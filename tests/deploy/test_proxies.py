@@ -1,0 +1,123 @@
+"""A real server behind the real nginx, Caddy and Envoy, with the configurations of deploy/."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import PIL.Image
+import pytest
+
+from tests.support.bare_server import wait_until
+from tests.support.proxies import PROXIES, check
+from tests.support.serving import Serving
+
+MIB = 1024 * 1024
+EVENTS = {"Accept": "text/event-stream"}
+SHORT = {"prompt": "a red heart", "num_inference_steps": 2, "seed": 1}
+LONG = {"prompt": "a red heart", "num_inference_steps": 20, "seed": 1}
+PREFIXES = ["", "/images"]
+at_each_path = pytest.mark.parametrize("prefix", PREFIXES)
+
+
+@pytest.fixture
+def client(proxy: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=proxy, timeout=120) as client:
+        yield client
+
+
+def names(answer: httpx.Response) -> Iterator[str]:
+    """The names of the events, as they arrive."""
+    for line in answer.iter_lines():
+        if line.startswith("event: "):
+            yield line.removeprefix("event: ")
+
+
+def running(upstream: Serving) -> float:
+    return upstream.metrics()["latentd_requests_running"]
+
+
+def cancelled(upstream: Serving) -> float:
+    return upstream.total("latentd_requests_total", outcome="cancelled")
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_configuration_is_valid_as_it_is(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path)
+
+
+@at_each_path
+def test_an_image_is_passed_on(client: httpx.Client, prefix: str) -> None:
+    answer = client.post(f"{prefix}/generate", json=SHORT, headers={"Accept": "image/png"})
+    assert answer.status_code == 200, answer.text
+    assert PIL.Image.open(io.BytesIO(answer.content)).size == (64, 64)
+    assert answer.headers["X-Seed"] == "1"
+
+
+@at_each_path
+def test_events_arrive_while_the_server_works(client: httpx.Client, upstream: Serving, prefix: str) -> None:
+    with client.stream("POST", f"{prefix}/generate", json=LONG, headers=EVENTS) as answer:
+        found = names(answer)
+        assert [next(found) for _ in range(3)] == ["queued", "started", "step"]
+        assert running(upstream) == 1, "the first step came when all were done"
+        assert list(found)[-1] == "completed"
+
+
+@pytest.mark.parametrize("headers", [EVENTS, {}], ids=["stream", "document"])
+def test_who_leaves_cancels_the_request(client: httpx.Client, upstream: Serving, headers: dict[str, str]) -> None:
+    before = cancelled(upstream)
+    with httpx.Client(base_url=client.base_url, timeout=0.1) as leaving, pytest.raises(httpx.TimeoutException):
+        leaving.post("/generate", json={**LONG, "num_inference_steps": 200}, headers=headers)
+    wait_until(lambda: cancelled(upstream) == before + 1)
+
+
+def test_a_body_of_thirty_mebibytes_reaches_the_server(client: httpx.Client) -> None:
+    answer = client.post("/generate", data={"prompt": "a red heart"}, files={"image": bytes(30 * MIB)})
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"][0]["field"] == "image"
+
+
+def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
+    answer = client.post("/generate", content=bytes(36 * MIB), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+
+
+def test_the_api_description_works_below_a_path(client: httpx.Client) -> None:
+    answer = client.get("/images/docs")
+    assert answer.status_code == 200
+    links = re.findall(r'(?:href|src)="([^"]+)"', answer.text)
+    assert links
+    for link in [*links, "openapi.json"]:
+        assert client.get(str(answer.url.join(link))).status_code == 200, link
+    assert client.get("/images/openapi.json").json()["servers"][0]["url"] == "/images"
+
+
+def test_a_path_without_its_slash_leads_to_the_page(client: httpx.Client) -> None:
+    answer = client.get("/images", follow_redirects=True)
+    assert answer.url.path == "/images/"
+    assert "<title>" in answer.text
+
+
+@pytest.mark.parametrize("spoofed", [{}, {"X-Forwarded-For": "127.0.0.1, 127.0.0.9"}], ids=["plain", "spoofed"])
+def test_the_caller_is_who_connected_to_the_proxy(proxy: str, upstream: Serving, spoofed: dict[str, str]) -> None:
+    name = f"/not-there-{len(upstream.stderr)}"
+    with httpx.Client(base_url=proxy, transport=httpx.HTTPTransport(local_address="127.0.0.2")) as client:
+        assert client.get(name, headers=spoofed).status_code == 404
+    assert upstream.logged(name)
+    (line,) = [line for line in upstream.stderr if name in line]
+    assert "127.0.0.2" in line
+
+
+@pytest.mark.parametrize(("host", "ready"), [("images.example.com", True), ("rebound.example.net", False)])
+def test_the_server_checks_the_host_that_was_asked_for(client: httpx.Client, host: str, ready: bool) -> None:
+    answer = client.get("/models", headers={"Host": host})
+    assert answer.status_code == (200 if ready else 421)
+    assert answer.json()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/images/metrics"])
+def test_metrics_are_not_published(client: httpx.Client, path: str) -> None:
+    assert client.get(path).status_code == 404
