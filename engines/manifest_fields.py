@@ -323,6 +323,9 @@ class Source(Frozen):
 
     name: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    file_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="that of the checkpoint, if it is a single file"
+    )
     loras: tuple[str, ...] = Field(default=(), description="file name and scale of each LoRA")
     embeddings: tuple[str, ...] = Field(default=(), description="file name and token of each textual inversion")
     decoder: str | None = Field(default=None, description="the distilled decoder that replaces the VAE's, if any")

@@ -32,7 +32,7 @@ def export_key(source: Source, weights: Storage, versions: Mapping[str, str]) ->
     """The key of graphs exported from `source` by packages of `versions`."""
     return _hash(
         {
-            "source": source.model_dump(),
+            "source": source.model_dump(exclude={"file_sha256"}),  # `sha256` covers it
             "weights": weights,
             "code": _code(EXPORT_CODE),
             "versions": dict(versions),

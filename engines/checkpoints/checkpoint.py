@@ -66,6 +66,7 @@ class Checkpoint:
         return Source(
             name=self.name,
             sha256=digest.hexdigest(),
+            file_sha256=self._file_sha256,
             loras=tuple(map(str, self.loras)),
             embeddings=tuple(f"{path.name}:{token}" for path, token in self._tokens()),
             decoder=self.decoder.name if self.decoder else None,
@@ -133,12 +134,17 @@ class Checkpoint:
             return "its weights are pickled, which can run code; --allow-pickle reads them as plain tensors"
         return None
 
+    @cached_property
+    def _file_sha256(self) -> str | None:
+        """The hash of a single file, by which the web UI and Civitai know it; None for a folder."""
+        return sha256_of(self.path) if self.single_file else None
+
     def _hashed(self) -> Iterator[str]:
         safety = [self.config.folder / name for name in SAFETY_CONFIGS] if self.has_safety_checker else []
         for path in (*self.weights, *self.config.files(), *safety):
             inside = path.is_relative_to(self.config.folder)
             label = path.relative_to(self.config.folder).as_posix() if inside else "file"
-            yield f"{label} {sha256_of(path)}"
+            yield f"{label} {(path == self.path and self._file_sha256) or sha256_of(path)}"
         for lora in self.loras:
             yield f"lora {lora.scale!r} {' '.join(map(sha256_of, lora.files))}"
         for path, token in self._tokens():

@@ -23,7 +23,8 @@ from server.version import VERSION
 
 PROMPT, NEGATIVE_PROMPT = "Prompt", "Negative prompt"  # keys of what `parse` returns
 _NEGATIVE = f"{NEGATIVE_PROMPT}:"
-_HASH = 12  # digits of a LoRA's hash
+_LORA_HASH = 12  # digits that the web UI writes
+_MODEL_HASH = 10
 _FEWEST_FIELDS = 3  # of a last line that is not the prompt's
 
 _TITLES: Mapping[str, str] = {about.name: about.title for about in describe()}
@@ -52,8 +53,9 @@ def sampler_names(scheduler: Scheduler) -> SamplerNames:
     return SamplerNames(_TITLES[scheduler.method], _SCHEDULE_TYPES[scheduler.sigmas])
 
 
-def write(params: GenerationParams, *, seed: int, model: str, model_hash: str | None = None) -> str:
+def write(params: GenerationParams, *, seed: int, model: str) -> str:
     """The text of the image with `seed`, one of those of `params`; `model` is the name of the model."""
+    model_hash = params.model_sha256 and params.model_sha256[:_MODEL_HASH]
     known = {**_fields(params, seed), "Model hash": model_hash, "Model": model, **_extra_fields(params)}
     known["Version"] = f"latentd {VERSION}"
     line = ", ".join(f"{key}: {_quote(_text(value))}" for key, value in known.items() if value is not None)
@@ -108,7 +110,7 @@ def _lora_hashes(params: GenerationParams) -> str | None:
     """The web UI's field: it finds a LoRA by this where it has it under another name."""
     tags = tags_in(_prompt(params)) if params.loras and params.prompt.syntax != "plain" else []
     written = {_last(tag.name): tag.name for tag in tags}
-    named = {written.get(_last(lora.name), lora.name): lora.tensors_sha256[:_HASH] for lora, _ in params.loras}
+    named = {written.get(_last(lora.name), lora.name): lora.tensors_sha256[:_LORA_HASH] for lora, _ in params.loras}
     return ", ".join(f"{name.replace(',', '')}: {short}" for name, short in named.items()) or None
 
 

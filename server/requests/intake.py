@@ -100,6 +100,7 @@ class Intake:
             cache=self._step_cache(body),
             loras=choose(body, self._loras, self._manifest),
             model=self._model,
+            model_sha256=self._manifest.source.file_sha256,
         )
         return Request(
             params,

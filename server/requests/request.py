@@ -119,6 +119,7 @@ class GenerationParams:
     cache: Cache = "off"  # fast: most steps reuse the UNet's deep features of an earlier step
     loras: tuple[WeightedLora, ...] = ()  # each once
     model: str = ""  # its name in this server
+    model_sha256: str | None = None  # of the single file that it was built from, if it was
 
     @property
     def guided(self) -> bool:

@@ -130,6 +130,8 @@ def test_an_export_is_of_one_source_storage_and_version(manifest: Manifest) -> N
         export_key(manifest.source, manifest.weights, versions),
     ]
     assert len(set(made)) == len(made)
+    known = manifest.source.model_copy(update={"file_sha256": "0" * 64})  # older bundles do not have it
+    assert export_key(known, manifest.weights, manifest.versions) == made[0]
 
 
 def test_tensorrt_engines_are_of_their_profiles_and_of_no_trajectory(manifest: Manifest) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.find import find_checkpoint
 from engines.contract import VAE_GRAPHS
+from engines.files import sha256_of
 from tests.support.checkpoints import Families, edit
 from tests.support.ldm import write_single_file
 from tests.support.tiny import make_decoder
@@ -46,6 +47,8 @@ def test_the_identity_of_a_single_file_covers_its_configs(copied: Path, tmp_path
     path = write_single_file(copied, tmp_path / "one.safetensors")
     checkpoint = find_checkpoint(str(path), config=str(copied))
     assert checkpoint.source is checkpoint.source
+    assert checkpoint.source.file_sha256 == sha256_of(path)
+    assert find_checkpoint(str(copied)).source.file_sha256 is None
     (copied / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # its weights are not those that count
     assert find_checkpoint(str(path), config=str(copied)).source == checkpoint.source
     edit(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import starmap
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engines.manifest import Size
+from engines.manifest import Manifest, Size
 from engines.schedulers import METHODS, NAMES, Scheduler, find
 from server.requests.infotext import parse, sampler_names, write
+from server.requests.intake import Intake
 from server.requests.request import GenerationParams, InitImage, Lora, WeightedLora
-from server.requests.tokenizer import Prompt
+from server.requests.schemas import GenerateRequest
+from server.requests.tokenizer import Prompt, PromptTokenizer
 
 # What the web UI 1.10 lists. Its other samplers, such as DPM++ SDE, are methods that we do not have.
 A1111_SAMPLERS = {
@@ -22,6 +25,7 @@ A1111_SAMPLERS = {
     *("DDIM", "PLMS", "UniPC", "LCM"),
 }
 OURS = {"DDPM", "DPM++ 3M", "DPM++ 2S", "DPM++ 3S", "DEIS", "TCD"}
+FILE_SHA256 = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa"
 PARAMS = GenerationParams(
     Prompt("a boat", ()),
     Prompt("", ()),
@@ -39,6 +43,22 @@ def test_the_text_is_that_of_the_web_ui() -> None:
         "a boat\nNegative prompt: a bird,\nblurry\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, "
         "CFG scale: 7.5, Seed: 43, Size: 512x768, Model: sd15, Clip skip: 2, RNG: CPU, Version: latentd "
     )
+
+
+def test_the_model_s_hash_is_that_of_its_file() -> None:
+    text = write(replace(PARAMS, model_sha256=FILE_SHA256), seed=42, model="sd15")
+    assert "Size: 512x768, Model hash: 6ce0161689, Model: sd15" in text
+
+
+@pytest.mark.parametrize("file_sha256", [FILE_SHA256, None], ids=["a file", "a folder"])
+def test_requests_have_the_hash_of_their_model_s_file(
+    bundle: Path, manifest: Manifest, file_sha256: str | None
+) -> None:
+    tokens, pad = manifest.context.tokens, manifest.tokenizer.pad
+    tokenizer = PromptTokenizer(bundle / manifest.tokenizer.file.path, tokens=tokens, pad=pad)
+    source = manifest.source.model_copy(update={"file_sha256": file_sha256})
+    intake = Intake(manifest.model_copy(update={"source": source}), tokenizer)
+    assert intake.request(GenerateRequest(prompt="a boat")).params.model_sha256 == file_sha256
 
 
 def test_fields_that_say_nothing_are_left_out() -> None:

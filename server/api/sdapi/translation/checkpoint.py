@@ -34,7 +34,9 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint_of(model: Model) -> Checkpoint:
-    return Checkpoint(model.name, model.manifest.source.sha256)
+    """By the hash of its file, as in the web UI; of a folder, by that of all its files."""
+    source = model.manifest.source
+    return Checkpoint(model.name, source.file_sha256 or source.sha256)
 
 
 def find_checkpoint(models: Iterable[Model], wanted: object, *, field: str) -> Model | None:
