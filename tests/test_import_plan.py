@@ -146,6 +146,7 @@ ALLOWED: dict[str, set[str]] = {
         "server.runtime",
     },
     "server.startup.command": {"engines", "server"},
+    "server.startup.application": {"server"},
     "server.startup.http_server": {"server"},
     "server.startup.stopping": {"server"},
     "server.__main__": {"server"},

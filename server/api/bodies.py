@@ -116,12 +116,12 @@ def _check_encoding(http: HttpRequest) -> None:
 async def _receive(http: HttpRequest, lease: Lease) -> bytearray:
     length = http.headers.get("content-length", "")
     if length.isdecimal():
-        _check_size(int(length))
+        check_size(int(length))
         lease.expect(int(length))
     body = bytearray()
     try:
         async for chunk in http.stream():
-            _check_size(len(body) + len(chunk))
+            check_size(len(body) + len(chunk))
             lease.grow_to(len(body) + len(chunk))
             body += chunk
     except ClientDisconnect:
@@ -129,7 +129,8 @@ async def _receive(http: HttpRequest, lease: Lease) -> bytearray:
     return body
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Raise BodyTooLarge for a body of so many bytes."""
     if size > MAX_BODY:
         raise BodyTooLarge(f"The body is larger than {MAX_BODY} bytes: send smaller files.")
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from server.runtime.monitoring.spans import Spans
 
 _SOON = 5  # seconds
+_POLL_SECONDS = 0.05  # between looks at a model that is loaded
 _READERS = 2  # uploads that are decoded at once: each may take a second, and 250 MB of memory
 _LORA_READERS = 8  # requests that look for their LoRAs at once, in threads that others need too
 
@@ -69,6 +70,7 @@ class Service:
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     lora_readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _LORA_READERS))
     jobs: JobStore = field(default_factory=MemoryStore)
+    load_seconds: float | None = None  # requests load their model, and wait so long; None: administrators load models
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
 
@@ -129,6 +131,8 @@ class Service:
         if self.spans:
             everyone = self.spans.observe, *everyone  # first: the span of the files follows the outcome
         model = self.models.find(body.model)
+        if self.load_seconds is not None:
+            await self._load(model, self.load_seconds)
         _check_loaded(model)
         make = partial(model.intake.request, body, *everyone, context=context)
         if not model.intake.reads_files(body):
@@ -146,6 +150,14 @@ class Service:
         if self.log_prompts:
             log_prompts(request)
         return Accepted(request, queue, position)
+
+    async def _load(self, model: Model, seconds: float) -> None:
+        """Have the model loaded, and wait for that. Raises ModelNotLoaded where it has no room."""
+        if model.state in ("unloaded", "unloading"):
+            self.models.load(model.name)
+        until = time.monotonic() + seconds
+        while model.state in ("unloading", "loading") and time.monotonic() < until:
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def encode_images(
         self,

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
-import logging
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from server.access.addresses import is_loopback
-from server.access.hosts import Hosts, hosts_to_answer
-from server.access.key_file import KeyFile
+from server.startup.application import application, use_libraries
 from server.startup.settings import ServerSettings
 from server.transport.limits import REFUSALS, Limits, TransportConfig, fit_descriptors
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from server.api.service import Service
-
-_log = logging.getLogger(__name__)
-_OPEN = (
-    "There are no API keys, and --host lets other machines connect: everyone who can may generate images and read "
-    "/metrics. Give --api-keys FILE (`python -m server.access NAME --file FILE` makes a key), or let a proxy ask."
-)
 
 
 class HttpServer(uvicorn.Server):
@@ -45,7 +33,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await _use_first()
+        await use_libraries()
         await super().startup(sockets)
 
     def disconnect(self) -> None:
@@ -59,24 +47,10 @@ class HttpServer(uvicorn.Server):
             connection.transport.abort()
 
 
-async def _use_first() -> None:
-    """Load what libraries import at first use, by using it: a request must not fail because an import does."""
-    from PIL import Image  # noqa: PLC0415 - while the engines are loaded
-    from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - as above
-
-    codecs.lookup("utf-16-be")  # of the comment in EXIF
-    await run_in_threadpool(Image.preinit)  # the formats of uploads, and the threads that decode them
-
-
 def make_http_server(service: Service, settings: ServerSettings, listener: socket.socket) -> HttpServer:
     """The server of what arrives at `listener`. Raises KeyFileError."""
     metrics = service.runtime.metrics
-    keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
-    loopback = is_loopback(listener.getsockname()[0])
-    if keys is not None:
-        keys.watch()
-    elif not loopback:
-        _log.warning("%s", _OPEN)
+    app = application(service, settings, loopback=is_loopback(listener.getsockname()[0]))
     for reason in REFUSALS:
         metrics.declare_rejection(reason)
     limits = Limits(
@@ -86,7 +60,7 @@ def make_http_server(service: Service, settings: ServerSettings, listener: socke
         keep_alive_seconds=settings.keep_alive_seconds,
     )
     config = TransportConfig(
-        partial(_app, service, settings, keys, hosts_to_answer(settings.allowed_hosts, loopback=loopback)),
+        app,
         limits=limits,
         on_refusal=metrics.refused,
         factory=True,
@@ -98,13 +72,6 @@ def make_http_server(service: Service, settings: ServerSettings, listener: socke
         access_log=False,
     )
     return HttpServer(config)
-
-
-def _app(service: Service, settings: ServerSettings, keys: KeyFile | None, hosts: Hosts | None) -> ASGIApp:
-    from server.app import Access, make_app  # noqa: PLC0415 - a fifth of the start, while the engines are loaded
-
-    access = Access(find=keys.find if keys else None, hosts=hosts, origins=settings.allowed_origins)
-    return make_app(service, access, access_log=settings.access_log or settings.log_level == "debug")
 
 
 def listen(host: str, port: int) -> socket.socket:

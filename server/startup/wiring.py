@@ -39,10 +39,12 @@ def make_service(
     settings: ServerSettings,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] = lambda _error: None,
+    load_seconds: float | None = None,
 ) -> Service:
     """Assemble the service of opened bundles, of which the first is the default model.
 
-    Once its executor is started, the fastest of the backends is chosen and the engines are loaded.
+    Once its executor is started, the fastest of the backends is chosen and the engines are loaded. With `load_seconds`
+    a request for a model that is not loaded loads it, and waits so long; otherwise administrators load models.
 
     Raises:
         EngineError: a tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package or a
@@ -88,6 +90,7 @@ def make_service(
         log_prompts=settings.log_prompts,
         spans=_spans(settings.otlp_endpoint) if settings.otlp_endpoint else None,
         jobs=open_job_store(settings, runtime.metrics),
+        load_seconds=load_seconds,
     )
 
 
