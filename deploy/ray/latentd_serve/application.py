@@ -1,6 +1,6 @@
 """The Serve application: an ingress that forwards, and replicas that have a model on a GPU each."""
 
-from __future__ import annotations
+# Annotations are evaluated: Serve reads that of the arguments.
 
 from ray import serve
 from ray.serve import Application

@@ -148,8 +148,7 @@ class _Response:
             if message["type"] == "http.response.start":
                 self.started = True
                 self._streams = starts_stream(message)
-                if retried:
-                    message["headers"] = [*message["headers"], (b"x-retried", b"1")]
+                message["headers"] = _headers(message, retried=retried)
             await self._send(message)
 
     async def end(self, http: HttpRequest, error: ServerError) -> None:
@@ -163,6 +162,12 @@ class _Response:
 
     def _event(self, error: ServerError) -> bytes:
         return event("error", error_document(error) if self._path.startswith("/v1/") else problem(error))
+
+
+def _headers(start: Message, *, retried: bool) -> list[tuple[bytes, bytes]]:
+    """The replica's, without the request's id, which Serve's proxy adds, and with a mark of a retry."""
+    headers = [(name, value) for name, value in start["headers"] if name.lower() != b"x-request-id"]
+    return [*headers, (b"x-retried", b"1")] if retried else headers
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
