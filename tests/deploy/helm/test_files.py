@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from server.access import keys
 from server.access.key_file import KeyFile
 from server.startup import compiling
+from tests.deploy.helm.cases import RENDERED_KEYS
 from tests.deploy.helm.chart import CHART, of_kind, pod
 from tests.support.serving import Serving
 
@@ -27,14 +29,32 @@ def script(name: str) -> str:
 
 
 def test_helm_test_makes_an_image(pod_server: Serving) -> None:
-    done = run(sys.executable, "-c", script("try.py"), pod_server.url.removeprefix("http://"))
+    host, _, port = pod_server.url.removeprefix("http://").partition(":")
+    done = run(sys.executable, "-c", script("try.py"), host, port)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_helm_test_fails_where_the_server_is_not_ready() -> None:
+    answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 9\r\n\r\ncompiling"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: answer_once(listener, answer))
+        thread.start()
+        done = run(sys.executable, "-c", script("try.py"), "127.0.0.1", str(listener.getsockname()[1]))
+        thread.join()
+    assert (done.returncode, done.stderr.strip()) == (1, "not ready (503): compiling")
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        connection.sendall(answer)
 
 
 def test_the_scripts_are_rendered_as_they_are() -> None:
     (test,) = of_kind("Pod")["spec"]["containers"]
     assert test["args"][0] == script("try.py").rstrip() + "\n"
-    assert test["args"][1] == "try-latentd:80"
+    assert test["args"][1:] == ["try-latentd", "80"]
     (demo,) = pod()["initContainers"]
     assert demo["args"][0].rstrip() == script("demo.sh").rstrip()
 
@@ -108,6 +128,11 @@ def test_the_pod_does_not_start_without_its_engines(compiler: Path, tmp_path: Pa
     code, log = compile_with(compiler, tmp_path / "first", tmp_path / "second", code=1)
     assert code == 1
     assert len(log) == 1
+
+
+def test_a_rendered_secret_is_a_file_of_keys() -> None:
+    secret = of_kind("Secret", RENDERED_KEYS)
+    assert len(keys.parse(secret["stringData"]["keys.toml"].encode())) == 1
 
 
 def publish(volume: Path, version: str, text: str) -> None:

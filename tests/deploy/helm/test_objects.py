@@ -55,7 +55,29 @@ def test_the_query_is_of_metrics_that_exist_and_of_prometheus_language(metric_na
     query = spec("ScaledObject", KEDA)["triggers"][0]["metadata"]["query"]
     assert {*METRIC.findall(query)} <= metric_names
     rules = {"groups": [{"name": "scaling", "rules": [{"record": "open", "expr": query}]}]}
-    check_rules(tmp_path, rules)
+    promtool(tmp_path, "check", rules)
+
+
+def test_the_query_counts_waiting_running_and_decoding_requests_of_this_release(tmp_path: Path) -> None:
+    """Evaluated by Prometheus: two pods with 6 + 8 + 1 and 0 + 5 + 0, beside those of another release."""
+    query = spec("ScaledObject", KEDA)["triggers"][0]["metadata"]["query"]
+    states = ("waiting", "running", "decoding")
+    pods = {
+        (NAME, "10.0.0.1:8000"): (6, 8, 1),
+        (NAME, "10.0.0.2:8000"): (0, 5, 0),
+        ("other", "10.0.0.3:8000"): (9, 9, 9),
+    }
+    series = [
+        {
+            "series": f'latentd_requests_{state}{{namespace="{NAMESPACE}",job="{job}",instance="{pod}"}}',
+            "values": f"{n}",
+        }
+        for (job, pod), counts in pods.items()
+        for state, n in zip(states, counts, strict=True)
+    ]
+    expected = {"expr": query, "eval_time": "0m", "exp_samples": [{"labels": "{}", "value": 20}]}
+    tests = {"rule_files": [], "tests": [{"input_series": series, "promql_expr_test": [expected]}]}
+    promtool(tmp_path, "test", tests)
 
 
 def test_a_horizontal_pod_autoscaler_uses_the_adapter_s_metric(metric_names: set[str]) -> None:
@@ -83,14 +105,14 @@ def test_the_alerts_are_those_of_prometheus(tmp_path: Path) -> None:
     assert rendered == yaml.safe_load(ALERTS.read_text(encoding="utf-8"))
     assert (CHART / "files/alerts.yml").is_symlink()
     assert (CHART / "files/alerts.yml").resolve() == ALERTS
-    check_rules(tmp_path, rendered)
+    promtool(tmp_path, "check", rendered)
 
 
-def check_rules(folder: Path, rules: Mapping[str, Any]) -> None:
-    """Prometheus' own check."""
+def promtool(folder: Path, what: str, contents: Mapping[str, Any]) -> None:
+    """Have Prometheus `check` rules, or `test` queries."""
     file = folder / "rules.yml"
-    file.write_text(json.dumps(rules), encoding="utf-8")
-    command = [program("promtool"), "check", "rules", str(file)]
+    file.write_text(json.dumps(contents), encoding="utf-8")
+    command = [program("promtool"), what, "rules", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - Prometheus'
     assert done.returncode == 0, done.stdout + done.stderr
 

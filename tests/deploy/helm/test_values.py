@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import yaml
 
 from server.startup.settings import ServerSettings
 from tests.deploy.helm.cases import EXISTING_KEYS, RENDERED_KEYS
-from tests.deploy.helm.chart import refusal
+from tests.deploy.helm.chart import refusal, render
 from tests.tools import helm_values
 
 SCHEMA: dict[str, Any] = json.loads(helm_values.SCHEMA.read_text(encoding="utf-8"))
@@ -39,6 +40,7 @@ SCHEMA: dict[str, Any] = json.loads(helm_values.SCHEMA.read_text(encoding="utf-8
         ({"autoscaling": {"minReplicas": 5}}, "autoscaling.minReplicas is 5 and autoscaling.maxReplicas 4"),
         ({"apiKeys": {**EXISTING_KEYS["apiKeys"], **RENDERED_KEYS["apiKeys"]}}, "both set: remove one of them"),
         ({**EXISTING_KEYS, "monitoring": {"serviceMonitor": True}}, "set monitoring.keySecret"),
+        ({"ingress": {"enabled": True}}, "set ingress.host to the name"),
         ({"httpRoute": {"enabled": True}}, "set httpRoute.parentRefs to the Gateway"),
         ({"extraEnv": [{"name": "LATENTD_PORT", "value": "1"}]}, "settings of the server belong to settings"),
     ],
@@ -85,3 +87,27 @@ def test_schema_and_table_are_current() -> None:
     assert helm_values.with_settings(SCHEMA) == SCHEMA, "python -m tests.tools.helm_values"
     assert document == helm_values.with_table(document, rows), "python -m tests.tools.helm_values"
     assert len(re.findall(r"^\| `", document, re.MULTILINE)) > 60
+
+
+def examples() -> list[dict[str, Any]]:
+    """The values that docs/kubernetes.md shows as YAML."""
+    blocks = re.findall(
+        r"^```yaml\n(.*?)^```", helm_values.DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    return [values for values in map(yaml.safe_load, blocks) if "rules" not in values]  # those of prometheus-adapter
+
+
+@pytest.mark.parametrize("values", examples(), ids=", ".join)
+def test_examples_render(values: Mapping[str, Any]) -> None:
+    assert render(values)
+
+
+def test_flags_in_commands_are_values() -> None:
+    text = helm_values.DOCUMENT.read_text(encoding="utf-8")
+    named = re.findall(r"--set ([\w.]+)=", text)
+    assert len(named) > 5
+    for name in named:
+        schema = SCHEMA
+        for part in name.split("."):
+            schema = schema["properties"][part] if "properties" in schema else schema["additionalProperties"]
+        assert schema

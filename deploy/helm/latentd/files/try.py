@@ -2,21 +2,23 @@
 
 import http.client
 import json
+import socket
 import sys
 
 REQUEST = {"prompt": "a red heart", "num_inference_steps": 1, "seed": 1}
 
 
-def ask(address: str, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(address, timeout=300)
+def ask(address: tuple[str, int], method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(*address, timeout=300)
     headers = {"Accept": "image/png", "Content-Type": "application/json"} if body else {}
     connection.request(method, path, json.dumps(body) if body else None, headers)
     answer = connection.getresponse()
     return answer.status, answer.read()
 
 
-def main(address: str) -> str | None:
-    """What is wrong with the server at `address`, a name and a port."""
+def main(name: str, port: str) -> str | None:
+    """What is wrong with the server at `name`. It is asked by its address, which allowed_hosts need not have."""
+    address = socket.gethostbyname(name), int(port)
     status, text = ask(address, "GET", "/v2/health/ready")
     if status != 200:
         return f"not ready ({status}): {text.decode()}"
@@ -27,4 +29,4 @@ def main(address: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

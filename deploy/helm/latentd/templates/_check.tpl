@@ -15,6 +15,9 @@
 {{- if and .Values.models (not (include "latentd.claim" .)) -}}
 {{- fail "models are folders of the volume of bundles, and there is none: set bundles.existingClaim, or bundles.claim.create" -}}
 {{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
+{{- fail "ingress.enabled: set ingress.host to the name by which callers reach the server" -}}
+{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
 {{- fail "httpRoute.enabled: set httpRoute.parentRefs to the Gateway, [{name: …, namespace: …}]" -}}
 {{- end -}}
