@@ -36,7 +36,7 @@ def context_of(http: HttpRequest, api: Api) -> RequestContext:
 def caller_of(http: HttpRequest) -> Caller:
     """The owner of the API key; without one the address of the client, of IPv6 its network, and "" for a Unix socket.
 
-    Behind a proxy that is listed in FORWARDED_ALLOW_IPS, uvicorn takes the address from X-Forwarded-For.
+    Behind one of --trusted-proxies, uvicorn takes the address from X-Forwarded-For.
     """
     known: Caller | None = http.scope.get(CALLER)
     return known or Caller(network_of(http.client.host if http.client else ""))

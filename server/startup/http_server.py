@@ -67,6 +67,7 @@ def make_http_server(service: Service, settings: ServerSettings, listener: socke
         host=settings.host,
         port=settings.port,
         root_path=settings.root_path,
+        forwarded_allow_ips=list(settings.trusted_proxies) or None,
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -48,6 +49,15 @@ def _host(text: str) -> str:
     if not ALLOWED.fullmatch(text):
         raise ValueError(f"{text!r} is not a host: write images.example.com, without a scheme or port, or * for any")
     return text.lower()
+
+
+def _network(text: str) -> str:
+    """As uvicorn takes it, which would take a name or a misspelt network without a word, and trust nobody for it."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"{error}: write addresses and networks, such as 127.0.0.1,10.0.0.0/8") from None
+    return text
 
 
 def _root_path(text: str) -> str:
@@ -105,6 +115,14 @@ class ServerSettings(BaseSettings):
         "",
         description="path under which a reverse proxy publishes this server, such as /images; "
         "whether the proxy strips it from requests does not matter",
+    )
+    trusted_proxies: Annotated[
+        tuple[Annotated[str, AfterValidator(_network)], ...], NoDecode, BeforeValidator(_split)
+    ] = Field(
+        (),
+        description="addresses or networks of reverse proxies, such as 10.0.0.0/8, separated by commas. The caller of "
+        "requests that they pass on is the one they name in X-Forwarded-For; from others that header is ignored; "
+        "default: FORWARDED_ALLOW_IPS, or 127.0.0.1",
     )
     allowed_origins: Annotated[
         tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)

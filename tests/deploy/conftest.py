@@ -11,12 +11,13 @@ from tests.support.proxies import PROXIES, proxied
 from tests.support.serving import Serving
 
 BEHIND = ("--root-path", "/images", "--allowed-hosts", "images.example.com")  # what the configurations ask for
+TRUSTED = "127.0.0.1,127.0.0.3"  # the address of the proxies, and another
 
 
 @pytest.fixture(scope="session")
 def upstream() -> Iterator[Serving]:
     """A server as the configurations expect it, with the access log."""
-    with Serving(BUNDLE, *BEHIND, "--access-log") as running:
+    with Serving(BUNDLE, *BEHIND, "--trusted-proxies", TRUSTED, "--access-log") as running:
         yield running
 
 

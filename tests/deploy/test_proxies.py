@@ -10,8 +10,11 @@ from pathlib import Path
 import httpx
 import PIL.Image
 import pytest
+from playwright.sync_api import Browser
 
+from tests.page.driving import generate
 from tests.support.bare_server import wait_until
+from tests.support.browsing import Console, browsing
 from tests.support.proxies import PROXIES, check
 from tests.support.serving import Serving
 
@@ -19,6 +22,7 @@ MIB = 1024 * 1024
 EVENTS = {"Accept": "text/event-stream"}
 SHORT = {"prompt": "a red heart", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a red heart", "num_inference_steps": 20, "seed": 1}
+SPOOFED = {"X-Forwarded-For": "127.0.0.1, 203.0.113.9"}
 PREFIXES = ["", "/images"]
 at_each_path = pytest.mark.parametrize("prefix", PREFIXES)
 
@@ -27,6 +31,13 @@ at_each_path = pytest.mark.parametrize("prefix", PREFIXES)
 def client(proxy: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=proxy, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """No longer than the module: while it lives, asyncio.run refuses to run."""
+    with browsing() as running:
+        yield running
 
 
 def names(answer: httpx.Response) -> Iterator[str]:
@@ -95,20 +106,40 @@ def test_the_api_description_works_below_a_path(client: httpx.Client) -> None:
     assert client.get("/images/openapi.json").json()["servers"][0]["url"] == "/images"
 
 
+def test_the_page_works_below_a_path(proxy: str, browser: Browser) -> None:
+    page, console = browser.new_page(reduced_motion="reduce"), Console()
+    console.watch(page)
+    page.goto(f"{proxy}/images/")
+    generate(page)
+    page.close()
+    assert console.unexpected() == []
+
+
 def test_a_path_without_its_slash_leads_to_the_page(client: httpx.Client) -> None:
     answer = client.get("/images", follow_redirects=True)
     assert answer.url.path == "/images/"
     assert "<title>" in answer.text
 
 
-@pytest.mark.parametrize("spoofed", [{}, {"X-Forwarded-For": "127.0.0.1, 127.0.0.9"}], ids=["plain", "spoofed"])
-def test_the_caller_is_who_connected_to_the_proxy(proxy: str, upstream: Serving, spoofed: dict[str, str]) -> None:
+def logged_caller(upstream: Serving, url: str, address: str, headers: dict[str, str]) -> str:
+    """Who asked, as the access log says, for a request that `address` sends to `url`."""
     name = f"/not-there-{len(upstream.stderr)}"
-    with httpx.Client(base_url=proxy, transport=httpx.HTTPTransport(local_address="127.0.0.2")) as client:
-        assert client.get(name, headers=spoofed).status_code == 404
+    with httpx.Client(base_url=url, transport=httpx.HTTPTransport(local_address=address)) as client:
+        assert client.get(name, headers=headers).status_code == 404
     assert upstream.logged(name)
     (line,) = [line for line in upstream.stderr if name in line]
-    assert "127.0.0.2" in line
+    (found,) = re.findall(r"\d+\.\d+\.\d+\.\d+", line)
+    return str(found)
+
+
+@pytest.mark.parametrize("headers", [{}, SPOOFED], ids=["plain", "spoofed"])
+def test_the_caller_is_who_connected_to_the_proxy(proxy: str, upstream: Serving, headers: dict[str, str]) -> None:
+    assert logged_caller(upstream, proxy, "127.0.0.2", headers) == "127.0.0.2"
+
+
+@pytest.mark.parametrize(("address", "caller"), [("127.0.0.3", "203.0.113.9"), ("127.0.0.4", "127.0.0.4")])
+def test_only_a_trusted_proxy_is_believed_who_the_caller_is(upstream: Serving, address: str, caller: str) -> None:
+    assert logged_caller(upstream, upstream.url, address, SPOOFED) == caller
 
 
 @pytest.mark.parametrize(("host", "ready"), [("images.example.com", True), ("rebound.example.net", False)])

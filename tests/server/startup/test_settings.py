@@ -47,13 +47,18 @@ def test_origins_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> Non
         ("--allowed-origins", "https://a.example/page"),
         ("--allowed-origins", "a.example"),
         ("--allowed-origins", "https://a.example,ftp://b"),
+        ("--trusted-proxies", "*"),
+        ("--trusted-proxies", "proxy.example.com"),
+        ("--trusted-proxies", "10.0.0.1/8"),
         ("--root-path", "images"),
         ("--root-path", "https://a.example/images"),
         ("--root-path", "/a b"),
         ("--root-path", "/ä"),
     ],
 )
-def test_what_is_no_origin_or_path_is_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_origin_address_or_path_is_refused(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         parse(ServerSettings, [flag, value])
     assert capsys.readouterr().err.startswith(f"error: {flag}: ")
