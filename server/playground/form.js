@@ -4,6 +4,7 @@ import { $, make } from "./dom.js";
 import { imageFields, imageChanged } from "./initial-image.js";
 import { choiceOf, served } from "./model.js";
 import { chooseScheduler, fillSchedulers, findScheduler } from "./scheduler.js";
+import { CONDITIONS, conditions, conditionsOf, fillConditions } from "./size-conditions.js";
 import { fillSizes } from "./sizes.js";
 import { fillStyles, styleChanged } from "./styles.js";
 
@@ -11,7 +12,7 @@ export const form = $("form");
 export const field = form.elements;
 export const NAMES = [ // the model first: others are chosen from what it has
   "model", "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
-  "loras",
+  "loras", ...CONDITIONS,
 ];
 const TAG = /<(?:lora|lyco):([^<>:]+)(?::([^<>:]+))?>/gi;
 
@@ -43,14 +44,14 @@ export function body() {
     prompt: field.prompt.value, negative_prompt: field.negative_prompt.value, width, height,
     num_inference_steps: steps, guidance_scale: number("guidance_scale"), seed: number("seed"),
     num_images: number("num_images"), scheduler: field.scheduler.value, preview_every: Math.ceil(steps / 10),
-    model: field.model.value || undefined, ...loras.length ? { loras } : {}, ...imageFields(),
+    model: field.model.value || undefined, ...loras.length ? { loras } : {}, ...conditions(), ...imageFields(),
   };
 }
 
 /** The values, as text, of a form that gives the pictures of `parameters` by the model of this name again. */
 export function valuesOf(parameters, model) {
   const state = { ...parameters, size: `${parameters.width}x${parameters.height}`, model: choiceOf(model),
-    loras: lorasOf(parameters) };
+    loras: lorasOf(parameters), ...conditionsOf(parameters) };
   return Object.fromEntries(NAMES.map((name) => [name, String(state[name])]));
 }
 
@@ -84,7 +85,7 @@ export function restore(names) {
 /** Set a field, if it can have the value; says whether it can. */
 function setField(name, value) {
   const before = field[name].value;
-  field[name].value = value;
+  if (!field[name].disabled) field[name].value = value; // disabled are those that this model does not have
   if (field[name].value === "" && field[name].required) field[name].value = before;
   if (field[name].selectedIndex === -1) field[name].value = before; // this model does not have it
   return field[name].value === value;
@@ -158,6 +159,7 @@ function describe() {
   field.model.replaceChildren(...models.map(({ name }) => new Option(name, choiceOf(name))));
   field.model.parentElement.hidden = models.length < 2;
   fillSizes();
+  fillConditions();
   fillStyles();
   fillSchedulers();
   fill("num_images", [1, 2, 3, 4].slice(0, most), 1);

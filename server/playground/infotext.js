@@ -9,11 +9,12 @@ const FEWEST_FIELDS = 3; // of a last line that is not the prompt's
 const FIELD = /\s*(\w[\w /-]+):\s*("(?:\\.|[^\\"])+"(?=,|$)|[^,]*)(?:,|$)/g;
 const OWN = { // names of the form's fields, and what the text calls them
   model: "Model", num_inference_steps: "Steps", guidance_scale: "CFG scale", seed: "Seed", size: "Size",
+  original_size: "Original size", target_size: "Target size",
 };
 const WITHOUT_EFFECT = [ // here, or restored as a part of another one
   "Steps", "CFG scale", "Seed", "Size", "Sampler", "Schedule type", "Model", "Model hash", "Version", "RNG",
   "VAE", "VAE hash", "Timestep spacing", "Final sigmas type", "Cache", "Exact", "Denoising strength",
-  "Lora hashes",
+  "Lora hashes", "Original size", "Target size", "Crop top", "Crop left",
 ];
 
 /** Prompts and fields: { prompt, negative, fields }, the fields by their own names; null where it is no such text. */
@@ -41,6 +42,8 @@ function unquote(value) {
 export function settingsOf({ prompt, negative, fields }) {
   const values = { prompt, negative_prompt: negative, num_images: "1" };
   for (const [name, key] of Object.entries(OWN)) if (fields[key]) values[name] = fields[key];
+  const crop = ["Crop top", "Crop left"].map((key) => fields[key] ?? "0");
+  if (crop.some(Number)) values.crops_coords_top_left = crop.join(", ");
   if (fields.Sampler) values.scheduler = samplerName(fields.Sampler, fields["Schedule type"]);
   return { values, others: Object.keys(fields).filter((key) => !WITHOUT_EFFECT.includes(key)) };
 }

@@ -9,6 +9,7 @@ const VARIATION = 0.6; // strength: the same subject, drawn anew
 const HEAD = 1 << 20; // bytes of a file that are searched for settings
 const WORDS = {
   num_inference_steps: "steps", guidance_scale: "guidance scale", negative_prompt: "negative prompt",
+  original_size: "original size", target_size: "target size", crops_coords_top_left: "crop",
 };
 
 /** The form's values, as text, that give this one picture again. */

@@ -23,7 +23,16 @@ export function chooseScheduler(wanted) {
   $("sigmas").replaceChildren(...sigmas.map((one) => new Option(one[0].toUpperCase() + one.slice(1), one)));
   $("sigmas").value = kind;
   $("sigmas").parentElement.hidden = sigmas.length < 2;
-  $("summary").textContent = summary + (calls > 1 ? ` Each step takes ${calls === 2 ? "twice" : `${calls} times`} as long.` : "");
+  const slower = calls > 1 ? [`Each step takes ${calls === 2 ? "twice" : `${calls} times`} as long.`] : [];
+  $("summary").textContent = [summary, ...slower, ...ofModel(model, name)].join(" ");
+}
+
+/** What the model sets besides, with its own method or with any: a sentence for each that is not the usual. */
+function* ofModel({ scheduler, timestep_spacing: spacing, eta, timesteps, num_inference_steps: steps }, name) {
+  const isOwn = scheduler === name || scheduler.startsWith(`${name}_`);
+  if (spacing) yield `This model has ${spacing} timestep spacing.`;
+  if (isOwn && typeof eta === "number") yield `Its eta is ${eta}.`;
+  if (isOwn && timesteps) yield `Its timesteps are ${timesteps.join(", ")}, at ${steps} step${steps === 1 ? "" : "s"}.`;
 }
 
 const plain = (name) => name.toLowerCase().replace(/[^a-z0-9+]/g, "");
