@@ -22,7 +22,8 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 WORKDIR /build
 COPY pyproject.toml ./
 COPY scripts/requirements scripts/constraints.txt scripts/constraints-cuda.txt scripts/
-RUN pip install cyclonedx-bom --constraint scripts/constraints.txt
+RUN python -m venv --without-pip /opt/cyclonedx \
+ && pip --python /opt/cyclonedx install cyclonedx-bom --constraint scripts/constraints.txt
 
 
 # Packages before code: an edit of the code builds, and ships, none of them again. An architecture without wheels is
@@ -60,14 +61,14 @@ RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
 # What each image holds, as its packages' own metadata have it. The generator is outside of /opt/latentd, and stays here.
 FROM cpu-packages AS cpu-sbom
 COPY --from=code /opt/latentd /opt/latentd
-RUN cyclonedx-py environment /opt/latentd --pyproject pyproject.toml --output-reproducible --validate \
-      --output-file /sbom.cdx.json
+RUN /opt/cyclonedx/bin/cyclonedx-py environment /opt/latentd --pyproject pyproject.toml --output-reproducible \
+      --validate --output-file /sbom.cdx.json
 
 
 FROM cuda-packages AS cuda-sbom
 COPY --from=code /opt/latentd /opt/latentd
-RUN cyclonedx-py environment /opt/latentd --pyproject pyproject.toml --output-reproducible --validate \
-      --output-file /sbom.cdx.json
+RUN /opt/cyclonedx/bin/cyclonedx-py environment /opt/latentd --pyproject pyproject.toml --output-reproducible \
+      --validate --output-file /sbom.cdx.json
 
 
 # What both images are, but for their packages. The user is a number, by which Kubernetes sees that it is not root.

@@ -291,7 +291,7 @@ def test_the_sbom_lists_what_is_installed(tmp_path: Path) -> None:
     command = shlex.split(STAGES["cpu-sbom"].commands[-1].value[0])
     places = {"/opt/latentd": str(tmp_path / "latentd"), "/sbom.cdx.json": str(tmp_path / "sbom.cdx.json")}
     program, *arguments = (places.get(word, word) for word in command)
-    subprocess.run([Path(sys.executable).with_name(program), *arguments], cwd=ROOT, check=True)  # noqa: S603 - from the Dockerfile
+    subprocess.run([Path(sys.executable).with_name(Path(program).name), *arguments], cwd=ROOT, check=True)  # noqa: S603 - from the Dockerfile
     text = (tmp_path / "sbom.cdx.json").read_text(encoding="utf-8")
     sbom = json.loads(text)
     assert "--validate" in command  # against CycloneDX' schema, or the command fails
