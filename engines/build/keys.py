@@ -25,7 +25,14 @@ EXPORT_CODE = ("contract.py", "safetensors_header.py", "checkpoints", "export", 
 TENSORRT_CODE = ("build/trt",)
 ONNXRUNTIME_CUDA_CODE = ("build/onnxruntime_cuda",)
 QDQ_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/qdq")
-INT8_CODE = ("contract.py", "schedulers", "build/trajectory.py", "build/quantize.py", "backends/openvino.py")
+INT8_CODE = (
+    "contract.py",
+    "schedulers",
+    "build/trajectory.py",
+    "build/quantize.py",
+    "build/parts.py",
+    "backends/openvino.py",
+)
 
 
 def export_key(source: Source, weights: Storage, versions: Mapping[str, str]) -> str:

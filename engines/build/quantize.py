@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 from engines.backends.openvino import TAKES_BF16, openvino
 from engines.backends.registry import install_command
+from engines.build.parts import Model, change_in_parts
 from engines.contract import Array
 from engines.errors import EngineError
 from engines.files import replacing_all
@@ -28,7 +29,8 @@ _NORMS = ("MVN", "GroupNormalization")
 _TRANSFORMER = ".transformer_blocks."
 _OF_PROMPT = (".attn2.to_k.", ".attn2.to_v.")
 
-Model = Any  # an openvino.Model, which ships no types
+# Calibrating takes some twelve bytes for each of so many weights at once.
+MAX_WEIGHTS = 250_000_000
 
 
 def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) -> tuple[Path, ...]:
@@ -46,7 +48,13 @@ def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) ->
     try:
         with _quiet_nncf() as nncf:
             model = _compressed(nncf, model, keep=robust)
-            model = _calibrated(nncf, model, robust, recording)
+            model = change_in_parts(
+                model,
+                lambda part, samples: _calibrated(nncf, part, robust, samples),
+                recording,
+                max_weights=MAX_WEIGHTS,
+                folder=out,
+            )
     except RuntimeError as error:
         raise EngineError(f"{onnx} cannot be calibrated on this recording: {error}") from error
     model.set_rt_info(True, TAKES_BF16)
@@ -132,7 +140,10 @@ def _compressed(nncf: Any, model: Model, *, keep: list[str]) -> Model:
 
 def _calibrated(nncf: Any, model: Model, robust: list[str], recording: Sequence[Mapping[str, Array]]) -> Model:
     """`robust` in INT8, weights and activations, within the ranges that `recording` shows."""
-    others = {node.get_friendly_name() for node in model.get_ops()} - set(robust)
+    names = {node.get_friendly_name() for node in model.get_ops()}
+    if names.isdisjoint(robust):  # as parts of a model can be
+        return model
+    others = names.difference(robust)
     return nncf.quantize(
         model,
         nncf.Dataset(recording, dict),
