@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import disk_usage
@@ -50,7 +50,7 @@ def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) ->
             model = _compressed(nncf, model, keep=robust)
             model = change_in_parts(
                 model,
-                lambda part, samples: _calibrated(nncf, part, robust, samples),
+                lambda part, samples: _calibrated(nncf, part, robust, samples, count=len(recording)),
                 recording,
                 max_weights=MAX_WEIGHTS,
                 folder=out,
@@ -138,8 +138,10 @@ def _compressed(nncf: Any, model: Model, *, keep: list[str]) -> Model:
     )
 
 
-def _calibrated(nncf: Any, model: Model, robust: list[str], recording: Sequence[Mapping[str, Array]]) -> Model:
-    """`robust` in INT8, weights and activations, within the ranges that `recording` shows."""
+def _calibrated(
+    nncf: Any, model: Model, robust: list[str], recording: Iterable[Mapping[str, Array]], *, count: int
+) -> Model:
+    """`robust` in INT8, weights and activations, within the ranges that the `count` calls of `recording` show."""
     names = {node.get_friendly_name() for node in model.get_ops()}
     if names.isdisjoint(robust):  # as parts of a model can be
         return model
@@ -147,7 +149,7 @@ def _calibrated(nncf: Any, model: Model, robust: list[str], recording: Sequence[
     return nncf.quantize(
         model,
         nncf.Dataset(recording, dict),
-        subset_size=len(recording),
+        subset_size=count,
         preset=nncf.QuantizationPreset.MIXED,  # activations about their own zero point: SiLU's are nearly one-sided
         ignored_scope=nncf.IgnoredScope(names=sorted(others)),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
