@@ -17,7 +17,7 @@ from engines.backends.available import engine_path
 from engines.backends.device import Buffer, Call, Device, Engine, Reader, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest
-from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
+from server.requests.request import Completed, Event, Failed, Image, Outcome, Request, Stepped
 from server.requests.schemas import GenerateRequest
 from server.runtime.batching.quick_requests import QuickRequests
 from server.runtime.make import make_runtime
@@ -164,6 +164,7 @@ class Running(AbstractContextManager["Running"]):
         self.manifest = manifest or Manifest.read(bundle)
         self.trace = trace or Trace()
         self.failures: list[Exception] = []
+        self.ended: list[Asked] = []  # in the order of their endings
         self._started = threading.Event()
 
         def open_device(_backend: str) -> Device:
@@ -203,7 +204,12 @@ class Running(AbstractContextManager["Running"]):
 
     def request(self, asked: Asked, *, model: str = "", **fields: Any) -> Request:
         body = GenerateRequest(**{"prompt": "a red cat", "seed": 1, **fields})
-        return self.models.find(model).intake.request(body, asked.hear, self.metrics.observe)
+
+        def note_ending(_request: Request, event: Event) -> None:
+            if isinstance(event, Outcome):
+                self.ended.append(asked)
+
+        return self.models.find(model).intake.request(body, note_ending, asked.hear, self.metrics.observe)
 
     def ask(self, **fields: Any) -> Asked:
         """Submit a request."""

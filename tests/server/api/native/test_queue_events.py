@@ -41,5 +41,5 @@ def test_a_waiting_request_hears_of_its_position_whenever_that_changes() -> None
         before[-2].close()
         second = next(events)
         assert second["position"] < first["position"]
-        assert second["estimate_s"] < first["estimate_s"]
+        assert second["estimate_s"] > 0  # step times are measured on: fewer steps may be slower ones
         assert second["id"] == first["id"]
