@@ -37,7 +37,6 @@ class Node:
     def __init__(self, index: int, folder: Path, *, cpus: int) -> None:
         """Start it. The first, of index 0, is the head, on 127.0.0.11."""
         self.address = f"127.0.0.{11 + index}"
-        self.http = f"http://127.0.0.1:{_HTTP + index}"
         self._log = (folder / f"node-{index}.log").open("wb")
         role = [f"--address={_HEAD}:{_GCS}"]
         if index == 0:
@@ -57,7 +56,7 @@ class Node:
     @property
     def replicas(self) -> list[psutil.Process]:
         """The processes of its replicas that hold a model."""
-        return [process for process in self.processes if "ServeReplica:latentd:Images" in " ".join(process.cmdline())]
+        return [process for process in self.processes if "ServeReplica:latentd:Images" in " ".join(_words(process))]
 
     @property
     def processes(self) -> list[psutil.Process]:
@@ -74,6 +73,13 @@ class Node:
                 process.kill()
         self.process.wait(_PATIENCE)
         self._log.close()
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """The command line of a process; nothing of one that has ended."""
+    with suppress(psutil.Error):
+        return list(process.cmdline())
+    return []
 
 
 def _environment(folder: Path, index: int = 0) -> dict[str, str]:
@@ -122,6 +128,11 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def url(self) -> str:
+        """The head's proxy, which outlives the other nodes."""
+        return f"http://127.0.0.1:{_HTTP}"
+
     def add(self, *, cpus: int | None = None) -> Node:
         """Start another node."""
         node = Node(self._count, self.folder, cpus=self.cpus if cpus is None else cpus)
@@ -132,8 +143,8 @@ class Cluster:
     def close(self) -> None:
         for node in self.nodes:
             node.kill()
-        for process in psutil.process_iter(["cmdline"]):  # what outlived its parent names the folder of its sockets
-            if any(str(self.folder) in word for word in process.info["cmdline"] or ()):
+        for process in psutil.process_iter():  # what outlived its parent names the folder of its sockets
+            if any(str(self.folder) in word for word in _words(process)):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         self.client.close()
@@ -187,7 +198,7 @@ class Cluster:
 def configuration(
     bundle: Path, *, replicas: int = 2, images: Mapping[str, Any] | None = None, **server: Any
 ) -> dict[str, Any]:
-    """A Serve configuration for CPU replicas of a bundle; `images` are options of that deployment."""
+    """A configuration for CPU replicas of a bundle; `images` are options of that deployment, `server` settings."""
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "127.0.0.1", "port": _HTTP},

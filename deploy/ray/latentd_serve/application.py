@@ -4,7 +4,7 @@
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from latentd_serve.ingress import Forwarder
@@ -32,7 +32,7 @@ class Ingress:
 
 IMAGES = serve.deployment(
     name="Images",
-    autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=1, target_ongoing_requests=8),
+    num_replicas=1,
     ray_actor_options={"num_gpus": 1, "num_cpus": 1},
     # More than a replica takes at once and queues: it refuses further ones itself, fairly between callers.
     max_ongoing_requests=100,
