@@ -42,7 +42,7 @@ def _setting(described: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [kind for kind in described.get("anyOf", []) if kind != {"type": "null"}]
     kept.update(kinds[0] if kinds else {})
     if kept.get("type") == "array":
-        kept["items"] = {"type": "string", "pattern": "^[^,]+$"}
+        kept |= {"minItems": 1, "items": {"type": "string", "pattern": "^[^,]+$"}}
     kept.pop("format", None)
     return kept
 

@@ -75,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rendered-keys": RENDERED_KEYS,
     "policy": POLICY,
     "monitoring": MONITORING,
-    "recreate": {"strategy": {"type": "Recreate", "rollingUpdate": None}},
+    "recreate": {"strategy": {"type": "Recreate"}},
     "everything": {
         **KEDA, **INGRESS, **ROUTE, **RENDERED_KEYS, **POLICY, **COMPILE_INIT, **LORAS, **MONITORING, **SETTINGS, **POD,
     },

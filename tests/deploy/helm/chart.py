@@ -39,7 +39,7 @@ def render(values: Mapping[str, Any] | None = None) -> Sequence[Manifest]:
 def _render(values: str) -> Sequence[Manifest]:
     done = helm("template", RELEASE, CHART, "--namespace", NAMESPACE, values=json.loads(values))
     assert done.returncode == 0, done.stderr
-    return [one for one in yaml.safe_load_all(done.stdout) if one]
+    return [one for one in yaml.load_all(done.stdout, yaml.CSafeLoader) if one]
 
 
 def refusal(values: Mapping[str, Any]) -> str:

@@ -79,6 +79,24 @@ def test_the_chart_s_version_is_the_project_s() -> None:
     assert about()["kubeVersion"].startswith(f">={OLDEST}")
 
 
+def test_an_older_kubernetes_is_refused() -> None:
+    """It would ignore preStop.sleep, and stop pods that still get requests."""
+    done = helm("template", "try", CHART, "--kube-version", "1.29.0")
+    assert "incompatible with Kubernetes v1.29.0" in done.stderr
+
+
+def test_names_of_long_releases_fit() -> None:
+    done = helm("template", "a" * 53, CHART, values=CASES["everything"])
+    names = [one["metadata"]["name"] for one in yaml.safe_load_all(done.stdout) if one]
+    assert names
+    assert max(map(len, names)) <= 63
+
+
+def test_recreating_pods_leaves_no_rolling_update() -> None:
+    """Kubernetes refuses both together, which its schema does not know."""
+    assert of_kind("Deployment", CASES["recreate"])["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_a_packaged_chart_has_the_alerts(tmp_path: Path) -> None:
     """They are a link to those of deploy/prometheus, of which a package has the contents."""
     done = helm("package", CHART, "--destination", tmp_path)

@@ -28,6 +28,7 @@ SCHEMA: dict[str, Any] = json.loads(helm_values.SCHEMA.read_text(encoding="utf-8
         ({"settings": {"max_wating": 4}}, "/settings': additional properties 'max_wating' not allowed"),
         ({"settings": {"port": 80}}, "/settings': additional properties 'port' not allowed"),
         ({"settings": {"threads": -1}}, "/settings/threads': minimum: got -1, want 0"),
+        ({"settings": {"load": []}}, "/settings/load': minItems: got 0, want 1"),
         ({"settings": {"log_level": "loud"}}, "/settings/log_level': value must be one of"),
         ({"models": [{"path": "../elsewhere"}]}, "/models/0/path': '../elsewhere' does not match"),
         ({"models": [{"path": "a,b"}]}, "/models/0/path': 'a,b' does not match"),
