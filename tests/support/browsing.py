@@ -19,7 +19,7 @@ _OPTIONS = (
     "--disable-sync",
     "--no-first-run",
 )
-SECONDS = 30.0  # how long anything may take on a busy machine
+SECONDS = 60.0  # how long anything may take on a busy machine
 expect.set_options(timeout=SECONDS * 1000)
 
 

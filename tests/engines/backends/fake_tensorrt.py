@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, IntEnum
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -167,16 +168,20 @@ class Runtime:
         return engine
 
 
-def _one_thread() -> ort.SessionOptions:
-    """Tiny graphs gain nothing from more, and threads that wait for work would spin on the cores of other tests."""
+@lru_cache(maxsize=32)
+def _session(path: str, _written: int) -> ort.InferenceSession:
+    """What computes the graph at `path`, which tests load many times.
+
+    In one thread: tiny graphs gain nothing from more, and threads that wait for work spin on the cores of other tests.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return options
+    return ort.InferenceSession(path, options)
 
 
 class ICudaEngine:
     def __init__(self, content: Mapping[str, Any], logger: ILogger) -> None:
-        self._session = ort.InferenceSession(content["onnx"], _one_thread())
+        self._session = _session(content["onnx"], Path(content["onnx"]).stat().st_mtime_ns)
         self._profiles: list[Profile] = content["profiles"]
         self._scratch: int = content.get("scratch", SCRATCH)
         self._capturable = bool(content.get("capturable", 1))

@@ -84,8 +84,8 @@ class Late:
     def until(self, passed: threading.Event) -> None:
         with self._changed:
             while not passed.is_set():
-                if not self._do_one() and not self._changed.wait(timeout=60):
-                    raise TimeoutError("a stream was held for a minute")
+                if not self._do_one() and not self._changed.wait(timeout=300):
+                    raise TimeoutError("a stream was held for minutes")
 
     def look(self) -> None:
         with self._changed:
