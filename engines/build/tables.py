@@ -157,6 +157,7 @@ def _model_properties(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "context", f"{context.tokens} tokens of {context.width}, {context.layers} layers"
     yield "defaults", ", ".join(_request_defaults(defaults))
     yield "weights", f"stored in {manifest.weights}"
+    yield "pools", f"{_mb(manifest.pool_bytes)} MB of the device's memory, besides weights and activations"
     if manifest.lora:
         yield "LoRAs", _loras(manifest, manifest.lora)
     yield "exported by", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())

@@ -1,4 +1,4 @@
-"""Dashboards and alerts name metrics and labels that a running server has."""
+"""Dashboards, alerts and the queries of documents name metrics and labels that a running server has."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from server.runtime.monitoring.gpu import GpuMetrics
 from server.runtime.monitoring.metrics import Metrics
 from tests import ROOT
 from tests.server.runtime.monitoring.fake_nvml import GPU, FakeNvml
+from tests.support.promql import document_queries
 from tests.support.serving import Serving
 
 DASHBOARD = json.loads((ROOT / "deploy/grafana/latentd.json").read_text(encoding="utf-8"))
@@ -26,7 +27,7 @@ PROMETHEUS = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_tex
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
-EXPRESSIONS = [*QUERIES, *(rule["expr"] for rule in RULES)]
+EXPRESSIONS = [*QUERIES, *(rule["expr"] for rule in RULES), *document_queries()]
 
 METRIC = re.compile(r"\b(?:(?:latentd|process)_\w+|up\b)")
 SELECTOR = re.compile(r"\b((?:latentd|process)_\w+)(?:\{([^}]*)\})?")

@@ -177,7 +177,7 @@ def test_auto_says_what_it_chose_and_why(copied: Path, capsys: pytest.CaptureFix
 def test_inspect_shows_the_bundle(several: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build("inspect", several) == 0
     shown = capsys.readouterr().err
-    for word in ("denoise.onnx", "openvino", "verified against FP32", "stored in fp32"):
+    for word in ("denoise.onnx", "openvino", "verified against FP32", "stored in fp32", "of the device's memory"):
         assert word in shown
 
 

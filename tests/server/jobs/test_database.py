@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import stat
 from dataclasses import replace
@@ -110,3 +111,28 @@ def test_a_full_disk_refuses_jobs_and_keeps_those_that_are_stored(path: Path) ->
         database.add(a_job("2"), large)
     assert database.image("1", 0) == b"image"
     database.close()
+
+
+def test_a_backup_is_a_copy_of_the_closed_file(path: Path, tmp_path: Path) -> None:
+    database = Database(path)
+    database.add(a_job("1"), RECIPE)
+    with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+        sqlite3.connect(path, timeout=0).execute("SELECT * FROM jobs")
+    database.close()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name], "what was in the log is in the file"
+    check_restored(Path(shutil.copy(path, tmp_path / "backup.db")))
+
+
+def test_a_snapshot_of_both_files_is_opened_as_after_a_power_failure(path: Path, tmp_path: Path) -> None:
+    database = Database(path)
+    database.add(a_job("1"), RECIPE)
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{path}{suffix}", tmp_path / f"snapshot.db{suffix}")
+    database.close()
+    check_restored(tmp_path / "snapshot.db")
+
+
+def check_restored(path: Path) -> None:
+    restored = Database(path)
+    assert [job.id for job in restored.unfinished()] == ["1"]
+    restored.close()
