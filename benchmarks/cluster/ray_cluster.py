@@ -56,7 +56,16 @@ class Node:
     @property
     def replicas(self) -> list[psutil.Process]:
         """The processes of its replicas that hold a model."""
-        return [process for process in self.processes if "ServeReplica:latentd:Images" in " ".join(_words(process))]
+        return self._of("Images")
+
+    @property
+    def ingresses(self) -> list[psutil.Process]:
+        """The processes of its ingresses."""
+        return self._of("Ingress")
+
+    def _of(self, deployment: str) -> list[psutil.Process]:
+        title = f"ServeReplica:latentd:{deployment}"
+        return [process for process in self.processes if title in " ".join(_words(process))]
 
     @property
     def processes(self) -> list[psutil.Process]:
@@ -88,6 +97,7 @@ def _environment(folder: Path, index: int = 0) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": path,
         "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(_HTTP + index),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "latentd_serve.proxy:middlewares",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
         "RAY_raylet_start_wait_time_s": "120",

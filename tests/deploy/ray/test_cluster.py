@@ -111,6 +111,19 @@ def test_a_replica_that_dies_costs_a_retry_and_ends_streams_with_an_error(cluste
     cluster.wait_for_replicas(2)
 
 
+def test_an_ingress_that_dies_is_answered_with_503_and_when_to_come_back(cluster: Cluster) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        waiting = [threads.submit(cluster.client.post, "/generate", json=_LONG) for _ in range(4)]
+        time.sleep(0.5)
+        for node in cluster.nodes:
+            for ingress in node.ingresses:
+                ingress.kill()
+        answers = [one.result() for one in waiting]
+    assert {answer.status_code for answer in answers} == {503}
+    assert all("retry-after" in answer.headers and answer.json()["status"] == 503 for answer in answers)
+    cluster.wait_for_replicas(2)
+
+
 def _generate(cluster: Cluster, begun: threading.Barrier, *, stream: bool) -> str:
     """How a request of a second or more ends."""
     begun.wait()
