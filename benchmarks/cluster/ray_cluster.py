@@ -111,7 +111,7 @@ def _environment(folder: Path, index: int = 0) -> dict[str, str]:
 class Cluster:
     """Nodes, the first of them the head. A context manager that ends what it has started."""
 
-    def __init__(self, nodes: int = 3, *, cpus: int = 1) -> None:
+    def __init__(self, nodes: int = 3, *, cpus: int = 2) -> None:
         """`cpus` of each worker node; the head has none, so that replicas run on the others."""
         self._made = tempfile.TemporaryDirectory(prefix="lr", ignore_cleanup_errors=True)  # sockets need short paths
         self.folder = Path(self._made.name)
@@ -223,7 +223,7 @@ def configuration(
                     {
                         "name": "Images",
                         "num_replicas": replicas,
-                        "ray_actor_options": {"num_cpus": 0.8, "num_gpus": 0},
+                        "ray_actor_options": {"num_cpus": 1.5, "num_gpus": 0},
                         **(images or {}),
                     },
                 ],

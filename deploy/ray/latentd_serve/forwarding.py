@@ -9,6 +9,11 @@ from typing import Any, Self
 
 from starlette.types import ASGIApp, Message, Scope
 
+from server.api.native.documents import event
+from server.api.openai.errors import error_document
+from server.api.problems import problem
+from server.requests.errors import ServerError
+
 _EVENTS = b"text/event-stream"
 _CANCEL_SECONDS = 5.0  # in which an application notices that its caller is gone
 
@@ -28,6 +33,7 @@ class ForwardedRequest:
     scope: dict[str, Any]  # of ASGI
     body: bytes
     wanted: Wanted = Wanted()
+    lost: str = ""  # the replica that died with it: for a while others may not know that
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, wanted: Wanted) -> Self:
@@ -48,6 +54,11 @@ _SCOPE = (
     "client",
     "server",
 )
+
+
+def error_event(path: str, error: ServerError) -> bytes:
+    """The event that ends a stream of the API at `path`."""
+    return event("error", error_document(error) if path.startswith("/v1/") else problem(error))
 
 
 def starts_stream(message: Message) -> bool:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 from fastapi import Request as HttpRequest
 from ray.exceptions import RayError, RayTaskError
@@ -15,16 +16,13 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from latentd_serve.forwarding import ForwardedRequest, starts_stream
+from latentd_serve.forwarding import ForwardedRequest, error_event, starts_stream
 from latentd_serve.metrics import merged_metrics
 from latentd_serve.refusals import check_supported, is_for_all
 from latentd_serve.wanted import wanted_by
 from server.api.bodies import check_size
 from server.api.body_limits import BodyLimits
 from server.api.error_responses import error_response
-from server.api.native.documents import event
-from server.api.openai.errors import error_document
-from server.api.problems import problem
 from server.requests.errors import Cancelled, InternalError, NotReady, QueueFull, ServerError
 
 _log = logging.getLogger(__name__)
@@ -35,6 +33,10 @@ _ALL_SECONDS = 150.0  # for requests to all replicas, which may load a model
 
 class ReplicaLost(Exception):
     """The replica of a request has died, or has been taken away."""
+
+    def __init__(self, reason: str, replica: str) -> None:
+        super().__init__(f"{replica or 'before it had the request'} ({reason})")
+        self.replica = replica  # its name; "" where it is not known
 
 
 class Forwarder:
@@ -83,6 +85,7 @@ class Forwarder:
                 if response.started or attempt == _ATTEMPTS:
                     message = "The replica of this request was lost: send the request again."
                     raise NotReady(message, retry_after=_SOON) from None
+                request = replace(request, lost=lost.replica)
             else:
                 break
         if not response.started:
@@ -92,16 +95,18 @@ class Forwarder:
     async def _ask(self, request: ForwardedRequest) -> AsyncGenerator[list[Message]]:
         """What one replica answers. Raises ReplicaLost, NotReady, QueueFull."""
         streamed = self._images.options(method_name="respond", stream=True).remote(request)
-        answer = cast(DeploymentResponseGenerator[list[Message]], streamed)
-        seconds: float | None = self._wait_seconds
+        answer = cast(DeploymentResponseGenerator[Any], streamed)
+        replica = ""
         try:
+            replica = await asyncio.wait_for(anext(answer), self._wait_seconds)
             while True:
-                yield await asyncio.wait_for(anext(answer), seconds)
-                seconds = None  # it has reached a replica
+                yield await anext(answer)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise NotReady(f"No replica had room in {seconds:g} seconds: try again.", retry_after=_SOON) from None
+            raise NotReady(
+                f"No replica had room in {self._wait_seconds:g} seconds: try again.", retry_after=_SOON
+            ) from None
         except BackPressureError:
             raise QueueFull("The queues of all replicas are full: try again later.", retry_after=_SOON) from None
         except DeploymentUnavailableError as error:
@@ -110,11 +115,11 @@ class Forwarder:
             _log.exception("a replica raised")
             raise InternalError("Unexpected server error; see the replica's log.") from error
         except (RayError, RayServeException) as error:
-            raise ReplicaLost(type(error).__name__) from error
+            raise ReplicaLost(type(error).__name__, replica) from error
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
-            raise ReplicaLost("it cancelled the request") from None
+            raise ReplicaLost("it cancelled the request", replica) from None
         finally:
             answer.cancel()  # type: ignore[no-untyped-call] # without effect on one that has ended
 
@@ -158,10 +163,7 @@ class _Response:
         if not self.started:
             await error_response(http, error)(http.scope, http.receive, self._send)
         elif self._streams:
-            await self._send({"type": "http.response.body", "body": self._event(error)})
-
-    def _event(self, error: ServerError) -> bytes:
-        return event("error", error_document(error) if self._path.startswith("/v1/") else problem(error))
+            await self._send({"type": "http.response.body", "body": error_event(self._path, error)})
 
 
 def _headers(start: Message, *, retried: bool) -> list[tuple[bytes, bytes]]:

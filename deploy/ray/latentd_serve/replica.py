@@ -77,9 +77,9 @@ class Images:
         _log.critical("the executor ended: the process ends, and Serve starts another replica", exc_info=error)
         threading.Timer(_ANSWER_SECONDS, os._exit, (_FAULT,)).start()
 
-    async def respond(self, request: ForwardedRequest) -> AsyncIterator[list[Message]]:
-        """The messages of the response. The first list is empty: the request has reached this replica."""
-        yield []
+    async def respond(self, request: ForwardedRequest) -> AsyncIterator[str | list[Message]]:
+        """The name of this replica at once, then the messages of the response."""
+        yield self.name
         async for messages in respond(self._app, self._below_root(request)):
             for message in messages:
                 if message["type"] == "http.response.start":

@@ -26,10 +26,11 @@ class HoldersFirst(FIFOMixin, RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Ranks of candidates: Serve takes the less loaded replica of the first rank that has room."""
-        wanted = _wanted_by(pending_request)
-        if wanted is None or len(candidate_replicas) < 2:
+        request = _forwarded(pending_request)
+        if request is None:
             return [two_of(candidate_replicas)]
-        return ranks(candidate_replicas, wanted)
+        others = [one for one in candidate_replicas if one.replica_id.unique_id != request.lost]
+        return ranks(others or candidate_replicas, request.wanted)
 
 
 def ranks(replicas: Sequence[RunningReplica], wanted: Wanted) -> list[list[RunningReplica]]:
@@ -38,7 +39,7 @@ def ranks(replicas: Sequence[RunningReplica], wanted: Wanted) -> list[list[Runni
     Where none holds the model, the first is the same one for every ingress, so that it is loaded once.
     """
     with_model = [one for one in replicas if not wanted.model or wanted.model in one.routing_stats.get(MODELS, ())]
-    if not with_model:
+    if not with_model and replicas:
         return [[_own(replicas, wanted.model)], two_of(replicas)]
     loras = set(wanted.loras)
     with_loras = [one for one in with_model if loras <= set(one.routing_stats.get(LORAS, ()))] if loras else []
@@ -55,7 +56,7 @@ def _own(replicas: Sequence[RunningReplica], model: str) -> RunningReplica:
     return max(replicas, key=lambda one: hashlib.sha256(f"{model} {one.replica_id.unique_id}".encode()).digest())
 
 
-def _wanted_by(pending: PendingRequest | None) -> Wanted | None:
+def _forwarded(pending: PendingRequest | None) -> ForwardedRequest | None:
     arguments: Sequence[Any] = pending.args if pending else ()
     request = arguments[0] if arguments else None
-    return request.wanted if isinstance(request, ForwardedRequest) else None
+    return request if isinstance(request, ForwardedRequest) else None

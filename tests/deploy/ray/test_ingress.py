@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import httpx
@@ -22,17 +23,17 @@ _BODY: Message = {"type": "http.response.body", "body": b"image", "more_body": F
 _PART: Message = {"type": "http.response.body", "body": b"event: step\n\n", "more_body": True}
 _LOST = [ActorDiedError(), ActorUnavailableError("gone", None), asyncio.CancelledError()]
 
-Step = Sequence[Message] | BaseException | float
+Step = str | Sequence[Message] | BaseException | float
 
 
 class _Answer:
-    """What a replica sends, in steps: messages, an error, or seconds of silence."""
+    """What a replica sends, in steps: its name, messages, an error, or seconds of silence."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = iter(steps)
         self.cancelled = False
 
-    async def __anext__(self) -> list[Message]:
+    async def __anext__(self) -> str | list[Message]:
         step = next(self._steps, None)
         if step is None:
             raise StopAsyncIteration
@@ -41,7 +42,7 @@ class _Answer:
         if isinstance(step, float):
             await asyncio.sleep(step)
             return []
-        return [dict(message) for message in step]
+        return step if isinstance(step, str) else [dict(message) for message in step]
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -74,22 +75,22 @@ def _send(handle: _Handle, path: str = "/generate", **options: Any) -> httpx.Res
 
 
 def test_a_response_passes_unchanged_but_for_the_id_that_serves_proxy_adds() -> None:
-    answer = _send(_Handle([[], [_START, _BODY]]))
+    answer = _send(_Handle(["a", [_START, _BODY]]))
     assert (answer.status_code, answer.content, dict(answer.headers)) == (200, b"image", {"x-b": "c"})
 
 
 @pytest.mark.parametrize("error", _LOST, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_replica_that_dies_before_anything_was_shown_costs_one_retry(error: BaseException, reached: bool) -> None:
-    first: list[Step] = [[], error] if reached else [error]
-    handle = _Handle(first, [[], [_START, _BODY]])
+    first: list[Step] = ["a", error] if reached else [error]
+    handle = _Handle(first, ["a", [_START, _BODY]])
     answer = _send(handle)
     assert (answer.status_code, answer.headers["x-retried"], answer.content) == (200, "1", b"image")
-    assert handle.requests[0] == handle.requests[1]
+    assert handle.requests[1] == replace(handle.requests[0], lost="a" if reached else "")
 
 
 def test_a_second_death_is_answered_with_503_and_when_to_come_back() -> None:
-    answer = _send(_Handle([ActorDiedError()], [[], ActorDiedError()]))
+    answer = _send(_Handle([ActorDiedError()], ["a", ActorDiedError()]))
     assert answer.status_code == 503
     assert answer.headers["content-type"] == "application/problem+json"
     assert int(answer.headers["retry-after"]) >= 5
@@ -104,7 +105,7 @@ def test_a_second_death_is_answered_with_503_and_when_to_come_back() -> None:
     ],
 )
 def test_a_stream_that_has_begun_ends_with_an_error_event(path: str, status_of: Callable[[Any], int]) -> None:
-    handle = _Handle([[], [_STREAM, _PART], ActorDiedError()])
+    handle = _Handle(["a", [_STREAM, _PART], ActorDiedError()])
     answer = _send(handle, path)
     *_, last = answer.text.strip().split("\n\n")
     name, data = last.split("\n")
@@ -126,11 +127,11 @@ def test_a_request_waits_only_so_long_for_a_replica_with_room() -> None:
 
 
 def test_a_request_that_has_reached_a_replica_waits_as_long_as_that_takes() -> None:
-    assert _send(_Handle([[], 0.5, [_START, _BODY]])).status_code == 200
+    assert _send(_Handle(["a", 0.5, [_START, _BODY]])).status_code == 200
 
 
 def test_a_caller_that_leaves_cancels_its_request() -> None:
-    handle = _Handle([[], 30.0])
+    handle = _Handle(["a", 30.0])
     app = Forwarder(cast(Any, handle), wait_seconds=1, bodies=BodyLimits())
 
     async def leave() -> None:

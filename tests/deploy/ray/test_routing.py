@@ -64,3 +64,11 @@ def test_the_router_reads_what_is_wanted_from_the_forwarded_request() -> None:
     found: Any = asyncio.run(router.choose_replicas(replicas, pending))
     assert _names(found[0]) == {"b"}
     assert _names(asyncio.run(router.choose_replicas(replicas))[0]) == {"a", "b"}
+
+
+def test_a_retry_does_not_go_to_the_replica_that_was_lost_unless_there_is_no_other() -> None:
+    router = object.__new__(HoldersFirst)
+    replicas = [_replica("a"), _replica("b")]
+    pending = cast(PendingRequest, SimpleNamespace(args=[ForwardedRequest(scope={}, body=b"", lost="a")]))
+    assert _names(asyncio.run(router.choose_replicas(replicas, pending))[-1]) == {"b"}
+    assert _names(asyncio.run(router.choose_replicas(replicas[:1], pending))[-1]) == {"a"}
