@@ -34,6 +34,7 @@ SETTINGS = {
         "header_seconds": 2.5,
         "log_format": "json",
         "load": ["sd15", "anime"],
+        "trusted_proxies": ["10.0.0.0/8", "192.0.2.7"],
     }
 }
 POD = {
@@ -51,7 +52,6 @@ POD = {
     "extraVolumes": [{"name": "signing", "secret": {"secretName": "c2pa"}}],
     "extraVolumeMounts": [{"name": "signing", "mountPath": "/signing", "readOnly": True}],
     "image": {"repository": "example.com/latentd", "digest": f"sha256:{'0' * 64}", "pullSecrets": [{"name": "pull"}]},
-    "trustedProxies": ["10.0.0.0/8"],
     "serviceAccount": {"annotations": {"example.com/role": "none"}},
     "service": {"type": "LoadBalancer", "sessionAffinity": "ClientIP", "annotations": {"example.com/internal": "true"}},
 }

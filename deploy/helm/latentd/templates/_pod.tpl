@@ -26,10 +26,6 @@
 - name: LATENTD_{{ upper $name }}
   value: {{ include "latentd.text" $value | quote }}
 {{- end }}
-{{- with .Values.trustedProxies }}
-- name: FORWARDED_ALLOW_IPS
-  value: {{ join "," . | quote }}
-{{- end }}
 {{ include "latentd.cacheEnv" . }}
 {{- with .Values.extraEnv }}
 {{ toYaml . }}
