@@ -20,6 +20,7 @@ from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPi
 from engines.accuracy import psnr
 from engines.manifest import Manifest
 from tests.conftest import build_like
+from tests.support.bare_server import wait_until
 from tests.support.image_files import picture, saved, text_of
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
@@ -202,6 +203,24 @@ def test_in_a_crowd_each_has_the_picture_that_it_has_alone(serving: Serving) -> 
         together = [pictures(answer) for answer in threads.map(lambda body: serving.generate(**body), bodies)]
     assert min(psnr(*pair) for pairs in zip(alone, together, strict=True) for pair in zip(*pairs, strict=True)) >= 50
     assert psnr(alone[0][0], alone[0][1]) < 45, "images of one request differ by their seeds"
+
+
+def cancel_while_running(serving: Serving, body: dict[str, Any]) -> None:
+    job = serving.client.post("/generate?wait=false", json=body).headers["Location"]
+    wait_until(lambda: serving.client.get(job).json()["step"] > 1)
+    assert serving.client.delete(job).status_code == 202
+    wait_until(lambda: serving.client.get(job).json()["status"] == "cancelled")
+
+
+def test_cancelled_requests_leave_nothing_behind(inpainting_bundle: Path, serving: Serving) -> None:
+    """As many as fill every slot: no slot, no latents of a masked image and no row of the context pool are lost."""
+    fields: dict[str, Any] = {**BODY, **sent(picture(48, 32), ellipse(48, 32)), "scheduler": "ddim"}
+    before = one(serving, **fields, seed=6)
+    other = {**fields, **sent(picture(131, 57)), "num_inference_steps": 200, "num_images": 2}
+    for _ in range(Manifest.read(inpainting_bundle).slots // 2 + 1):
+        cancel_while_running(serving, other)
+    assert serving.metrics()["latentd_requests_running"] == 0
+    assert np.array_equal(one(serving, **fields, seed=6), before)
 
 
 def test_each_seed_can_be_generated_alone(serving: Serving) -> None:
