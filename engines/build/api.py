@@ -35,7 +35,15 @@ from engines.build.bundle import (
     with_shapes,
 )
 from engines.build.bundle import export as export_bundle
-from engines.build.checks import AUTO, check_compilers, check_export, check_options, check_shapes, resolved_backends
+from engines.build.checks import (
+    AUTO,
+    check_compilers,
+    check_export,
+    check_lora_pool,
+    check_options,
+    check_shapes,
+    resolved_backends,
+)
 from engines.build.compile import (
     EngineOptions,
     check_precision,
@@ -139,6 +147,7 @@ def build(  # noqa: PLR0913 - the options of a build, by keyword
         plans, reporter, before=export_stages(checkpoint, graphs, spec.dtypes, geometry.resolutions[0]), verify=verify
     )
     manifest = export_bundle(checkpoint, out, spec, force=force, progress=reporter.progress)
+    check_lora_pool(manifest, names)
     engines = EngineOptions(precision, optimization_level, force=force)
     compiler = _BundleCompiler(out, engines, verify=verify, reporter=reporter)
     manifest = compiler.run(manifest, names)
@@ -223,6 +232,7 @@ def compile(  # noqa: PLR0913 - the options of a compilation, by keyword
     check_compilers(names, precision, optimization_level)
     manifest = with_shapes(load_intact(bundle), shapes)
     check_shapes(manifest)
+    check_lora_pool(manifest, names)
     precisions = _precisions(names, precision, manifest.graph_names, exceeding=exceeding_graphs(manifest))
     _note_vae(precisions, exceeding_graphs(manifest), reporter.progress)
     plans = _plans(precisions, manifest, manifest.parameters)

@@ -22,6 +22,7 @@ from engines.manifest import Defaults, Manifest, NoiseSchedule, Precision
 from engines.progress import Progress
 from engines.schedulers import complete, find, table
 
+_FEWER_VALUES = 2**31  # than this TensorRT's tensors have
 AUTO = "auto"  # in place of a backend's name: the best that runs here
 
 
@@ -119,6 +120,24 @@ def check_options(checkpoint: Checkpoint, options: ExportOptions) -> None:
 def check_shapes(manifest: Manifest) -> None:
     """Raise EngineError unless requests that name no options can be served by engines of these shapes."""
     _check_requests(manifest.defaults, manifest.rows, manifest.noise_schedule, embeds_guidance=manifest.embeds_guidance)
+
+
+def check_lora_pool(manifest: Manifest, backends: Sequence[str]) -> None:
+    """Raise EngineError if the pool of LoRAs is larger than tensors of one of the backends may be."""
+    if manifest.lora is None or not set(backends) & set(TENSORRT):
+        return
+    most = most_lora_ranks(manifest.dims(manifest.resolutions[0])["G"])
+    if manifest.lora.ranks > most:
+        slots, rank = manifest.lora.slots, manifest.lora.rank
+        raise EngineError(
+            f"--lora-slots {slots} --lora-rank {rank}: a pool of {slots * rank} ranks, and TensorRT's tensors have room "
+            f"for {most} of this model: lower one of them. Nothing has to be exported again for that."
+        )
+
+
+def most_lora_ranks(width: int) -> int:
+    """The ranks, each of `width` values, that a tensor of TensorRT holds besides the one that stays zero."""
+    return (_FEWER_VALUES - 1) // width - 1
 
 
 def _check_requests(defaults: Defaults, rows: Sequence[int], schedule: NoiseSchedule, *, embeds_guidance: bool) -> None:

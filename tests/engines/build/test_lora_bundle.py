@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 
 import build_engines
 from engines.build.bundle import updated
+from engines.build.checks import check_lora_pool, most_lora_ranks
 from engines.build.keys import engine_key
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
 from engines.contract import LORA_GRAPHS, GraphName
+from engines.errors import EngineError
 from engines.lora.layout import width_of
 from engines.manifest import MANIFEST, BundleError, LoraCapacity, Manifest, Profile
 
@@ -37,6 +40,31 @@ def test_slots_and_rank_need_no_export(copied: Path) -> None:
     assert build(*words, "--lora-rank", "4") == 0
     assert Manifest.load(copied).lora == LoraCapacity(slots=2, rank=4)
     assert {path: path.stat().st_mtime_ns for path in (copied / "onnx").iterdir()} == before
+
+
+def test_a_pool_that_tensorrt_could_not_bind_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert build("compile", copied, "--backend", "tensorrt_rtx", "--lora-slots", "1024", "--lora-rank", "1024") == 1
+    most = most_lora_ranks(width_of(Manifest.read(copied).lora_layers))
+    assert f"a pool of 1048576 ranks, and TensorRT's tensors have room for {most} " in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx", "onnxruntime", "onnxruntime_cuda"])
+def test_the_largest_pool_of_tensorrt_is_taken_and_no_larger_one(lora_bundle: Path, backend: str) -> None:
+    manifest = Manifest.read(lora_bundle)
+    rank = 1024
+    slots = most_lora_ranks(width_of(manifest.lora_layers)) // rank
+    check_lora_pool(updated(manifest, lora=LoraCapacity(slots=slots, rank=rank)), [backend])
+    larger = updated(manifest, lora=LoraCapacity(slots=slots + 1, rank=rank))
+    with pytest.raises(EngineError, match="lower one") if "tensorrt" in backend else nullcontext():
+        check_lora_pool(larger, ["openvino", backend])
+
+
+def test_the_documented_limit_of_stable_diffusion_xl() -> None:
+    assert most_lora_ranks(3_717_120) == 576
+    assert 577 * 3_717_120 < 2**31 <= 578 * 3_717_120  # with the rank that stays zero
 
 
 def test_a_bundle_without_such_graphs_names_the_command(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
