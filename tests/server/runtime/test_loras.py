@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -280,6 +281,44 @@ def test_a_request_that_is_cancelled_during_its_upload_gives_everything_back(
     assert asked.outcome_name() == "Cancelled"
     (image,) = gpu_caller.draw([("b", 1.0)], seed=1, num_inference_steps=2, **SMALL)
     assert psnr(image, expected) >= 50, "half of it was taken for all of it"
+
+
+def lookups(running: Running) -> tuple[float, float]:
+    """LoRAs that the device held, and that it had to load."""
+    text = running.metrics.render().decode()
+    found = dict(re.findall(r'latentd_lora_lookups_total\{.*result="(\w+)"\} ([\d.]+)', text))
+    return float(found["hit"]), float(found["miss"])
+
+
+def test_lookups_are_counted_by_whether_the_device_held_the_lora(caller: LoraCaller) -> None:
+    forget(caller, "b")
+    hits, misses = lookups(caller.running)
+    for seed in range(3):
+        caller.draw([("b", 1.0)], seed=seed, num_inference_steps=2, **SMALL)
+    caller.draw(seed=1, num_inference_steps=2, **SMALL)
+    assert lookups(caller.running) == (hits + 2, misses + 1)
+
+
+def ranks_while_running(caller: LoraCaller, chosen: Chosen, seed: int) -> float:
+    """The ranks in use after the first step of a request, which is then cancelled."""
+    running, asked = caller.running, Asked()
+    request = caller.request(asked, chosen, seed=seed, num_inference_steps=200, **SMALL)
+    running.batcher.submit(request)
+    asked.wait(lambda: asked.steps)
+    used = running.metric("latentd_lora_ranks_used")
+    request.cancel()
+    running.batcher.wake()
+    assert asked.outcome_name() == "Cancelled"
+    return used
+
+
+def test_who_is_cancelled_while_running_gives_ranks_back(caller: LoraCaller) -> None:
+    """More requests than the pool has room for at once."""
+    running, ranks = caller.running, caller.loras["b"].ranks + caller.loras["c"].ranks
+    assert running.manifest.lora
+    for seed in range(running.manifest.lora.ranks // ranks + 1):
+        assert ranks_while_running(caller, [("b", 1.0), ("c", 0.5)], seed) == ranks
+        running.wait(lambda: running.metric("latentd_lora_ranks_used") == 0)
 
 
 @pytest.mark.parametrize("is_known", [True, False])
