@@ -12,11 +12,16 @@ from safetensors.torch import save_file
 
 import build_engines
 from engines.accuracy import psnr
+from engines.build.compile import engine_precisions
 from engines.build.onnxruntime_cuda.compare import check_same
 from engines.build.onnxruntime_cuda.rewrite import rewrite
+from engines.build.profiles import shapes
+from engines.build.trt.parent import build_engine
 from engines.checkpoints.find import find_checkpoint
-from engines.contract import LORA_GRAPHS, GraphName, plain
-from engines.manifest import Manifest
+from engines.contract import GRAPHS, LORA_GRAPHS, STEPS, GraphName, plain
+from engines.export.run import export_graphs
+from engines.manifest import FusionReport, Manifest
+from engines.progress import NullProgress
 from tests.support.checkpoints import load
 from tests.support.fused import fused_difference
 from tests.support.ldm import write_single_file
@@ -202,18 +207,31 @@ def rewritten_is_the_same(bundle: Path, graph: GraphName, folder: Path) -> None:
     assert check_same(graph, manifest, exported, made).largest < 1e-5
 
 
-def test_sd2_computes_in_bf16_on_gpus(family: tuple[str, Path, Path]) -> None:
+def test_sd2_computes_in_bf16_on_gpus(family: tuple[str, Path, Path], tmp_path: Path) -> None:
     """Its attention leaves FP16's range. The weights on disk stay what they are, and TensorRT takes the casts."""
-    name, checkpoint, bundle = family
+    name, folder, bundle = family
     if name != "sd2":
         pytest.skip("the other families take FP16, as the tests of TensorRT's engines show")
-    command = ["--model", str(checkpoint), "--out", str(bundle), "--rows", "2", "--backend", "tensorrt_rtx"]
-    assert build_engines.main(command) == 0
+    checkpoint = find_checkpoint(str(folder))
+    precisions = engine_precisions("tensorrt_rtx", None, exceeding=checkpoint.exceeding_fp16)
+    assert precisions == {graph: "bf16" if graph in STEPS else "fp16" for graph in GRAPHS}
     manifest = Manifest.load(bundle)
-    assert list(manifest.builds) == ["onnxruntime", "openvino", "tensorrt_rtx"]
-    made = manifest.builds["tensorrt_rtx"]
-    assert made.precision == "bf16"
-    assert made.engines["decode"].precision == "fp16"
-    layers = made.engines["denoise"].layers
-    assert layers
+    made = export_graphs(
+        checkpoint.config,
+        load(checkpoint),
+        bundle,
+        storage=manifest.weights,
+        typed=[("denoise", "bf16")],
+        size=manifest.resolutions[0],
+        known=dict(manifest.graphs),
+        progress=NullProgress(),
+    )["denoise"]
+    graph, weights = made.onnx["bf16"].files
+    assert weights == manifest.graphs["denoise"].onnx["fp32"].files[1]
+    profile = shapes(manifest, "denoise")[0]
+    ranges = [{spec.name: profile.of(spec) for spec in made.inputs}]
+    report = build_engine(
+        "tensorrt_rtx", bundle / graph.path, tmp_path / "made.engine", ranges, progress=NullProgress()
+    )
+    layers = FusionReport.model_validate(report.layers)
     assert layers.precisions["BFloat16"] > layers.precisions.get("Half", 0)
