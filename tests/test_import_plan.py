@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-
-import pytest
+from collections.abc import Iterable, Iterator
+from functools import cache
 
 from tests import ROOT
 
@@ -204,9 +204,15 @@ def modules(*tops: str) -> list[str]:
     return found
 
 
-def imports(module: str) -> set[str]:
+@cache
+def parsed(module: str) -> ast.Module:
+    return ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
     """Every module that `module` names in an import, at the top or inside a function."""
-    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    tree = parsed(module)
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -214,9 +220,10 @@ def imports(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name for name in inside if is_module(name)} or {node.module}
-    return found
+    return frozenset(found)
 
 
+@cache
 def is_module(name: str) -> bool:
     path = ROOT / name.replace(".", "/")
     return path.with_suffix(".py").exists() or path.is_dir()
@@ -229,9 +236,9 @@ def within(module: str, places: set[str] | dict[str, set[str]]) -> str | None:
     return next((name for name in names if name in places), None)
 
 
-def ours(names: set[str]) -> set[str]:
+def ours(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.split(".")[0] in {"engines", "server", "loadtest", "benchmarks"}} | (
-        names & {"build_engines"}
+        {*names} & {"build_engines"}
     )
 
 
@@ -239,53 +246,79 @@ PRODUCT = modules("build_engines", "engines", "server")
 EVERYTHING = [*PRODUCT, *modules("loadtest", "benchmarks")]
 
 
-@pytest.mark.parametrize("module", [name for name in EVERYTHING if not name.endswith("__init__")])
-def test_a_folder_imports_only_what_lies_below_it(module: str) -> None:
-    place = within(module, ALLOWED)
-    assert place, f"{module} lies in no folder of the plan"
-    outside = {name for name in ours(imports(module)) if within(name, ALLOWED) != place}
-    assert not {name for name in outside if not within(name, ALLOWED[place])}
+MODULES = [name for name in EVERYTHING if not name.endswith("__init__")]
+
+
+def test_every_module_lies_in_a_folder_of_the_plan() -> None:
+    assert not [name for name in MODULES if not within(name, ALLOWED)]
+
+
+def test_a_folder_imports_only_what_lies_below_it() -> None:
+    wrong = []
+    for module in MODULES:
+        place = within(module, ALLOWED) or module
+        outside = {name for name in ours(imports(module)) if within(name, ALLOWED) != place}
+        wrong += [(module, name) for name in outside if not within(name, ALLOWED[place])]
+    assert not wrong
 
 
 def test_rules_name_what_exists() -> None:
     assert not [name for name in {*ALLOWED, *PURE, *set().union(*ALLOWED.values())} if not is_module(name)]
 
 
-@pytest.mark.parametrize("module", PRODUCT)
-def test_packages_are_imported_where_they_belong(module: str) -> None:
-    named = {name.split(".")[0] for name in imports(module)}
-    assert not [package for package, places in ONLY_IN.items() if package in named and not within(module, places)]
+def packages(module: str) -> set[str]:
+    """Those that `module` imports, ours included."""
+    return {name.split(".")[0] for name in imports(module)}
 
 
-@pytest.mark.parametrize("module", modules("server"))
-def test_the_server_needs_nothing_of_the_build(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(module)} & ONLY_TO_BUILD
+def test_packages_are_imported_where_they_belong() -> None:
+    rules = ONLY_IN.items()
     assert not [
-        name for name in imports(module) if within(name, {"engines.build", "engines.export", "engines.checkpoints"})
+        (module, package)
+        for module in PRODUCT
+        for package, places in rules
+        if package in packages(module) and not within(module, places)
     ]
 
 
-@pytest.mark.parametrize("module", [name for name in PRODUCT if within(name, set(PURE))])
-def test_policy_and_numbers_need_neither_device_nor_http(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(module)} & HTTP_AND_DEVICES
+def test_the_server_needs_nothing_of_the_build() -> None:
+    server = modules("server")
+    assert not [(module, found) for module in server if (found := packages(module) & ONLY_TO_BUILD)]
+    build = {"engines.build", "engines.export", "engines.checkpoints"}
+    assert not [(module, name) for module in server for name in imports(module) if within(name, build)]
 
 
-@pytest.mark.parametrize("module", [name for name in EVERYTHING if not name.endswith("__init__")])
-def test_nothing_reaches_into_anothers_private_names(module: str) -> None:
+def test_policy_and_numbers_need_neither_device_nor_http() -> None:
+    pure = [name for name in PRODUCT if within(name, set(PURE))]
+    assert not [(module, found) for module in pure if (found := packages(module) & HTTP_AND_DEVICES)]
+
+
+def test_nothing_reaches_into_anothers_private_names() -> None:
     """An underscore is for the module that wrote it: imports of `_name`, and `module._name` of an imported module."""
-    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+    assert not [(module, name) for module in MODULES for name in private_names(module)]
+
+
+def private_names(module: str) -> Iterator[str]:
+    """Of other modules, that `module` uses."""
+    nodes = list(ast.walk(parsed(module)))
     imported = {
         (alias.asname or alias.name)
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
         if is_module(f"{node.module}.{alias.name}")
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and ours({node.module}):
-            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
-            assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{node.value.id}.{node.attr}"
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in imported
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+        ):
+            yield f"{node.value.id}.{node.attr}"
 
 
 def test_a_running_server_loads_no_torch() -> None:
