@@ -38,7 +38,7 @@ REWRITTEN: tuple[GraphName, ...] = ("encode_prompt", "denoise", "encode_prompt_l
 PARITY = 1e-3  # of a graph's range, between torch and ONNX Runtime, and between that and OpenVINO
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd2", "lcm"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "lcm"])
 def family(
     request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Path]:
@@ -54,7 +54,7 @@ def family(
 
 def source(name: str, checkpoint: Path) -> list[str]:
     """One family comes as a single file and with a learned word, one with a LoRA, one as it is."""
-    if name == "sd15":
+    if name == "sd1":
         single = write_single_file(checkpoint, checkpoint.parent / "one.safetensors")
         word = checkpoint.parent / "word.safetensors"
         save_file({WORD: torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, word)
@@ -82,11 +82,11 @@ def lora_factors() -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference_of(name: str, checkpoint: Path) -> Any:
     pipeline = load_pipeline(checkpoint)
-    if name in ("lcm", "sd15"):  # alpha is half the rank there
+    if name in ("lcm", "sd1"):  # alpha is half the rank there
         up, down = lora_factors()
         with torch.no_grad():
             pipeline.unet.get_submodule(CHANGED).weight += LORA_SCALE * up @ down
-    if name == "sd15":
+    if name == "sd1":
         pipeline.load_textual_inversion(str(checkpoint.parent / "word.safetensors"))
     return pipeline
 
@@ -120,7 +120,7 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
         {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
         {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
     ]
-    body = {**BODY, "prompt": f"two old {WORD} at night"} if name == "sd15" else BODY
+    body = {**BODY, "prompt": f"two old {WORD} at night"} if name == "sd1" else BODY
     with Serving(bundle, "--backend", backend) as serving:
         for case in cases:
             ours = pictures(serving.generate(**body, **case, seed=11))[0]
@@ -131,7 +131,7 @@ def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], b
 
 # What the model cards pass: of the LoRA that was fused, and of latent consistency models.
 CARDS: dict[str, dict[str, Any]] = {
-    "sd15": {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 0.0},
+    "sd1": {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 0.0},
     "lcm": {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 8.0},
     "sd2": {"scheduler": "ddim", "num_inference_steps": 50, "guidance_scale": 7.5},
 }
@@ -157,9 +157,9 @@ def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:
     name, _checkpoint, bundle = family
     manifest = Manifest.load(bundle)
     assert manifest.embeds_guidance == (name == "lcm")
-    loras = {"lcm": ("style.safetensors:0.5",), "sd15": ("pytorch_lora_weights.safetensors:1",)}
+    loras = {"lcm": ("style.safetensors:0.5",), "sd1": ("pytorch_lora_weights.safetensors:1",)}
     assert manifest.source.loras == loras.get(name, ())
-    assert manifest.name == {"sd15": "one"}.get(name, "checkpoint")
+    assert manifest.name == {"sd1": "one"}.get(name, "checkpoint")
     assert manifest.noise_schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
     assert manifest.context.width == (64 if name == "sd2" else 32)
     assert manifest.defaults.scheduler == {"sd2": "ddim"}.get(name, "lcm")
