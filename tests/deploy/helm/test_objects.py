@@ -45,8 +45,8 @@ def test_keda_asks_for_open_requests_of_these_pods() -> None:
     (trigger,) = scaled["triggers"]
     query = trigger["metadata"]["query"]
     assert scaled["scaleTargetRef"]["name"] == of_kind("Deployment", KEDA)["metadata"]["name"]
-    assert query.count(f'{{namespace="{NAMESPACE}",job="{NAME}"}}') == len(METRIC.findall(query)) == 3
-    assert of_kind("Service", KEDA)["metadata"]["name"] == NAME  # the label `job` of what a ServiceMonitor scrapes
+    assert query.count(f'{{namespace="{NAMESPACE}",service="{NAME}"}}') == len(METRIC.findall(query)) == 3
+    assert of_kind("Service", KEDA)["metadata"]["name"] == NAME  # the label `service` of what is scraped
     assert (trigger["metricType"], trigger["metadata"]["threshold"]) == ("AverageValue", "8")
     assert trigger["metadata"]["ignoreNullValues"] == "false"  # an unreachable Prometheus removes no pod
 
@@ -69,10 +69,10 @@ def test_the_query_counts_waiting_running_and_decoding_requests_of_this_release(
     }
     series = [
         {
-            "series": f'latentd_requests_{state}{{namespace="{NAMESPACE}",job="{job}",instance="{pod}"}}',
+            "series": f'latentd_requests_{state}{{namespace="{NAMESPACE}",service="{service}",instance="{pod}"}}',
             "values": f"{n}",
         }
-        for (job, pod), counts in pods.items()
+        for (service, pod), counts in pods.items()
         for state, n in zip(states, counts, strict=True)
     ]
     expected = {"expr": query, "eval_time": "0m", "exp_samples": [{"labels": "{}", "value": 20}]}
@@ -122,6 +122,16 @@ def test_prometheus_scrapes_with_the_key_of_an_administrator() -> None:
     assert endpoint["path"] == "/metrics"
     assert endpoint["authorization"] == {"type": "Bearer", "credentials": {"name": "admin", "key": "key"}}
     assert of_kind("ServiceMonitor", MONITORING)["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_alerts_know_the_job_whatever_the_release_is_called() -> None:
+    values = {**MONITORING, "fullnameOverride": "images"}
+    label = spec("ServiceMonitor", values)["jobLabel"]
+    job = of_kind("Service", values)["metadata"]["labels"][label]
+    expressions = [rule["expr"] for group in spec("PrometheusRule", values)["groups"] for rule in group["rules"]]
+    patterns = {pattern for text in expressions for pattern in re.findall(r'\bjob=~?"([^"]*)"', text)}
+    assert patterns
+    assert all(re.fullmatch(pattern, job) for pattern in patterns)
 
 
 def test_a_network_policy_lets_in_who_is_named_and_nothing_out_by_default() -> None:

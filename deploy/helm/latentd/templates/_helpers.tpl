@@ -119,7 +119,7 @@ seccompProfile:
 
 {{/* Requests that are in the server: those that wait, and those it works on. */}}
 {{- define "latentd.openRequests" -}}
-{{- $of := printf "{namespace=%q,job=%q}" .Release.Namespace (include "latentd.fullname" .) -}}
+{{- $of := printf "{namespace=%q,service=%q}" .Release.Namespace (include "latentd.fullname" .) -}}
 sum(latentd_requests_waiting{{ $of }} + latentd_requests_running{{ $of }} + latentd_requests_decoding{{ $of }})
 {{- end -}}
 
