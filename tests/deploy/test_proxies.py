@@ -15,7 +15,8 @@ from playwright.sync_api import Browser
 from tests.page.driving import generate
 from tests.support.bare_server import wait_until
 from tests.support.browsing import Console, browsing
-from tests.support.proxies import PROXIES, check
+from tests.support.ports import free_ports
+from tests.support.proxies import PROXIES, check, proxied
 from tests.support.serving import Serving
 
 MIB = 1024 * 1024
@@ -152,3 +153,21 @@ def test_the_server_checks_the_host_that_was_asked_for(client: httpx.Client, hos
 @pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/images/metrics"])
 def test_metrics_are_not_published(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_a_request_that_one_server_refuses_goes_to_the_other(name: str, upstream: Serving, tmp_path: Path) -> None:
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with proxied(name, tmp_path, nobody, upstream.url) as url, httpx.Client(base_url=url, timeout=120) as client:
+        assert [client.post("/generate", json=SHORT).status_code for _ in range(4)] == [200] * 4
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_without_a_server_the_answer_says_when_to_ask_again(name: str, tmp_path: Path) -> None:
+    nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with proxied(name, tmp_path, nobody) as url:
+        answer = httpx.post(f"{url}/generate", json=SHORT)
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "2"
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json()["detail"].startswith("No server is available")

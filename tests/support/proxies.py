@@ -127,13 +127,13 @@ def _environment(folder: Path) -> Mapping[str, str]:
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the proxy passes requests on."""
+    """Until the proxy answers."""
     until = time.monotonic() + _SECONDS
     while time.monotonic() < until and process.poll() is None:
         try:
-            if httpx.get(f"{url}/v2/health/live").is_success:
-                return
+            httpx.get(f"{url}/v2/health/live")
         except httpx.TransportError:
-            pass
-        time.sleep(0.02)
+            time.sleep(0.02)
+        else:
+            return
     raise AssertionError(f"the proxy did not start: {log.read_text()}")
