@@ -6,6 +6,8 @@ A `Chart` is data: two axes, series of points, stacked bars and reference lines.
   --muted and --line (`PALETTE` has their values in light mode);
 - `standalone_svg(charts) -> str`: a file of charts side by side with one legend, on white.
 
+`STYLE` has matplotlib's settings, for figures that these do not describe.
+
 `linear_axis(values, label)` and `log_axis(values, label)` make axes that fit the values; `cumulative(values)` gives the
 points of a distribution. The output is deterministic. matplotlib is imported by the first drawing: it takes 0.5 s.
 """
@@ -45,7 +47,7 @@ PALETTE: Mapping[str, str] = {
     "muted": "#6b6a66",
     "line": "#e3e2de",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: Mapping[Any, Any] = {  # matplotlib's settings for all figures of the project
     "svg.fonttype": "none",  # text stays text: small, searchable, and in the page's colours
     "svg.hashsalt": "latentd",
     "font.family": "sans-serif",
@@ -177,7 +179,7 @@ def _render(charts: Sequence[Chart], *, background: str = "none") -> ElementTree
 
     legend = _legend_entries(charts)
     rows = -(-len(legend) // _LEGEND_COLUMNS) if len(legend) > 1 else 0
-    with rc_context(_STYLE):
+    with rc_context(dict(STYLE)):
         size = (_WIDTH * max(len(charts), 1), _HEIGHT + rows * _LEGEND_ROW)
         figure = Figure(figsize=size, layout="constrained", facecolor=background)
         tooltips: dict[str, Sequence[str]] = {}

@@ -33,7 +33,10 @@ class LoadTestOptions(CommandLine):
     regression, and 2 if nothing could be measured or the server died.
     """
 
-    url: str = Field("http://127.0.0.1:8000", description="the server")
+    url: str = Field("http://127.0.0.1:8000", description="the server, or the balancer before several")
+    server: Annotated[Repeatable[str], Metavar("URL")] = Field(
+        (), description="a server behind the balancer at --url, may be repeated: their metrics are added up"
+    )
     out: Annotated[Path, Metavar("DIR")] = Field(description="folder for the results")
     baseline: Annotated[Path | None, Metavar("DIR")] = Field(
         None, description="folder of an earlier run to compare with"

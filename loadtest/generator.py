@@ -115,11 +115,11 @@ class LoadGenerator:
             sampling.cancel()
 
     async def _scrape(self, active: _ActiveLoad) -> MetricsScrape | None:
-        """Read the server's metrics. Raises ServerLost where it has died, or it is not the process of before."""
+        """Read the servers' metrics. Raises ServerLost where one has died, or is not the process of before."""
         scrape = await self._client.scrape()
-        if scrape and active.process not in (None, scrape.process):
-            raise ServerLost("the server was started again")
-        active.process = scrape.process if scrape else active.process
+        if scrape and active.processes not in (None, scrape.processes):
+            raise ServerLost("a server was started again")
+        active.processes = scrape.processes if scrape else active.processes
         return scrape
 
     async def _open_loop(self, active: _ActiveLoad, group: asyncio.TaskGroup) -> None:
@@ -183,7 +183,7 @@ class _ActiveLoad:
         self.number = number
         self.requests: list[RequestRecord] = []
         self.samples: list[MetricsSample] = []
-        self.process: float | None = None  # of the server, once it is known
+        self.processes: tuple[float | None, ...] | None = None  # of the servers, once they are known
         self._began = began
 
     @property

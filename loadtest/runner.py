@@ -46,6 +46,7 @@ class LoadTestRun:
     mix: Mix
     idle_latencies: tuple[float, ...]  # seconds, for each entry
     latency_targets: tuple[float, ...]  # seconds, for each entry
+    why_no_metrics: str | None
     loads: list[MeasuredLoad] = field(default_factory=list)
 
     @property
@@ -65,7 +66,9 @@ class Baseline:
 async def measure(options: LoadTestOptions, provenance: Run, observer: RunObserver) -> LoadTestRun:
     """Measure the server under all loads, in order of users and rate. Raises LoadTestError, MixError, OSError."""
     response_format = RESPONSE_FORMATS[options.format]
-    async with ServerClient(options.url, timeout=options.timeout, response_format=response_format) as client:
+    async with ServerClient(
+        options.url, timeout=options.timeout, servers=options.server, response_format=response_format
+    ) as client:
         run = await _prepare(options, provenance, client)
         generator = LoadGenerator(
             client,
@@ -91,7 +94,9 @@ async def _prepare(options: LoadTestOptions, provenance: Run, client: ServerClie
     mix = Mix(entries, options.seed)
     idle = await measure_idle_latencies(client, mix)
     targets = tuple(options.slo if options.slo is not None else _TARGET * one for one in idle)
-    return LoadTestRun(provenance, models, await client.version(), mix, idle, targets)
+    return LoadTestRun(
+        provenance, models, await client.version(), mix, idle, targets, why_no_metrics=await client.why_no_metrics()
+    )
 
 
 def _examples(models: Sequence[Mapping[str, Any]], named: Sequence[str]) -> Sequence[str]:
@@ -128,7 +133,8 @@ def summarize_run(options: LoadTestOptions, run: LoadTestRun, baseline: Baseline
         idle_latencies=run.idle_latencies,
         points=tuple(run.points),
         knee=knee(run.points),
-        notes=tuple(_notes(options, run.points)),
+        servers=options.server,
+        notes=tuple(_notes(options, run)),
     )
     return _compare(summary, run.loads, baseline) if baseline else summary
 
@@ -171,8 +177,14 @@ def _with_client(provenance: Run) -> Environment:
     return provenance.environment.model_copy(update={"packages": dict(sorted(packages.items()))})
 
 
-def _notes(options: LoadTestOptions, points: Sequence[LoadMetrics]) -> Iterator[str]:
+def _notes(options: LoadTestOptions, run: LoadTestRun) -> Iterator[str]:
     """Yield what limits the validity of the metrics."""
+    points = run.points
+    if run.why_no_metrics:
+        yield (
+            f"{run.why_no_metrics}: charts of them are left out, and a server that dies is not noticed. "
+            "Behind a balancer, name each server with --server."
+        )
     for point in points:
         if point.lost is not None:
             yield (

@@ -150,6 +150,9 @@ class LoadTestSummary(ResultModel):
     format: Literal[1] = 1
     run: Run = Field(description="the client's command, machine and packages")
     url: str
+    servers: tuple[str, ...] = Field(
+        default=(), description="servers behind the balancer at `url`, where they were named"
+    )
     response_format: str = Field(default="json", description="how images were requested")
     server_version: str | None
     models: list[dict[str, Any]]
