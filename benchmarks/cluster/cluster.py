@@ -112,9 +112,20 @@ class Cluster:
         """The servers in rotation."""
         return len(self._rotation)
 
-    def total(self, count: Callable[[SimulatedServer], int]) -> int:
-        """The sum over the servers in rotation."""
-        return sum(count(self._servers[number]) for number in self._rotation)
+    @property
+    def open(self) -> int:
+        """Requests that wait or run at the servers in rotation."""
+        return sum(self._servers[number].open for number in self._rotation)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait at the servers in rotation."""
+        return sum(self._servers[number].waiting for number in self._rotation)
+
+    @property
+    def served(self) -> int:
+        """UNet rows of all steps of all servers so far."""
+        return sum(server.served for server in self._servers)
 
     def _send(self, request: OpenRequest) -> None:
         try:

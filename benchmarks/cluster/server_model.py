@@ -61,6 +61,7 @@ class SimulatedServer:
         self._max_rows, self._seconds = curve.max_rows, curve.by_rows()
         self._max_waiting, self._expects_quick = max_waiting, expects_quick
         self.due = math.inf
+        self.served = 0  # rows of all steps so far: the server's `latentd_step_rows_sum`
         self._at = 0.0  # when the next step begins
         self._running: list[OpenRequest] = []  # in the order of their turns
         self._waiting: list[tuple[float, int, OpenRequest]] = []  # a heap, by the end of a fair share
@@ -113,8 +114,10 @@ class SimulatedServer:
         taken = round((self.due - self._at) / self._step_seconds) if self._turn else 0
         for one in self._turn:
             one.left -= taken
-        if self._waiting and taken:
-            self._clock += taken * sum([one.kind.rows for one in self._turn]) / self.open
+        served = taken * sum([one.kind.rows for one in self._turn])
+        self.served += served
+        if self._waiting and served:
+            self._clock += served / self.open
         self._at = max(self.due, self._at)
 
     def _join(self) -> None:

@@ -18,7 +18,7 @@ from engines.backends.registry import SPECS, register
 from engines.contract import Array
 from server.__main__ import main
 
-_REPLACED = "onnxruntime"  # the backend by whose name every bundle can be served
+REPLACED = "onnxruntime"  # the backend by whose name every bundle can be served
 
 
 class NullCall:
@@ -63,9 +63,9 @@ def open_device(*, threads: int) -> NullDevice:  # noqa: ARG001 - every backend'
 
 def install() -> None:
     """Make the server of this process open this device in place of ONNX Runtime's."""
-    register(replace(SPECS[_REPLACED], module=__name__))
+    register(replace(SPECS[REPLACED], module=__name__))
 
 
 if __name__ == "__main__":
     install()
-    sys.exit(main([*sys.argv[1:], "--backend", _REPLACED]))
+    sys.exit(main([*sys.argv[1:], "--backend", REPLACED]))
