@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from pydantic import Field, PositiveInt
 from pydantic_settings import SettingsConfigDict
 
 from benchmarks.cli import ImageSize, complain, size_of
 from benchmarks.peers.pipelines.runners import ImageTask, PipelineRunner, ServerRunner, SystemRunner
+from engines.accuracy import psnr
 from engines.backends.registry import ON_CPU
 from engines.cli import CommandLine, parse
 from engines.errors import EngineError
@@ -20,6 +23,7 @@ from loadtest.provenance import ResultModel, Run, begin_run
 
 _PROMPT = "a photograph of a lighthouse on a rock in the sea"
 _UNGUIDED = 1.0  # as diffusers writes it
+_DIFFUSERS = "diffusers"
 
 
 class Drawn(ResultModel):
@@ -37,6 +41,7 @@ class Pictures(ResultModel):
     size: str
     steps: int
     systems: Mapping[str, Drawn]
+    psnr: tuple[float, ...] = Field((), description="dB, of each picture, compared with diffusers' of the same noise")
 
 
 class PicturesCommand(CommandLine):
@@ -69,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineError as error:
         complain(error)
         return 1
-    results = Pictures(run=run, size=options.size, steps=options.steps, systems=systems)
+    differences = psnrs(options.out, options.backend, options.images) if _DIFFUSERS in systems else ()
+    results = Pictures(run=run, size=options.size, steps=options.steps, systems=systems, psnr=differences)
     write_atomically(options.out / "pictures.json", results.model_dump_json(indent=2).encode())
     return 0
 
@@ -93,7 +99,7 @@ def _systems(options: PicturesCommand) -> dict[str, Callable[[], SystemRunner]]:
         }
         return PipelineRunner(sys.executable, spec, options.out / "diffusers.log", variables={})
 
-    return {options.backend: serve} | ({"diffusers": pipeline} if options.checkpoint else {})
+    return {options.backend: serve} | ({_DIFFUSERS: pipeline} if options.checkpoint else {})
 
 
 def _draw(name: str, start: Callable[[], SystemRunner], options: PicturesCommand) -> Drawn:
@@ -101,12 +107,24 @@ def _draw(name: str, start: Callable[[], SystemRunner], options: PicturesCommand
     system, seconds = start(), list[float]()
     try:
         for number in range(options.images):
-            out = (options.out / f"{name}-{number}.png").resolve()
+            out = _picture(options.out, name, number).resolve()
             task = ImageTask(_PROMPT, number, options.steps, (size.width, size.height), _UNGUIDED, out)
             seconds.append(round(system.generate(task), 2))
     finally:
         peak = system.close()
     return Drawn(startup=round(system.startup, 1), seconds=tuple(seconds), peak_memory=peak)
+
+
+def psnrs(folder: Path, system: str, count: int) -> tuple[float, ...]:
+    """Of the pictures of `system` in `folder`, compared with diffusers', in dB."""
+    return tuple(
+        round(psnr(*(np.asarray(Image.open(_picture(folder, name, number))) for name in (system, _DIFFUSERS))), 1)
+        for number in range(count)
+    )
+
+
+def _picture(folder: Path, system: str, number: int) -> Path:
+    return folder / f"{system}-{number}.png"
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.xl import checkpoint
+from benchmarks.xl.pictures import psnrs
 from engines.checkpoints.find import find_checkpoint
 from tests.support.checkpoints import load
 
@@ -46,3 +49,10 @@ def test_its_full_size_is_that_of_the_published_model() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**checkpoint._UNET)
     assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
+
+
+def test_pictures_are_compared_one_by_one(tmp_path: Path) -> None:
+    for number, colour in enumerate((100, 110)):
+        for system, value in (("openvino", colour), ("diffusers", 101)):
+            Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(tmp_path / f"{system}-{number}.png")
+    assert psnrs(tmp_path, "openvino", 2) == (48.1, 29.0)
