@@ -2,6 +2,7 @@
 #
 #   docker build -t latentd .                      the demo model on CPUs, through ONNX Runtime
 #   docker build --target cuda -t latentd:cuda .   NVIDIA GPUs, through TensorRT; compiles what its bundle lacks
+#   … --build-arg EXTRAS=jobs,otel                 with more extras of pyproject.toml, such as ray
 #
 # Neither holds torch or a compiler, and neither runs as root. docs/deployment.md describes how to run them.
 
@@ -33,7 +34,8 @@ RUN case "$(dpkg --print-architecture)" in \
       amd64|arm64) ;; \
       *) echo "The target cpu is for amd64 and arm64, for which ONNX Runtime has wheels: build with --platform linux/amd64 or linux/arm64." >&2; exit 1 ;; \
     esac
-RUN scripts/requirements cpu compile > requirements.txt \
+ARG EXTRAS
+RUN scripts/requirements cpu compile "${EXTRAS}" > requirements.txt \
  && pip --python /opt/latentd install --requirement requirements.txt --constraint scripts/constraints.txt
 
 
@@ -42,7 +44,8 @@ RUN case "$(dpkg --print-architecture)" in \
       amd64) ;; \
       *) echo "The target cuda is for amd64 alone: build with --platform linux/amd64, or the target cpu." >&2; exit 1 ;; \
     esac
-RUN scripts/requirements cuda compile > requirements.txt \
+ARG EXTRAS
+RUN scripts/requirements cuda compile "${EXTRAS}" > requirements.txt \
  && pip --python /opt/latentd install --requirement requirements.txt \
       --constraint scripts/constraints.txt --constraint scripts/constraints-cuda.txt
 
@@ -52,6 +55,7 @@ RUN pip install setuptools==84.2.1
 COPY LICENSE README.md build_engines.py ./
 COPY engines engines
 COPY server server
+COPY deploy/ray deploy/ray
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
  && pip --python /opt/latentd install --no-deps /wheels/*.whl \
  && mkdir -p /bundles/demo \

@@ -218,6 +218,15 @@ def test_requirements_of_extras_that_name_extras() -> None:
     assert len(output) == len(set(output))
 
 
+def test_an_image_may_have_more_extras() -> None:
+    output = requirements("cpu", "compile", "jobs,ray")
+    assert {"onnxruntime", "ray", "sqlalchemy"} <= names(output)
+    assert requirements("cpu", "compile", "") == requirements("cpu", "compile")
+    for target in TARGETS:
+        install = " ".join(str(command.value) for command in STAGES[f"{target}-packages"].commands)
+        assert '"${EXTRAS}"' in install
+
+
 class Answering(http.server.BaseHTTPRequestHandler):
     statuses: ClassVar[dict[str, int]] = {}
 

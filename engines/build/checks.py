@@ -130,8 +130,8 @@ def check_lora_pool(manifest: Manifest, backends: Sequence[str]) -> None:
     if manifest.lora.ranks > most:
         slots, rank = manifest.lora.slots, manifest.lora.rank
         raise EngineError(
-            f"--lora-slots {slots} --lora-rank {rank}: a pool of {slots * rank} ranks, and TensorRT's tensors have room "
-            f"for {most} of this model: lower one of them. Nothing has to be exported again for that."
+            f"--lora-slots {slots} --lora-rank {rank}: a pool of {slots * rank} ranks, and TensorRT's tensors have "
+            f"room for {most} of this model: lower one of them. Nothing has to be exported again for that."
         )
 
 

@@ -57,7 +57,10 @@ def unet() -> Any:
 def calls(count: int = 2) -> list[dict[str, Array]]:
     random = np.random.default_rng(9)
     return [
-        {"x": random.standard_normal((2 + call, CHANNELS), np.float32), "bias": np.float32(call) * np.ones((), np.float32)}
+        {
+            "x": random.standard_normal((2 + call, CHANNELS), np.float32),
+            "bias": np.float32(call) * np.ones((), np.float32),
+        }
         for call in range(count)
     ]
 
@@ -122,7 +125,9 @@ def test_it_is_cut_where_the_fewest_tensors_cross(tmp_path: Path) -> None:
     for seed in range(0, 8, 2):
         node = OPS.add(node, linear(OPS.relu(linear(node, seed)), seed + 1))
     parts = Parts()
-    change_in_parts(openvino.Model([node], [x], ""), parts, [{"x": calls()[0]["x"]}], max_weights=3 * LAYER, folder=tmp_path)
+    change_in_parts(
+        openvino.Model([node], [x], ""), parts, [{"x": calls()[0]["x"]}], max_weights=3 * LAYER, folder=tmp_path
+    )
     assert [len(model.inputs) for model in parts.models] == [1] * 4
     assert [len(model.outputs) for model in parts.models] == [1] * 4
 
