@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,8 @@ def _environment(folder: Path, index: int = 0) -> dict[str, str]:
         "PYTHONPATH": path,
         "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(_HTTP + index),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "latentd_serve.proxy:middlewares",
+        "RAY_AUTH_MODE": "token",  # else it depends on what lies in the home folder
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
         "RAY_raylet_start_wait_time_s": "120",
@@ -118,6 +121,7 @@ class Cluster:
         # jsonschema's grammar of URLs, which it can do without, takes half of the start of each of Ray's processes.
         (self.folder / "left-out").mkdir()
         (self.folder / "left-out/rfc3987_syntax.py").write_text("raise ImportError")
+        (self.folder / "token").write_text(secrets.token_hex(32))
         self.cpus = cpus
         self.nodes: list[Node] = []
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{_HTTP}", timeout=_PATIENCE, trust_env=False)
