@@ -167,13 +167,16 @@ class Cluster:
 
     def _kill(self, loss: Loss) -> None:
         alive = sorted(self._rotation - self._dead.keys())
-        for number in self._dice.permutation(alive)[: loss.servers].tolist():
+        lost = self._dice.permutation(alive)[: loss.servers].tolist()
+        for number in lost:
             self._dead[number] = self._servers[number].fail()
-            self.at(self.now + loss.unnoticed, lambda number=number: self._notice(number))  # type: ignore[misc]
+        self.at(self.now + loss.unnoticed, lambda: self._notice(lost))
 
-    def _notice(self, number: int) -> None:
-        self._leave(number)
-        for request in self._dead.pop(number):
+    def _notice(self, lost: Sequence[int]) -> None:
+        """Servers are out of rotation before any request is sent again, or it would be to one of them."""
+        for number in lost:
+            self._leave(number)
+        for request in [request for number in lost for request in self._dead.pop(number)]:
             if request.retried:
                 self._end(request, "lost")
             else:

@@ -96,13 +96,13 @@ def _draw_losses(axes: Axes, results: SimulationResults) -> None:
 
 
 def _draw_scaling(axes: Axes, results: SimulationResults) -> None:
-    _prepare(axes, "the load doubles in 10 minutes", "minutes until a new GPU serves")
+    _prepare(axes, "the load doubles in 10 minutes; autoscaler by", "minutes until a new GPU serves")
     known = {key: points for key, points in scaling_lines(results) if key in _SIGNALS}
     for (key, name), colour in zip(_SIGNALS.items(), _PLOTS, strict=True):
         line = [(point.scaling.start / 60, point.runs) for point in known.get(key, [])]
         _draw(axes, line, name, colour)
     axes.set_xlim(0, 6.2)
-    _add_legend(axes, loc="lower right", title="autoscaler's signal, for each GPU")
+    _add_legend(axes, loc="lower right", columns=2)  # below all lines
 
 
 def _prepare(axes: Axes, title: str, label: str) -> None:
@@ -111,9 +111,9 @@ def _prepare(axes: Axes, title: str, label: str) -> None:
     axes.axhline(LIMIT, color=PALETTE["ink"], linestyle=":", linewidth=1)
 
 
-def _add_legend(axes: Axes, *, loc: Literal["upper left", "lower right"], title: str | None = None) -> None:
+def _add_legend(axes: Axes, *, loc: Literal["upper left", "lower right"], columns: int = 1) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=loc, title=title, title_fontsize=8)
+        axes.legend(loc=loc, ncols=columns)
 
 
 def _draw(axes: Axes, line: Line, name: str, colour: str) -> None:

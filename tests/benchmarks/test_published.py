@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
+from benchmarks.cluster.results import SimulationResults
 from benchmarks.lora.results import LoraResults
 from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
@@ -21,6 +22,7 @@ from tests import ROOT
 FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 MODELS: dict[str, type[BaseModel]] = {
     "attacks": AttackResults,
+    "cluster": SimulationResults,
     "fairness": FairnessResults,
     "few-steps": FewStepsResults,
     "lora-demo": LoraResults,

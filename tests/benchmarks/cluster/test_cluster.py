@@ -38,7 +38,7 @@ def test_every_arrival_has_one_ending_whatever_is_lost(balancer: BalancerName) -
 
 
 def test_a_request_is_sent_a_second_time_and_not_a_third() -> None:
-    once = simulate(CURVE, work(0.8, size=4), size=4, balancer="least open", losses=[Loss(30, 1, 0)])
+    once = simulate(CURVE, work(0.5, size=8), size=8, balancer="least open", losses=[Loss(30, 3, 2)])
     assert endings(once).keys() == {"completed"}
     twice = [Loss(30, 2, 0), Loss(30.1, 1, 0)]
     assert endings(simulate(CURVE, work(0.8, size=4), size=4, balancer="least open", losses=twice))["lost"] > 0
