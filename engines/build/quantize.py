@@ -101,7 +101,17 @@ def _robust_convolutions(model: Model) -> list[str]:
     nodes = model.get_ordered_ops()
     normed = itertools.dropwhile(lambda node: node.get_type_name() not in _NORMS, nodes)
     convolutions = [node for node in normed if node.get_type_name() == "Convolution"]
-    return [node.get_friendly_name() for node in convolutions[:-1] if not _is_shortcut(node)]
+    return [
+        node.get_friendly_name()
+        for node in convolutions[:-1]
+        if not _is_shortcut(node) and not _is_read_without_bias(node)
+    ]
+
+
+def _is_read_without_bias(convolution: Any) -> bool:
+    """Whether several layers read its output as it is. OpenVINO 2026.4 scales that twice where it is in eight bits."""
+    readers = (port.get_node().get_type_name() for port in convolution.output(0).get_target_inputs())
+    return sum(reader != "ShapeOf" for reader in readers) > 1
 
 
 def _is_shortcut(convolution: Any) -> bool:

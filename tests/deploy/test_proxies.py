@@ -23,6 +23,7 @@ MIB = 1024 * 1024
 EVENTS = {"Accept": "text/event-stream"}
 SHORT = {"prompt": "a red heart", "num_inference_steps": 2, "seed": 1}
 LONG = {"prompt": "a red heart", "num_inference_steps": 20, "seed": 1}
+LONGEST = {**LONG, "num_inference_steps": 200}
 SPOOFED = {"X-Forwarded-For": "127.0.0.1, 203.0.113.9"}
 PREFIXES = ["", "/images"]
 at_each_path = pytest.mark.parametrize("prefix", PREFIXES)
@@ -78,11 +79,17 @@ def test_events_arrive_while_the_server_works(client: httpx.Client, upstream: Se
         assert list(found)[-1] == "completed"
 
 
-@pytest.mark.parametrize("headers", [EVENTS, {}], ids=["stream", "document"])
-def test_who_leaves_cancels_the_request(client: httpx.Client, upstream: Serving, headers: dict[str, str]) -> None:
+def test_who_leaves_a_stream_cancels_the_request(client: httpx.Client, upstream: Serving) -> None:
+    before = cancelled(upstream)
+    with client.stream("POST", "/generate", json=LONGEST, headers=EVENTS) as answer:
+        next(names(answer))
+    wait_until(lambda: cancelled(upstream) == before + 1)
+
+
+def test_who_waits_for_an_image_and_leaves_cancels_the_request(client: httpx.Client, upstream: Serving) -> None:
     before = cancelled(upstream)
     with httpx.Client(base_url=client.base_url, timeout=0.1) as leaving, pytest.raises(httpx.TimeoutException):
-        leaving.post("/generate", json={**LONG, "num_inference_steps": 200}, headers=headers)
+        leaving.post("/generate", json=LONGEST)
     wait_until(lambda: cancelled(upstream) == before + 1)
 
 

@@ -47,7 +47,7 @@ def test_keda_asks_for_open_requests_of_these_pods() -> None:
     assert scaled["scaleTargetRef"]["name"] == of_kind("Deployment", KEDA)["metadata"]["name"]
     assert query.count(f'{{namespace="{NAMESPACE}",service="{NAME}"}}') == len(METRIC.findall(query)) == 3
     assert of_kind("Service", KEDA)["metadata"]["name"] == NAME  # the label `service` of what is scraped
-    assert (trigger["metricType"], trigger["metadata"]["threshold"]) == ("AverageValue", "8")
+    assert (trigger["metricType"], trigger["metadata"]["threshold"]) == ("AverageValue", "2")
     assert trigger["metadata"]["ignoreNullValues"] == "false"  # an unreachable Prometheus removes no pod
 
 

@@ -303,3 +303,33 @@ def test_nobody_is_told_of_it(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)  # noqa: S603 - our own
     assert done.returncode == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_without_a_bias_that_feed_a_residual_block(tmp_path: Path) -> None:
+    """OpenVINO scales the output of a convolution in eight bits twice where a norm and a sum read it."""
+    random, ops = np.random.default_rng(7), openvino.opset13
+    x = ops.parameter([-1, 32, -1, -1], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+
+    def convolution(node: Any) -> Any:
+        weights = ops.constant((random.standard_normal((32, 32, 3, 3)) / 17).astype(np.float32))
+        return ops.convolution(node, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+
+    def normed(node: Any) -> Any:
+        return ops.swish(ops.mvn(node, [1, 2, 3], True, 1e-6, "inside_sqrt"))
+
+    stream = convolution(normed(x))
+    stream = ops.add(stream, convolution(normed(stream)))
+    last = convolution(normed(stream))
+    last.output(0).tensor.set_names({"y"})
+    graph = tmp_path / "decoder.xml"
+    openvino.save_model(openvino.Model([last, stream], [x], "decoder"), graph, compress_to_fp16=False)
+    calls = [{"x": random.standard_normal((1, 32, 16, 16), np.float32)}]
+    (tmp_path / "int8").mkdir()
+    quantize(graph, tmp_path / "int8", calls)
+    exact, int8 = (
+        openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(calls[0])
+        for file in (graph, tmp_path / "int8/decoder.xml")
+    )
+    for place in (0, 1):
+        assert np.abs(int8[place] - exact[place]).std() < 0.05 * exact[place].std()
