@@ -6,13 +6,11 @@ which all nodes share; the counts are what a cluster shows too.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from benchmarks.cluster.ray_load import Load, recovery
 from benchmarks.process import ServerProcess, server_command
 from engines.cli import CommandLine, parse
 from engines.demo import BUNDLE as DEMO
+from loadtest.provenance import ResultModel
 
 _STEADY = 10.0  # seconds of load before and after a change
 _CLIENTS = 6
@@ -37,8 +36,7 @@ class Command(CommandLine):
     requests: int = Field(200, ge=10, le=10_000, description="requests to each of two servers, for the latency")
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(ResultModel):
     """What became of the requests of a load during which replicas came or went."""
 
     requests: int
@@ -47,17 +45,23 @@ class Change:
     seconds_to_recover: float | None = None  # until a request of each client in a row was done at the first attempt
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
+class Latency(ResultModel):
     """Milliseconds of requests that were sent to two servers in turn, one at a time."""
 
     requests: int
     direct_p50: float
     ray_p50: float
+    added_p50: float
 
-    @property
-    def added_p50(self) -> float:
-        return self.ray_p50 - self.direct_p50
+
+class RayResults(ResultModel):
+    """What the command writes."""
+
+    ray: str  # the version
+    nodes: int
+    latency: Latency
+    scaled: Change  # from one replica to two, one and two
+    node_killed: Change
 
 
 def kill_node(cluster: Cluster, *, seconds: float = _STEADY, recover_seconds: float = 60.0) -> Change:
@@ -92,7 +96,12 @@ def added_latency(ray_url: str, direct_url: str, requests: int) -> Latency:
             client.post(f"{url}/generate", json=_BODY).raise_for_status()
             taken[url].append(time.perf_counter() - began)
     direct, through_ray = (statistics.median(taken[url][3:]) * 1000 for url in (direct_url, ray_url))
-    return Latency(requests, round(direct, 2), round(through_ray, 2))
+    return Latency(
+        requests=requests,
+        direct_p50=round(direct, 2),
+        ray_p50=round(through_ray, 2),
+        added_p50=round(through_ray - direct, 2),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,14 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             latency = added_latency(cluster.url, direct.url, command.requests)
         scaled = scale(cluster, 2, 1, 2)
         killed = kill_node(cluster)
-    figures = {
-        "ray": version("ray"),
-        "nodes": 3,
-        "latency_ms": asdict(latency) | {"added_p50": round(latency.added_p50, 2)},
-        "scaled 1, 2, 1, 2": asdict(scaled),
-        "node killed": asdict(killed),
-    }
-    text = json.dumps(figures, indent=2)
+    results = RayResults(ray=version("ray"), nodes=3, latency=latency, scaled=scaled, node_killed=killed)
+    text = results.model_dump_json(indent=2)
     command.out.write_text(f"{text}\n")
     sys.stdout.write(f"{text}\n")
     return 1 if scaled.lost or killed.lost else 0
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _change(load: Load, seconds_to_recover: float | None = None) -> Change:
     lost = [request.detail for request in load.requests if request.end == "lost"]
     seconds = None if seconds_to_recover is None else round(seconds_to_recover, 2)
-    return Change(len(load.requests), load.counts(), lost, seconds)
+    return Change(requests=len(load.requests), ends=load.counts(), lost=lost, seconds_to_recover=seconds)
 
 
 if __name__ == "__main__":

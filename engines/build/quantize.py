@@ -110,7 +110,7 @@ def _robust_convolutions(model: Model) -> list[str]:
 
 def _is_read_without_bias(convolution: Any) -> bool:
     """Whether several layers read its output as it is. OpenVINO 2026.4 scales that twice where it is in eight bits."""
-    readers = (port.get_node().get_type_name() for port in convolution.output(0).get_target_inputs())
+    readers = [str(port.get_node().get_type_name()) for port in convolution.output(0).get_target_inputs()]
     return sum(reader != "ShapeOf" for reader in readers) > 1
 
 

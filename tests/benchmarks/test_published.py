@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
+from benchmarks.cluster.ray import RayResults
 from benchmarks.cluster.results import SimulationResults
+from benchmarks.cluster.scaling import ScalingResults
 from benchmarks.lora.results import LoraResults
 from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
 from benchmarks.server.attacks import AttackResults
+from benchmarks.server.capacity import CapacityResults
 from benchmarks.server.fairness import FairnessResults
 from benchmarks.server.few_steps import FewStepsResults
 from benchmarks.server.memory import MemoryReport
@@ -22,6 +25,7 @@ from tests import ROOT
 FILES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 MODELS: dict[str, type[BaseModel]] = {
     "attacks": AttackResults,
+    "capacity": CapacityResults,
     "cluster": SimulationResults,
     "fairness": FairnessResults,
     "few-steps": FewStepsResults,
@@ -30,6 +34,8 @@ MODELS: dict[str, type[BaseModel]] = {
     "memory-int8": MemoryReport,
     "overhead": Overhead,
     "peers": PipelineResults,
+    "ray": RayResults,
+    "scaling": ScalingResults,
     "serving": ServingResults,
     "soak": SoakResults,
     "startup": Startup,
