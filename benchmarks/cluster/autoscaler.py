@@ -1,4 +1,4 @@
-"""An autoscaler beside a simulated cluster: a HorizontalPodAutoscaler, as KEDA makes one too."""
+"""The autoscaler of a simulated cluster: a HorizontalPodAutoscaler, which KEDA makes too."""
 
 from __future__ import annotations
 

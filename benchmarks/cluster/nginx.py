@@ -16,7 +16,6 @@ CONFIGURATION = ROOT / "deploy" / "nginx" / "latentd.conf"
 _SERVER = re.compile(r"^ *server \S+:\d+(?P<options>[^;\n]*);\n", re.MULTILINE)
 _LISTEN = re.compile(r"\blisten [\d.]+:\d+;")
 _MAIN = """
-daemon off;
 user {user};
 pid {folder}/pid;
 events {{}}
@@ -41,10 +40,16 @@ def nginx(servers: Sequence[str], folder: Path) -> ServerProcess:
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise ServerStartError("nginx is not on this machine: install it (scripts/system-packages does).")
-    port, file, main = free_port(), folder / "latentd.conf", folder / "nginx.conf"
+    port, file = free_port(), folder / "latentd.conf"
     file.write_text(configuration(CONFIGURATION.read_text(encoding="utf-8"), servers, port=port), encoding="utf-8")
+    return ServerProcess([*nginx_command(program, file, folder), "-g", "daemon off;"], port=port)
+
+
+def nginx_command(program: str, file: Path, folder: Path) -> list[str]:
+    """The command of nginx with the configuration `file` of its servers. `folder` is for everything else it writes."""
+    main = folder / "nginx.conf"
     main.write_text(_MAIN.format(user=getpass.getuser(), folder=folder, file=file), encoding="utf-8")
-    return ServerProcess([program, "-e", "stderr", "-c", str(main)], port=port)
+    return [program, "-e", "stderr", "-c", str(main)]
 
 
 def configuration(text: str, servers: Sequence[str], *, port: int) -> str:

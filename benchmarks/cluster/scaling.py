@@ -171,7 +171,7 @@ class _Measuring:
 
 
 class _Unobserved:
-    """A run that nobody watches."""
+    """An observer that shows nothing."""
 
     def begin_load(self, load: LoadLevel) -> Callable[[float], None]:  # noqa: ARG002 - the observer's signature
         return lambda _at: None

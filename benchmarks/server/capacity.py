@@ -179,7 +179,7 @@ def _table(found: CapacityResults) -> Table:
     made.add_row(f"{found.saturated.load.label}, closed loop", *_cells(found.saturated))
     made.add_row(f"{found.utilization:.0%} of the prediction, Poisson", *_cells(found.loaded))
     made.add_row("alone", "", str(found.work.rows), seconds(found.idle_latency), "")
-    made.caption = f"measured beside predicted: {found.error:+.1%}"
+    made.caption = f"measured compared with predicted: {found.error:+.1%}"
     return made
 
 

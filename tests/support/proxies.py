@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import re
 import subprocess
 import sys
@@ -14,26 +13,13 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.cluster.nginx import nginx_command
 from tests import ROOT
 from tests.support.ports import free_ports
 from tests.support.programs import program
 
 PORTS = {"listen": 8080, "first": 8000, "second": 8001}  # in the configurations
 _SECONDS = 60
-_NGINX = """
-user {user};
-pid {folder}/pid;
-events {{}}
-http {{
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    access_log off;
-    include {file};
-}}
-"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +33,7 @@ class ProxyProgram:
 
 
 def _nginx(file: Path, folder: Path) -> list[str]:
-    main = folder / "nginx.conf"
-    main.write_text(_NGINX.format(user=getpass.getuser(), folder=folder, file=file), encoding="utf-8")
-    return [program("nginx"), "-e", "stderr", "-c", str(main)]
+    return nginx_command(program("nginx"), file, folder)
 
 
 def _caddy(command: str, file: Path) -> list[str]:

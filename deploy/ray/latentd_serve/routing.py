@@ -52,7 +52,7 @@ def two_of(replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
 
 
 def _own(replicas: Sequence[RunningReplica], model: str) -> RunningReplica:
-    """Rendezvous hashing: the same replica for a model, whoever asks."""
+    """Rendezvous hashing: every ingress chooses the same replica for a model."""
     return max(replicas, key=lambda one: hashlib.sha256(f"{model} {one.replica_id.unique_id}".encode()).digest())
 
 
