@@ -56,17 +56,21 @@ def compile_missing(
 
     Raises:
         EngineError: the engines cannot be compiled here, or the bundle cannot be written; says what the build event.
-        CompilingStopped: `stopped` event yes.
+        CompilingStopped: `stopped` event yes, or `on_status` raised StartStopped.
     """
     if _has_engines(manifest, bundle, backend):
         return manifest
-    with _lock(bundle, backend, on_status, stopped) as lock:
-        manifest = Manifest.load(bundle)  # which another server may have written meanwhile
-        if _has_engines(manifest, bundle, backend):
-            return manifest
-        command, graphs = _command(manifest, bundle, backend), manifest.graph_names
-        _build(command, backend, graphs, lock=lock, on_status=on_status, stopped=stopped)
-        return Manifest.load(bundle)
+    try:
+        with _lock(bundle, backend, on_status, stopped) as lock:
+            manifest = Manifest.load(bundle)  # which another server may have written meanwhile
+            if _has_engines(manifest, bundle, backend):
+                return manifest
+            command, graphs = _command(manifest, bundle, backend), manifest.graph_names
+            _build(command, backend, graphs, lock=lock, on_status=on_status, stopped=stopped)
+            return Manifest.load(bundle)
+    except StartStopped as stop:  # whoever noticed it first: `stopped`, or `on_status`
+        message = "The server was stopped while its engines were compiled: the next start goes on."
+        raise CompilingStopped(message) from stop
 
 
 def _has_engines(manifest: Manifest, bundle: Path, backend: str) -> bool:
@@ -114,7 +118,7 @@ def _wait_for(file: IO[bytes], on_status: OnStatus, stopped: Callable[[], bool])
 
 def _raise_if_stopped(stopped: Callable[[], bool]) -> None:
     if stopped():
-        raise CompilingStopped("The server was stopped while its engines were compiled: the next start goes on.")
+        raise StartStopped
 
 
 def _command(manifest: Manifest, bundle: Path, backend: str) -> list[str]:
@@ -191,7 +195,7 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def _lines(child: subprocess.Popen[str], stopped: Callable[[], bool]) -> Iterator[str]:
-    """What the child says, line by line, until it ends. Raises CompilingStopped between two of them."""
+    """What the child says, line by line, until it ends. Raises StartStopped between two of them."""
     event: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def listen() -> None:
