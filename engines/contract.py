@@ -152,6 +152,8 @@ _STEP = (
     _f32("coef", "B", LANES, TERMS, role="plan"),  # lane i becomes the sum over j of coef[i, j] · term j
     _f32("level", "B", 2, role="plan"),  # signal and noise of the inpainting latents after this step
 )
+# The root mean square of what guidance adds to the prediction for the prompt alone; 0 without negative rows.
+GUIDANCE_EFFECT = _f32("guidance_effect", "B")
 _FEATURES = (
     _features("P"),  # of earlier steps' deep layers
     _index("row_feature", "R", of="P", role="plan"),  # the place whose features each row takes
@@ -202,8 +204,8 @@ INPUTS: dict[GraphName, tuple[Port, ...]] = {
 }
 OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_prompt": (_f32("embeddings", "N", "T", "D"),),
-    "denoise": (_STATE_NEXT, _features("R")),
-    "denoise_shallow": (_STATE_NEXT,),
+    "denoise": (_STATE_NEXT, GUIDANCE_EFFECT, _features("R")),
+    "denoise_shallow": (_STATE_NEXT, GUIDANCE_EFFECT),
     "decode": (_images("images"), _f32("is_finite", "n")),  # 1, or 0 where latents or pixels are NaN or infinite
     "encode_image": (_f32("latents", "n", "c", "h", "w"),),
     "safety": (_f32("concepts", "n", "k"), _f32("special_care", "n", "j")),  # similarity above each threshold

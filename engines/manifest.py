@@ -95,7 +95,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-FORMAT: Final = 3  # raised when older bundles can no longer be read
+FORMAT: Final = 4  # raised when older bundles can no longer be read
 _LARGEST = 8 << 20  # bytes of a manifest; those we write have some tens of thousands
 _LONGEST_MESSAGE = 300
 _WIDEST = 65536  # of a fixed dimension, but for the values of one rank of a LoRA
@@ -106,7 +106,7 @@ _MOST_MEMORY = 1 << 40  # bytes; no device has more
 class Manifest(Geometry):
     """A built model. `Manifest.load` reads one and verifies its files."""
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     name: Annotated[Word, Field(min_length=1)]
     source: Source
     weights: Storage

@@ -66,7 +66,7 @@ class Denoise(GraphModule):
         lora_pool: Tensor | None = None,
         row_lora: Tensor | None = None,
         lora_weight: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = self.unet.dtype
         lanes = state[slot]  # [B, LANES, c, h, w]
         x = lanes[:, 0]
@@ -86,12 +86,13 @@ class Denoise(GraphModule):
                 rows, deep = self._full(sample, timestep, text, given)
             else:
                 rows, deep = self._shallow(sample, timestep, text, given, features[row_feature].to(dtype)), None
-        model = _guided(guidance, rows.float().flatten(1)).view_as(x)  # [B, c, h, w]
+        guided, effect = _guided(guidance, rows.float().flatten(1))
+        model = guided.view_as(x)  # [B, c, h, w]
         terms = torch.cat([torch.stack([x, model, noise], dim=1), lanes[:, 1 : 1 + MEMORY]], dim=1)
         lanes_next = (coef @ terms.flatten(2)).view_as(lanes)
         x_next = _inpainted(lanes_next[:, :1], inpaint[slot], level)
         state_next = state.index_put((slot,), torch.cat([x_next, lanes_next[:, 1:]], dim=1))
-        return state_next if deep is None else (state_next, _half(deep))
+        return (state_next, effect) if deep is None else (state_next, effect, _half(deep))
 
     def _full(self, sample: Tensor, timestep: Tensor, text: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The UNet's output for each row, and its last layer's input from the deeper ones: [R, f, h, w]."""
@@ -218,16 +219,20 @@ def _tensor(output: Any) -> Tensor:
     return tensor
 
 
-def _guided(guidance: Tensor, rows: Tensor) -> Tensor:
-    """Rows [R, P] combined into images by weights [B, R]: [B, P], NaN where a row with a weight is not finite.
+def _guided(guidance: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [R, P] combined into images by weights [B, R]: [B, P], NaN where a row with a weight is not finite; and the
+    root mean square [B] of its difference from the rows of positive weight alone.
 
     The product alone would spread one row's NaN over every image of the batch: 0 times NaN is NaN.
     """
     finite = _finite(rows)
     broken = torch.where(finite, 0.0, 1.0).amax(dim=1)  # [R], of 0 and 1
     lost = torch.where(guidance != 0, broken, 0.0).amax(dim=1, keepdim=True)  # [B, 1], of 0 and 1
-    model = guidance @ torch.where(finite, rows, 0.0)
-    return torch.where(lost > 0, torch.nan, model)
+    known = torch.where(finite, rows, 0.0)
+    model = torch.where(lost > 0, torch.nan, guidance @ known)
+    positive = guidance.clamp(min=0)
+    positive = positive / positive.sum(dim=1, keepdim=True).clamp(min=1)  # of padding the sum is 0, otherwise 1 or more
+    return model, (model - positive @ known).square().mean(dim=1).sqrt()
 
 
 def _with_mask(sample: Tensor, inpaint: Tensor) -> Tensor:

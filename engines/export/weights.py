@@ -24,6 +24,7 @@ def save_reference(model: ir.Model, path: Path, *, storage: Storage) -> tuple[Pa
     """Write an FP32 graph to `path` and its weights to the same folder. Returns both paths."""
     if storage == "fp16":
         _halve(model.graph)
+    _sort(model.graph)
     weights = path.with_suffix(".weights")
     with replacing_all(weights, path) as folder:  # a graph never refers to weights of another build
         ir.save(model, folder / path.name, external_data=weights.name)
@@ -63,6 +64,14 @@ def promoted(path: Path, *, out: Path) -> None:
         for output in node.outputs:
             output.type = None
     ir.save(model, out, external_data=f"{out.name}.weights")
+
+
+def _sort(graph: ir.Graph) -> None:
+    """Order weights by name, so that their file stays the same however the graph around them changes."""
+    ordered = sorted(graph.initializers.items())
+    graph.initializers.clear()
+    for _name, weight in ordered:
+        graph.initializers.add(weight)
 
 
 def _halve(graph: ir.Graph) -> None:

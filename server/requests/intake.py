@@ -65,7 +65,7 @@ class Intake:
             LoraUnreadable
         """
         _check_contradictions(body)
-        if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end) != (0, 1):
+        if self._manifest.embeds_guidance and (body.guidance_start, body.guidance_end or 1) != (0, 1):
             raise _rejected(
                 "guidance_end", "This model embeds its guidance scale: leave out guidance_start and guidance_end."
             )
@@ -77,6 +77,7 @@ class Intake:
         size = self._size(body, image)
         init_image, masked = start_of(body, image, size, self._manifest)
         scheduler = self._scheduler(body, steps)
+        cache = self._step_cache(body)
         params = GenerationParams(
             prompt=self._tokenizer(body.prompt, syntax=body.prompt_syntax, names_loras=self._loras is not None),
             negative_prompt=self._tokenizer(
@@ -89,7 +90,8 @@ class Intake:
             num_inference_steps=steps,
             guidance_scale=guidance,
             guidance_start=body.guidance_start,
-            guidance_end=body.guidance_end,
+            guidance_end=body.guidance_end
+            or ("auto" if cache == "faster" and not self._manifest.embeds_guidance else 1.0),
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
             clip_skip=self._clip_skip(body),
             init_image=init_image,
@@ -97,7 +99,7 @@ class Intake:
             preview_every=body.preview_every,
             unet_inputs=self._unet_inputs(body, size, guidance),
             isolated=body.exact,
-            cache=self._step_cache(body),
+            cache=cache,
             loras=choose(body, self._loras, self._manifest),
             model=self._model,
             model_sha256=self._manifest.source.file_sha256,
@@ -177,7 +179,7 @@ class Intake:
     def _step_cache(self, body: GenerateRequest) -> Cache:
         if self._cache != "disabled":
             return body.cache or self._cache
-        if body.cache == "fast":
+        if body.cache not in (None, "off"):
             raise _rejected("cache", "This server runs without the step cache: leave out cache, or set it to off.")
         return "off"
 
@@ -204,7 +206,7 @@ def _check_contradictions(body: GenerateRequest) -> None:
             "guidance_rescale is not supported: it is not linear in the model's output, which batched steps require. "
             "Lower guidance_scale, or end guidance early with guidance_end.",
         )
-    if body.guidance_start >= body.guidance_end:
+    if isinstance(body.guidance_end, float) and body.guidance_start >= body.guidance_end:
         raise _rejected("guidance_end", "guidance_end must be greater than guidance_start; 0 and 1 are the defaults.")
     if body.image is None and (body.mask is not None or body.strength is not None):
         field = "strength" if body.mask is None else "mask"

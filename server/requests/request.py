@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.contract import GUIDANCE_EMBEDDED, TIME_IDS
+from engines.contract import GUIDANCE_EMBEDDED, LANES, TIME_IDS
 from engines.manifest import Size
 from engines.schedulers import Scheduler, Table
 from server.requests.context import ANONYMOUS, Priority, RequestContext
@@ -27,7 +27,7 @@ Image = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
 PixelMask = NDArray[np.uint8]  # [H, W], likewise
 Stage = Literal["queue", "encode", "denoise", "decode"]
-Cache = Literal["off", "fast"]
+Cache = Literal["off", "fast", "faster"]
 StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
 Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
@@ -35,6 +35,8 @@ DEPTHS: tuple[Depth, ...] = get_args(Depth)
 _WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
 _NEGATIVE_IS_UNUSED = "It is not used without guidance: send a guidance_scale above 1 if the model is made for it."
 _FEW_STEPS = 4  # up to which the fast cache would save steps that fewer steps spare too, with the same loss
+_LAG = 2  # steps after which guidance ends at the earliest: one may be in flight when another one is completed
+_AGREED = 0.3  # of latents, whose deviation is about 1: what guidance may still add where it ends by itself
 _FULL_EVERY = 3  # steps with the fast cache: one full step, and two that reuse its features
 
 
@@ -108,7 +110,7 @@ class GenerationParams:
     guidance_scale: float
     seeds: tuple[int, ...]  # one per image
     guidance_start: float = 0.0  # the share of the steps after which guidance begins
-    guidance_end: float = 1.0  # and ends
+    guidance_end: float | Literal["auto"] = 1.0  # and ends; auto: once it hardly changes an image any more
     clip_skip: int = 0  # layers skipped at the end of the text encoder
     init_image: InitImage | None = None
     masked: MaskedImage | None = None  # of models that inpaint, whether there is an initial image or not
@@ -125,6 +127,11 @@ class GenerationParams:
     def guided(self) -> bool:
         """Whether classifier-free guidance applies, as in diffusers: not at a scale of 1 or less."""
         return self.guidance_scale > 1 and GUIDANCE_EMBEDDED.name not in self.unet_inputs
+
+    @property
+    def ends_guidance(self) -> bool:
+        """Whether guidance ends by itself, for each image of its own."""
+        return self.guidance_end == "auto" and self.guided
 
     @property
     def original_size(self) -> tuple[int, int] | None:
@@ -224,6 +231,7 @@ class Request:
         self._cancelled: ServerError | None = None  # set once, so any thread may read it and write it
         self._mark = time.perf_counter()
         self._step = 0
+        self._guided_until = [self.steps] * self.images
         self.outcome: Outcome | None = None
 
     @property
@@ -251,10 +259,15 @@ class Request:
         """The number of images."""
         return len(self.params.seeds)
 
-    @cached_property
+    @property
     def rows(self) -> int:
-        """The most UNet rows that a step takes: two for a guided image, one for an unguided one."""
-        return self.images * (2 if self.params.guided else 1)
+        """The most UNet rows that a step takes from now on: two for a guided image, one for an unguided one."""
+        step = min(self._step, self.steps - 1)
+        if step > self._last_guided:
+            return self.images
+        if not self.params.ends_guidance:
+            return 2 * self.images
+        return self.images + sum([step < until for until in self._guided_until])
 
     @cached_property
     def chunks(self) -> int:
@@ -268,8 +281,37 @@ class Request:
     def guided(self) -> tuple[bool, ...]:
         """For each step, whether guidance applies."""
         params, steps = self.params, self.steps
-        begin, end = params.guidance_start, params.guidance_end
+        begin, end = params.guidance_start, 1.0 if params.guidance_end == "auto" else params.guidance_end
         return tuple(params.guided and begin <= step / steps < end for step in range(steps))
+
+    @cached_property
+    def _last_guided(self) -> int:
+        """The last step to which guidance applies, as far as is known from the start; -1: there is none."""
+        return max((step for step, guided in enumerate(self.guided) if guided), default=-1)
+
+    def is_guided(self, image: int) -> bool:
+        """Whether guidance applies to an image in the next step."""
+        return self.guided[self._step] and self._step < self._guided_until[image]
+
+    def will_be_guided(self, image: int) -> bool:
+        """Whether guidance applies to an image in any step from now on, as far as is known."""
+        return self._step <= self._last_guided and self._step < self._guided_until[image]
+
+    def observe_guidance(self, step: int, effects: Sequence[float]) -> None:
+        """End guidance for images to which it makes no difference any more, where the request asks for that.
+
+        It ends a fixed number of steps after `step`, whether others are in flight or not, so batching changes no image.
+
+        Args:
+            step: the number of a completed step, from 0; the request is at most two steps ahead.
+            effects: by image, the root mean square of what guidance adds to the model's output in that step.
+        """
+        if not self.params.ends_guidance or not self.guided[step]:
+            return
+        to_image = abs(float(self.table.steps[step].matrix[LANES - 1, 1]))  # from the model's output to the x0 estimate
+        for image, effect in enumerate(effects):
+            if effect * to_image < _AGREED:
+                self._guided_until[image] = min(self._guided_until[image], step + _LAG)
 
     @cached_property
     def depths(self) -> tuple[Depth, ...]:

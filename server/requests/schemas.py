@@ -12,7 +12,7 @@ from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from engines.manifest import LoraPart
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests.context import Priority
-from server.requests.field_types import HeightWidth, ImageFile, Side, TopLeft, read_json
+from server.requests.field_types import GuidanceEnd, HeightWidth, ImageFile, Side, TopLeft, read_json
 from server.requests.images import ImageFormat
 from server.requests.lora_tags import MAX_LORA_WEIGHT
 from server.requests.request import Cache, GenerationParams
@@ -122,8 +122,10 @@ class GenerateRequest(_StrictModel):
     guidance_start: Annotated[float, _NullMeans(0.0)] = Field(
         0.0, ge=0, lt=1, description="fraction of the steps after which guidance begins"
     )
-    guidance_end: Annotated[float, _NullMeans(1.0)] = Field(
-        1.0, gt=0, le=1, description="fraction of the steps after which guidance ends; unguided steps cost half"
+    guidance_end: GuidanceEnd | None = Field(
+        None,
+        description="fraction of the steps after which guidance ends; unguided steps cost half; auto: it ends for each "
+        "image once it changes hardly anything any more; default: auto if cache is faster, otherwise 1",
     )
     guidance_rescale: Annotated[float, _NullMeans(0.0)] = Field(
         0.0, ge=0, le=1, description="not supported: only 0 is accepted"
@@ -243,7 +245,7 @@ class Parameters(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     guidance_start: float
-    guidance_end: float
+    guidance_end: float | Literal["auto"]
     seed: int
     num_images: int
     scheduler: str

@@ -139,6 +139,7 @@ class Steps:
         self._metrics.step(model, step.plan.rows, seconds)
         self._models.find(model).step_times.observe(step.kind, step.plan.shape.rows, seconds)
         self._timing.observe(step.key, seconds)
+        self._pipelines[model].observe_guidance(step)
         for request, number, previews in step.moves:
             if request.outcome is None and previews:
                 with self._requests.fails_alone(request):

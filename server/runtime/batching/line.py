@@ -21,7 +21,6 @@ class Line:
     def __init__(self) -> None:
         self.waiting = FairQueue()
         self.running: list[Request] = []  # in the order of their turns
-        self.rows: Counter[Flow] = Counter()  # of the running requests
         self.turns = 0.0  # that it had, by weight
         self.has_room: Callable[[Request], bool] = lambda _next: True  # for the LoRAs of the next one
         self.quick = QuickRequests()
@@ -33,6 +32,14 @@ class Line:
         """That of its flow with the greatest weight."""
         return max(flow.weight for flow in (*self.rows, *self.waiting.flows))
 
+    @property
+    def rows(self) -> Counter[Flow]:
+        """UNet rows of the running requests. They become fewer when guidance ends."""
+        rows = Counter[Flow]()
+        for running in self.running:
+            rows[running.flow] += running.rows
+        return rows
+
     def join(self, max_rows: int) -> Iterator[Request]:
         """Move requests from waiting to running, in the queue's order, while the next one may join; yield each.
 
@@ -41,7 +48,6 @@ class Line:
         while newcomer := self._next(max_rows):
             self.waiting.pop(newcomer)
             self.running.append(newcomer)
-            self.rows[newcomer.flow] += newcomer.rows
             yield newcomer
 
     def _next(self, max_rows: int) -> Request | None:
@@ -83,13 +89,14 @@ class Line:
 
     def _is_owed_rows(self, newcomer: Request, max_rows: int) -> bool:
         """Whether its flow has no rows, and another one has a request more than its share, or less weight."""
-        if newcomer.flow in self.rows:
+        flows = self.rows
+        if newcomer.flow in flows:
             return False
-        weights = sum(flow.weight for flow in (*self.rows, newcomer.flow))
+        weights = sum(flow.weight for flow in (*flows, newcomer.flow))
         return any(
             flow.weight < newcomer.flow.weight
             or rows - min(one.rows for one in self.running if one.flow == flow) >= max_rows * flow.weight / weights
-            for flow, rows in self.rows.items()
+            for flow, rows in flows.items()
         )
 
     def take_turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
@@ -109,7 +116,7 @@ class Line:
 
     def _turn(self, max_rows: int, fair_rows: int) -> tuple[Request, ...]:
         turn = _sharing(self.running, max_rows)
-        everyone_fits = len(turn) == len(self.running) and sum(self.rows.values()) <= fair_rows
+        everyone_fits = len(turn) == len(self.running) and sum([one.rows for one in turn]) <= fair_rows
         if everyone_fits:
             self._fair_steps.forget()
             return turn
@@ -123,9 +130,6 @@ class Line:
     def leave(self, request: Request) -> None:
         """Remove `request` from the running."""
         self.running = [running for running in self.running if running is not request]
-        self.rows = Counter()
-        for running in self.running:
-            self.rows[running.flow] += running.rows
 
     def drop_cancelled(self) -> frozenset[Request]:
         """Remove and return the cancelled. Each is asked once, since any thread may cancel at any moment."""

@@ -173,9 +173,7 @@ class ModelLines:
 
     def _fair_rows(self, size: Size) -> int:
         """The most rows that a step of `size` may take, for the sake of the other flows that run; see `fair_rows`."""
-        if len(self._lines) == 1 and len(self._lines[size].rows) == 1:  # what is usual, without looking further
-            return self.max_rows
-        if len({flow for line in self._lines.values() for flow in line.rows}) == 1:
+        if len({one.flow for line in self._lines.values() for one in line.running}) == 1:
             return self.max_rows
         alone = [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -106,6 +107,25 @@ class Owned:
         self.resources.close()
 
 
+class FeaturePlaces:
+    """The places of a request in the pool of features."""
+
+    def __init__(self, by_image: Sequence[Sequence[int]], free: Callable[[Sequence[int]], None]) -> None:
+        """`by_image` are the places of each image's rows, none without step cache; `free` takes back what is freed."""
+        self.by_image = [list(places) for places in by_image]
+        self._free = free
+
+    def free(self, image: int, *, keep: int) -> None:
+        """Give back the places of an image but for its first `keep`."""
+        places = self.by_image[image]
+        self._free(places[keep:])
+        del places[keep:]
+
+    def free_all(self) -> None:
+        for image in range(len(self.by_image)):
+            self.free(image, keep=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Upload(Owned):
     """A request whose LoRAs are being written to the device, part by part."""
@@ -131,13 +151,20 @@ class Placement(Owned):
     slots: tuple[int, ...]  # one per image
     prompts: tuple[tuple[int, ...], ...]  # context rows of the prompt's chunks and, if guided, the negative prompt's
     noise: StepNoise
-    features: tuple[tuple[int, ...], ...]  # by image, the feature places of its rows; empty without step cache
+    features: FeaturePlaces
     ranks: Ranks = NO_RANKS  # of the LoRAs that update the UNet, for each of its rows
 
     @property
-    def conditioning(self) -> RowConditioning:
-        """The UNet rows of each image in the next step."""
-        return self._guided if self.request.guided[self.request.step] else self._unguided
+    def conditioning(self) -> tuple[RowConditioning, ...]:
+        """For each image, its UNet rows in the next step."""
+        is_guided = self.request.is_guided
+        return tuple([self._guided if is_guided(image) else self._unguided for image in range(len(self.slots))])
+
+    def drop_unused(self) -> None:
+        """Free what images hold for negative rows that they will not have any more."""
+        for image, places in enumerate(self.features.by_image):
+            if len(places) > 1 and not self.request.will_be_guided(image):
+                self.features.free(image, keep=1)
 
     @cached_property
     def _guided(self) -> RowConditioning:

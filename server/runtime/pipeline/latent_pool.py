@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from engines.backends.device import ALIGNMENT, Buffer, Call, Device, Engine, Reading, Stream
 from engines.contract import (
+    GUIDANCE_EFFECT,
     INPAINT_LANES,
     LANES,
     LORA_GRAPHS,
@@ -45,6 +46,7 @@ class _BoundStep:
     plan: PlanMemory
     calls: tuple[Call, Call]
     features: Buffer  # those that a full step makes, or a shallow one takes
+    effect: Buffer  # of guidance, by image
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +198,11 @@ class LatentPool:
             self._steps[plan.shape] = self._bind_step(plan)
         return self._steps[plan.shape]
 
-    def step(self, plan: Plan) -> None:
-        """Launch one step. Raises EngineError; the state is as before then."""
+    def step(self, plan: Plan) -> Reading | None:
+        """Launch one step, and read how much guidance changes each image [B] where a request asks for that.
+
+        Raises EngineError; the state is as before then.
+        """
         bound = self.bind(plan)
         steps = self._streams.steps
         bound.plan.write(plan, steps)
@@ -205,6 +210,7 @@ class LatentPool:
         for row, place in plan.feature_copies:
             steps.copy(bound.features, self._pools["features"], source_at=row, at=place)
         self._parity ^= 1
+        return steps.read(bound.effect) if plan.reads_guidance else None
 
     def read_x0(self, slot: int) -> Reading:
         """The x0 estimate [channels, h, w] of a slot, its last lane."""
@@ -303,11 +309,13 @@ class LatentPool:
         if depth == "full":
             shape = self._features.shape({**self._dims, "R": rows})
             pools["features"] = self._made_features.view(shape, self._features.dtype, offset=0)
+        effect = self._device.allocate(GUIDANCE_EFFECT.shape(sizes), GUIDANCE_EFFECT.dtype, purpose="plans")
+        own = {**memory.buffers, **pools, GUIDANCE_EFFECT.name: effect}
         there, back = (
-            self._denoise[graph].bind({**memory.buffers, **pools, "state": current, "state_next": following})
+            self._denoise[graph].bind({**own, "state": current, "state_next": following})
             for current, following in (self._states, self._states[::-1])
         )
-        return _BoundStep(memory, (there, back), pools["features"])
+        return _BoundStep(memory, (there, back), pools["features"], effect)
 
     def _bind(
         self, graph: GraphName, engines: Mapping[GraphName, Engine], n: int, pools: Mapping[str, Buffer]

@@ -23,6 +23,7 @@ from server.runtime.pipeline.admission import (
     Admission,
     DecodeCall,
     DecodedImage,
+    FeaturePlaces,
     Finished,
     PendingDecode,
     Placement,
@@ -58,6 +59,7 @@ class InFlightStep(NamedTuple):
     size: Size
     moves: tuple[Move, ...]
     finished: tuple[Finished, ...]  # requests whose last step it is
+    guidance: Reading | None  # how much it changes each image of the plan, where a request asks for that
     completed: Event
 
     @property
@@ -240,17 +242,14 @@ class Pipeline:
         """
         request, resources = admission.request, admission.resources
         pool = self._latent_pools[request.params.size]
-        slots, places = list[int](), list[int]()
+        slots = list[int]()
         resources.callback(pool.free_slots, slots)
-        resources.callback(pool.free_feature_places, places)
         for start in admission.starts:
             slots.append(pool.take_slot(*first_latents(request, start)))
-        if request.params.reuses_features:
-            places.extend(pool.take_feature_place() for _ in range(request.rows))
-        rows_per_image = request.rows // request.images
-        features = tuple(
-            tuple(places[start : start + rows_per_image]) for start in range(0, len(places), rows_per_image)
-        )
+        rows = request.rows // request.images if request.params.reuses_features else 0
+        places = [[pool.take_feature_place() for _ in range(rows)] for _image in slots] if rows else []
+        features = FeaturePlaces(places, pool.free_feature_places)
+        resources.callback(features.free_all)
         noise = StepNoise(admission.noise, pool.latent_shape)
         return Placement(
             request,
@@ -285,14 +284,29 @@ class Pipeline:
         """
         pool = self._pool_of(plan)
         with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, track="steps"):
-            pool.step(plan)
+            guidance = pool.step(plan)
         moves = tuple([self._advance(placement, pool) for placement in plan.placements])
         finished = tuple([self._stage(one, pool) for one in plan.placements if one.request.denoised])
         completed = self._encoding.last_step = self._streams.steps.record()
         for placement in plan.placements if finished else ():
             if placement.request.denoised:
                 placement.release()  # now that it is known which step read its prompts last
-        return InFlightStep(plan, pool.size, moves, finished, completed)
+        return InFlightStep(plan, pool.size, moves, finished, guidance, completed)
+
+    def observe_guidance(self, step: InFlightStep) -> None:
+        """Let the requests of a completed step know how much guidance changes their images, if they ask for that.
+
+        Raises DeviceLost.
+        """
+        if not step.guidance:
+            return
+        effects = step.guidance.result().tolist()
+        for placement, move in zip(step.plan.placements, step.moves, strict=True):
+            images = len(placement.slots)
+            if not placement.request.denoised:
+                placement.request.observe_guidance(move.step - 1, effects[:images])
+                placement.drop_unused()
+            effects = effects[images:]
 
     def decode(self, finished: Sequence[Finished], after: Event) -> tuple[PendingDecode, ...]:
         """Launch the decoding of requests that finished in one step, when its event `after` is complete.
@@ -347,6 +361,8 @@ class Pipeline:
         """
         request = placement.request
         step = request.advance()
+        if not request.denoised:
+            placement.drop_unused()
         every = request.params.preview_every
         shown = every and not step % every and not request.denoised and not self._safety.blocks
         return Move(request, step, tuple(map(pool.read_x0, placement.slots)) if shown else ())

@@ -30,7 +30,7 @@ class StepShape(NamedTuple):
 class RowLayout(NamedTuple):
     """Which image and which rows of a step belong to whom: the same from step to step until requests change."""
 
-    conditioning: Sequence[tuple[Placement, RowConditioning]]
+    conditioning: Sequence[tuple[Placement, Sequence[RowConditioning]]]
     rows: int  # UNet rows of requests; the shape's others are padding
     shape: StepShape
     arrays: dict[str, Array]
@@ -58,6 +58,11 @@ class Plan(NamedTuple):
         """(row, place) for each row whose features are kept after the step."""
         return self.layout.feature_copies
 
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether a request ends its guidance by itself, and so asks how much it changes."""
+        return any(placement.request.params.ends_guidance for placement in self.placements)
+
     def describe(self) -> str:
         """Its requests, and its numbers without those that fill pages."""
         ids = ", ".join(placement.request.id for placement in self.placements)
@@ -75,9 +80,10 @@ def step_shape(placements: Sequence[Placement]) -> StepShape:
     for placement in placements:
         conditioning = placement.conditioning
         ranks = max(ranks, len(placement.ranks.rows))
-        images += len(placement.slots)
-        rows += len(placement.slots) * len(conditioning)
-        chunks.update([len(prompt) for prompt, _weight in conditioning])
+        images += len(conditioning)
+        for prompts in conditioning:
+            rows += len(prompts)
+            chunks.update([len(prompt) for prompt, _weight in prompts])
     return StepShape(images, rows, math.lcm(*chunks), placements[0].request.depth, ranks)
 
 
@@ -117,7 +123,9 @@ def make_plan(
     return Plan(placements, layout, arrays)
 
 
-def _lay_out(conditioning: Sequence[tuple[Placement, RowConditioning]], shape: StepShape, *, spare: int) -> RowLayout:
+def _lay_out(
+    conditioning: Sequence[tuple[Placement, Sequence[RowConditioning]]], shape: StepShape, *, spare: int
+) -> RowLayout:
     """Assign every image its position in the step, and every row its image and prompt."""
     images, rows, chunks, depth, ranks = shape
     # Lists grow by image and by row, and become arrays at once: piecewise assignment takes several times as long.
@@ -125,8 +133,8 @@ def _lay_out(conditioning: Sequence[tuple[Placement, RowConditioning]], shape: S
     row_image: list[int] = []
     contexts: list[tuple[int, ...]] = []
     weights: list[float] = []
-    for placement, prompts in conditioning:
-        for slot in placement.slots:
+    for placement, by_image in conditioning:
+        for slot, prompts in zip(placement.slots, by_image, strict=True):
             for prompt, weight in prompts:
                 row_image.append(len(slots))
                 contexts.append(prompt * (chunks // len(prompt)))  # attention is the same over whole repetitions
@@ -155,12 +163,19 @@ def _lay_out(conditioning: Sequence[tuple[Placement, RowConditioning]], shape: S
     return RowLayout(conditioning, len(contexts), shape, arrays, tuple(kept))
 
 
-def _unet_inputs(conditioning: Sequence[tuple[Placement, RowConditioning]], spare_rows: int) -> dict[str, Array]:
+def _rows_of(by_image: Sequence[RowConditioning]) -> int:
+    """The UNet rows of one request."""
+    return sum([len(prompts) for prompts in by_image])
+
+
+def _unet_inputs(
+    conditioning: Sequence[tuple[Placement, Sequence[RowConditioning]]], spare_rows: int
+) -> dict[str, Array]:
     """The further inputs of the UNet, by port; those of requests of one model have the same names."""
     by_row = [
         placement.request.params.unet_inputs
-        for placement, prompts in conditioning
-        for _row in range(len(placement.slots) * len(prompts))
+        for placement, by_image in conditioning
+        for _row in range(_rows_of(by_image))
     ]
     arrays = {}
     for name in by_row[0] if by_row else ():
@@ -169,26 +184,29 @@ def _unet_inputs(conditioning: Sequence[tuple[Placement, RowConditioning]], spar
     return arrays
 
 
-def _lora_ranks(conditioning: Sequence[tuple[Placement, RowConditioning]], rows: int, ranks: int) -> dict[str, Array]:
+def _lora_ranks(
+    conditioning: Sequence[tuple[Placement, Sequence[RowConditioning]]], rows: int, ranks: int
+) -> dict[str, Array]:
     """What updates each row; nothing does where the ranks are the pool's zero."""
     index = np.full((rows, ranks), ZERO_RANK, np.int64)
     weight = np.zeros((rows, ranks), np.float32)
     row = 0
-    for placement, prompts in conditioning:
-        end, count = row + len(placement.slots) * len(prompts), len(placement.ranks.rows)
+    for placement, by_image in conditioning:
+        end, count = row + _rows_of(by_image), len(placement.ranks.rows)
         index[row:end, :count], weight[row:end, :count] = placement.ranks
         row = end
     return {"row_lora": index, "lora_weight": weight}
 
 
-def _feature_places(conditioning: Sequence[tuple[Placement, RowConditioning]], spare: int) -> list[int]:
+def _feature_places(conditioning: Sequence[tuple[Placement, Sequence[RowConditioning]]], spare: int) -> list[int]:
     """The feature place of each row, `spare` where none is kept; empty if no request keeps features."""
-    if not any(placement.features for placement, _prompts in conditioning):
+    if not any(placement.features.by_image for placement, _by_image in conditioning):
         return []
     places: list[int] = []
-    for placement, prompts in conditioning:
-        for image in placement.features or [(spare,) * len(prompts)] * len(placement.slots):
-            places += image[: len(prompts)]
+    for placement, by_image in conditioning:
+        kept = placement.features.by_image
+        for image, prompts in enumerate(by_image):
+            places += kept[image][: len(prompts)] if kept else [spare] * len(prompts)
     return places
 
 

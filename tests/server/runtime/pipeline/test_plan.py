@@ -12,7 +12,7 @@ from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.request import Cache, GenerationParams, Request
 from server.requests.tokenizer import Prompt
-from server.runtime.pipeline.admission import Placement
+from server.runtime.pipeline.admission import FeaturePlaces, Placement
 from server.runtime.pipeline.noise import NoiseGenerator, StepNoise
 from server.runtime.pipeline.plan import StepShape, make_plan, step_shape
 
@@ -38,7 +38,8 @@ def placement(
     advance(request, step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
     noise = StepNoise([NoiseGenerator(seed) for seed in params.seeds], LATENT)
-    return Placement(request, ExitStack(), slots=slots, prompts=prompts, noise=noise, features=features)
+    places = FeaturePlaces(features, lambda _freed: None)
+    return Placement(request, ExitStack(), slots=slots, prompts=prompts, noise=noise, features=places)
 
 
 def advance(request: Request, steps: int = 1) -> None:
