@@ -13,8 +13,8 @@ import torch
 import build_engines
 from engines.contract import GRAPHS
 from engines.manifest import Manifest
+from tests.support.meeting import HeldServing
 from tests.support.safety import add_safety_checker
-from tests.support.serving import Serving
 from tests.support.shared import made_once, reused_graphs
 from tests.support.tiny import make_checkpoint
 
@@ -110,16 +110,16 @@ def checked_bundle(checked_checkpoint: Path, bundle: Path, tmp_path_factory: pyt
 
 
 @pytest.fixture(scope="session")
-def serving(bundle: Path) -> Iterator[Serving]:
+def serving(bundle: Path) -> Iterator[HeldServing]:
     """A server process over the tiny bundle, shared: leave it as you found it."""
-    with Serving(bundle) as running:
+    with HeldServing(bundle) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
 
 
 @pytest.fixture(scope="session")
-def xl_serving(xl_bundle: Path, bundle: Path) -> Iterator[Serving]:
+def xl_serving(xl_bundle: Path, bundle: Path) -> Iterator[HeldServing]:
     """A server process over the tiny Stable Diffusion XL, and `bundle` as `sd`: leave it as you found it."""
-    with Serving(xl_bundle, "--bundle", f"sd={bundle}") as running:
+    with HeldServing(xl_bundle, "--bundle", f"sd={bundle}") as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"

@@ -17,7 +17,7 @@ from benchmarks.faults.callers import Caller, Tally
 from engines.demo import BUNDLE as DEMO
 from tests import ROOT
 from tests.faults.watching import SHORT
-from tests.server.test_lifecycle import wait_until
+from tests.support.bare_server import wait_until
 from tests.support.serving import Serving, run_server
 
 _WEIGHTS, _GRAPH = "onnx/denoise.weights", "onnx/denoise.onnx"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from engines.demo import BUNDLE as DEMO
-from tests.server.test_lifecycle import unended, wait_until
+from tests.server.test_lifecycle import unended
+from tests.support.bare_server import wait_until
 from tests.support.serving import Serving
 
 pytestmark = pytest.mark.faults

@@ -19,7 +19,7 @@ import pytest
 
 from engines.manifest import MANIFEST
 from tests import ROOT
-from tests.server.test_lifecycle import wait_until
+from tests.support.bare_server import wait_until
 from tests.support.serving import Serving, run_server
 
 pytestmark = pytest.mark.faults

@@ -12,7 +12,8 @@ import pytest
 from benchmarks.faults.callers import EVENTS, JSON, Caller, Ending, Tally
 from engines.demo import BUNDLE as DEMO
 from tests.faults.watching import LONG, SHORT
-from tests.server.test_lifecycle import unended, wait_until
+from tests.server.test_lifecycle import unended
+from tests.support.bare_server import wait_until
 from tests.support.serving import Serving
 
 _CALLERS = 30

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from engines.demo import BUNDLE
-from tests.server.test_lifecycle import wait_until
+from tests.support.bare_server import wait_until
 
 pytestmark = pytest.mark.faults
 

@@ -13,9 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
@@ -31,19 +30,14 @@ from server.requests.errors import Cancelled
 from server.requests.request import Completed, Event, Failed, GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.startup.http_server import listen
+from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving, run_server
 
 EVENTS = {"Accept": "text/event-stream"}
 LONG = {"prompt": "a red cat", "num_inference_steps": 200, "scheduler": "ddim", "seed": 1}
 FULL = {**LONG, "num_images": 4}  # all of the engine's rows
 SHORT = {"prompt": "a green bird", "num_inference_steps": 2, "seed": 2}
-
-
-def wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def stream(serving: Serving, **fields: Any) -> AbstractContextManager[httpx.Response]:
@@ -107,35 +101,42 @@ def test_a_stream_tells_each_thing_once_and_in_order(serving: Serving) -> None:
     assert completed["images"] == serving.generate(**params).json()["images"]
 
 
-def test_each_accepted_request_ends_once_whoever_leaves(serving: Serving) -> None:
-    accepted, cancelled = endings(serving), endings(serving, "cancelled")
-    with ThreadPoolExecutor(8) as pool, ExitStack() as leaving:
+def test_each_accepted_request_ends_once_whoever_leaves(serving: HeldServing) -> None:
+    accepted, cancelled, steps = endings(serving), endings(serving, "cancelled"), steps_run(serving)
+    with ThreadPoolExecutor(8) as pool, serving.held(), ExitStack() as leaving:
         streams = [leaving.enter_context(stream(serving, **FULL)) for _ in range(6)]
         for _ in range(6):
             leaving.enter_context(closing(post_and_hang(serving, **FULL)))
         stay = [pool.submit(serving.generate, **{**SHORT, "seed": seed}) for seed in range(8)]
         for answer in streams[:3]:  # the others leave without having heard anything
             wait_for_event(events(answer), "queued")
-        wait_until(lambda: endings(serving) + unended(serving) - accepted == 20)
-        leaving.close()
-        assert [answer.result().status_code for answer in stay] == [200] * 8
-        wait_until(lambda: endings(serving) - accepted >= 20)
+        serving.wait_for(20)
+        serving.let(20)  # some run when they leave
+        wait_until(lambda: steps_run(serving) >= steps + 20)
+    assert [answer.result().status_code for answer in stay] == [200] * 8
+    wait_until(lambda: endings(serving) - accepted >= 20)
     assert unended(serving) == 0
     assert endings(serving) - accepted == 20
     assert endings(serving, "cancelled") - cancelled == 12
     assert endings(serving, "failed") == 0
 
 
-def test_who_leaves_frees_the_rows(serving: Serving) -> None:
-    with ExitStack() as leaving:
-        for _ in range(4):
-            wait_for_event(events(leaving.enter_context(stream(serving, **LONG))), "step")
-        before = steps_run(serving)
+def test_who_leaves_frees_the_rows(serving: HeldServing) -> None:
+    before = steps_run(serving)
+    with serving.held():
+        with ExitStack() as leaving:
+            outputs = [events(leaving.enter_context(stream(serving, **LONG))) for _ in range(4)]
+            for output in outputs:
+                wait_for_event(output, "queued")
+            serving.let(20)
+            for output in outputs:
+                wait_for_event(output, "step")
+        serving.metrics()  # an answer that comes after the server has noticed that they left
     assert serving.generate(**SHORT).status_code == 200
     assert steps_run(serving) - before < 100, "it waited for those who had left"
 
 
-def test_a_client_that_is_killed_frees_the_rows(serving: Serving) -> None:
+def test_a_client_that_is_killed_frees_the_rows(serving: HeldServing) -> None:
     client = f"""
 import json, sys, urllib.request
 headers = {{"Content-Type": "application/json", "Accept": "text/event-stream"}}
@@ -145,20 +146,24 @@ for line in urllib.request.urlopen(request):
 """
     cancelled, before = endings(serving, "cancelled"), steps_run(serving)
     command = [sys.executable, "-c", client]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
-        assert process.stdout is not None
-        assert any(line == "event: step\n" for line in process.stdout)
-        process.kill()
+    with serving.held():
+        serving.let(20)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own command
+            assert process.stdout is not None
+            assert any(line == "event: step\n" for line in process.stdout)
+            process.kill()
+        serving.metrics()  # an answer that comes after the server has noticed it
     wait_until(lambda: endings(serving, "cancelled") == cancelled + 1)
     assert steps_run(serving) - before < 150
 
 
 def test_the_queue_is_bounded(bundle: Path) -> None:
-    with Serving(bundle, "--max-waiting", "1") as serving, ThreadPoolExecutor(1) as pool:
-        with stream(serving, **{**FULL, "num_inference_steps": 200}) as running:
+    with HeldServing(bundle, "--max-waiting", "1") as serving, ThreadPoolExecutor(1) as pool:
+        with serving.held(), stream(serving, **{**FULL, "num_inference_steps": 20}) as running:
             output = events(running)
+            serving.let(2)
             wait_for_event(output, "started")
-            waiting = pool.submit(serving.generate, **{**FULL, "num_inference_steps": 150})  # too long to take turns
+            waiting = pool.submit(serving.generate, **{**FULL, "num_inference_steps": 15})  # too long to take turns
             wait_until(lambda: serving.metrics()["latentd_requests_waiting"] == 1)
             for _ in range(3):
                 refused = serving.generate(**SHORT)
@@ -166,6 +171,7 @@ def test_the_queue_is_bounded(bundle: Path) -> None:
                 assert refused.headers["Content-Type"] == "application/problem+json"
                 assert 1 <= int(refused.headers["Retry-After"]) <= 120
                 assert refused.json()["detail"] == "1 requests are waiting: try again later."
+            serving.let(100)
             wait_for_event(output, "completed")
         assert waiting.result().status_code == 200
         assert endings(serving, "completed") == 2
@@ -181,12 +187,12 @@ def connects(serving: Serving) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_server_told_to_stop_finishes_what_it_accepted(bundle: Path, how: signal.Signals) -> None:
-    with Serving(bundle) as serving, ThreadPoolExecutor(1) as pool:
-        accepted = pool.submit(serving.generate, **FULL)
-        wait_until(lambda: unended(serving) == 1)
-        serving.process.send_signal(how)
-        wait_until(lambda: not connects(serving))
-        assert not accepted.done(), "it ended before the server refused others: this proves nothing"
+    with HeldServing(bundle) as serving, ThreadPoolExecutor(1) as pool:
+        with serving.held():
+            accepted = pool.submit(serving.generate, **{**FULL, "num_inference_steps": 20})
+            serving.wait_for(1)
+            serving.process.send_signal(how)
+            wait_until(lambda: not connects(serving))
         answer = accepted.result()
         assert answer.status_code == 200
         assert [decoded(image["image"]).size for image in answer.json()["images"]] == [(32, 32)] * 4
@@ -195,22 +201,29 @@ def test_a_server_told_to_stop_finishes_what_it_accepted(bundle: Path, how: sign
 
 
 def test_a_second_signal_ends_sooner_with_everyone_answered(bundle: Path) -> None:
-    with Serving(bundle, "--drain-seconds", "600") as serving, ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(serving.generate, **FULL) for _ in range(16)]
-        wait_until(lambda: unended(serving) == 16)
-        serving.process.send_signal(signal.SIGINT)
-        wait_until(lambda: not connects(serving))
-        serving.process.send_signal(signal.SIGHUP)  # whoever hangs up does so beside other signals
-        assert not [answer for answer in answers if answer.done()]
-        serving.process.send_signal(signal.SIGINT)
+    with HeldServing(bundle, "--drain-seconds", "600") as serving, ThreadPoolExecutor(16) as pool:
+        with serving.held():
+            answers = [pool.submit(serving.generate, **FULL) for _ in range(16)]
+            serving.wait_for(16)
+            serving.process.send_signal(signal.SIGINT)
+            wait_until(lambda: not connects(serving))
+            serving.process.send_signal(signal.SIGHUP)  # whoever hangs up does so beside other signals
+            serving.let(5)
+            assert not [answer for answer in answers if answer.done()]
+            serving.process.send_signal(signal.SIGINT)
+            assert serving.logged("accepted requests are cancelled;")
         assert Counter(answer.result().status_code for answer in answers) == {503: 16}
         assert serving.process.wait(60) == 0
         assert not [line for line in serving.stderr if "Traceback" in line]
 
 
 def test_a_third_signal_ends_at_once(bundle: Path) -> None:
-    with Serving(bundle, "--drain-seconds", "600") as serving, closing(post_and_hang(serving, **FULL)):
-        wait_until(lambda: unended(serving) == 1)
+    with (
+        HeldServing(bundle, "--drain-seconds", "600") as serving,
+        serving.held(),
+        closing(post_and_hang(serving, **FULL)),
+    ):
+        serving.wait_for(1)
         serving.process.send_signal(signal.SIGSTOP)  # so that nothing happens between the three
         for how in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCONT):
             serving.process.send_signal(how)
@@ -218,8 +231,9 @@ def test_a_third_signal_ends_at_once(bundle: Path) -> None:
 
 
 def test_a_drain_ends_whatever_clients_do(bundle: Path) -> None:
-    with Serving(bundle, "--drain-seconds", "0") as serving, slow_clients(serving):
-        wait_until(lambda: unended(serving) == 1)
+    with HeldServing(bundle, "--drain-seconds", "0") as serving, slow_clients(serving):
+        with serving.held():
+            serving.wait_for(1)
         assert serving.stop(seconds=60) == 0
         assert not [line for line in serving.stderr if "Traceback" in line]
 
@@ -275,11 +289,13 @@ def test_a_server_that_may_not_drain_for_long_tells_those_who_wait(bundle: Path)
         with stream(serving, **FULL) as answer:
             return list(events(answer))[-1]
 
-    with Serving(bundle, "--drain-seconds", "1") as serving, ThreadPoolExecutor(16) as pool:
-        streams = [pool.submit(last_event) for _ in range(8)]
-        answers = [pool.submit(serving.generate, **FULL) for _ in range(8)]
-        wait_until(lambda: unended(serving) == 16)
-        assert serving.stop(seconds=60) == 0
+    with HeldServing(bundle, "--drain-seconds", "1") as serving, ThreadPoolExecutor(16) as pool:
+        with serving.held():  # a fast machine might serve some in a second
+            streams = [pool.submit(last_event) for _ in range(8)]
+            answers = [pool.submit(serving.generate, **FULL) for _ in range(8)]
+            serving.wait_for(16)
+            serving.let(60)
+            assert serving.stop() == 0
         documents = [problem for _, problem in (future.result() for future in streams)]
         documents += [future.result().json() for future in answers]
         assert {document["title"] for document in documents} == {"Server stopping"}

@@ -53,7 +53,7 @@ class BareServer:
     def connect(self, *, seconds: float = 8) -> socket.socket:
         return socket.create_connection(self.address, timeout=seconds)
 
-    def stop(self, *, seconds: float = 30) -> None:
+    def stop(self, *, seconds: float = 120) -> None:
         self.server.should_exit = True
         self.thread.join(seconds)
         assert not self.thread.is_alive(), "the server did not stop"
@@ -122,7 +122,7 @@ def bare_server(limits: Limits | None = None, *, loop: str = "uvloop") -> Iterat
         server.stop()
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

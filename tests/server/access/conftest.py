@@ -10,6 +10,7 @@ import pytest
 
 from engines.demo import BUNDLE as DEMO
 from server.access import keys
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 OWN = {"hasty": 'rate = "2/hour"\n', "narrow": "concurrency = 1\n"}  # limits of their own
@@ -29,9 +30,9 @@ def key_file(keyring: Mapping[str, str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def keyed(key_file: Path, keyring: Mapping[str, str]) -> Iterator[Serving]:
+def keyed(key_file: Path, keyring: Mapping[str, str]) -> Iterator[HeldServing]:
     """A server that asks for keys; its `client` is the administrator."""
-    with Serving(DEMO, "--api-keys", str(key_file), "--log-level", "debug") as running:
+    with HeldServing(DEMO, "--api-keys", str(key_file), "--log-level", "debug") as running:
         running.client.headers["Authorization"] = f"Bearer {keyring['boss']}"
         yield running
     output = "".join(running.stderr)

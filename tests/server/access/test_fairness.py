@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.server.access.conftest import client_of
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 GREEDY = 8  # connections
 WORK = {"prompt": "a red heart", "num_images": 4, "num_inference_steps": 3, "seed": 1}  # two fill the engine's rows
+SECONDS = 120  # that a test waits for what must come, on a machine that may be busy
 EVENTS = {"Accept": "text/event-stream"}
 
 
@@ -42,23 +44,22 @@ def follow(serving: Serving, caller: str, key: str, address: str, log: Log) -> N
                 log.add(caller, line.removeprefix("event: "))
 
 
-def test_a_key_with_many_connections_has_one_share(keyed: Serving, keyring: Mapping[str, str]) -> None:
+def test_a_key_with_many_connections_has_one_share(keyed: HeldServing, keyring: Mapping[str, str]) -> None:
     """They come from four addresses, and from that of the other caller too."""
     log = Log()
-    with ThreadPoolExecutor(GREEDY + 1) as pool:
+    with ThreadPoolExecutor(GREEDY + 1) as pool, keyed.held():
         greedy = [
             pool.submit(follow, keyed, "greedy", keyring["alice"], f"127.0.0.{1 + number % 4}", log)
             for number in range(GREEDY)
         ]
-        wait_until(lambda: log.count("greedy", "queued") == GREEDY)
+        wait_until(lambda: log.count("greedy", "queued") == GREEDY, seconds=SECONDS)
+        keyed.let(2)
+        wait_until(lambda: log.count("greedy", "started") >= 2, seconds=SECONDS)
         polite = pool.submit(follow, keyed, "polite", keyring["bob"], "127.0.0.1", log)
-        polite.result()
-        done_before = log.count("greedy", "completed")
-        for one in greedy:
-            one.result()
-    first = log.heard.index(("polite", "queued"))
-    started = log.heard.index(("polite", "started"))
-    overtaken = sum(event == ("greedy", "started") for event in log.heard[first:started])
-    assert overtaken <= 3, "of those that came before it, about one more may be served first"
-    assert done_before < GREEDY - 2, "it was served when most had been: this proves nothing"
+        wait_until(lambda: log.count("polite", "queued") == 1, seconds=SECONDS)
+        keyed.let(10)  # enough where one more is served before it; if each were in its turn, it would take 15
+        polite.result(SECONDS)
+        assert log.count("greedy", "completed") < GREEDY - 2
+    for one in greedy:
+        one.result()
     assert log.count("greedy", "completed") == GREEDY

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from engines.manifest import Manifest
 from tests.conftest import build_like
 from tests.support.bare_server import wait_until
 from tests.support.image_files import picture, saved, text_of
+from tests.support.meeting import HeldServing
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
 from tests.support.shared import made_once
@@ -53,14 +54,14 @@ def xl_inpainting_bundle(
 
 
 @pytest.fixture(scope="module")
-def serving(inpainting_bundle: Path) -> Iterator[Serving]:
-    with Serving(inpainting_bundle) as running:
+def serving(inpainting_bundle: Path) -> Iterator[HeldServing]:
+    with HeldServing(inpainting_bundle) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def xl_serving(xl_inpainting_bundle: Path) -> Iterator[Serving]:
-    with Serving(xl_inpainting_bundle) as running:
+def xl_serving(xl_inpainting_bundle: Path) -> Iterator[HeldServing]:
+    with HeldServing(xl_inpainting_bundle) as running:
         yield running
 
 
@@ -196,11 +197,10 @@ def crowd() -> list[dict[str, Any]]:
     ]
 
 
-def test_in_a_crowd_each_has_the_picture_that_it_has_alone(serving: Serving) -> None:
+def test_in_a_crowd_each_has_the_picture_that_it_has_alone(serving: HeldServing) -> None:
     bodies = crowd()
     alone = [pictures(serving.generate(**body)) for body in bodies]
-    with ThreadPoolExecutor(len(bodies)) as threads:
-        together = [pictures(answer) for answer in threads.map(lambda body: serving.generate(**body), bodies)]
+    together = [pictures(one) for one in serving.together(*(partial(serving.generate, **body) for body in bodies))]
     assert min(psnr(*pair) for pairs in zip(alone, together, strict=True) for pair in zip(*pairs, strict=True)) >= 50
     assert psnr(alone[0][0], alone[0][1]) < 45, "images of one request differ by their seeds"
 
@@ -299,9 +299,9 @@ def test_xl_draws_what_diffusers_draws(
     assert psnr(pictures(answer)[0], theirs) >= 45
 
 
-def test_xl_in_a_crowd_has_the_pictures_that_it_has_alone(xl_serving: Serving) -> None:
+def test_xl_in_a_crowd_has_the_pictures_that_it_has_alone(xl_serving: HeldServing) -> None:
     bodies = crowd()[:6]
     alone = [pictures(xl_serving.generate(**body)) for body in bodies]
-    with ThreadPoolExecutor(len(bodies)) as threads:
-        together = [pictures(answer) for answer in threads.map(lambda body: xl_serving.generate(**body), bodies)]
+    answers = xl_serving.together(*(partial(xl_serving.generate, **body) for body in bodies))
+    together = [pictures(answer) for answer in answers]
     assert min(psnr(*pair) for pairs in zip(alone, together, strict=True) for pair in zip(*pairs, strict=True)) >= 50

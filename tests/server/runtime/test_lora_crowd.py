@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from engines.accuracy import psnr
 from engines.manifest import Manifest
 from tests.support.lora_crowd import Wish, WrittenLora, crowd, write_loras
+from tests.support.meeting import HeldServing
 from tests.support.references import Pixels, load_pipeline
 from tests.support.serving import Serving, pictures
 
@@ -37,9 +38,9 @@ def loras(folder: Path, lora_manifest: Manifest) -> list[WrittenLora]:
 
 
 @pytest.fixture(scope="module")
-def served(lora_bundle: Path, folder: Path, loras: list[WrittenLora]) -> Iterator[Serving]:
+def served(lora_bundle: Path, folder: Path, loras: list[WrittenLora]) -> Iterator[HeldServing]:
     assert loras
-    with Serving(lora_bundle, "--loras", str(folder)) as running:
+    with HeldServing(lora_bundle, "--loras", str(folder)) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200
 
@@ -53,16 +54,15 @@ def steps_run(serving: Serving) -> float:
     return serving.total("latentd_steps_total")
 
 
-def together(serving: Serving, bodies: Sequence[dict[str, Any]]) -> tuple[list[Pixels], float]:
-    """The pictures of requests that are sent at once, and the UNet calls that they took."""
+def together(serving: HeldServing, bodies: Sequence[dict[str, Any]]) -> tuple[list[Pixels], float]:
+    """The pictures of requests that meet, and the UNet calls that they took."""
     before = steps_run(serving)
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        found = list(pool.map(lambda body: drawn(serving, body), bodies))
+    found = serving.together(*(partial(drawn, serving, body) for body in bodies))
     return found, steps_run(serving) - before
 
 
 def test_a_crowd_with_loras_draws_what_each_would_alone(
-    served: Serving, reference: Any, loras: list[WrittenLora]
+    served: HeldServing, reference: Any, loras: list[WrittenLora]
 ) -> None:
     """Every form of file, two LoRAs at once, the text encoder's part included, mixed with requests without any."""
     wishes = crowd(loras, 12)

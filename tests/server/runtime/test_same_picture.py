@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 
 from engines.accuracy import psnr
 from engines.schedulers import METHODS
-from tests.support.references import CLASSES, draw, load_pipeline
+from tests.support.meeting import HeldServing
+from tests.support.references import CLASSES, Pixels, draw, load_pipeline
 from tests.support.serving import Serving, pictures
 
 LONGER = ["", "", " BREAK a red cat", " BREAK a blue hill BREAK in the rain", " and two old boats in the rain" * 8]
@@ -76,18 +77,21 @@ def test_openvino_draws_it_too(bundle: Path, reference: Any) -> None:
             assert psnr(ours, draw(reference, scheduler=scheduler, seed=3, prompt="two old boats")) >= 45
 
 
+def drawn(serving: Serving, body: dict[str, Any]) -> list[Pixels]:
+    return pictures(serving.generate(**body))
+
+
 def steps_run(serving: Serving) -> float:
     lines = serving.client.get("/metrics").text.splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("latentd_steps_total"))
 
 
-def test_a_crowd_changes_nobodys_picture(serving: Serving) -> None:
+def test_a_crowd_changes_nobodys_picture(serving: HeldServing) -> None:
     wishes = crowd()
     start = steps_run(serving)
-    alone = [pictures(serving.generate(**body)) for body in wishes]
+    alone = [drawn(serving, body) for body in wishes]
     middle = steps_run(serving)
-    with ThreadPoolExecutor(len(wishes)) as pool:
-        together = list(pool.map(lambda body: pictures(serving.generate(**body)), wishes))
+    together = serving.together(*(partial(drawn, serving, body) for body in wishes))
     assert steps_run(serving) - middle < 0.75 * (middle - start), "they did not share steps: this proves nothing"
     worst = min(psnr(a, b) for one, other in zip(alone, together, strict=True) for a, b in zip(one, other, strict=True))
     assert worst >= 50
@@ -110,27 +114,27 @@ def test_the_same_request_gives_the_same_bytes(serving: Serving) -> None:
     assert first == second
 
 
-def test_a_short_request_overtakes_a_long_one(serving: Serving) -> None:
-    """It joins at the next step, and leaves when it is done; the long one takes seconds, and is left then."""
+def test_a_short_request_overtakes_a_long_one(serving: HeldServing) -> None:
+    """It joins at the next step, and leaves when it is done; the long one is left then."""
     long = {"prompt": "a red cat", "num_inference_steps": 200, "num_images": 4, "seed": 1}
     headers = {"Accept": "text/event-stream"}
-    with serving.client.stream("POST", "/generate", json=long, headers=headers) as answer:
+    with serving.held(), serving.client.stream("POST", "/generate", json=long, headers=headers) as answer:
+        serving.let(5)
         lines = answer.iter_lines()  # closes the connection when it is dropped
         assert "event: step" in lines
+        serving.let(100)
         assert serving.generate(prompt="a green bird", num_inference_steps=4, seed=2).status_code == 200
         assert serving.metrics()["latentd_requests_running"] == 1
 
 
-def test_an_exact_picture_is_the_same_bytes_in_a_crowd(serving: Serving) -> None:
+def test_an_exact_picture_is_the_same_bytes_in_a_crowd(serving: HeldServing) -> None:
     body = {"prompt": "a red cat", "seed": 7, "num_inference_steps": 12, "exact": True}
     alone = serving.generate(**body).json()["images"]
-    with ThreadPoolExecutor(16) as pool:
-        other = {"prompt": "rain", "num_images": 3, "num_inference_steps": 20}
-        others = [pool.submit(serving.generate, **other, seed=seed) for seed in range(15)]
-        crowded = serving.generate(**body).json()["images"]
-        assert not all(other.done() for other in others), "nobody was there: this proves nothing"
-    assert all(other.result().status_code == 200 for other in others)
-    assert crowded == alone
+    other = {"prompt": "rain", "num_images": 3, "num_inference_steps": 20}
+    others = [partial(serving.generate, **other, seed=seed) for seed in range(15)]
+    crowded, *answers = serving.together(partial(serving.generate, **body), *others)
+    assert {answer.status_code for answer in answers} == {200}
+    assert crowded.json()["images"] == alone
 
 
 def test_exact_draws_one_picture_at_a_time(serving: Serving) -> None:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from engines.accuracy import psnr
+from tests.support.meeting import HeldServing
 from tests.support.parity import CASES, Drawing, Pipelines, crowd
 from tests.support.references import draw
 from tests.support.serving import Serving, pictures
@@ -37,11 +38,10 @@ def test_every_case_is_drawn_as_by_diffusers(xl_serving: Serving, pipelines: Pip
         assert psnr(drawn[one][0], drawn[other][0]) < 45, f"{one} and {other} are the same: this proves nothing"
 
 
-def test_a_crowd_is_drawn_as_by_diffusers(xl_serving: Serving, pipelines: Pipelines) -> None:
+def test_a_crowd_is_drawn_as_by_diffusers(xl_serving: HeldServing, pipelines: Pipelines) -> None:
     """Of every case at once, in two sizes, some of several images; some share no more than a step."""
     wishes, before = crowd(32), xl_serving.total("latentd_steps_total")
-    with ThreadPoolExecutor(len(wishes)) as pool:
-        crowded = list(pool.map(lambda one: one.served_by(xl_serving), wishes))
+    crowded = xl_serving.together(*(partial(one.served_by, xl_serving) for one in wishes))
     calls = xl_serving.total("latentd_steps_total") - before
     assert calls < sum(one.fields["num_inference_steps"] for one in wishes), "they shared no step: this proves nothing"
     for wish, ours in zip(wishes, crowded, strict=True):
@@ -111,22 +111,21 @@ def test_skipped_layers_are_counted_from_the_last_but_one(xl_serving: Serving) -
     assert "skip at most 1" in refused.json()["detail"]
 
 
-def test_an_exact_picture_is_the_same_bytes_in_a_crowd(xl_serving: Serving) -> None:
+def test_an_exact_picture_is_the_same_bytes_in_a_crowd(xl_serving: HeldServing) -> None:
     body = {**Drawing.of("other sizes", scheduler="euler", num_inference_steps=4).body, "exact": True}
-    alone = xl_serving.generate(**body).json()["images"]
-    with ThreadPoolExecutor(8) as pool:
-        others = [pool.submit(one.served_by, xl_serving) for one in crowd(8)]
-        assert xl_serving.generate(**body).json()["images"] == alone
-        assert all(other.result() for other in others)
+    exact = Drawing(body)
+    alone = exact.served_by(xl_serving)
+    (crowded, *others) = xl_serving.together(*(partial(one.served_by, xl_serving) for one in (exact, *crowd(8))))
+    assert all(others)
+    assert np.array_equal(crowded, alone)
 
 
-def test_the_step_cache_changes_little(xl_serving: Serving) -> None:
+def test_the_step_cache_changes_little(xl_serving: HeldServing) -> None:
     one = Drawing.of("guided", scheduler="euler", num_inference_steps=12)
     (full,), (fast,) = one.served_by(xl_serving), pictures(xl_serving.generate(**one.body, cache="fast"))
     assert 20 < psnr(full, fast) < 99
-    with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: pictures(xl_serving.generate(**one.body, cache="fast"))[0], range(6)))
-    assert min(psnr(fast, other) for other in found) >= 50
+    found = xl_serving.together(*[partial(xl_serving.generate, **one.body, cache="fast")] * 6)
+    assert min(psnr(fast, pictures(other)[0]) for other in found) >= 50
 
 
 def test_previews_come_with_the_steps(xl_serving: Serving) -> None:

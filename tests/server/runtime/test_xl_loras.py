@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from engines.accuracy import psnr
 from engines.manifest import Manifest
 from tests.support.lora_crowd import XL_KINDS, WrittenLora, fused, write_loras
+from tests.support.meeting import HeldServing
 from tests.support.parity import Drawing, Pipelines, crowd
 from tests.support.references import Pixels
 from tests.support.serving import Serving, pictures
@@ -29,9 +30,9 @@ def loras(folder: Path, xl_bundle: Path) -> list[WrittenLora]:
 
 
 @pytest.fixture(scope="module")
-def served(xl_bundle: Path, folder: Path, loras: list[WrittenLora]) -> Iterator[Serving]:
+def served(xl_bundle: Path, folder: Path, loras: list[WrittenLora]) -> Iterator[HeldServing]:
     assert loras
-    with Serving(xl_bundle, "--loras", str(folder)) as running:
+    with HeldServing(xl_bundle, "--loras", str(folder)) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200
 
@@ -54,13 +55,12 @@ def test_the_list_says_which_parts_they_update(served: Serving, loras: list[Writ
 
 
 def test_a_crowd_with_loras_is_drawn_as_by_diffusers(
-    served: Serving, pipelines: Pipelines, loras: list[WrittenLora]
+    served: HeldServing, pipelines: Pipelines, loras: list[WrittenLora]
 ) -> None:
     """Of both encoders and the UNet, in every form of file; some requests have two LoRAs, and some none."""
     choices = [((one, 0.8), (other, -0.5)) for one, other in zip(loras, [*loras[1:], loras[0]], strict=True)]
     wishes = [(drawing, choices[index % len(choices)][: index % 3]) for index, drawing in enumerate(crowd(18, seed=3))]
-    with ThreadPoolExecutor(len(wishes)) as pool:
-        crowded = list(pool.map(lambda wish: drawn(served, *wish), wishes))
+    crowded = served.together(*(partial(drawn, served, *wish) for wish in wishes))
     for (drawing, chosen), ours in zip(wishes, crowded, strict=True):
         with fused(pipelines.noise, chosen):
             assert drawing.decibels(ours, pipelines) >= 45, f"{drawing} with {[lora.name for lora, _ in chosen]}"
