@@ -27,7 +27,7 @@ Image = NDArray[np.uint8]  # [H, W, 3], RGB
 Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
 PixelMask = NDArray[np.uint8]  # [H, W], likewise
 Stage = Literal["queue", "encode", "denoise", "decode"]
-Cache = Literal["off", "fast", "faster"]
+Cache = Literal["off", "fast", "faster"]  # the dial: each position computes less than the one before
 StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
 Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
@@ -118,7 +118,7 @@ class GenerationParams:
     # Inputs of the UNet besides those of every model, the same for each row: by port, a number or numbers of a row.
     unet_inputs: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     isolated: bool = False  # shares no step, so that batching cannot change a bit
-    cache: Cache = "off"  # fast: most steps reuse the UNet's deep features of an earlier step
+    cache: Cache = "off"  # fast, faster: most steps reuse the UNet's deep features of an earlier step
     loras: tuple[WeightedLora, ...] = ()  # each once
     model: str = ""  # its name in this server
     model_sha256: str | None = None  # of the single file that it was built from, if it was
@@ -154,7 +154,7 @@ class GenerationParams:
     @property
     def reuses_features(self) -> bool:
         """Whether steps are shallow: the UNet's features say little of the next of few steps."""
-        return self.cache == "fast" and self.num_inference_steps > _FEW_STEPS
+        return self.cache != "off" and self.num_inference_steps > _FEW_STEPS
 
     @property
     def warnings(self) -> list[str]:

@@ -189,7 +189,8 @@ class GenerateRequest(_StrictModel):
     cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
         description="fast: two of three steps reuse deep UNet features of the step before (DeepCache), which is faster "
-        "and changes the image slightly; no effect up to 4 steps; default: the server's --cache setting",
+        "and changes the image slightly; faster: fewer operations than fast, and a larger change; no effect up to "
+        "4 steps; default: the server's --cache setting",
     )
     priority: Annotated[Priority, _AnyCase, _NullMeans("interactive")] = Field(
         "interactive",
@@ -338,7 +339,7 @@ class ModelInfo(BaseModel):
         description="timesteps that the model was distilled on, taken with the default scheduler and number of steps; "
         "null: those of the scheduler",
     )
-    step_cache: bool = Field(description="whether requests may set cache to fast")
+    step_cache: bool = Field(description="whether requests may set cache to fast or faster")
     size_conditions: bool = Field(
         description="whether requests may set original_size, crops_coords_top_left and target_size"
     )

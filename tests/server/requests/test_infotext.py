@@ -78,7 +78,7 @@ def test_every_setting_that_changes_the_image_is_written() -> None:
         clip_skip=2,
         init_image=InitImage(np.zeros((768, 512, 3), np.uint8), 0.55),
         isolated=True,
-        cache="fast",
+        cache="faster",
     )
     fields = parse(write(params, seed=42, model="sd15"))
     assert fields.items() >= {
@@ -89,7 +89,7 @@ def test_every_setting_that_changes_the_image_is_written() -> None:
         ("Guidance end", "0.8"),
         ("Timestep spacing", "trailing"),
         ("Prompt syntax", "plain"),
-        ("Cache", "fast"),
+        ("Cache", "faster"),
         ("Exact", "True"),
     }
 

@@ -38,7 +38,7 @@ def test_values_are_those_of_the_request() -> None:
         clip_skip=1,
         unet_inputs={"time_ids": (48, 64, 1, 2, 96, 128)},
         isolated=True,
-        cache="fast",
+        cache="faster",
     )
     assert Parameters.of(params).model_dump(exclude={"prompt_syntax", "timestep_spacing", "final_sigmas_type"}) == {
         "model": "",
@@ -61,5 +61,5 @@ def test_values_are_those_of_the_request() -> None:
         "eta": 0.5,
         "strength": None,
         "exact": True,
-        "cache": "fast",
+        "cache": "faster",
     }

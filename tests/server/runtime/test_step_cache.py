@@ -70,15 +70,25 @@ def test_with_it_features_of_every_row_are_kept_in_fp16() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "asked", "expected"),
-    [("off", None, "off"), ("fast", None, "fast"), ("off", "fast", "fast"), ("disabled", None, "off")],
+    [
+        ("off", None, "off"),
+        ("fast", None, "fast"),
+        ("faster", None, "faster"),
+        ("off", "fast", "fast"),
+        ("fast", "faster", "faster"),
+        ("faster", "off", "off"),
+        ("disabled", None, "off"),
+        ("disabled", "off", "off"),
+    ],
 )
 def test_the_cache_of_a_request(setting: StepCache, asked: Cache | None, expected: Cache) -> None:
     assert intake(setting).request(GenerateRequest(prompt="a", cache=asked)).params.cache == expected
 
 
-def test_a_request_for_it_is_refused_where_there_is_none() -> None:
+@pytest.mark.parametrize("asked", ["fast", "faster"])
+def test_a_request_for_it_is_refused_where_there_is_none(asked: Cache) -> None:
     with pytest.raises(InvalidRequest, match="leave out cache, or set it to off") as refused:
-        intake("disabled").request(GenerateRequest(prompt="a", cache="fast"))
+        intake("disabled").request(GenerateRequest(prompt="a", cache=asked))
     assert [error.field for error in refused.value.fields] == ["cache"]
 
 

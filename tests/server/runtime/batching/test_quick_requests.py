@@ -143,7 +143,7 @@ def arrivals(draw: st.DrawFn) -> Request:
         size=draw(st.sampled_from((SMALL, LARGE))),
         guided=draw(st.booleans()),
         isolated=isolated,
-        cache=draw(st.sampled_from(("off", "fast"))),
+        cache=draw(st.sampled_from(("off", "fast", "faster"))),
         loras=draw(st.sampled_from(({}, {"a": 4}, {"a": 4, "b": 8}, {"c": 8}))),
     )
 
