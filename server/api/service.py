@@ -26,6 +26,7 @@ from server.requests.intake import Listener
 from server.requests.prompt_log import log_prompts
 from server.requests.request import Completed, Request
 from server.requests.schemas import GenerateRequest
+from server.runtime.degradation import Degradation, leaves_cache
 from server.runtime.make import Runtime
 from server.runtime.models import Model, Models
 
@@ -70,6 +71,7 @@ class Service:
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _READERS))
     lora_readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _LORA_READERS))
     jobs: JobStore = field(default_factory=MemoryStore)
+    degradation: Degradation | None = None  # what load does to the quality of images; None: nothing
     load_seconds: float | None = None  # requests load their model, and wait so long; None: administrators load models
     # No more of them than cores: most of their work is outside the interpreter's lock, and none of it waits.
     writers: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, os.cpu_count(), "writer"))
@@ -142,14 +144,25 @@ class Service:
                 request = await run_in_threadpool(make)
         if self.prompt_check:
             await self.prompt_check(body.prompt, body.negative_prompt)
+        request = self._under_load(request, body, model)
         if self.spans:
             self.spans.begin(request)
         if before_queued:
             await before_queued(request)
         position = runtime.batcher.submit(request)
+        runtime.metrics.accepted(request)
         if self.log_prompts:
             log_prompts(request)
         return Accepted(request, queue, position)
+
+    def _under_load(self, request: Request, body: GenerateRequest, model: Model) -> Request:
+        """`request`; with its `cache` raised, where it would wait long and `body` leaves that to the server."""
+        if self.degradation is None or not leaves_cache(body):
+            return request
+        before, wait = request.params.cache, self.runtime.batcher.wait_of(request)
+        cache = self.degradation.position(before, wait=wait)
+        raised = request if cache == before else model.intake.raise_cache(request, cache)
+        return raised if raised.params.reuses_features else request
 
     async def _load(self, model: Model, seconds: float) -> None:
         """Have the model loaded, and wait for that. Raises ModelNotLoaded where it has no room."""

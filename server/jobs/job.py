@@ -129,7 +129,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a job that has not ended is run again from. The body has its seed and its model."""
+    """What a job that has not ended is run again from. The body has its seed, its model and its cache."""
 
     body: GenerateRequest
     caller: str

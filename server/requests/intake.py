@@ -6,6 +6,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import PIL.Image
 
@@ -113,6 +114,12 @@ class Intake:
             priority=body.priority,
             deadline=_deadline(body, context),
         )
+
+    @staticmethod
+    def raise_cache(request: Request, cache: Cache) -> Request:
+        """`request`, which has not been queued, with a higher `cache`, and a warning that says so."""
+        params = replace(request.params, cache=cache, raised_from=request.params.cache)
+        return replace(request, params=params)
 
     def _unet_inputs(self, body: GenerateRequest, size: Size, guidance: float) -> dict[str, float | tuple[float, ...]]:
         """The inputs of the UNet that only some models have."""

@@ -34,6 +34,7 @@ DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
 _WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
 _NEGATIVE_IS_UNUSED = "It is not used without guidance: send a guidance_scale above 1 if the model is made for it."
+_RAISED = "The server was under load and set it to {}, not {}, which changes images slightly: send cache to choose it."
 _FEW_STEPS = 4  # up to which the fast cache would save steps that fewer steps spare too, with the same loss
 _LAG = 2  # steps after which guidance ends at the earliest: one may be in flight when another one is completed
 _AGREED = 0.3  # of latents, whose deviation is about 1: what guidance may still add where it ends by itself
@@ -119,6 +120,7 @@ class GenerationParams:
     unet_inputs: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
     isolated: bool = False  # shares no step, so that batching cannot change a bit
     cache: Cache = "off"  # fast, faster: most steps reuse the UNet's deep features of an earlier step
+    raised_from: Cache | None = None  # the `cache` that it would have without load, if the server raised it
     loras: tuple[WeightedLora, ...] = ()  # each once
     model: str = ""  # its name in this server
     model_sha256: str | None = None  # of the single file that it was built from, if it was
@@ -163,6 +165,8 @@ class GenerationParams:
         found = [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]
         if self.negative_prompt.text and not self.guided:
             found.append(f"negative_prompt: {_NEGATIVE_IS_UNUSED}")
+        if self.raised_from is not None:
+            found.append(f"cache: {_RAISED.format(self.cache, self.raised_from)}")
         return found + list(self.init_image.warnings if self.init_image else ())
 
 

@@ -181,6 +181,14 @@ class ServerSettings(BaseSettings):
         "which is faster and changes images slightly. faster: fewer operations than fast, and a larger change. "
         "disabled: requests cannot ask for it either, which saves its memory and a part of the start",
     )
+    degrade_at: float | None = Field(
+        None,
+        gt=0,
+        le=3600,
+        description="under load, raise the step cache of requests that do not set one: where a request would wait more "
+        "than this many seconds, from off to fast or from fast to faster, and beyond twice as many by two positions. "
+        "Images are made with fewer operations, and change slightly; default: never",
+    )
     safety: Mode | None = Field(
         None,
         description="what becomes of images that a safety checker flags: flag sends them, marked; block answers 422; "

@@ -19,6 +19,7 @@ from server.loras.model_loras import ModelLoras
 from server.loras.packed import PackedLoras
 from server.requests.context import Allowance
 from server.requests.image_files import ImageFiles, Sign
+from server.runtime.degradation import Degradation
 from server.runtime.make import LorasOf, make_runtime
 from server.runtime.models import LoadedModel, ModelSource, OnStatus, Stopped
 from server.runtime.monitoring.trace import Trace
@@ -47,10 +48,10 @@ def make_service(
     a request for a model that is not loaded loads it, and waits so long; otherwise administrators load models.
 
     Raises:
-        EngineError: a tokenizer, the certificate for C2PA, or the database of jobs cannot be used, or a package or a
-            check that is asked for is missing.
+        EngineError: a tokenizer, the certificate for C2PA, or the database of jobs cannot be used, a package or a
+            check that is asked for is missing, or settings contradict each other.
     """
-    first = bundles[0]
+    first, degradation = bundles[0], _degradation(settings)
     prompt_check = load_prompt_check(settings.prompt_check) if settings.prompt_check else None
 
     def choose_backend(on_status: OnStatus, stopped: Stopped) -> str:
@@ -90,8 +91,16 @@ def make_service(
         log_prompts=settings.log_prompts,
         spans=_spans(settings.otlp_endpoint) if settings.otlp_endpoint else None,
         jobs=open_job_store(settings, runtime.metrics),
+        degradation=degradation,
         load_seconds=load_seconds,
     )
+
+
+def _degradation(settings: ServerSettings) -> Degradation | None:
+    """Raises EngineError."""
+    if settings.degrade_at is not None and settings.cache == "disabled":
+        raise EngineError("--degrade-at raises the step cache, which --cache disabled leaves out: give one of them.")
+    return None if settings.degrade_at is None else Degradation(settings.degrade_at)
 
 
 def _source(bundle: OpenedBundle, settings: ServerSettings, fail: Callable[[EngineError], None]) -> ModelSource:

@@ -81,7 +81,8 @@ class JobRunner:
             params = request.params
             facts = Facts.of(request, body, model=params.model, deadline=_deadline(request))
             job = Job(job_id, owner, facts, key)
-            same = body.model_copy(update={"seed": params.seeds[0], "model": params.model})
+            chosen = {"seed": params.seeds[0], "model": params.model, "cache": params.cache}
+            same = body.model_copy(update=chosen)
             await self.calls(self._store.add, job, Recipe(same, context.caller.name, context.api))
             stored.append(LiveJob(job))
 

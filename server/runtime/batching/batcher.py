@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -154,10 +154,23 @@ class Batcher:
         """The seconds, at most, until `request` takes its first step, if no others come; 0 where that is unknown."""
         with self._changed:
             before = self._models[request.params.model].before(request)
-            if before is None:
-                return 0.0
-            running = chain.from_iterable(lines.running for lines in self._models.values())
-            return sum(map(self._work, (*running, *before)))
+            return 0.0 if before is None else self._work_with_running(before)
+
+    def wait_of(self, newcomer: Request) -> float:
+        """The seconds, at most, that `newcomer` would wait if it came now; 0 if it would join the next step.
+
+        It is an estimate from the step times of a full device, the same for the same requests, and 0 where it is
+        unknown.
+        """
+        with self._changed:
+            lines = self._models[newcomer.params.model]
+            ahead = lines.ahead_of(newcomer)
+            return 0.0 if lines.has_rows_for(newcomer, ahead) else self._work_with_running(ahead)
+
+    def _work_with_running(self, waiting: Iterable[Request]) -> float:
+        """The seconds of a full device for all requests that run, and those of the `waiting`."""
+        running = chain.from_iterable(lines.running for lines in self._models.values())
+        return sum(map(self._work, (*running, *waiting)))
 
     def _work(self, request: Request) -> float:
         """The seconds of a full device that `request` still needs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from server.requests.request import Flow, Request
@@ -73,9 +73,9 @@ class FairQueue:
         return len(self._flows[flow].waiting) if flow in self._flows else 0
 
     def push(self, request: Request) -> None:
-        flow = self._flows.setdefault(request.flow, _WaitingFlow(self._of_flows, request.flow.weight))
+        flow = self._flows.setdefault(request.flow, self._new_flow(request.flow))
+        heapq.heappush(flow.waiting, self._entry(request))
         self._number += 1
-        heapq.heappush(flow.waiting, _Waiting(self._of_requests + request.work, self._number, request))
 
     def peek(self) -> Request:
         """The request to serve next. Raises ValueError where none waits."""
@@ -98,9 +98,21 @@ class FairQueue:
 
     def before(self, request: Request) -> list[Request] | None:
         """The requests that are served before `request` if no others come; None where it does not wait."""
-        entries = sorted(entry for flow in self._flows.values() for entry in flow.all())
-        requests = [entry.request for entry in entries]
+        requests = _in_order(self._flows.values())
         return requests[: requests.index(request)] if request in requests else None
+
+    def ahead_of(self, newcomer: Request) -> list[Request]:
+        """The requests that would be served before `newcomer` if it came now, and no others after it."""
+        flow = self._flows.get(newcomer.flow) or self._new_flow(newcomer.flow)
+        joined = replace(flow, waiting=[*flow.waiting, self._entry(newcomer)])
+        requests = _in_order((self._flows | {newcomer.flow: joined}).values())
+        return requests[: requests.index(newcomer)]
+
+    def _new_flow(self, flow: Flow) -> _WaitingFlow:
+        return _WaitingFlow(self._of_flows, flow.weight)
+
+    def _entry(self, newcomer: Request) -> _Waiting:
+        return _Waiting(self._of_requests + newcomer.work, self._number, newcomer)
 
     def advance(self, rows: int, running: Sequence[Request]) -> None:
         """Count a step of `rows`, while the requests `running` and those that wait share the device."""
@@ -118,3 +130,7 @@ class FairQueue:
     def _forget_idle(self) -> None:
         """Forget flows without waiting requests: one that comes back starts at the clock, without credit or debt."""
         self._flows = {name: flow for name, flow in self._flows.items() if flow.waiting}
+
+
+def _in_order(flows: Iterable[_WaitingFlow]) -> list[Request]:
+    return [entry.request for entry in sorted(entry for flow in flows for entry in flow.all())]

@@ -103,6 +103,17 @@ class ModelLines:
         line = self._lines.get(request.params.size)
         return line.waiting.before(request) if line else None
 
+    def ahead_of(self, newcomer: Request) -> list[Request]:
+        """The requests of its line that would be served before `newcomer` if it came now."""
+        line = self._lines.get(newcomer.params.size)
+        return line.waiting.ahead_of(newcomer) if line else []
+
+    def has_rows_for(self, newcomer: Request, ahead: Sequence[Request]) -> bool:
+        """Whether a step has rows for `newcomer` besides the requests of its size that run or are `ahead` of it."""
+        line = self._lines.get(newcomer.params.size)
+        running: Sequence[Request] = line.running if line else ()
+        return sum([one.rows for one in (*running, *ahead, newcomer)]) <= self.max_rows
+
     def join_one(self) -> Request | None:
         """Let the next request join those of the size whose turn is next, if there is one that may."""
         line = min(self._stepping().values(), key=lambda line: line.turns)

@@ -14,7 +14,7 @@ from engines.backends.available import precision_of
 from engines.manifest import Manifest
 from server.requests.context import APIS
 from server.requests.errors import STATUS, BrokenPicture, Cancelled, ContentBlocked, ServerError, StepFailed
-from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
+from server.requests.request import Cache, Completed, Event, Failed, Outcome, Request, Stage
 from server.runtime.batching.step_times import StepTimeModel
 
 _STAGES: tuple[Stage | Literal["image"], ...] = (*get_args(Stage), "image")  # the last is making files of pixels
@@ -64,6 +64,14 @@ class Metrics:
         # Every series exists from the start, so that a rate sees the first event too.
         for ended in product(APIS, _OUTCOMES, models):
             self._requests.labels(*ended)
+        self._degraded = Counter(
+            "latentd_requests_degraded",
+            "Accepted requests whose cache was raised under load, by what it was raised to.",
+            ["cache"],
+            registry=registry,
+        )
+        for cache in get_args(Cache)[1:]:
+            self._degraded.labels(cache)
         for reason in _REASONS:
             self._rejected.labels(reason)
         self._duration = Histogram(
@@ -161,6 +169,10 @@ class Metrics:
     def lora_ranks(self, model: str, used: int) -> None:
         """Set how many ranks of the model's LoRA pool are in use."""
         self._lora_ranks.labels(model).set(used)
+
+    def accepted(self, request: Request) -> None:
+        if request.params.raised_from is not None:
+            self._degraded.labels(request.params.cache).inc()
 
     def rejected(self, error: ServerError) -> None:
         self.refused(type(error).__name__)
