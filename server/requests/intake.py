@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import PIL.Image
 
@@ -91,8 +92,7 @@ class Intake:
             num_inference_steps=steps,
             guidance_scale=guidance,
             guidance_start=body.guidance_start,
-            guidance_end=body.guidance_end
-            or ("auto" if cache == "faster" and not self._manifest.embeds_guidance else 1.0),
+            guidance_end=body.guidance_end or self._guidance_end(cache),
             seeds=tuple((seed + index) % (MAX_SEED + 1) for index in range(body.num_images)),
             clip_skip=self._clip_skip(body),
             init_image=init_image,
@@ -115,10 +115,13 @@ class Intake:
             deadline=_deadline(body, context),
         )
 
-    @staticmethod
-    def raise_cache(request: Request, cache: Cache) -> Request:
-        """`request`, which has not been queued, with a higher `cache`, and a warning that says so."""
-        params = replace(request.params, cache=cache, raised_from=request.params.cache)
+    def raise_cache(self, request: Request, cache: Cache) -> Request:
+        """`request`, which has not been queued, with a higher `cache` and all that goes with it, and a warning.
+
+        It sets no part of the dial itself.
+        """
+        guidance_end = self._guidance_end(cache)
+        params = replace(request.params, cache=cache, guidance_end=guidance_end, raised_from=request.params.cache)
         return replace(request, params=params)
 
     def _unet_inputs(self, body: GenerateRequest, size: Size, guidance: float) -> dict[str, float | tuple[float, ...]]:
@@ -189,6 +192,10 @@ class Intake:
         if body.cache not in (None, "off"):
             raise _rejected("cache", "This server runs without the step cache: leave out cache, or set it to off.")
         return "off"
+
+    def _guidance_end(self, cache: Cache) -> Literal["auto"] | float:
+        """The part of the dial that `guidance_end` sets."""
+        return "auto" if cache == "faster" and not self._manifest.embeds_guidance else 1.0
 
     def _clip_skip(self, body: GenerateRequest) -> int:
         layers = self._manifest.context.layers
