@@ -130,7 +130,8 @@ class Watched:
     @property
     def ends(self) -> int:
         """The first unguided step."""
-        return next((step + LAG for step, one in enumerate(self.effects) if one < AGREED), STEPS)
+        ends = next((step + LAG for step, one in enumerate(self.effects) if one < AGREED), STEPS)
+        return min(ends, STEPS)
 
     def _end(self, pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step + 1 < self.ends or not pipeline.do_classifier_free_guidance:
