@@ -6,7 +6,13 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from engines.contract import Array
 
 _MAPS = Path("/proc/self/maps")
 
@@ -21,6 +27,37 @@ def release_pages(folder: Path) -> None:
     libc = ctypes.CDLL(None)
     for start, end in _mappings(folder.resolve()):
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+class FileArrays:
+    """Read-only copies of arrays, each in a file without a name: unlike other memory, the system can take theirs back.
+
+    Where no file can be written, and on other systems than Linux, they are the arrays themselves.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[Array] = []  # libraries that share their memory may not keep them alive
+        self._folders: list[Path] = []
+
+    def copy(self, array: Array) -> Array:
+        copied = self._copied(array)
+        self._arrays.append(copied)
+        return copied
+
+    def release_pages(self) -> None:
+        """As the function of this name, for all of them."""
+        for folder in self._folders:
+            release_pages(folder)
+
+    def _copied(self, array: Array) -> Array:
+        if sys.platform == "linux":
+            with suppress(OSError), TemporaryDirectory(prefix="latentd-") as folder:
+                path = Path(folder).resolve() / "array"
+                array.tofile(path)
+                mapped: Array = np.memmap(path, array.dtype, "r", shape=array.shape)
+                self._folders.append(path.parent)  # which is removed: the mapping keeps what was in it
+                return mapped
+        return array
 
 
 def _mappings(folder: Path) -> Iterator[tuple[int, int]]:

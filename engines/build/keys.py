@@ -32,6 +32,7 @@ INT8_CODE = (
     "build/quantize.py",
     "build/parts.py",
     "backends/openvino.py",
+    "backends/openvino_upsampling.py",
 )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from engines.backends.openvino import TAKES_BF16, openvino
+from engines.backends.openvino_upsampling import at_low_resolution
 from engines.backends.registry import install_command
 from engines.build.parts import Model, change_in_parts
 from engines.contract import Array
@@ -42,7 +43,7 @@ def quantize(onnx: Path, out: Path, recording: Sequence[Mapping[str, Array]]) ->
     Raises:
         EngineError: NNCF is not installed, the graph cannot be read, or the recording is empty or not of this graph.
     """
-    model = _read(onnx)
+    model = at_low_resolution(_read(onnx))
     _check(recording, model)
     robust = [*_robust_convolutions(model), *_robust_linears(model)]
     try:
