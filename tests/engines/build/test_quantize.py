@@ -168,9 +168,12 @@ def test_an_image_breaks_alone(int8: Loaded) -> None:
 
 
 def test_weights_take_a_byte_each(files: tuple[Path, ...]) -> None:
-    """The graph that they come from stores them in FP16, two bytes each, and its nodes beside them."""
+    """The graph that they come from stores them in FP16, two bytes each, and its nodes beside them.
+
+    Those of the two convolutions that read a doubled image are 16/9 as many.
+    """
     assert [file.name for file in files] == ["denoise.xml", "denoise.bin"]
-    assert files[1].stat().st_size < 0.52 * (DEMO / "onnx" / "denoise.weights").stat().st_size
+    assert files[1].stat().st_size < 0.54 * (DEMO / "onnx" / "denoise.weights").stat().st_size
     model = openvino.Core().read_model(files[0])
     bytes_of: Counter[str] = Counter()
     for node in model.get_ops():
@@ -187,7 +190,7 @@ def test_only_what_is_robust_computes_in_eight_bits(files: tuple[Path, ...]) -> 
     fake = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
     readers = {port.get_node().get_type_name() for node in fake for port in node.output(0).get_target_inputs()}
     assert readers == {"Convolution", "MatMul"}
-    assert len(quantized) == 40  # of 50: the rest are two at the ends and eight shortcuts
+    assert len(quantized) == 46  # of 56: the rest are two at the ends and eight shortcuts
     assert len(linears) == 56  # eight of each of seven blocks: not the two that read the prompt
     assert not {convolutions[0].get_friendly_name(), convolutions[-1].get_friendly_name()} & quantized
 
