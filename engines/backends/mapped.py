@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -30,14 +30,14 @@ def release_pages(folder: Path) -> None:
 
 
 class FileArrays:
-    """Read-only copies of arrays, each in a file without a name: unlike other memory, the system can take theirs back.
+    """Copies of arrays, each in a file without a name: unlike other memory, the system can take theirs back.
 
-    Where no file can be written, and on other systems than Linux, they are the arrays themselves.
+    Where no file can be written, and on other systems than Linux, they are the arrays themselves. They are only read.
     """
 
     def __init__(self) -> None:
         self._arrays: list[Array] = []  # libraries that share their memory may not keep them alive
-        self._folders: list[Path] = []
+        self._files: list[mmap.mmap] = []
 
     def copy(self, array: Array) -> Array:
         copied = self._copied(array)
@@ -46,17 +46,16 @@ class FileArrays:
 
     def release_pages(self) -> None:
         """As the function of this name, for all of them."""
-        for folder in self._folders:
-            release_pages(folder)
+        for file in self._files:
+            file.madvise(mmap.MADV_DONTNEED)
 
     def _copied(self, array: Array) -> Array:
         if sys.platform == "linux":
-            with suppress(OSError), TemporaryDirectory(prefix="latentd-") as folder:
-                path = Path(folder).resolve() / "array"
-                array.tofile(path)
-                mapped: Array = np.memmap(path, array.dtype, "r", shape=array.shape)
-                self._folders.append(path.parent)  # which is removed: the mapping keeps what was in it
-                return mapped
+            with suppress(OSError), TemporaryFile() as file:
+                array.tofile(file)
+                mapped = mmap.mmap(file.fileno(), array.nbytes)
+                self._files.append(mapped)
+                return np.frombuffer(mapped, array.dtype).reshape(array.shape)
         return array
 
 

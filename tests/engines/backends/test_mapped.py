@@ -89,3 +89,32 @@ def test_arrays_stay_in_memory_where_no_file_can_be_written(tmp_path: Path, monk
     arrays = FileArrays()
     assert arrays.copy(given) is given
     arrays.release_pages()
+
+
+def test_an_engine_holds_no_file_of_the_weights_that_it_has_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution behind upsampling, of 2 MiB of weights."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ops = openvino.opset13
+    x = ops.parameter([-1, 256, 4, 4], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    doubled = ops.interpolate(
+        x,
+        np.array([2, 2], np.float32),
+        "nearest",
+        "scales",
+        axes=np.array([2, 3]),
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    weights = np.full((256, 256, 3, 3), 1 / (9 * 256), np.float32)
+    made = ops.convolution(doubled, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+    made.output(0).tensor.set_names({"y"})
+    openvino.save_model(openvino.Model([made], [x]), tmp_path / "up.xml", compress_to_fp16=False)
+    up = Loaded("openvino", tmp_path / "up.xml")
+    assert held(tmp_path) == 0
+    y = up({"x": np.ones((1, 256, 4, 4), np.float32)}, {"y": np.empty((1, 256, 8, 8), np.float32)})["y"]
+    assert held(tmp_path) == 0
+    np.testing.assert_allclose(y[:, :, 1:-1, 1:-1], 1, atol=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {"up.xml", "up.bin"}
