@@ -41,6 +41,7 @@ from engines.manifest_fields import (
     Context,
     Defaults,
     Difference,
+    FeatureDrift,
     File,
     FusionReport,
     Geometry,
@@ -73,6 +74,7 @@ __all__ = [
     "Context",
     "Defaults",
     "Difference",
+    "FeatureDrift",
     "File",
     "FusionReport",
     "Geometry",
@@ -120,6 +122,9 @@ class Manifest(Geometry):
     tokenizer: Tokenizer
     noise_schedule: NoiseSchedule
     defaults: Defaults
+    feature_drift: FeatureDrift | None = Field(
+        default=None, description="as it was measured, for the step cache; None: as the demo model's"
+    )
     examples: tuple[str, ...] = Field(
         default=(), max_length=1000, description="prompts that show what the model can do"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -192,6 +193,28 @@ class Defaults(Frozen):
     def _one_timestep_per_step(self) -> Self:
         if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
             raise ValueError(f"{len(self.timesteps)} timesteps for {self.num_inference_steps} steps")
+        return self
+
+
+class FeatureDrift(Frozen):
+    """How far the model's output drifts from what a shallow step computes over features of an earlier noise level.
+
+    It accumulates over the levels: that of features made at one level and reused at another is the difference.
+    """
+
+    log_snr: tuple[float, ...] = Field(min_length=2, max_length=1000, description="rising, of signal to noise in power")
+    total: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        max_length=1000, description="rising from 0: the summed root mean squares, at each of these levels"
+    )
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if len(self.total) != len(self.log_snr):
+            raise ValueError(f"{len(self.total)} totals for {len(self.log_snr)} noise levels")
+        if any(later <= earlier for earlier, later in pairwise(self.log_snr)):
+            raise ValueError("the noise levels of the feature drift do not rise")
+        if any(later < earlier for earlier, later in pairwise(self.total)):
+            raise ValueError("the totals of the feature drift fall")
         return self
 
 

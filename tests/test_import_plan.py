@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.safety": {"engines.contract"},
     "engines.accuracy": {"engines.contract", "engines.errors", "engines.manifest"},
     "engines.schedulers": {"engines.contract", "engines.limits", "engines.manifest"},
+    "engines.step_cache": {"engines.manifest", "engines.schedulers"},
     "engines.backends": {"engines.contract", "engines.errors", "engines.files", "engines.manifest"},
     "engines.checkpoints": {
         "engines.contract",
@@ -73,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.limits",
         "engines.manifest",
         "engines.schedulers",
+        "engines.step_cache",
         "server.version",
     },
     "server.loras": {"engines.errors", "engines.lora", "engines.manifest", "server.requests"},
@@ -172,6 +174,7 @@ ONLY_IN: dict[str, set[str]] = {
     "rich": {
         "build_engines",
         "engines.build.console",
+        "engines.build.feature_drift",
         "engines.build.quantize",
         "engines.build.tables",
         "engines.demo",

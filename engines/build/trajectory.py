@@ -140,14 +140,27 @@ class Recording:
 class Trajectory:
     """One image from its prompt, with the bundle's default scheduler, and guided where its requests are by default."""
 
-    def __init__(self, manifest: Manifest, bundle: Path, *, steps: int, prompt: str | None = None) -> None:
-        """`steps` counts denoising steps; without a `prompt` it is the first of the model's examples."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        bundle: Path,
+        *,
+        steps: int,
+        prompt: str | None = None,
+        guidance: float | None = None,
+        seed: int = 1,
+    ) -> None:
+        """`steps` counts denoising steps; without a `prompt` it is the first of the model's examples.
+
+        Without `guidance` it is one at which models of all kinds are compared; `seed` is that of the initial noise.
+        """
         self._manifest = manifest
-        self._table = table(_scheduler(manifest, steps), steps, manifest.noise_schedule)
-        self._guidance = _guidance(manifest)
+        self.table = table(_scheduler(manifest, steps), steps, manifest.noise_schedule)
+        self._guidance = _guidance(manifest) if guidance is None else guidance
+        self._seed = seed
         self.size: Size = manifest.resolutions[0]
-        self.steps = len(self._table.steps)
-        self.chunks = _chunks(manifest, bundle, prompt or _prompts(manifest)[0])
+        self.steps = len(self.table.steps)
+        self.chunks = _chunks(manifest, bundle, prompt or prompts_of(manifest)[0])
         self._rows = 1 if manifest.embeds_guidance or self._guidance == 1 else 2
         own = {"S": 1, "C": 2, "L": 1, "B": 1, "R": self._rows, "P": self._rows, "n": 1}
         self._sizes = {**manifest.dims(self.size), **own}
@@ -158,9 +171,9 @@ class Trajectory:
         Raises:
             EngineError: a graph cannot be run, or is `finite` and computes NaN or infinity.
         """
-        noise = self._latents(1)
+        noise = self._latents(self._seed)
         state = np.zeros((1, LANES, *noise.shape[1:]), np.float32)
-        state[:, 0] = noise * self._table.init_scale
+        state[:, 0] = noise * self.table.init_scale
         encoded = [graphs("encode_prompt", inputs) for inputs in self.chunks]
         pools = self._masked(graphs) | {
             pool: np.concatenate([one[output] for one in encoded])
@@ -168,7 +181,7 @@ class Trajectory:
             if output in encoded[0]
         }
         full, features = list[dict[str, Array]](), list[Array]()
-        for step in self._table.steps:
+        for step in self.table.steps:
             full.append(self._inputs("denoise", {"state": state, **pools, **self._step_values(step)}))
             outputs = graphs("denoise", full[-1])
             state = outputs["state_next"]
@@ -232,7 +245,7 @@ def record(manifest: Manifest, bundle: Path, progress: Progress) -> dict[GraphNa
     graphs = reference(manifest, bundle)
     found: dict[GraphName, list[dict[str, Array]]] = {name: [] for name in CALIBRATED}
     length = _calibration_steps(manifest)
-    trajectories = [Trajectory(manifest, bundle, steps=length, prompt=one) for one in _prompts(manifest)]
+    trajectories = [Trajectory(manifest, bundle, steps=length, prompt=one) for one in prompts_of(manifest)]
     total, steps = sum(trajectory.steps for trajectory in trajectories), count(1)
     with progress.stage("recording trajectories to calibrate on") as stage:
         for trajectory in trajectories:
@@ -248,7 +261,7 @@ def calibration_config(manifest: Manifest) -> dict[str, Any]:
     return {
         "graphs": [file.sha256 for name in GRAPHS for file in manifest.graphs[name].onnx["fp32"].files],
         "tokenizer": [manifest.tokenizer.file.sha256, manifest.tokenizer.pad],
-        "prompts": _prompts(manifest),
+        "prompts": prompts_of(manifest),
         "steps": _calibration_steps(manifest),
         "size": manifest.resolutions[0].model_dump(),
         "scheduler": manifest.defaults.scheduler,
@@ -277,7 +290,7 @@ def _guidance(manifest: Manifest) -> float:
     return _GUIDANCE if manifest.defaults.guidance_scale > 1 else 1.0
 
 
-def _prompts(manifest: Manifest) -> tuple[str, ...]:
+def prompts_of(manifest: Manifest) -> tuple[str, ...]:
     """Three prompts, as far as possible the model's examples: others would calibrate on images that it cannot draw."""
     return (*manifest.examples, *_PROMPTS)[: len(_PROMPTS)]
 

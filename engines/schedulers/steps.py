@@ -67,6 +67,11 @@ class Table:
     steps: tuple[Step, ...]  # one per UNet call
 
     @cached_property
+    def draws(self) -> bool:
+        """Whether any step takes fresh noise."""
+        return any(step.draws for step in self.steps)
+
+    @cached_property
     def numbers(self) -> tuple[NDArray[np.float32], ...]:
         """What a plan needs of each step, as one row [NUMBERS] that is copied whole: `timestep`, `scale`, the level
         that the step leads to, `matrix`."""

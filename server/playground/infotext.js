@@ -13,7 +13,7 @@ const OWN = { // names of the form's fields, and what the text calls them
 };
 const WITHOUT_EFFECT = [ // here, or restored as a part of another one
   "Steps", "CFG scale", "Seed", "Size", "Sampler", "Schedule type", "Model", "Model hash", "Version", "RNG",
-  "VAE", "VAE hash", "Timestep spacing", "Final sigmas type", "Cache", "Exact", "Denoising strength",
+  "VAE", "VAE hash", "Timestep spacing", "Final sigmas type", "Cache", "Full steps", "Exact", "Denoising strength",
   "Lora hashes", "Original size", "Target size", "Crop top", "Crop left",
 ];
 

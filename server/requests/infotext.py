@@ -144,6 +144,7 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
         "Loras": _tags(params) if params.loras and params.prompt.syntax == "plain" else None,
         "Prompt syntax": None if params.prompt.syntax == "a1111" else params.prompt.syntax,
         "Cache": None if params.cache == "off" else params.cache,
+        "Full steps": params.full_steps,
         "Exact": True if params.isolated else None,
     }
 

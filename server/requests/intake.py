@@ -14,6 +14,7 @@ import PIL.Image
 from engines.contract import GUIDANCE_EMBEDDED, TIME_IDS
 from engines.manifest import Manifest, Size
 from engines.schedulers import Scheduler, Table, complete, find, table
+from engines.step_cache import DEMO_DRIFT
 from server.requests import uploads
 from server.requests.context import ANONYMOUS, RequestContext
 from server.requests.errors import FieldError, InvalidRequest
@@ -101,6 +102,8 @@ class Intake:
             unet_inputs=self._unet_inputs(body, size, guidance),
             isolated=body.exact,
             cache=cache,
+            full_steps=self._full_steps(body, steps),
+            feature_drift=self._manifest.feature_drift or DEMO_DRIFT,
             loras=choose(body, self._loras, self._manifest),
             model=self._model,
             model_sha256=self._manifest.source.file_sha256,
@@ -196,6 +199,14 @@ class Intake:
     def _guidance_end(self, cache: Cache) -> Literal["auto"] | float:
         """The part of the dial that `guidance_end` sets."""
         return "auto" if cache == "faster" and not self._manifest.embeds_guidance else 1.0
+
+    def _full_steps(self, body: GenerateRequest, steps: int) -> int | None:
+        asked = body.full_steps
+        if asked is not None and asked > steps:
+            raise _rejected("full_steps", f"There are {steps} denoising steps: compute 1 to {steps} of them in full.")
+        if asked is not None and asked < steps and not self.has_step_cache:
+            raise _rejected("full_steps", "This server runs without the step cache: leave out full_steps.")
+        return asked
 
     def _clip_skip(self, body: GenerateRequest) -> int:
         layers = self._manifest.context.layers

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -15,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.contract import GUIDANCE_EMBEDDED, LANES, TIME_IDS
-from engines.manifest import Size
+from engines.manifest import FeatureDrift, Size
 from engines.schedulers import Scheduler, Table
+from engines.step_cache import DEMO_DRIFT, full_steps
 from server.requests.context import ANONYMOUS, Priority, RequestContext
 from server.requests.errors import Cancelled, DeadlineExceeded, ServerError
 from server.requests.tokenizer import Prompt
@@ -35,10 +38,12 @@ DEPTHS: tuple[Depth, ...] = get_args(Depth)
 _WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
 _NEGATIVE_IS_UNUSED = "It is not used without guidance: send a guidance_scale above 1 if the model is made for it."
 _RAISED = "The server was under load and set it to {}, not {}, which changes images slightly: send cache to choose it."
-_FEW_STEPS = 4  # up to which the fast cache would save steps that fewer steps spare too, with the same loss
+_FEW_STEPS = 4  # up to which the cache would save steps that fewer steps spare too, with the same loss
 _LAG = 2  # steps after which guidance ends at the earliest: one may be in flight when another one is completed
 _AGREED = 0.3  # of latents, whose deviation is about 1: what guidance may still add where it ends by itself
-_FULL_EVERY = 3  # steps with the fast cache: one full step, and two that reuse its features
+# The share of steps that are full; the others reuse their features. Fresh noise at each step changes features more.
+_FULL: dict[Cache, Fraction] = {"off": Fraction(1), "fast": Fraction(3, 10), "faster": Fraction(1, 4)}
+_FULL_WITH_NOISE: dict[Cache, Fraction] = {"off": Fraction(1), "fast": Fraction(1, 3), "faster": Fraction(3, 10)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +126,8 @@ class GenerationParams:
     isolated: bool = False  # shares no step, so that batching cannot change a bit
     cache: Cache = "off"  # fast, faster: most steps reuse the UNet's deep features of an earlier step
     raised_from: Cache | None = None  # the `cache` that it would have without load, if the server raised it
+    full_steps: int | None = None  # of num_inference_steps; None: as many as the cache says
+    feature_drift: FeatureDrift = DEMO_DRIFT  # of the model, by which full steps are placed
     loras: tuple[WeightedLora, ...] = ()  # each once
     model: str = ""  # its name in this server
     model_sha256: str | None = None  # of the single file that it was built from, if it was
@@ -156,6 +163,8 @@ class GenerationParams:
     @property
     def reuses_features(self) -> bool:
         """Whether steps are shallow: the UNet's features say little of the next of few steps."""
+        if self.full_steps is not None:
+            return self.full_steps < self.num_inference_steps
         return self.cache != "off" and self.num_inference_steps > _FEW_STEPS
 
     @property
@@ -320,12 +329,28 @@ class Request:
     @cached_property
     def depths(self) -> tuple[Depth, ...]:
         """The depth of each step. It depends on the request alone, so batching changes no image."""
-        return tuple(map(self._depth_at, range(self.steps)))
+        chosen, found, known = self._full_steps, list[Depth](), False
+        for step, guided in enumerate(self.guided):
+            is_full = step in chosen or (guided and not known)  # features of every row
+            known = guided if is_full else known
+            found.append("full" if is_full else "shallow")
+        return tuple(found)
 
-    def _depth_at(self, step: int) -> Depth:
-        since = step % _FULL_EVERY if self.params.reuses_features else 0
-        known = self.guided[step - since] or not self.guided[step]  # features of every row
-        return "shallow" if since and known else "full"
+    @property
+    def _full_steps(self) -> frozenset[int]:
+        """The steps that its cache computes in full."""
+        if not self.params.reuses_features:
+            return frozenset(range(self.steps))
+        return frozenset(full_steps(self.table, max(1, self._full_count), self.params.feature_drift))
+
+    @property
+    def _full_count(self) -> int:
+        """How many of the steps that it takes: the share that its cache says, or that it asks for of them all."""
+        params = self.params
+        if params.full_steps is not None:
+            return round(Fraction(params.full_steps, params.num_inference_steps) * self.steps)
+        shares = _FULL_WITH_NOISE if self.table.draws else _FULL
+        return math.ceil(shares[params.cache] * self.steps)
 
     @property
     def depth(self) -> Depth:

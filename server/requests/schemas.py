@@ -188,9 +188,16 @@ class GenerateRequest(_StrictModel):
     )
     cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
-        description="fast: two of three steps reuse deep UNet features of the step before (DeepCache), which is faster "
-        "and changes the image slightly; faster: fewer operations than fast, and a larger change; no effect up to "
-        "4 steps; default: the server's --cache setting",
+        description="fast: three of ten steps are computed in full, and the others reuse deep UNet features "
+        "(DeepCache), which is faster and changes the image slightly; faster: two of ten, and a larger change; no "
+        "effect up to 4 steps; default: the server's --cache setting",
+    )
+    full_steps: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_STEPS,
+        description="how many of the denoising steps are computed in full, placed where they change most; default: as "
+        "many as cache says",
     )
     priority: Annotated[Priority, _AnyCase, _NullMeans("interactive")] = Field(
         "interactive",
@@ -256,6 +263,7 @@ class Parameters(BaseModel):
     strength: float | None = Field(description="null without an initial image; image and mask are not echoed")
     exact: bool
     cache: Cache
+    full_steps: int | None = Field(None, description="null: as many as cache says")
 
     @classmethod
     def of(cls, params: GenerationParams) -> Self:

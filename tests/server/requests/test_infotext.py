@@ -79,6 +79,7 @@ def test_every_setting_that_changes_the_image_is_written() -> None:
         init_image=InitImage(np.zeros((768, 512, 3), np.uint8), 0.55),
         isolated=True,
         cache="faster",
+        full_steps=6,
     )
     fields = parse(write(params, seed=42, model="sd15"))
     assert fields.items() >= {
@@ -90,6 +91,7 @@ def test_every_setting_that_changes_the_image_is_written() -> None:
         ("Timestep spacing", "trailing"),
         ("Prompt syntax", "plain"),
         ("Cache", "faster"),
+        ("Full steps", "6"),
         ("Exact", "True"),
     }
 

@@ -39,6 +39,7 @@ def test_values_are_those_of_the_request() -> None:
         unet_inputs={"time_ids": (48, 64, 1, 2, 96, 128)},
         isolated=True,
         cache="faster",
+        full_steps=3,
     )
     assert Parameters.of(params).model_dump(exclude={"prompt_syntax", "timestep_spacing", "final_sigmas_type"}) == {
         "model": "",
@@ -62,4 +63,5 @@ def test_values_are_those_of_the_request() -> None:
         "strength": None,
         "exact": True,
         "cache": "faster",
+        "full_steps": 3,
     }

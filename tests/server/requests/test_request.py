@@ -15,11 +15,28 @@ NOTHING = Prompt("", ())
 
 
 def request(
-    *, steps: int = 8, cache: Cache = "fast", start: float = 0.0, end: float = 1.0, scale: float = 7.5
+    *,
+    steps: int = 8,
+    cache: Cache = "fast",
+    full: int | None = None,
+    start: float = 0.0,
+    end: float = 1.0,
+    scale: float = 7.5,
+    scheduler: str = "ddim",
 ) -> Request:
-    size, method = Size(width=64, height=64), Scheduler("ddim")
+    size, method = Size(width=64, height=64), Scheduler(scheduler)
     params = GenerationParams(
-        NOTHING, NOTHING, size, method, steps, scale, (0,), guidance_start=start, guidance_end=end, cache=cache
+        NOTHING,
+        NOTHING,
+        size,
+        method,
+        steps,
+        scale,
+        (0,),
+        guidance_start=start,
+        guidance_end=end,
+        cache=cache,
+        full_steps=full,
     )
     return Request(params, table(method, steps, NoiseSchedule()), (), "a")
 
@@ -32,16 +49,27 @@ def depths(asked: Request) -> str:
     ("asked", "expected"),
     [
         (request(cache="off"), "ffffffff"),
-        (request(), "fssfssfs"),
-        (request(scale=1), "fssfssfs"),
-        (request(steps=5), "fssfs"),
+        (request(), "ffssfsss"),
+        (request(cache="faster"), "fsfsssss"),
+        (request(scale=1), "ffssfsss"),
+        (request(steps=5), "fsfss"),
         (request(steps=4), "ffff"),
+        (request(steps=4, cache="faster"), "ffff"),
         (request(steps=1), "f"),
-        # Guidance begins at step 4: step 3 kept no features of the negative prompt, step 6 does.
-        (request(start=0.5), "fssffffs"),
+        (request(full=2), "fsfsssss"),
+        (request(full=8), "ffffffff"),
+        (request(full=1), "fsssssss"),
+        (request(full=2, steps=4, cache="off"), "fsfs"),
+        # Two UNet calls for each step but the last: full ones are as large a share of them.
+        (request(full=4, scheduler="heun"), "ffsfsfsfsfsfsfs"),
+        # Fresh noise at each step: more of them are full, evenly.
+        (request(steps=20, scheduler="euler_ancestral"), "fssfssfssfssfssfssfs"),
+        (request(steps=20, scheduler="euler_ancestral", cache="faster"), "fsssfssfssfsssfssfss"),
+        # Guidance begins at step 5: step 4 kept no features of the negative prompt.
+        (request(start=0.6), "ffssffss"),
         # It ends after step 3: what was kept for both rows serves the one that is left.
-        (request(end=0.5), "fssfssfs"),
-        (request(start=0.25, end=0.375), "fsffssfs"),
+        (request(end=0.5), "ffssfsss"),
+        (request(start=0.25, end=0.375), "fffsfsss"),
     ],
 )
 def test_a_step_is_full_where_features_are_due_or_unknown(asked: Request, expected: str) -> None:
@@ -69,3 +97,10 @@ def test_the_remaining_steps_decrease() -> None:
     for _ in range(4):
         asked.advance()
     assert asked.steps_left == Counter(full=1, shallow=2)
+
+
+def test_of_a_part_of_the_steps_as_large_a_share_is_full() -> None:
+    """As with an initial image, which leaves out the first steps."""
+    asked = request(steps=20)
+    part = Request(asked.params, table(asked.params.scheduler, 20, NoiseSchedule(), skip=10), (), "a")
+    assert (asked.steps_left["full"], part.steps_left["full"]) == (6, 3)

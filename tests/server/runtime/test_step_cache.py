@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engines.backends.registry import open_device
-from engines.manifest import Manifest
+from engines.manifest import FeatureDrift, Manifest
 from server.requests.errors import InvalidRequest
 from server.requests.intake import Intake
 from server.requests.request import Cache, StepCache
@@ -92,8 +92,32 @@ def test_a_request_for_it_is_refused_where_there_is_none(asked: Cache) -> None:
     assert [error.field for error in refused.value.fields] == ["cache"]
 
 
-def intake(cache: StepCache) -> Intake:
-    manifest = Manifest.read(DEMO)
+def test_full_steps_are_at_most_the_steps() -> None:
+    body = GenerateRequest(prompt="a", num_inference_steps=8, full_steps=9)
+    with pytest.raises(InvalidRequest, match="There are 8 denoising steps: compute 1 to 8 of them in full") as refused:
+        intake("off").request(body)
+    assert [error.field for error in refused.value.fields] == ["full_steps"]
+    assert intake("off").request(body.model_copy(update={"full_steps": 8})).params.full_steps == 8
+
+
+def test_shallow_steps_are_refused_where_there_are_none() -> None:
+    body = GenerateRequest(prompt="a", num_inference_steps=8, full_steps=7)
+    with pytest.raises(InvalidRequest, match="without the step cache: leave out full_steps"):
+        intake("disabled").request(body)
+    assert not intake("disabled").request(body.model_copy(update={"full_steps": 8})).params.reuses_features
+
+
+def test_full_steps_are_placed_by_the_models_own_features() -> None:
+    late = FeatureDrift(log_snr=(-10, 0, 1, 2), total=(0, 0, 1, 9))
+    own = intake("fast", Manifest.read(DEMO).model_copy(update={"feature_drift": late}))
+    body = GenerateRequest(prompt="a", num_inference_steps=20)
+    mine, demos = own.request(body).depths, intake("fast").request(body).depths
+    assert mine.count("full") == demos.count("full") == 6
+    assert mine.index("full", 1) > demos.index("full", 1)
+
+
+def intake(cache: StepCache, manifest: Manifest | None = None) -> Intake:
+    manifest = manifest or Manifest.read(DEMO)
     path = DEMO / manifest.tokenizer.file.path
     tokenizer = PromptTokenizer(
         path,

@@ -1,0 +1,93 @@
+"""Where full steps are placed."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+
+from engines.manifest import FeatureDrift, NoiseSchedule
+from engines.schedulers import NAMES, Scheduler, Table, find, table
+from engines.step_cache import DEMO_DRIFT, full_steps
+
+EVEN = FeatureDrift(log_snr=(-10, 10), total=(0, 1))
+
+
+def made(name: str, steps: int = 20) -> Table:
+    return table(find(name), steps, NoiseSchedule())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_is_placed_in_any_table(name: str) -> None:
+    for steps in (1, 7, 20):
+        if steps == 1 and name.startswith("lms"):
+            continue
+        calls = made(name, steps)
+        for count in range(1, len(calls.steps) + 1):
+            placed = full_steps(calls, count, DEMO_DRIFT)
+            assert placed[0] == 0
+            assert len(set(placed)) == count
+            assert list(placed) == sorted(placed)
+            assert placed[-1] < len(calls.steps)
+
+
+@pytest.mark.parametrize("drift", [EVEN, DEMO_DRIFT])
+@pytest.mark.parametrize("name", ["dpmpp_2m_karras", "heun", "unipc"])
+def test_no_other_placement_errs_less(name: str, drift: FeatureDrift) -> None:
+    """Every placement is tried, with the error of each as the module's docstring has it."""
+    calls = made(name, 8)
+    for count in (1, 2, 3, 5):
+        best = min(error(calls, (0, *others), drift) for others in combinations(range(1, len(calls.steps)), count - 1))
+        assert error(calls, full_steps(calls, count, drift), drift) == pytest.approx(best, abs=1e-12)
+
+
+def error(calls: Table, placed: tuple[int, ...], drift: FeatureDrift) -> float:
+    total = 0.0
+    for full, end in pairwise((*placed, len(calls.steps))):
+        for step in range(full + 1, end):
+            level = (*(one.level for one in calls.steps[1:]), (1.0, 0.0))[step]
+            weight = calls.steps[step].matrix[0, 1] / np.hypot(*level)
+            total += abs(weight) * (drift_at(calls, step, drift) - drift_at(calls, full, drift)) ** 2
+    return total
+
+
+def drift_at(calls: Table, step: int, drift: FeatureDrift) -> float:
+    """For levels within those that were measured, or beyond at the same slope."""
+    signal, noise = calls.steps[step].level
+    at, x, y = 2 * np.log(signal / noise), drift.log_snr, drift.total
+    if at < x[0]:
+        return float(y[0] + (at - x[0]) * (y[1] - y[0]) / (x[1] - x[0]))
+    if at > x[-1]:
+        return float(y[-1] + (at - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2]))
+    return float(np.interp(at, x, y))
+
+
+def test_full_steps_are_dense_where_features_drift() -> None:
+    calls = made("ddim", 50)
+    drift = FeatureDrift(log_snr=(-10, 1, 2, 10), total=(0, 0.1, 1.1, 1.2))
+    placed = full_steps(calls, 10, drift)
+    levels = [2 * np.log(np.divide(*calls.steps[step].level)) for step in placed[1:]]
+    assert (
+        sum(1 <= level <= 2 for level in levels)
+        > sum(1 <= 2 * np.log(np.divide(*s.level)) <= 2 for s in calls.steps) / 2
+    )
+
+
+def test_a_first_step_of_nothing_but_noise_is_no_obstacle() -> None:
+    schedule = NoiseSchedule(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    calls = table(Scheduler("ddim"), 20, schedule)
+    assert calls.steps[0].level[0] == 0
+    assert len(full_steps(calls, 6, DEMO_DRIFT)) == 6
+
+
+@pytest.mark.parametrize("count", [0, 21])
+def test_a_number_that_does_not_fit_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="of 20: choose 1 to 20"):
+        full_steps(made("ddim"), count, DEMO_DRIFT)
+
+
+def test_they_are_even_where_each_step_has_fresh_noise() -> None:
+    for name in ("euler_ancestral", "dpmpp_2m_sde"):
+        assert full_steps(made(name), 7, DEMO_DRIFT) == (0, 3, 6, 9, 12, 15, 18)
+        assert full_steps(made(name), 5, DEMO_DRIFT) == (0, 4, 8, 12, 16)
