@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from engines.backends import cores
 from engines.backends.device import Buffer, Reader, Stream
-from engines.backends.host import GraphPort, HostDevice, bound_arrays
+from engines.backends.host import GraphPort, HostDevice, HostStream, bound_arrays
 from engines.backends.mapped import FileArrays, release_pages
 from engines.backends.openvino_package import openvino as openvino  # noqa: PLC0414 - the build imports it from here
 from engines.backends.openvino_upsampling import at_low_resolution
@@ -18,6 +19,12 @@ from engines.errors import EngineError
 # leaves the graph's own precisions as they are.
 _IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 TAKES_BF16 = ["latentd", "takes_bf16"]  # in graphs that mark the nodes that have to stay FP32
+# A graph of steps with at most so many weights is compiled for its commonest shape too. The shallow step of SD 1.x has
+# 8 million, the full one of a small model 579.
+_FEW_WEIGHTS = 10_000_000
+
+_Shapes = Sequence[tuple[int, ...]]
+_Compile = Callable[[openvino.Model], openvino.CompiledModel]
 
 
 class _Weights:
@@ -67,6 +74,28 @@ def _port(port: openvino.Output) -> GraphPort:
     )
 
 
+class _Compiled:
+    """A graph compiled for any shapes and, where its weights are few, once more for the first that are bound.
+
+    Of known shapes OpenVINO makes fewer and faster kernels. But no two compiled models share the weights that they
+    have repacked for their kernels.
+    """
+
+    def __init__(self, model: openvino.Model, compile_model: _Compile, *, is_small: bool) -> None:
+        self._compile = compile_model
+        self._any = compile_model(model)
+        self._model = model if is_small else None
+        self._first: _Shapes | None = None
+
+    def request(self, shapes: _Shapes) -> openvino.InferRequest:
+        """An inference request for inputs of these shapes, in order. Raises RuntimeError."""
+        if self._model and self._first is None:
+            own = self._model.clone()
+            own.reshape(dict(enumerate(map(openvino.PartialShape, shapes))))
+            self._own, self._first = self._compile(own), shapes
+        return (self._own if shapes == self._first else self._any).create_infer_request()
+
+
 class OpenVinoEngine:
     """An ONNX graph compiled by OpenVINO.
 
@@ -74,9 +103,7 @@ class OpenVinoEngine:
     graph and the names of its outputs with them, but keeps the order.
     """
 
-    def __init__(
-        self, read: openvino.Model, compiled: openvino.CompiledModel, *, graph: str, weights: _Weights
-    ) -> None:
+    def __init__(self, read: openvino.Model, compiled: _Compiled, *, graph: str, weights: _Weights) -> None:
         """`graph` is the name for messages."""
         self._compiled, self._weights, self._graph = compiled, weights, graph
         self._inputs = {port.any_name: _port(port) for port in read.inputs}
@@ -85,7 +112,11 @@ class OpenVinoEngine:
     def bind(self, buffers: Mapping[str, Buffer]) -> OpenVinoCall:
         arrays = bound_arrays(buffers, self._inputs | self._outputs, self._graph)
         inputs, outputs = ([arrays[name] for name in names] for names in (self._inputs, self._outputs))
-        return OpenVinoCall(self._compiled.create_infer_request(), inputs, outputs, weights=self._weights)
+        try:
+            request = self._compiled.request([array.shape for array in inputs])
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot compile {self._graph} for these shapes: {error}") from error
+        return OpenVinoCall(request, inputs, outputs, weights=self._weights)
 
 
 class OpenVinoDevice(HostDevice):
@@ -102,19 +133,30 @@ class OpenVinoDevice(HostDevice):
     def load(
         self,
         path: Path,
-        stream: Stream,  # noqa: ARG002 - the host's streams are all alike
+        stream: Stream,
         *,
         read: Reader = Path.read_bytes,  # noqa: ARG002 - OpenVINO finds weights only beside a graph that it opens
     ) -> OpenVinoEngine:
         weights = _Weights(path.parent)
+        of_steps = isinstance(stream, HostStream) and stream.urgent
         try:
             model = at_low_resolution(self._core.read_model(path), weights.constant)
             options = self._options | ({} if model.has_rt_info(TAKES_BF16) else _IN_FP32)
-            compiled = self._core.compile_model(model, "CPU", options)
+            compiled = _Compiled(
+                model,
+                lambda one: self._core.compile_model(one, "CPU", options),
+                is_small=of_steps and _weights_of(model) <= _FEW_WEIGHTS,
+            )
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot load {path}: {error}") from error
         weights.release_pages()
         return OpenVinoEngine(model, compiled, graph=path.name, weights=weights)
+
+
+def _weights_of(model: openvino.Model) -> int:
+    """How many values its constants have."""
+    constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
+    return sum(math.prod(node.get_output_shape(0)) for node in constants)
 
 
 def open_device(*, threads: int) -> OpenVinoDevice:
