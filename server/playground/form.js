@@ -12,7 +12,7 @@ export const form = $("form");
 export const field = form.elements;
 export const NAMES = [ // the model first: others are chosen from what it has
   "model", "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
-  "loras", ...CONDITIONS,
+  "cache", "loras", ...CONDITIONS,
 ];
 const TAG = /<(?:lora|lyco):([^<>:]+)(?::([^<>:]+))?>/gi;
 
@@ -44,14 +44,14 @@ export function body() {
     prompt: field.prompt.value, negative_prompt: field.negative_prompt.value, width, height,
     num_inference_steps: steps, guidance_scale: number("guidance_scale"), seed: number("seed"),
     num_images: number("num_images"), scheduler: field.scheduler.value, preview_every: Math.ceil(steps / 10),
-    model: field.model.value || undefined, ...loras.length ? { loras } : {}, ...conditions(), ...imageFields(),
+    cache: field.cache.value || undefined, model: field.model.value || undefined, ...loras.length ? { loras } : {}, ...conditions(), ...imageFields(),
   };
 }
 
 /** The values, as text, of a form that gives the pictures of `parameters` by the model of this name again. */
 export function valuesOf(parameters, model) {
   const state = { ...parameters, size: `${parameters.width}x${parameters.height}`, model: choiceOf(model),
-    loras: lorasOf(parameters), ...conditionsOf(parameters) };
+    cache: served.model.step_cache ? parameters.cache ?? "" : "", loras: lorasOf(parameters), ...conditionsOf(parameters) };
   return Object.fromEntries(NAMES.map((name) => [name, String(state[name])]));
 }
 
@@ -62,11 +62,11 @@ export function showing(values) {
   remember();
 }
 
-/** Keep the form in the address, with the seed of the pictures shown where they are what it describes. */
+/** Keep the form in the address, with the seed and the step cache of the pictures shown where they are what it describes. */
 export function remember() {
   styleChanged();
   const state = Object.fromEntries(NAMES.map((name) => [name, field[name].value]));
-  const same = shown && NAMES.every((name) => state[name] === shown[name] || (name === "seed" && state.seed === ""));
+  const same = shown && NAMES.every((name) => state[name] === shown[name] || (["seed", "cache"].includes(name) && state[name] === ""));
   const kept = Object.entries(same ? shown : state).filter(([, value]) => value !== "");
   history.replaceState(null, "", "#" + new URLSearchParams(kept));
 }
@@ -160,6 +160,8 @@ function describe() {
   field.model.parentElement.hidden = models.length < 2;
   fillSizes();
   fillConditions();
+  field.cache.parentElement.hidden = field.cache.disabled = !model.step_cache;
+  if (!model.step_cache) field.cache.value = "";
   fillStyles();
   fillSchedulers();
   fill("num_images", [1, 2, 3, 4].slice(0, most), 1);

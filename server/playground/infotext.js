@@ -9,7 +9,7 @@ const FEWEST_FIELDS = 3; // of a last line that is not the prompt's
 const FIELD = /\s*(\w[\w /-]+):\s*("(?:\\.|[^\\"])+"(?=,|$)|[^,]*)(?:,|$)/g;
 const OWN = { // names of the form's fields, and what the text calls them
   model: "Model", num_inference_steps: "Steps", guidance_scale: "CFG scale", seed: "Seed", size: "Size",
-  original_size: "Original size", target_size: "Target size",
+  original_size: "Original size", target_size: "Target size", cache: "Cache",
 };
 const WITHOUT_EFFECT = [ // here, or restored as a part of another one
   "Steps", "CFG scale", "Seed", "Size", "Sampler", "Schedule type", "Model", "Model hash", "Version", "RNG",

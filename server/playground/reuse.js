@@ -10,6 +10,7 @@ const HEAD = 1 << 20; // bytes of a file that are searched for settings
 const WORDS = {
   num_inference_steps: "steps", guidance_scale: "guidance scale", negative_prompt: "negative prompt",
   original_size: "original size", target_size: "target size", crops_coords_top_left: "crop",
+  cache: "quality",
 };
 
 /** The form's values, as text, that give this one picture again. */

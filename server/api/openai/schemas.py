@@ -13,6 +13,7 @@ from server.api.problems import explain
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.field_types import HeightWidth, ImageFile, Side, TopLeft
 from server.requests.images import ImageFormat
+from server.requests.request import Cache
 from server.requests.schemas import MAX_SEED, GenerateRequest, LoraChoices, ModelState
 
 _SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
@@ -69,6 +70,7 @@ class ImagesBody(BaseModel):
     )
     scheduler: str | None = Field(None, max_length=64, description="extension: the sampling method, as in /generate")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="extension: seed of the first image; default: random")
+    cache: Cache | None = Field(None, description="extension: fewer operations for the image, as in /generate")
     loras: LoraChoices | None = Field(None, description="extension: LoRAs, as in /generate")
     width: Side | None = Field(None, description="extension: in pixels, instead of size")
     height: Side | None = Field(None, description="extension: in pixels, instead of size")
@@ -105,6 +107,7 @@ class ImagesBody(BaseModel):
             "guidance_scale": self.guidance_scale,
             "scheduler": self.scheduler,
             "seed": self.seed,
+            "cache": self.cache,
             "loras": self.loras,
             "width": width,
             "height": height,
