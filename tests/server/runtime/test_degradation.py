@@ -124,7 +124,7 @@ def test_every_api_degrades_and_says_so_and_images_are_those_of_the_position(tou
     assert degraded(touchy) == {"fast": before["fast"], "faster": before["faster"] + 5}
     native = answers[0].json()
     for document in (job, native):
-        assert document["parameters"]["cache"] == "faster"
+        assert (document["parameters"]["cache"], document["parameters"]["guidance_end"]) == ("faster", "auto")
         assert [warning.startswith(WARNING) for warning in document["warnings"]] == [True]
     assert "under load" in answers[1].headers["X-Warnings"]
     assert "under load" in answers[3].json()["info"]
