@@ -62,21 +62,9 @@ def test_a_server_that_does_not_start_is_an_error_of_one_line(
 @pytest.mark.faults  # half a minute of overload
 def test_the_demo_is_overloaded_and_only_the_server_that_may_degrades(tmp_path: Path) -> None:
     out = tmp_path / "degrade.json"
-    short = [
-        "--seconds",
-        "10",
-        "--warm-up",
-        "3",
-        "--rounds",
-        "1",
-        "--steps",
-        "6",
-        "--degrade-at",
-        "0.05",
-        "--overload",
-        "3",
-    ]
-    assert degrade.main(["--out", str(out), *short]) == 0
+    quick = ["--seconds", "10", "--warm-up", "3", "--rounds", "1", "--steps", "6", "--limit", "60"]
+    hard = ["--overload", "3", "--degrade-at", "0.05"]
+    assert degrade.main(["--out", str(out), *quick, *hard]) == 0
     found = DegradeResults.model_validate_json(out.read_bytes())
     plain, degrading = found.loads
     assert [one.due for one in plain.requests] == [one.due for one in degrading.requests]

@@ -13,6 +13,7 @@ from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
 from benchmarks.server.attacks import AttackResults
 from benchmarks.server.capacity import CapacityResults
+from benchmarks.server.degrade import DegradeResults
 from benchmarks.server.fairness import FairnessResults
 from benchmarks.server.few_steps import FewStepsResults
 from benchmarks.server.memory import MemoryReport
@@ -27,6 +28,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "attacks": AttackResults,
     "capacity": CapacityResults,
     "cluster": SimulationResults,
+    "degrade": DegradeResults,
     "fairness": FairnessResults,
     "few-steps": FewStepsResults,
     "lora-demo": LoraResults,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from base64 import b64encode
 from dataclasses import dataclass
@@ -53,11 +54,13 @@ class Reply:
 
     @staticmethod
     def headers(request: Request, files: Files) -> dict[str, str]:
-        """The request's id, and the milliseconds that each stage took."""
+        """The request's id, the milliseconds that each stage took, and warnings, for which documents have no place."""
         total = sum(request.timings.values()) + files.seconds
         spent = [*request.timings.items(), ("image", files.seconds), ("total", total)]
         timing = [f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in spent]
-        return {"X-Request-Id": request.id, "Server-Timing": ", ".join(timing)}
+        warnings = request.params.warnings
+        found = {"X-Request-Id": request.id, "Server-Timing": ", ".join(timing)}
+        return found | ({"X-Warnings": json.dumps(warnings)} if warnings else {})
 
     def document(self, request: Request, files: Files) -> ImagesResponse:
         """The response that has all images."""
