@@ -8,13 +8,14 @@ import pytest
 
 from engines.demo import BUNDLE as DEMO
 from tests.clients.load import FullQueue
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 
 @pytest.fixture(scope="session")
-def serving() -> Iterator[Serving]:
+def serving() -> Iterator[HeldServing]:
     """A server process over the demo's model, shared: leave it as you found it."""
-    with Serving(DEMO) as running:
+    with HeldServing(DEMO) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
 

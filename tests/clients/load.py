@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Self
 
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 _LONG = {"prompt": "a red heart", "num_images": 8, "num_inference_steps": 200}  # all rows, for much of a minute
@@ -52,13 +53,17 @@ def count(serving: Serving, outcome: str) -> float:
 class Cancelling:
     """Checks that a request that is begun within it, and left early, is cancelled and frees its rows."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: HeldServing) -> None:
         self._serving = serving
+        self._hold = ExitStack()
 
     def __enter__(self) -> None:
+        self._hold.enter_context(self._serving.held())
+        self._serving.let(100)  # so it does not end by itself
         self._before = count(self._serving, "cancelled")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            wait_until(lambda: count(self._serving, "cancelled") == self._before + 1)
-            wait_until(lambda: is_idle(self._serving))
+        with self._hold:
+            if kind is None:
+                wait_until(lambda: count(self._serving, "cancelled") == self._before + 1)
+                wait_until(lambda: is_idle(self._serving))

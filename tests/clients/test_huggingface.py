@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from tests.clients.load import Cancelling, FullQueue
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 QUICK = {"num_inference_steps": 4, "seed": 7}
@@ -83,6 +84,6 @@ async def cancel_once_it_runs(serving: Serving) -> None:
             await call
 
 
-def test_dropped_connection_cancels(serving: Serving) -> None:
+def test_dropped_connection_cancels(serving: HeldServing) -> None:
     with Cancelling(serving):
         asyncio.run(cancel_once_it_runs(serving))

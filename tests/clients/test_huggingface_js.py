@@ -6,6 +6,7 @@ import base64
 
 from tests.clients.load import Cancelling, FullQueue
 from tests.clients.node import needs_node, run
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 pytestmark = needs_node
@@ -40,6 +41,6 @@ def test_full_queue(full_queue: FullQueue) -> None:
     assert "waiting: try again later" in got["message"]
 
 
-def test_aborting_cancels(serving: Serving) -> None:
+def test_aborting_cancels(serving: HeldServing) -> None:
     with Cancelling(serving):
         assert run("huggingface.js", "cancel", serving.url) == {"name": "AbortError"}

@@ -19,6 +19,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent, Imag
 
 from tests.clients.load import Cancelling, FullQueue
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 QUICK = {"num_inference_steps": 4, "seed": 7}
@@ -202,7 +203,7 @@ def test_client_comes_back_after_retry_after(full_queue: FullQueue) -> None:
     assert done_at - refused_at >= int(refused.headers["retry-after"])
 
 
-def test_closing_the_stream_cancels(client: openai.OpenAI, serving: Serving) -> None:
+def test_closing_the_stream_cancels(client: openai.OpenAI, serving: HeldServing) -> None:
     with Cancelling(serving):
         stream = client.images.generate(prompt="a cat", stream=True, partial_images=3, extra_body=SLOW)
         assert next(iter(stream)).type == "image_generation.partial_image"
@@ -218,6 +219,6 @@ async def cancel_once_it_runs(serving: Serving) -> None:
             await call
 
 
-def test_dropped_connection_cancels(serving: Serving) -> None:
+def test_dropped_connection_cancels(serving: HeldServing) -> None:
     with Cancelling(serving):
         asyncio.run(cancel_once_it_runs(serving))

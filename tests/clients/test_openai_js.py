@@ -6,6 +6,7 @@ import base64
 
 from tests.clients.load import Cancelling, FullQueue
 from tests.clients.node import needs_node, run
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 pytestmark = needs_node
@@ -52,6 +53,6 @@ def test_full_queue(full_queue: FullQueue) -> None:
     assert 1 <= got["retryAfter"] <= 120
 
 
-def test_aborting_the_stream_cancels(serving: Serving) -> None:
+def test_aborting_the_stream_cancels(serving: HeldServing) -> None:
     with Cancelling(serving):
         assert run("openai.js", "cancel", serving.url) == {"first": "image_generation.partial_image"}

@@ -7,7 +7,8 @@ import base64
 import io
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,13 +21,31 @@ from numpy.typing import NDArray
 
 from tests.clients.load import FullQueue, is_idle
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 SIZE = 64
 QUICK: dict[str, Any] = {"prompt": "a red heart", "width": SIZE, "height": SIZE, "steps": 4, "seed": 7}
 SLOW: dict[str, Any] = QUICK | {"steps": 200, "batch_size": 8, "sampler_name": "DPM++ 2M"}
 SAME = {"prompt": "a red heart", "guidance_scale": 7.0, "num_inference_steps": 4, "seed": 7}  # as QUICK, natively
-Background = Callable[..., Future[webuiapi.WebUIApiResult]]
+HELD_AT = 25  # of the steps of a call in the background: it is half done, and has shown previews
+
+
+class Background:
+    """A call of txt2img in a thread, on a connection of its own, which stops at a step until it is asked for."""
+
+    def __init__(self, serving: HeldServing, pool: ThreadPoolExecutor, hold: ExitStack) -> None:
+        self._serving, self._pool, self._hold = serving, pool, hold
+
+    def __call__(self, *, held_at: int = HELD_AT, **fields: Any) -> Background:
+        self._hold.enter_context(self._serving.held())
+        self._serving.let(held_at)
+        self._call = self._pool.submit(lambda: connect(self._serving).txt2img(**fields))
+        return self
+
+    def result(self) -> webuiapi.WebUIApiResult:
+        self._hold.close()
+        return self._call.result()
 
 
 def connect(serving: Serving, **options: Any) -> webuiapi.WebUIApi:
@@ -39,10 +58,9 @@ def api(serving: Serving) -> webuiapi.WebUIApi:
 
 
 @pytest.fixture
-def background(serving: Serving) -> Iterator[Background]:
-    """Calls txt2img in a thread, on a connection of its own."""
-    with ThreadPoolExecutor(1) as threads:
-        yield lambda **fields: threads.submit(lambda: connect(serving).txt2img(**fields))
+def background(serving: HeldServing) -> Iterator[Background]:
+    with ThreadPoolExecutor(1) as threads, ExitStack() as hold:
+        yield Background(serving, threads, hold)
         connect(serving).interrupt()
     wait_until(lambda: is_idle(serving))
 
@@ -233,7 +251,7 @@ def test_progress_with_a_preview_then_interrupt(api: webuiapi.WebUIApi, backgrou
 
 
 def test_interrupt_leaves_the_images_that_are_complete(api: webuiapi.WebUIApi, background: Background) -> None:
-    call = background(**QUICK | {"steps": 50, "n_iter": 16})
+    call = background(held_at=50 + HELD_AT, **QUICK | {"steps": 50, "n_iter": 16})
     running(api, job_no=1)
     api.interrupt()
     result = call.result()
@@ -261,21 +279,24 @@ def test_pages_of_other_origins_interrupt_nothing(
     assert call.result().images
 
 
-def test_the_job_has_the_id_that_was_sent(api: webuiapi.WebUIApi, serving: Serving) -> None:
-    with ThreadPoolExecutor(1) as threads:
+def test_the_job_has_the_id_that_was_sent(api: webuiapi.WebUIApi, serving: HeldServing) -> None:
+    with ThreadPoolExecutor(1) as threads, serving.held():
+        serving.let(HELD_AT)
         call = threads.submit(lambda: serving.client.post("/sdapi/v1/txt2img", json=SLOW | {"force_task_id": "one"}))
         assert running(api)["state"]["job"] == "one"
         api.interrupt()
+        serving.let(2 * HELD_AT)
         assert call.result().status_code == 499
     wait_until(lambda: is_idle(serving))
 
 
-def test_a_caller_who_leaves_ends_the_call(api: webuiapi.WebUIApi, serving: Serving) -> None:
+def test_a_caller_who_leaves_ends_the_call(api: webuiapi.WebUIApi, serving: HeldServing) -> None:
     body = b'{"width": 64, "height": 64, "steps": 200, "batch_size": 8, "n_iter": 8}'
     head = "POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}"
     address = urlsplit(serving.url)
-    with socket.create_connection((address.hostname, address.port)) as caller:
+    with serving.held(), socket.create_connection((address.hostname, address.port)) as caller:
+        serving.let(HELD_AT)
         caller.sendall(f"{head}\r\n\r\n".encode() + body)
         running(api)
     wait_until(lambda: api.get_progress()["state"]["job_count"] == 0)

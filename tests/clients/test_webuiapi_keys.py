@@ -11,16 +11,17 @@ import webuiapi
 from engines.demo import BUNDLE as DEMO
 from server.access import keys
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 KEYS = {name: keys.new_key() for name in ("alice", "bob", "root")}
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldServing]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text("\n".join(keys.entry(name, key, admin=name == "root") for name, key in KEYS.items()))
-    with Serving(DEMO, "--api-keys", str(file)) as running:
+    with HeldServing(DEMO, "--api-keys", str(file)) as running:
         yield running
 
 
@@ -43,16 +44,18 @@ def test_a_key_is_the_password(keyed: Serving) -> None:
     assert generate(api, steps=2).images
 
 
-def test_callers_see_and_interrupt_their_own_calls_and_an_administrator_all(keyed: Serving) -> None:
+def test_callers_see_and_interrupt_their_own_calls_and_an_administrator_all(keyed: HeldServing) -> None:
     alice, bob, root = (connect(keyed, name) for name in ("alice", "bob", "root"))
     with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(lambda: generate(connect(keyed, "alice"), steps=200))
-        wait_until(lambda: alice.get_progress()["state"]["sampling_step"] > 0)
-        assert bob.get_progress()["state"]["job_count"] == 0
-        assert bob.interrupt() == {}
-        assert not alice.get_progress()["state"]["interrupted"]
-        assert root.get_progress()["state"]["job"] == alice.get_progress()["state"]["job"]
-        assert root.interrupt() == {}
+        with keyed.held():
+            keyed.let(9)
+            call = threads.submit(lambda: generate(connect(keyed, "alice"), steps=200))
+            wait_until(lambda: alice.get_progress()["state"]["sampling_step"] > 0)
+            assert bob.get_progress()["state"]["job_count"] == 0
+            assert bob.interrupt() == {}
+            assert not alice.get_progress()["state"]["interrupted"]
+            assert root.get_progress()["state"]["job"] == alice.get_progress()["state"]["job"]
+            assert root.interrupt() == {}
         with pytest.raises(RuntimeError) as ended:
             call.result()
     assert ended.value.args[0] == 499

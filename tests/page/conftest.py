@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page
 
 from engines.demo import BUNDLE
 from tests.support.browsing import SECONDS, Console, browsing
-from tests.support.serving import Serving
+from tests.support.meeting import HeldServing
 
 
 class OpenPage(Protocol):
@@ -26,8 +26,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="package")
-def demo() -> Iterator[Serving]:
-    with Serving(BUNDLE) as running:
+def demo() -> Iterator[HeldServing]:
+    with HeldServing(BUNDLE) as running:
         yield running
 
 
@@ -40,7 +40,7 @@ def console() -> Iterator[Console]:
 
 
 @pytest.fixture
-def open_page(browser: Browser, demo: Serving, console: Console) -> Iterator[OpenPage]:
+def open_page(browser: Browser, demo: HeldServing, console: Console) -> Iterator[OpenPage]:
     contexts = []
 
     def open_page(address: str = "", *, url: str = "", **options: Any) -> Page:
@@ -60,3 +60,11 @@ def open_page(browser: Browser, demo: Serving, console: Console) -> Iterator[Ope
 @pytest.fixture
 def page(open_page: OpenPage) -> Page:
     return open_page()
+
+
+@pytest.fixture
+def held_at_a_step(demo: HeldServing) -> Iterator[HeldServing]:
+    """The server takes a few steps of what is sent to it, and no more until the test has ended."""
+    with demo.held():
+        demo.let(60)
+        yield demo

@@ -40,6 +40,7 @@ def test_with_a_result(page: Page) -> None:
     check_accessibility(page)
 
 
+@pytest.mark.usefixtures("held_at_a_step")
 def test_while_it_generates(page: Page) -> None:
     driving.start_long_one(page)
     check_accessibility(page)

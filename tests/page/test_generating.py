@@ -6,6 +6,7 @@ import re
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import pytest
 from playwright.sync_api import Page, expect
 
 from engines.demo import BUNDLE
@@ -42,6 +43,7 @@ def test_an_example_is_one_click(page: Page) -> None:
     expect(driving.result(page, "a penguin on a blue background")).to_be_visible()
 
 
+@pytest.mark.usefixtures("held_at_a_step")
 def test_previews_come_before_the_image(page: Page) -> None:
     driving.start_long_one(page)
     image = page.get_by_role("region", name="Result").locator("img").first
@@ -49,6 +51,7 @@ def test_previews_come_before_the_image(page: Page) -> None:
     assert np.ptp(driving.pixels(image)) > 0
 
 
+@pytest.mark.usefixtures("held_at_a_step")
 def test_cancel_frees_the_device(page: Page, demo: Serving) -> None:
     before = cancelled(demo)
     driving.start_long_one(page)
@@ -58,6 +61,7 @@ def test_cancel_frees_the_device(page: Page, demo: Serving) -> None:
     wait_until(lambda: cancelled(demo) == before + 1)
 
 
+@pytest.mark.usefixtures("held_at_a_step")
 def test_escape_cancels(page: Page) -> None:
     driving.start_long_one(page)
     page.keyboard.press("Escape")

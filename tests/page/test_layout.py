@@ -9,6 +9,7 @@ from tests.page import driving
 from tests.page.conftest import OpenPage
 from tests.page.driving import PROMPT
 from tests.page.test_gallery import thumbnails
+from tests.support.meeting import HeldServing
 
 SMALL = """() => [...document.querySelectorAll("button, a, select, summary, input")]
   .filter((element) => !["range", "checkbox", "file"].includes(element.type))
@@ -32,13 +33,14 @@ def in_view(page: Page, selector: str) -> bool:
     return box["y"] >= 0 and box["y"] + box["height"] <= bar["y"] + 1
 
 
-def test_the_image_and_cancel_are_in_view_while_it_is_made(phone: Page) -> None:
+def test_the_image_and_cancel_are_in_view_while_it_is_made(phone: Page, held_at_a_step: HeldServing) -> None:
     driving.start_long_one(phone)  # its options are open
     expect(phone.locator("#pictures img[src^='data:image/jpeg']")).to_be_visible()
     assert in_view(phone, "#status")
     assert in_view(phone, "#pictures img")
     expect(driving.button(phone, "Cancel")).to_be_in_viewport(ratio=1)
     assert phone.evaluate("document.activeElement.id") != "prompt"  # its keyboard would hide the image
+    held_at_a_step.let(200)
     driving.has_finished(phone)
     assert in_view(phone, "#pictures img")
 

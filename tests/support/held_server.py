@@ -11,14 +11,18 @@ import time
 from pathlib import Path
 
 from server.__main__ import main
+from server.requests.request import Request
 from server.runtime.batching.batcher import Batch, Batcher
+from server.runtime.batching.model_lines import ModelLines
 
 VARIABLE = "LATENTD_STEPS"
-_NONE = Batch((), (), ())
+_PAUSE = 0.002  # seconds between turns in which nothing happens
+
+Turn = tuple[tuple[Request, ...], tuple[Request, ...]]
 
 
 class Gate:
-    """Lets batches pass, as many as the file says: it holds the number of the hold, and of the steps in it."""
+    """Lets steps pass, as many as the file says: it holds the number of the hold, and of the steps in it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -34,23 +38,27 @@ class Gate:
             self._hold, self._taken = hold, 0
         return self._taken < int(steps or 0)  # none while it is being written
 
-    def count(self, batch: Batch | None) -> Batch | None:
-        """`batch`, which has passed."""
-        self._taken += bool(batch and batch.requests)
-        return batch
+    def count(self, turn: Turn) -> Turn:
+        """`turn`, which has passed."""
+        self._taken += bool(turn[1])
+        return turn
 
 
 def hold(gate: Gate) -> None:
-    """Give the executor no batch while the gate is closed. What it has launched completes."""
-    next_batch = Batcher.next_batch
+    """Let nobody join or take a step while the gate is closed. What is launched completes, and who leaves is gone."""
+    take_turn, next_batch = ModelLines.take_turn, Batcher.next_batch
 
-    def next_batch_at_the_gate(batcher: Batcher, *, timeout: float | None = None) -> Batch | None:
-        if gate.is_open():
-            return gate.count(next_batch(batcher, timeout=timeout))
-        time.sleep(0.002)
-        return _NONE
+    def take_turn_at_the_gate(lines: ModelLines) -> Turn:
+        return gate.count(take_turn(lines)) if gate.is_open() else ((), ())
 
-    Batcher.next_batch = next_batch_at_the_gate  # type: ignore[assignment, method-assign]
+    def next_batch_unhurried(batcher: Batcher, *, timeout: float | None = None) -> Batch | None:
+        batch = next_batch(batcher, timeout=timeout)
+        if not any(batch or ()) and not gate.is_open():
+            time.sleep(_PAUSE)
+        return batch
+
+    ModelLines.take_turn = take_turn_at_the_gate  # type: ignore[assignment, method-assign]
+    Batcher.next_batch = next_batch_unhurried  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

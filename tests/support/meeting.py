@@ -35,7 +35,7 @@ class HeldServing(Serving):
 
     @contextmanager
     def held(self) -> Iterator[Self]:
-        """Within it, the server accepts requests and takes no step, but one where it had nothing to do."""
+        """Within it, the server accepts requests and takes no step: nobody joins those that run; who leaves is gone."""
         self._holds += 1
         self.let(0)
         try:

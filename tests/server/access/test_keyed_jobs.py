@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tests.server.access.conftest import client_of
 from tests.support.jobs import wait_for_job
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 QUICK = {"prompt": "a red heart", "num_inference_steps": 1, "seed": 1}
@@ -34,12 +35,13 @@ def test_the_same_idempotency_key_of_two_callers_is_two_jobs(keyed: Serving, key
         assert jobs[0] != jobs[1]
 
 
-def test_a_job_takes_the_place_of_its_key_until_it_ends(keyed: Serving, keyring: Mapping[str, str]) -> None:
+def test_a_job_takes_the_place_of_its_key_until_it_ends(keyed: HeldServing, keyring: Mapping[str, str]) -> None:
     """`narrow` may have one request at a time."""
     long = {**QUICK, "num_inference_steps": 200}
     with client_of(keyed, keyring["narrow"]) as narrow:
-        path = narrow.post("/generate?wait=false", json=long).headers["Location"]
-        assert narrow.post("/generate", json=QUICK).status_code == 429
-        narrow.delete(path)
+        with keyed.held():
+            path = narrow.post("/generate?wait=false", json=long).headers["Location"]
+            assert narrow.post("/generate", json=QUICK).status_code == 429
+            narrow.delete(path)
         assert wait_for_job(keyed, path)["status"] == "cancelled"
         assert narrow.post("/generate", json=QUICK).status_code == 200

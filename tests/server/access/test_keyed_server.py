@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -14,6 +15,7 @@ from server.access import keys
 from server.app import routes
 from tests.server.access.conftest import client_of
 from tests.support.bare_server import wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 QUICK = {"prompt": "a red heart", "num_inference_steps": 1, "seed": 1}
@@ -109,7 +111,7 @@ def test_a_rate_of_a_key_is_kept(keyed: Serving, keyring: Mapping[str, str]) -> 
     assert ask(keyed, keyring["alice"]).status_code == 200, "the others have their own"
 
 
-def test_a_place_is_free_again_after_every_kind_of_outcome(keyed: Serving, keyring: Mapping[str, str]) -> None:
+def test_a_place_is_free_again_after_every_kind_of_outcome(keyed: HeldServing, keyring: Mapping[str, str]) -> None:
     key = keyring["narrow"]
     for ending in ("disconnect", "picture", "invalid"):
         if ending == "invalid":
@@ -121,12 +123,15 @@ def test_a_place_is_free_again_after_every_kind_of_outcome(keyed: Serving, keyri
         wait_until(lambda: ask(keyed, key).status_code == 200)
 
 
-def check_one_at_a_time(keyed: Serving, key: str, *, leaves: bool) -> None:
-    with client_of(keyed, key) as client, client.stream("POST", "/generate", json=LONG, headers=EVENTS) as answer:
-        lines = answer.iter_lines()
-        assert next(lines) == "event: queued"
-        refused = ask(keyed, key)
-        assert (refused.status_code, refused.json()["title"]) == (429, "Rate limited")
-        assert "wait for one of them" in refused.json()["detail"]
-        if not leaves:
-            assert "event: completed" in list(lines)
+def check_one_at_a_time(keyed: HeldServing, key: str, *, leaves: bool) -> None:
+    with client_of(keyed, key) as client, ExitStack() as hold:
+        hold.enter_context(keyed.held())
+        with client.stream("POST", "/generate", json=LONG, headers=EVENTS) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: queued"
+            refused = ask(keyed, key)
+            assert (refused.status_code, refused.json()["title"]) == (429, "Rate limited")
+            assert "wait for one of them" in refused.json()["detail"]
+            hold.close()
+            if not leaves:
+                assert "event: completed" in list(lines)

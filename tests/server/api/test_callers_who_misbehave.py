@@ -18,6 +18,7 @@ from engines.demo import BUNDLE
 from server.api.bodies import MAX_BODY
 from server.requests.uploads import MAX_FILE
 from tests.support.bare_server import read_all, read_until, wait_until
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 QUICK = {"prompt": "a red heart", "num_inference_steps": 1}
@@ -26,8 +27,8 @@ INVALID = json.dumps({"prompt": "a", "image": "A" * (MAX_FILE * 4 // 3) + "!"}).
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Serving]:
-    with Serving(BUNDLE, "--max-waiting", "1", "--max-body-memory", "64") as running:
+def server() -> Iterator[HeldServing]:
+    with HeldServing(BUNDLE, "--max-waiting", "1", "--max-body-memory", "64") as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200
         assert not [line for line in running.stderr if "Traceback" in line]
@@ -147,8 +148,9 @@ def answer_to(server: Serving, head: bytes) -> bytes:
             return b""
 
 
-def test_a_full_queue_refuses_before_the_body_is_sent(server: Serving) -> None:
-    with ExitStack() as leaving:
+def test_a_full_queue_refuses_before_the_body_is_sent(server: HeldServing) -> None:
+    with server.held(), ExitStack() as leaving:
+        server.let(40)
         body = json.dumps(LONG).encode()
         for started in (1, 2, 3):  # the third has no rows, and waits
             stream = leaving.enter_context(connect(server))

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from engines.demo import BUNDLE as DEMO
-from tests.support.serving import Serving
+from tests.support.meeting import HeldServing
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Serving]:
-    with Serving(DEMO, "--max-waiting", "4") as running:
+def demo() -> Iterator[HeldServing]:
+    with HeldServing(DEMO, "--max-waiting", "4") as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200

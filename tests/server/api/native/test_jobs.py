@@ -22,6 +22,7 @@ from server.requests.errors import Forbidden, NotFound
 from server.requests.image_files import ImageFiles
 from tests.support.bare_server import wait_until
 from tests.support.jobs import RECIPE, a_job, post_job, wait_for_job
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 SHORT: dict[str, Any] = {"prompt": "a red heart on a yellow background", "num_inference_steps": 2, "seed": 5}
@@ -77,13 +78,15 @@ def pixels(answer: httpx.Response) -> bytes:
     return PIL.Image.open(io.BytesIO(answer.content)).tobytes()
 
 
-def test_a_running_job_tells_its_step_and_is_cancelled_at_the_next(demo: Serving) -> None:
-    path = post_job(demo, **LONG)
-    running = wait_for_job(demo, path, lambda job: job["step"] > 1)
-    assert running["status"] == "running"
-    early = demo.client.get(f"{path}/image")
-    assert (early.status_code, early.json()["title"]) == (409, "Not done")
-    assert demo.client.delete(path).status_code == 202
+def test_a_running_job_tells_its_step_and_is_cancelled_at_the_next(demo: HeldServing) -> None:
+    with demo.held():
+        path = post_job(demo, **LONG)
+        demo.let(9)
+        running = wait_for_job(demo, path, lambda job: job["step"] > 1)
+        assert running["status"] == "running"
+        early = demo.client.get(f"{path}/image")
+        assert (early.status_code, early.json()["title"]) == (409, "Not done")
+        assert demo.client.delete(path).status_code == 202
     ended = wait_for_job(demo, path)
     assert (ended["status"], ended["error"]["title"]) == ("cancelled", "Cancelled")
     assert ended["step"] < 200
@@ -94,28 +97,35 @@ def test_a_running_job_tells_its_step_and_is_cancelled_at_the_next(demo: Serving
     assert "all of them when the server stops" in gone.json()["detail"]
 
 
-def test_a_waiting_job_has_a_position_and_a_full_queue_refuses(demo: Serving) -> None:
+def test_a_waiting_job_has_a_position_and_a_full_queue_refuses(demo: HeldServing) -> None:
     rows = demo.client.get("/models").json()[0]["max_rows"]
     full = {**LONG, "num_images": rows // 2}
-    paths = [post_job(demo, **full)]
-    wait_for_job(demo, paths[0], lambda job: job["step"])
-    paths += [post_job(demo, **full) for _ in range(2)]
-    assert wait_for_job(demo, paths[2], lambda job: job["position"] is not None)["position"] >= 1
-    refusals = [demo.client.post("/generate?wait=false", json=full) for _ in range(4)]
-    paths += [answer.headers["Location"] for answer in refusals if answer.status_code == 202]
-    assert refusals[-1].status_code == 429
-    assert int(refusals[-1].headers["Retry-After"]) >= 1
-    held = demo.metrics()["latentd_jobs"]
-    for path in reversed(paths):
-        demo.client.delete(path)
+    with demo.held():
+        paths = [post_job(demo, **full)]
+        demo.let(9)
+        wait_for_job(demo, paths[0], lambda job: job["step"])
+        paths += [post_job(demo, **full) for _ in range(2)]
+        assert wait_for_job(demo, paths[2], lambda job: job["position"] is not None)["position"] >= 1
+        refusals = [demo.client.post("/generate?wait=false", json=full) for _ in range(4)]
+        paths += [answer.headers["Location"] for answer in refusals if answer.status_code == 202]
+        assert refusals[-1].status_code == 429
+        assert int(refusals[-1].headers["Retry-After"]) >= 1
+        stored = demo.metrics()["latentd_jobs"]
+        for path in reversed(paths):
+            demo.client.delete(path)
     assert {wait_for_job(demo, path)["status"] for path in paths} == {"cancelled"}
-    assert demo.metrics()["latentd_jobs"] == held, "a refused job was stored"
+    assert demo.metrics()["latentd_jobs"] == stored, "a refused job was stored"
 
 
-def test_events_join_a_job_where_it_is(demo: Serving) -> None:
-    path = post_job(demo, **{**LONG, "num_inference_steps": 60})
-    wait_for_job(demo, path, lambda job: job["step"] > 3)
-    heard = events(demo.client.get(f"{path}/events"))
+def test_events_join_a_job_where_it_is(demo: HeldServing) -> None:
+    with demo.held():
+        path = post_job(demo, **{**LONG, "num_inference_steps": 60})
+        demo.let(9)
+        wait_for_job(demo, path, lambda job: job["step"] > 3)
+        with demo.client.stream("GET", f"{path}/events") as answer:
+            demo.let(100)
+            answer.read()
+    heard = events(answer)
     assert heard[0][0] == "step"
     steps = [document["step"] for name, document in heard if name == "step"]
     assert steps == list(range(steps[0], 61))
@@ -143,12 +153,14 @@ def test_the_same_key_is_the_same_job(demo: Serving) -> None:
     assert demo.metrics()["latentd_images_total"] == before + 1
 
 
-def test_a_lost_connection_loses_no_image(demo: Serving) -> None:
+def test_a_lost_connection_loses_no_image(demo: HeldServing) -> None:
     """The caller hangs up while its request runs, and asks again: it waits for the same run."""
     key = {"Idempotency-Key": "key-2"}
     body = {**LONG, "num_inference_steps": 40}
     before = steps_run(demo)
-    with demo.client.stream("POST", "/generate", json=body, headers={**key, "Accept": "text/event-stream"}) as answer:
+    accept = {"Accept": "text/event-stream"}
+    with demo.held(), demo.client.stream("POST", "/generate", json=body, headers={**key, **accept}) as answer:
+        demo.let(9)
         job = answer.headers["X-Job-Id"]
         assert any("event: step" in text for text in answer.iter_text())
     again = demo.client.post("/generate", json=body, headers=key)

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from engines.demo import BUNDLE
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 LONG = {"prompt": "a red heart", "num_inference_steps": 200, "num_images": 4}
@@ -29,16 +30,17 @@ def queued(connection: http.client.HTTPConnection) -> Iterator[dict[str, Any]]:
 
 
 def test_a_waiting_request_hears_of_its_position_whenever_that_changes() -> None:
-    with Serving(BUNDLE) as serving, ExitStack() as stack:
+    with HeldServing(BUNDLE) as serving, ExitStack() as stack, serving.held():
         before = [stack.enter_context(closing(post(serving, "application/json", **LONG))) for _ in range(8)]
-        while serving.metrics()["latentd_requests_waiting"] + serving.metrics()["latentd_requests_running"] < 8:
-            pass
+        serving.wait_for(8)
+        serving.let(20)  # whose times the estimate is made of
         events = queued(stack.enter_context(closing(post(serving, "text/event-stream", **LONG))))
         first = next(events)
         assert first["position"] > 2
         assert first["estimate_s"] > 0
         before[-1].close()
         before[-2].close()
+        serving.let(60)
         second = next(events)
         assert second["position"] < first["position"]
         assert second["estimate_s"] > 0  # step times are measured on: fewer steps may be slower ones
