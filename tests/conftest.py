@@ -12,6 +12,7 @@ import torch
 
 import build_engines
 from engines.contract import GRAPHS
+from engines.demo import BUNDLE as DEMO
 from engines.manifest import Manifest
 from tests.support.meeting import HeldServing
 from tests.support.safety import add_safety_checker
@@ -113,6 +114,14 @@ def checked_bundle(checked_checkpoint: Path, bundle: Path, tmp_path_factory: pyt
 def serving(bundle: Path) -> Iterator[HeldServing]:
     """A server process over the tiny bundle, shared: leave it as you found it."""
     with HeldServing(bundle) as running:
+        yield running
+        assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[HeldServing]:
+    """A server process over the demo's model, shared: leave it as you found it."""
+    with HeldServing(DEMO) as running:
         yield running
         assert running.client.get("/v2/health/ready").status_code == 200, "a test left the server not ready"
 

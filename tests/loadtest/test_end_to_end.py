@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,12 +17,6 @@ from loadtest.analysis.results import STAGES, LoadLevel, LoadTestSummary, Reques
 from loadtest.generator import request_schedule
 from loadtest.mix import Mix, MixEntry
 from tests.support.serving import Serving
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Serving]:
-    with Serving(DEMO) as running:
-        yield running
 
 
 def test_run_against_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

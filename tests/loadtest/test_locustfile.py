@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,6 @@ _SOME = 8  # requests
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("locust") is None, reason="needs Locust: pip install -e '.[locust]'"
 )
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Serving]:
-    with Serving(DEMO) as running:
-        yield running
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import pytest
 from playwright.sync_api import Browser, Page
 
-from engines.demo import BUNDLE
 from tests.support.browsing import SECONDS, Console, browsing
 from tests.support.meeting import HeldServing
 
@@ -22,12 +21,6 @@ class OpenPage(Protocol):
 def browser() -> Iterator[Browser]:
     """No longer than the package: while it lives, asyncio.run refuses to run."""
     with browsing() as running:
-        yield running
-
-
-@pytest.fixture(scope="package")
-def demo() -> Iterator[HeldServing]:
-    with HeldServing(BUNDLE) as running:
         yield running
 
 

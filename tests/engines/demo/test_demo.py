@@ -6,12 +6,10 @@ import base64
 import io
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -20,12 +18,6 @@ from engines.demo.pictures import check, concepts, draw_prompts
 from engines.demo.restore import restore
 from engines.manifest import Manifest
 from tests.support.serving import Serving
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Serving]:
-    with Serving(DEMO) as running:
-        yield running
 
 
 def picture(demo: Serving, prompt: str, seed: int) -> bytes:

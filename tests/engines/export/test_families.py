@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +113,34 @@ def graphs_agree(manifest: Manifest) -> None:
             assert difference.largest <= (2 / 255 if name == "decode" else PARITY)  # rounding to the next level
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], backend: str) -> None:
-    name, checkpoint, bundle = family
+@pytest.fixture(scope="module")
+def served(family: tuple[str, Path, Path]) -> Iterator[Serving]:
+    with Serving(family[2], "--backend", "onnxruntime") as running:
+        yield running
+
+
+def test_the_server_draws_what_diffusers_draws(family: tuple[str, Path, Path], served: Serving) -> None:
+    draws_as_diffusers(served, family)
+
+
+def test_openvino_draws_it_too(family: tuple[str, Path, Path]) -> None:
+    with Serving(family[2], "--backend", "openvino") as serving:
+        draws_as_diffusers(serving, family)
+
+
+def draws_as_diffusers(serving: Serving, family: tuple[str, Path, Path]) -> None:
+    name, checkpoint, _bundle = family
     reference = reference_of(name, checkpoint)
     cases: list[dict[str, Any]] = [
         {"scheduler": "lcm" if name == "lcm" else "ddim", "num_inference_steps": 4, "guidance_scale": 5.0},
         {"scheduler": "dpmpp_2m", "num_inference_steps": 10, "guidance_scale": 1.0},
     ]
     body = {**BODY, "prompt": f"two old {WORD} at night"} if name == "sd1" else BODY
-    with Serving(bundle, "--backend", backend) as serving:
-        for case in cases:
-            ours = pictures(serving.generate(**body, **case, seed=11))[0]
-            theirs = draw(reference, seed=11, **body, **case)
-            assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
-            assert psnr(ours, theirs) >= 45, case
+    for case in cases:
+        ours = pictures(serving.generate(**body, **case, seed=11))[0]
+        theirs = draw(reference, seed=11, **body, **case)
+        assert theirs.std() > 3, "the reference is a flat picture: it proves nothing"
+        assert psnr(ours, theirs) >= 45, case
 
 
 # What the model cards pass: of the LoRA that was fused, and of latent consistency models.
@@ -137,20 +151,21 @@ CARDS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_request_that_names_nothing_is_drawn_as_its_model_card_says(family: tuple[str, Path, Path]) -> None:
-    name, checkpoint, bundle = family
-    with Serving(bundle) as serving:
-        answer = serving.generate(prompt="two old boats", seed=11)
+def test_a_request_that_names_nothing_is_drawn_as_its_model_card_says(
+    family: tuple[str, Path, Path], served: Serving
+) -> None:
+    name, checkpoint, _bundle = family
+    answer = served.generate(prompt="two old boats", seed=11)
     assert answer.json()["parameters"].items() >= CARDS[name].items()
     theirs = draw(reference_of(name, checkpoint), seed=11, prompt="two old boats", width=32, height=32, **CARDS[name])
     assert psnr(pictures(answer)[0], theirs) >= 45
 
 
-def test_a_model_that_is_told_its_guidance_has_no_interval_of_it(family: tuple[str, Path, Path]) -> None:
-    name, _checkpoint, bundle = family
-    with Serving(bundle) as serving:
-        answer = serving.generate(**BODY, num_inference_steps=2, guidance_end=0.5)
-    assert answer.status_code == (422 if name == "lcm" else 200), answer.text
+def test_a_model_that_is_told_its_guidance_has_no_interval_of_it(
+    family: tuple[str, Path, Path], served: Serving
+) -> None:
+    answer = served.generate(**BODY, num_inference_steps=2, guidance_end=0.5)
+    assert answer.status_code == (422 if family[0] == "lcm" else 200), answer.text
 
 
 def test_the_manifest_knows_its_family(family: tuple[str, Path, Path]) -> None:

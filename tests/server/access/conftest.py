@@ -29,7 +29,7 @@ def key_file(keyring: Mapping[str, str], tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def keyed(key_file: Path, keyring: Mapping[str, str]) -> Iterator[HeldServing]:
     """A server that asks for keys; its `client` is the administrator."""
     with HeldServing(DEMO, "--api-keys", str(key_file), "--log-level", "debug") as running:

@@ -6,7 +6,7 @@ import base64
 import io
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import PIL.Image
 import pytest
@@ -19,9 +19,8 @@ from tests.support.serving import Serving
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[Serving]:
-    with Serving(BUNDLE) as running:
-        yield running
+def serving(demo: Serving) -> Serving:
+    return demo
 
 
 ASKED = {

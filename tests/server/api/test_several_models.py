@@ -37,10 +37,9 @@ def two(bundle: Path) -> Iterator[HeldServing]:
 
 
 @pytest.fixture(scope="module")
-def alone(serving: Serving, manifest: Manifest) -> Mapping[str, Image]:
+def alone(serving: Serving, demo: Serving, manifest: Manifest) -> Mapping[str, Image]:
     """What each makes in a server of its own."""
-    with Serving(DEMO) as other:
-        return {manifest.name: native(serving.client, None), "demo": native(other.client, None)}
+    return {manifest.name: native(serving.client, None), "demo": native(demo.client, None)}
 
 
 def opened(file: bytes) -> PIL.Image.Image:
