@@ -43,7 +43,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Return the exit code and the output."""
     try:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode, said
@@ -70,7 +70,7 @@ def completed(serving: Serving) -> float:
 
 def stop_once(process: subprocess.Popen[str], condition: Callable[[], bool]) -> tuple[int, str]:
     """End the run once `condition` holds; return the exit code and the output."""
-    wait_until(condition, seconds=90)
+    wait_until(condition, seconds=300)
     process.send_signal(signal.SIGTERM)
     return end(process)
 
@@ -145,7 +145,7 @@ def test_failing_server_is_counted_as_failures(tmp_path: Path) -> None:
     with Serving(DEMO, "is-lost", module="tests.support.broken_server") as serving:
         words = [*run_words(serving.url), "--steps", "8", "--csv", str(tmp_path / "run")]
         process = start(*words)
-        assert serving.process.wait(90) == 70
+        assert serving.process.wait(300) == 70
         code, said = stop_once(process, lambda: failed.exists() and "ConnectionError" in failed.read_text())
     assert code == 1, said
     requests, failures = totals(said)

@@ -70,7 +70,7 @@ def server(bundle: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def wait_until_gone(processes: list[psutil.Process], *, seconds: float = 30) -> None:
+def wait_until_gone(processes: list[psutil.Process], *, seconds: float = 120) -> None:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     assert not alive
 
