@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import PIL.Image
@@ -15,6 +20,7 @@ from playwright.sync_api import Browser
 from tests.page.driving import generate
 from tests.support.bare_server import wait_until
 from tests.support.browsing import Console, browsing
+from tests.support.meeting import HeldServing
 from tests.support.ports import free_ports
 from tests.support.proxies import PROXIES, check, proxied
 from tests.support.serving import Serving
@@ -22,8 +28,7 @@ from tests.support.serving import Serving
 MIB = 1024 * 1024
 EVENTS = {"Accept": "text/event-stream"}
 SHORT = {"prompt": "a red heart", "num_inference_steps": 2, "seed": 1}
-LONG = {"prompt": "a red heart", "num_inference_steps": 20, "seed": 1}
-LONGEST = {**LONG, "num_inference_steps": 200}
+LONG: dict[str, Any] = {"prompt": "a red heart", "num_inference_steps": 20, "seed": 1}
 SPOOFED = {"X-Forwarded-For": "127.0.0.1, 203.0.113.9"}
 PREFIXES = ["", "/images"]
 at_each_path = pytest.mark.parametrize("prefix", PREFIXES)
@@ -71,26 +76,32 @@ def test_an_image_is_passed_on(client: httpx.Client, prefix: str) -> None:
 
 
 @at_each_path
-def test_events_arrive_while_the_server_works(client: httpx.Client, upstream: Serving, prefix: str) -> None:
-    with client.stream("POST", f"{prefix}/generate", json=LONG, headers=EVENTS) as answer:
+def test_events_arrive_while_the_server_works(client: httpx.Client, upstream: HeldServing, prefix: str) -> None:
+    """The first ones come, or this waits for ever, while the server takes no further step."""
+    with upstream.held(), client.stream("POST", f"{prefix}/generate", json=LONG, headers=EVENTS) as answer:
+        upstream.let(2)
         found = names(answer)
         assert [next(found) for _ in range(3)] == ["queued", "started", "step"]
-        assert running(upstream) == 1, "the first step came when all were done"
+        assert running(upstream) == 1
+        upstream.let(LONG["num_inference_steps"])
         assert list(found)[-1] == "completed"
 
 
-def test_who_leaves_a_stream_cancels_the_request(client: httpx.Client, upstream: Serving) -> None:
+def test_who_leaves_a_stream_cancels_the_request(client: httpx.Client, upstream: HeldServing) -> None:
     before = cancelled(upstream)
-    with client.stream("POST", "/generate", json=LONGEST, headers=EVENTS) as answer:
-        next(names(answer))
-    wait_until(lambda: cancelled(upstream) == before + 1)
+    with upstream.held():
+        with client.stream("POST", "/generate", json=LONG, headers=EVENTS) as answer:
+            next(names(answer))
+        wait_until(lambda: cancelled(upstream) == before + 1)
 
 
-def test_who_waits_for_an_image_and_leaves_cancels_the_request(client: httpx.Client, upstream: Serving) -> None:
-    before = cancelled(upstream)
-    with httpx.Client(base_url=client.base_url, timeout=0.1) as leaving, pytest.raises(httpx.TimeoutException):
-        leaving.post("/generate", json=LONGEST)
-    wait_until(lambda: cancelled(upstream) == before + 1)
+def test_who_waits_for_an_image_and_leaves_cancels_the_request(proxy: str, upstream: HeldServing) -> None:
+    before, address = cancelled(upstream), urlsplit(proxy)
+    with upstream.held():
+        with closing(HTTPConnection(address.hostname or "", address.port)) as leaving:
+            leaving.request("POST", "/generate", json.dumps(LONG), {"Content-Type": "application/json"})
+            upstream.wait_for(1)
+        wait_until(lambda: cancelled(upstream) == before + 1)
 
 
 def test_a_body_of_thirty_mebibytes_reaches_the_server(client: httpx.Client) -> None:

@@ -14,6 +14,7 @@ from tests.page import driving
 from tests.page.conftest import OpenPage
 from tests.page.driving import PROMPT
 from tests.support.browsing import Console
+from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
 PREFIX = "/tools/images"
@@ -21,10 +22,10 @@ KEY = keys.new_key()
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeldServing]:
     path = tmp_path_factory.mktemp("keys") / "keys.toml"
     path.write_text(keys.entry("ann", KEY, admin=False) + "concurrency = 1\n")
-    with Serving(BUNDLE, "--api-keys", str(path), "--root-path", PREFIX) as running:
+    with HeldServing(BUNDLE, "--api-keys", str(path), "--root-path", PREFIX) as running:
         yield running
 
 
@@ -50,13 +51,13 @@ def test_a_wrong_key_is_asked_for_again_and_the_right_one_is_kept(page: Page) ->
     driving.generate(page)
 
 
-def test_a_second_request_of_a_key_waits_for_the_first(page: Page, keyed: Serving, console: Console) -> None:
+def test_a_second_request_of_a_key_waits_for_the_first(page: Page, keyed: HeldServing, console: Console) -> None:
     console.expect("429")
     give(page, KEY)
     driving.is_loaded(page)
     long = {"prompt": PROMPT, "num_inference_steps": 200}
     headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {KEY}"}
-    with keyed.client.stream("POST", "/generate", json=long, headers=headers) as first:
+    with keyed.held(), keyed.client.stream("POST", "/generate", json=long, headers=headers) as first:
         assert first.status_code == 200
         driving.prompt(page).fill(PROMPT)
         driving.button(page, "Generate").click()
