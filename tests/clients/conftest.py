@@ -9,7 +9,6 @@ import pytest
 from engines.demo import BUNDLE as DEMO
 from tests.clients.load import FullQueue
 from tests.support.meeting import HeldServing
-from tests.support.serving import Serving
 
 
 @pytest.fixture(scope="session")
@@ -19,14 +18,14 @@ def serving(demo: HeldServing) -> HeldServing:
 
 
 @pytest.fixture(scope="session")
-def narrow() -> Iterator[Serving]:
-    """A server process in which one request may wait, and which takes four times as long as it needs."""
-    with Serving(DEMO, "--max-waiting", "1", "4", module="tests.support.slowed_server") as running:
+def narrow() -> Iterator[HeldServing]:
+    """A server process in which one request may wait."""
+    with HeldServing(DEMO, "--max-waiting", "1") as running:
         yield running
 
 
 @pytest.fixture
-def full_queue(narrow: Serving) -> Iterator[FullQueue]:
+def full_queue(narrow: HeldServing) -> Iterator[FullQueue]:
     """`narrow` with a request that runs and one that waits, so that it refuses all others until it is freed."""
     with FullQueue(narrow) as full:
         yield full

@@ -10,17 +10,19 @@ from tests.support.bare_server import wait_until
 from tests.support.meeting import HeldServing
 from tests.support.serving import Serving
 
-_LONG = {"prompt": "a red heart", "num_images": 8, "num_inference_steps": 200}  # all rows, for much of a minute
+_LONG = {"prompt": "a red heart", "num_images": 8, "num_inference_steps": 200}  # all rows
 
 
 class FullQueue:
     """One request that runs and one that waits, until it is freed. A context manager."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: HeldServing) -> None:
         self.serving = serving
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
+        self._open.enter_context(self.serving.held())
+        self.serving.let(2)  # whose times say when there may be room
         for event in ("started", "queued"):
             lines = self._stream()
             next(line for line in lines if line == f"event: {event}")
