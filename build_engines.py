@@ -113,8 +113,8 @@ class _SourceFlags(CommandLine):
     ] = Field((), description="a textual inversion whose tokens are added, repeatable")
     decoder: Annotated[str | None, Metavar("D")] = Field(
         None,
-        description="a folder or hub id of a distilled decoder (AutoencoderTiny) such as madebyollin/taesd, which "
-        "decodes in place of the VAE: many times faster, and nearly the same images",
+        description="a folder or hub id of a distilled decoder (AutoencoderTiny) such as madebyollin/taesd, beside "
+        "the VAE: requests choose it with decoder fast; many times faster, and nearly the same images",
     )
     allow_pickle: CliToggleFlag[bool] = Field(
         False, description="read pickled weights (.bin, .ckpt), which can run code"

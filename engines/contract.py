@@ -31,6 +31,7 @@ GraphName = Literal[
     "denoise_shallow",
     "decode",
     "encode_image",
+    "decode_fast",
     "safety",
     "encode_prompt_lora",
     "denoise_lora",
@@ -38,15 +39,19 @@ GraphName = Literal[
 ]
 # Every model has these graphs.
 GRAPHS: tuple[GraphName, ...] = ("encode_prompt", "denoise", "denoise_shallow", "decode", "encode_image")
+DecoderName = Literal["vae", "fast"]
+# What decodes images: the VAE, and a decoder distilled from it, which only some models have.
+DECODERS: Mapping[DecoderName, GraphName] = {"vae": "decode", "fast": "decode_fast"}
 VAE_GRAPHS: tuple[GraphName, ...] = ("decode", "encode_image")
+PIXEL_GRAPHS: tuple[GraphName, ...] = (*VAE_GRAPHS, "decode_fast")  # each may compute in BF16 beside a UNet in FP16
 # Graphs that LoRAs update, and for each the variant that applies those of its rows.
 LORA_GRAPHS: Mapping[GraphName, GraphName] = {
     "encode_prompt": "encode_prompt_lora",
     "denoise": "denoise_lora",
     "denoise_shallow": "denoise_shallow_lora",
 }
-# Some models have `safety` too, and the variants for LoRAs, all of them or none.
-ALL_GRAPHS: tuple[GraphName, ...] = (*GRAPHS, "safety", *LORA_GRAPHS.values())
+# Some models have `decode_fast` too, or `safety`, and the variants for LoRAs, all of them or none.
+ALL_GRAPHS: tuple[GraphName, ...] = (*GRAPHS, "decode_fast", "safety", *LORA_GRAPHS.values())
 PLAIN_STEPS: tuple[GraphName, ...] = ("denoise", "denoise_shallow")  # denoising steps of rows without LoRAs
 STEPS: tuple[GraphName, ...] = (*PLAIN_STEPS, "denoise_lora", "denoise_shallow_lora")  # others run before and after
 
@@ -191,13 +196,16 @@ _ENCODE_PROMPT = (
     _index("layer", "N", of="E"),  # which hidden state; the last, unless clip_skip asks for an earlier one
     _f32("weights", "N", "T", below=2, fill=1),  # of the tokens
 )
+_DECODE = (_STATE, _index("slot", "n", of="S", role="plan"))
+_DECODED = (_images("images"), _f32("is_finite", "n"))  # 1, or 0 where latents or pixels are NaN or infinite
 INPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_prompt": _ENCODE_PROMPT,
     "denoise": _STEP,
     "denoise_shallow": (*_STEP, *_FEATURES),
-    "decode": (_STATE, _index("slot", "n", of="S", role="plan")),
+    "decode": _DECODE,
     "encode_image": (_images("images"), _f32("noise", "n", "c", "h", "w")),
-    "safety": (_images("images"),),  # as `decode` returns them
+    "decode_fast": _DECODE,
+    "safety": (_images("images"),),  # as decoders return them
     "encode_prompt_lora": (*_ENCODE_PROMPT, *_lora("N")),
     "denoise_lora": (*_STEP, *_lora("R", "plan")),
     "denoise_shallow_lora": (*_STEP, *_FEATURES, *_lora("R", "plan")),
@@ -206,8 +214,9 @@ OUTPUTS: dict[GraphName, tuple[Port, ...]] = {
     "encode_prompt": (_f32("embeddings", "N", "T", "D"),),
     "denoise": (_STATE_NEXT, GUIDANCE_EFFECT, _features("R")),
     "denoise_shallow": (_STATE_NEXT, GUIDANCE_EFFECT),
-    "decode": (_images("images"), _f32("is_finite", "n")),  # 1, or 0 where latents or pixels are NaN or infinite
+    "decode": _DECODED,
     "encode_image": (_f32("latents", "n", "c", "h", "w"),),
+    "decode_fast": _DECODED,
     "safety": (_f32("concepts", "n", "k"), _f32("special_care", "n", "j")),  # similarity above each threshold
 }
 _OF_STEPS = (GUIDANCE_EMBEDDED, TEXT_EMBEDS, TIME_IDS)

@@ -258,6 +258,11 @@ class Manifest(Geometry):
         return "safety" in self.graphs
 
     @property
+    def has_fast_decoder(self) -> bool:
+        """Whether a distilled decoder may decode in place of the VAE's."""
+        return "decode_fast" in self.graphs
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes of the pools that a server allocates when it starts."""
         pools = [port for port in (*self.inputs("denoise_shallow"), *self.outputs("denoise")) if port.role == "pool"]

@@ -351,7 +351,7 @@ class Source(Frozen):
     )
     loras: tuple[str, ...] = Field(default=(), description="file name and scale of each LoRA")
     embeddings: tuple[str, ...] = Field(default=(), description="file name and token of each textual inversion")
-    decoder: str | None = Field(default=None, description="the distilled decoder that replaces the VAE's, if any")
+    decoder: str | None = Field(default=None, description="the distilled decoder beside the VAE's, if any")
 
 
 LoraPart = Literal["unet", "text_encoder", "text_encoder_2"]

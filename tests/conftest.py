@@ -13,13 +13,13 @@ import torch
 import torch._dynamo.config  # the exporter imports it too
 
 import build_engines
-from engines.contract import GRAPHS
+from engines.contract import GRAPHS, PLAIN_STEPS
 from engines.demo import BUNDLE as DEMO
 from engines.manifest import Manifest
 from tests.support.meeting import HeldServing
 from tests.support.safety import add_safety_checker
 from tests.support.shared import made_once, reused_graphs
-from tests.support.tiny import make_checkpoint
+from tests.support.tiny import make_checkpoint, make_decoder
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other programs run
 # The cache of shapes costs more than it saves where they are symbols: without it, an export takes a fifth less.
@@ -118,6 +118,25 @@ def checked_bundle(checked_checkpoint: Path, bundle: Path, tmp_path_factory: pyt
             build(checked_checkpoint, out, "--rows", "2,16", "--decode-batch", "2")
 
     return made_once(tmp_path_factory, "checked-bundle", make)
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distilled decoder for the latents of the checkpoint, with random weights."""
+    return made_once(tmp_path_factory, "taesd", make_decoder)
+
+
+@pytest.fixture(scope="session")
+def fast_bundle(
+    checked_checkpoint: Path, checked_bundle: Path, distilled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The checked bundle with that decoder beside its VAE. Tests that alter it copy it first."""
+
+    def make(out: Path) -> None:
+        with reused_graphs(checked_bundle, out, "encode_prompt", *PLAIN_STEPS, "encode_image", "safety"):
+            build(checked_checkpoint, out, "--rows", "2,4,8", "--decode-batch", "2", "--decoder", str(distilled))
+
+    return made_once(tmp_path_factory, "fast-bundle", make)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ from engines.checkpoints.adapters.embedding import Embedding
 from engines.checkpoints.adapters.lora import Lora
 from engines.checkpoints.checkpoint import Checkpoint, count_parameters
 from engines.checkpoints.find import find_checkpoint
-from engines.contract import VAE_GRAPHS, GraphName
+from engines.contract import PIXEL_GRAPHS, GraphName
 from engines.errors import EngineError
 from engines.manifest import Geometry, LoraCapacity, Manifest, Precision, Size
 from engines.progress import Progress
@@ -369,7 +369,7 @@ def _precisions(
 def _note_vae(precisions: _Precisions, exceeding: Collection[GraphName], progress: Progress) -> None:
     """Tell where graphs of the VAE compute in another type than FP16, which the others compute in."""
     for backend, chosen in precisions.items():
-        if names := [name for name in VAE_GRAPHS if name in exceeding and "fp16" in chosen.values()]:
+        if names := [name for name in PIXEL_GRAPHS if name in exceeding and "fp16" in chosen.values()]:
             progress.note(
                 f"{' and '.join(names)} of {backend}: in {chosen[names[0]]}, since this VAE leaves FP16's range "
                 "(force_upcast in its config.json, or measured)"

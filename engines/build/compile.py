@@ -21,7 +21,7 @@ from engines.build.qdq.graphs import QuantizedGraphs
 from engines.build.qdq.quantize import EIGHT_BITS, EightBits, modelopt_version
 from engines.build.trajectory import CALIBRATED, record
 from engines.build.trt.parent import build_engine
-from engines.contract import GRAPHS, LORA_GRAPHS, PLAIN_STEPS, STEPS, VAE_GRAPHS, Array, GraphName
+from engines.contract import DECODERS, GRAPHS, LORA_GRAPHS, PIXEL_GRAPHS, PLAIN_STEPS, STEPS, Array, GraphName
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.held import are_intact
@@ -54,7 +54,7 @@ def engine_precisions(
 
     FP8 and INT8 on GPUs apply to the UNet, and FP16 to the rest of it and to the other graphs. INT8 on CPUs applies to
     all graphs, in some of them to the weights alone. BF16 applies to the graphs that take the time: the UNet, and on a
-    CPU the VAE's decoder too. Their other graphs compute in FP16 on GPUs, since they stay within its range and it keeps
+    CPU the decoders too. Their other graphs compute in FP16 on GPUs, since they stay within its range and it keeps
     more digits, and in FP32 on CPUs. Eight bits leave the safety checker as it is, whose verdicts depend on small
     differences, and the graphs that apply LoRAs: their calibration would have to know the LoRAs.
 
@@ -75,7 +75,7 @@ def engine_precisions(
     chosen = precision or _default_precision(backend, prefers_bf16=unet_exceeds)
     precisions = _precisions(backend, chosen, graphs, unet_exceeds=unet_exceeds)
     wide: Precision = "bf16" if "bf16" in SPECS[backend].precisions else "fp32"
-    widened = {name: wide for name in VAE_GRAPHS if name in exceeding and precisions.get(name) == "fp16"}
+    widened = {name: wide for name in PIXEL_GRAPHS if name in exceeding and precisions.get(name) == "fp16"}
     return precisions | widened
 
 
@@ -95,7 +95,7 @@ def _precisions(
     if chosen != "bf16":
         return dict.fromkeys(graphs, chosen)
     if backend in ON_CPU:
-        return {name: chosen if name in (*STEPS, "decode") else "fp32" for name in graphs}
+        return {name: chosen if name in (*STEPS, *DECODERS.values()) else "fp32" for name in graphs}
     return {name: chosen if name in STEPS else "fp16" for name in graphs}
 
 

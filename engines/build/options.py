@@ -26,7 +26,7 @@ class CheckpointSource:
         config: for a single file, the diffusers folder or hub id whose configs describe it.
         loras: LoRAs that are fused into the weights, in this order.
         embeddings: textual inversions, whose tokens are added to the vocabulary.
-        decoder: folder, hub id or .safetensors file of an `AutoencoderTiny` that decodes in place of the VAE.
+        decoder: folder, hub id or .safetensors file of an `AutoencoderTiny` that requests may choose over the VAE.
         vae: folder or .safetensors file of a VAE that replaces the checkpoint's own.
         allow_pickle: whether pickled weights may be read, which can run code.
         variant: weights of a folder or hub id to read, such as fp16; parts that lack it have their plain weights.

@@ -13,7 +13,7 @@ from engines.manifest import ComputeDtype, Precision, Size
 
 # What a stage costs, relative to others, by the words in its name: the work, times the graph. The first match counts.
 _WORK = {"exporting": 4, "compiling": 4, "quantizing": 4, "recording": 20, "drawing": 4, "loading": 2, "computing": 2}
-_GRAPHS = {"denoise_shallow": 3, "denoise": 4, "decode": 2, "encode_image": 2, "safety": 2}
+_GRAPHS = {"denoise_shallow": 3, "denoise": 4, "decode_fast": 1, "decode": 2, "encode_image": 2, "safety": 2}
 _FIRST_CALIBRATED = next(name for name in GRAPHS if name in CALIBRATED)
 _FIRST_ESTIMATE = 0.05  # of the build: an estimate of the rest from less would be a guess
 

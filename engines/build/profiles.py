@@ -40,6 +40,7 @@ def shapes(geometry: Geometry, graph: GraphName) -> tuple[Shapes, ...]:
         "denoise": geometry.rows,
         "denoise_shallow": geometry.rows,
         "decode": range(1, geometry.decode_batch + 1),
+        "decode_fast": range(1, geometry.decode_batch + 1),
         "encode_image": (1,),
         "safety": range(1, geometry.decode_batch + 1),
     }[plain(graph)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engines.contract import LORA_GRAPHS, STEPS, Array, Arrays, GraphName, Port, sizes_of
+from engines.contract import DECODERS, LORA_GRAPHS, STEPS, Array, Arrays, GraphName, Port, sizes_of
 from engines.manifest import Geometry, Manifest
 
 
@@ -35,7 +35,7 @@ class ServedShapes:
 
 def pool_sizes(geometry: Geometry, graph: GraphName) -> dict[str, int]:
     """The sizes of the pools that a server binds to `graph`: decoding reads the staging pool, without a spare slot."""
-    if graph == "decode":
+    if graph in DECODERS.values():
         return {"S": geometry.max_rows}
     loras = {"Q": geometry.lora.pool_rows} if geometry.lora and graph in LORA_GRAPHS.values() else {}
     if graph not in STEPS:

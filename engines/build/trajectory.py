@@ -15,6 +15,7 @@ from engines.accuracy import AccuracyError, check_finite
 from engines.backends.device import Device, Engine
 from engines.build.served_shapes import ServedShapes
 from engines.contract import (
+    DECODERS,
     GRAPHS,
     LANES,
     MASK,
@@ -32,7 +33,7 @@ from engines.manifest import Manifest, Size
 from engines.progress import Progress
 from engines.schedulers import Scheduler, Step, complete, find, table
 
-CALIBRATED: tuple[GraphName, ...] = (*PLAIN_STEPS, "decode")  # for INT8
+CALIBRATED: tuple[GraphName, ...] = (*PLAIN_STEPS, *DECODERS.values())  # for INT8
 CALIBRATION_STEPS = 20  # denoising steps of each trajectory that INT8 is calibrated on; fewer where requests take fewer
 _MANY_WEIGHTS = 10**9  # of a graph, of which memory shall hold no copies
 _PROMPTS = (
@@ -87,7 +88,7 @@ class GraphRunner:
     def _sizes(self, graph: GraphName, inputs: Arrays) -> dict[str, int]:
         """The sizes of all dimensions: the model's, and those of `inputs`."""
         varying = sizes_of(self._manifest.inputs(graph), {name: array.shape for name, array in inputs.items()})
-        if graph == "decode":
+        if graph in DECODERS.values():
             varying["H"] = varying["h"] * self._manifest.latent.downscale
             varying["W"] = varying["w"] * self._manifest.latent.downscale
         return {**self._manifest.dims(self._manifest.resolutions[0]), **varying}
@@ -252,7 +253,8 @@ def record(manifest: Manifest, bundle: Path, progress: Progress) -> dict[GraphNa
             recording = trajectory.run(graphs, lambda: stage.update(next(steps), total))
             found["denoise"] += recording.full
             found["denoise_shallow"] += recording.shallow[::_SHALLOW_STRIDE]
-            found["decode"].append(decode_inputs(recording.state))
+            for name in DECODERS.values():
+                found[name].append(decode_inputs(recording.state))
     return found
 
 
@@ -272,7 +274,7 @@ def calibration_config(manifest: Manifest) -> dict[str, Any]:
 
 
 def decode_inputs(state: Array) -> dict[str, Array]:
-    """The decode graph's inputs for the first slot of `state` [S, LANES, c, h, w]."""
+    """A decoder's inputs for the first slot of `state` [S, LANES, c, h, w]."""
     return {"state": state, "slot": np.zeros(1, np.int64)}
 
 

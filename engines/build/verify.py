@@ -124,6 +124,7 @@ def _cases(
             "denoise": recording.full,
             "denoise_shallow": recording.shallow,
             "decode": [decode_inputs(recording.state)],
+            "decode_fast": [decode_inputs(recording.state)],
             "encode_image": [trajectory.encode_inputs(recording.images)],
             "safety": [{"images": recording.images}],
         }[name]

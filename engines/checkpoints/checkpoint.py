@@ -12,11 +12,11 @@ from pathlib import Path
 
 from engines.checkpoints.adapters.embedding import Embedding, LearnedToken
 from engines.checkpoints.adapters.lora import Lora
-from engines.checkpoints.decoder import Decoder
+from engines.checkpoints.decoder import Decoder, decoder_layer
 from engines.checkpoints.diffusers_folder import SAFETY_CHECKER, SAFETY_CONFIGS, CheckpointConfig
 from engines.checkpoints.prediction import read_prediction
 from engines.checkpoints.vae import Vae, vae_name
-from engines.contract import GRAPHS, STEPS, VAE_GRAPHS, GraphName
+from engines.contract import ALL_GRAPHS, GRAPHS, STEPS, VAE_GRAPHS, GraphName
 from engines.files import sha256_of
 from engines.manifest import Source
 from engines.safetensors_header import read_header
@@ -43,7 +43,7 @@ class Checkpoint:
     allow_pickle: bool = False
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
-    decoder: Decoder | None = None  # None: the VAE's own
+    decoder: Decoder | None = None  # a distilled one, beside the VAE
     vae: Vae | None = None  # None: the checkpoint's own
     variant: str | None = None  # of the weights in a folder, such as fp16
     with_safety_checker: bool = True  # where the checkpoint has one
@@ -88,7 +88,8 @@ class Checkpoint:
     @property
     def graphs(self) -> tuple[GraphName, ...]:
         """The graphs that it is exported to."""
-        return (*GRAPHS, "safety") if self.has_safety_checker else GRAPHS
+        exists = {"decode_fast": self.decoder is not None, "safety": self.has_safety_checker}
+        return (*GRAPHS, *(name for name in ALL_GRAPHS if exists.get(name)))
 
     @property
     def exceeding_fp16(self) -> frozenset[GraphName]:
@@ -97,7 +98,7 @@ class Checkpoint:
         told = self.vae.force_upcast if self.vae else None
         if not self.config.family.follows_force_upcast or not (self.config.vae.force_upcast if told is None else told):
             return frozenset(unet)
-        return frozenset((*unet, *(name for name in VAE_GRAPHS if not (self.decoder and name == "decode"))))
+        return frozenset((*unet, *VAE_GRAPHS))
 
     @property
     def wants_safety_checker(self) -> bool:
@@ -180,7 +181,7 @@ def count_parameters(checkpoint: Checkpoint) -> dict[GraphName, int]:
                 counts[name] += math.prod(shape)
     if counts and checkpoint.decoder:
         shapes, _ = read_header(checkpoint.decoder.weights)
-        counts["decode"] = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith("decoder."))
+        counts["decode_fast"] = sum(math.prod(shape) for key, shape in shapes.items() if decoder_layer(key))
     return counts
 
 

@@ -1,4 +1,4 @@
-"""A distilled decoder that replaces the VAE's. Reads no weights."""
+"""A distilled decoder beside the VAE. Reads no weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DECODER_CONFIG, DECODER_WEIGHTS = "config.json", "diffusion_pytorch_model.safete
 
 @dataclass(frozen=True)
 class Decoder:
-    """A diffusers `AutoencoderTiny`, whose decoder replaces the VAE's: a folder, or its decoder alone in a file."""
+    """A diffusers `AutoencoderTiny` that decodes the VAE's latents: a folder, or its decoder alone in a file."""
 
     name: str
     folder: Path
@@ -54,7 +54,7 @@ def check_decoder_kind(decoder: Decoder) -> None:
     """Raise CheckpointError unless the decoder is an AutoencoderTiny."""
     if (kind := decoder.config.get("_class_name")) != "AutoencoderTiny":
         raise CheckpointError(
-            f"{decoder.name} is of class {kind}. A decoder that replaces the VAE's must be an AutoencoderTiny, such as "
+            f"{decoder.name} is of class {kind}. A distilled decoder must be an AutoencoderTiny, such as "
             "madebyollin/taesd."
         )
 

@@ -151,10 +151,10 @@ class LoraShallowDenoise(Denoise):
 class Decode(GraphModule):
     """Latents of some slots to RGB images, and whether each image is finite: no NaN or infinity before rounding.
 
-    `vae` is the model's own, or a decoder distilled from it, which divides latents by a scaling factor of its own.
+    `vae` is the model's own, or one distilled from it, which divides latents by a scaling factor of its own.
     """
 
-    graph = "decode"
+    graph: ClassVar[GraphName] = "decode"
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -169,6 +169,12 @@ class Decode(GraphModule):
         # Distilled decoders clamp any latent into their range, so the latents are checked too.
         is_finite = [torch.where(_finite(values), 1.0, 0.0).amin(dim=(1, 2, 3)) for values in (pixels, latents)]
         return images, torch.minimum(*is_finite)
+
+
+class DecodeFast(Decode):
+    """As `Decode`, by a decoder distilled from the VAE's, beside it."""
+
+    graph: ClassVar[GraphName] = "decode_fast"
 
 
 class EncodeImage(GraphModule):

@@ -15,7 +15,7 @@ from engines.backends.onnxruntime import open_device
 from engines.checkpoints.adapters.embedding import LearnedToken
 from engines.checkpoints.diffusers_folder import CheckpointConfig
 from engines.checkpoints.loading.modules import Modules, load_tokenizer, second_pad
-from engines.contract import LORA_GRAPHS, VAE_GRAPHS, Array, GraphName, plain
+from engines.contract import LORA_GRAPHS, PIXEL_GRAPHS, Array, GraphName, plain
 from engines.export.lora_graph import add_updates
 from engines.export.trace import DTYPES, ExportError, Traced, largest_value, to_onnx, traced_graphs
 from engines.export.weights import promoted, save_reference, save_typed, save_variant
@@ -107,7 +107,7 @@ class _Export:
         Raises:
             ExportError: another graph does.
         """
-        self._exceeds = self._name in VAE_GRAPHS and (exceeds or bool(known and known.exceeds_fp16))
+        self._exceeds = self._name in PIXEL_GRAPHS and (exceeds or bool(known and known.exceeds_fp16))
         if "fp16" in typed and not self._exceeds and not (known and "fp16" in known.onnx):
             self._check_range(size)
         if not self._exceeds:
@@ -117,7 +117,7 @@ class _Export:
     def _check_range(self, size: Size) -> None:
         if not (reason := self._large_weight() or self._large_value(size)):
             return
-        if self._name not in VAE_GRAPHS:
+        if self._name not in PIXEL_GRAPHS:
             raise ExportError(f"{reason}: build it with --precision bf16, or fp32.")
         self._exceeds = True
         self._progress.note(f"{reason}: it computes in BF16 where the others compute in FP16")

@@ -23,6 +23,7 @@ from engines.export.graph_module import GraphModule
 from engines.export.lora import updated_layers
 from engines.export.modules import (
     Decode,
+    DecodeFast,
     Denoise,
     EncodeImage,
     LoraDenoise,
@@ -109,9 +110,11 @@ def traced_graphs(
         "encode_prompt": _encode_prompt(modules),
         "denoise": denoise,
         "denoise_shallow": ShallowDenoise(modules.unet),
-        "decode": Decode(modules.decoder),
+        "decode": Decode(modules.vae),
         "encode_image": EncodeImage(modules.vae, masks=denoise.inpaints),
     }
+    if modules.decoder:
+        graphs["decode_fast"] = DecodeFast(modules.decoder)
     if checker := modules.safety_checker:
         safety = graphs["safety"] = Safety(checker.module, checker.preprocessing)
         sizes |= {"k": safety.concepts, "j": safety.special_care}

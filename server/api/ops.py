@@ -77,6 +77,7 @@ def _describe(model: Model) -> ModelInfo:
         eta=manifest.defaults.eta,
         timesteps=manifest.defaults.timesteps,
         step_cache=model.intake.has_step_cache,
+        fast_decoder=manifest.has_fast_decoder,
         size_conditions=manifest.has_size_conditions,
         max_rows=manifest.max_rows,
         examples=list(manifest.examples),

@@ -12,7 +12,7 @@ export const form = $("form");
 export const field = form.elements;
 export const NAMES = [ // the model first: others are chosen from what it has
   "model", "prompt", "negative_prompt", "size", "num_inference_steps", "guidance_scale", "scheduler", "seed", "num_images",
-  "cache", "loras", ...CONDITIONS,
+  "cache", "decoder", "loras", ...CONDITIONS,
 ];
 const TAG = /<(?:lora|lyco):([^<>:]+)(?::([^<>:]+))?>/gi;
 
@@ -44,14 +44,16 @@ export function body() {
     prompt: field.prompt.value, negative_prompt: field.negative_prompt.value, width, height,
     num_inference_steps: steps, guidance_scale: number("guidance_scale"), seed: number("seed"),
     num_images: number("num_images"), scheduler: field.scheduler.value, preview_every: Math.ceil(steps / 10),
-    cache: field.cache.value || undefined, model: field.model.value || undefined, ...loras.length ? { loras } : {}, ...conditions(), ...imageFields(),
+    cache: field.cache.value || undefined, model: field.model.value || undefined, decoder: field.decoder.value || undefined,
+    ...loras.length ? { loras } : {}, ...conditions(), ...imageFields(),
   };
 }
 
 /** The values, as text, of a form that gives the pictures of `parameters` by the model of this name again. */
 export function valuesOf(parameters, model) {
   const state = { ...parameters, size: `${parameters.width}x${parameters.height}`, model: choiceOf(model),
-    cache: served.model.step_cache ? parameters.cache ?? "" : "", loras: lorasOf(parameters), ...conditionsOf(parameters) };
+    cache: served.model.step_cache ? parameters.cache ?? "" : "", decoder: parameters.decoder === "fast" ? "fast" : "",
+    loras: lorasOf(parameters), ...conditionsOf(parameters) };
   return Object.fromEntries(NAMES.map((name) => [name, String(state[name])]));
 }
 
@@ -159,6 +161,7 @@ function describe() {
   field.model.replaceChildren(...models.map(({ name }) => new Option(name, choiceOf(name))));
   field.model.parentElement.hidden = models.length < 2;
   fillSizes();
+  fillDecoders();
   fillConditions();
   field.cache.parentElement.hidden = field.cache.disabled = !model.step_cache;
   if (!model.step_cache) field.cache.value = "";
@@ -169,6 +172,13 @@ function describe() {
   $("examples").replaceChildren(...model.examples.slice(0, 6).map(example));
   $("examples").hidden = !model.examples.length;
   form.dispatchEvent(new Event("model"));
+}
+
+/** Have the choice only where the model has a decoder besides its VAE. */
+function fillDecoders() {
+  const has = Boolean(served.model.fast_decoder);
+  field.decoder.parentElement.hidden = field.decoder.disabled = !has;
+  if (!has) field.decoder.value = "";
 }
 
 function fill(name, options, chosen) {

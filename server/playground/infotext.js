@@ -14,7 +14,7 @@ const OWN = { // names of the form's fields, and what the text calls them
 const WITHOUT_EFFECT = [ // here, or restored as a part of another one
   "Steps", "CFG scale", "Seed", "Size", "Sampler", "Schedule type", "Model", "Model hash", "Version", "RNG",
   "VAE", "VAE hash", "Timestep spacing", "Final sigmas type", "Cache", "Full steps", "Exact", "Denoising strength",
-  "Lora hashes", "Original size", "Target size", "Crop top", "Crop left",
+  "Lora hashes", "VAE Decoder", "Original size", "Target size", "Crop top", "Crop left",
 ];
 
 /** Prompts and fields: { prompt, negative, fields }, the fields by their own names; null where it is no such text. */
@@ -44,6 +44,7 @@ export function settingsOf({ prompt, negative, fields }) {
   for (const [name, key] of Object.entries(OWN)) if (fields[key]) values[name] = fields[key];
   const crop = ["Crop top", "Crop left"].map((key) => fields[key] ?? "0");
   if (crop.some(Number)) values.crops_coords_top_left = crop.join(", ");
+  if (fields["VAE Decoder"] === "TAESD") values.decoder = "fast";
   if (fields.Sampler) values.scheduler = samplerName(fields.Sampler, fields["Schedule type"]);
   return { values, others: Object.keys(fields).filter((key) => !WITHOUT_EFFECT.includes(key)) };
 }

@@ -39,6 +39,7 @@ function facts({ parameters: made, seed, model, at: time }) {
     ["Prompt", made.prompt], ["Negative prompt", made.negative_prompt], ["Seed", seed],
     ["Size", `${made.width} × ${made.height}`], ["Steps", made.num_inference_steps],
     ["Guidance scale", made.guidance_scale], ["Scheduler", made.scheduler],
+    ["Decoder", made.decoder === "fast" ? "fast" : ""],
     ["Strength", made.strength === null ? "" : `${made.strength}, from an initial image`],
     ["Model", model], ["Made", new Date(time).toLocaleString()],
   ];

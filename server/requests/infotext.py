@@ -136,6 +136,7 @@ def _extra_fields(params: GenerationParams) -> dict[str, object]:
         "RNG": "CPU",  # the web UI's name of noise from torch's generator on the CPU
         "Eta DDIM" if scheduler.method == "ddim" else "Eta": scheduler.eta,
         "Skip Early CFG": params.guidance_start or None,
+        "VAE Decoder": "TAESD" if params.decoder == "fast" else None,
         # Ours.
         **_size_conditions(params),
         "Guidance end": None if params.guidance_end == 1 else params.guidance_end,

@@ -11,7 +11,7 @@ from typing import Literal
 
 import PIL.Image
 
-from engines.contract import GUIDANCE_EMBEDDED, TIME_IDS
+from engines.contract import GUIDANCE_EMBEDDED, TIME_IDS, DecoderName
 from engines.manifest import Manifest, Size
 from engines.schedulers import Scheduler, Table, complete, find, table
 from engines.step_cache import DEMO_DRIFT
@@ -104,6 +104,7 @@ class Intake:
             cache=cache,
             full_steps=self._full_steps(body, steps),
             feature_drift=self._manifest.feature_drift or DEMO_DRIFT,
+            decoder=self._decoder(body),
             loras=choose(body, self._loras, self._manifest),
             model=self._model,
             model_sha256=self._manifest.source.file_sha256,
@@ -207,6 +208,15 @@ class Intake:
         if asked is not None and asked < steps and not self.has_step_cache:
             raise _rejected("full_steps", "This server runs without the step cache: leave out full_steps.")
         return asked
+
+    def _decoder(self, body: GenerateRequest) -> DecoderName:
+        if body.decoder == "fast" and not self._manifest.has_fast_decoder:
+            raise _rejected(
+                "decoder",
+                "This model was built without a fast decoder: leave out decoder, or have it built with "
+                "build_engines.py --decoder, such as madebyollin/taesd.",
+            )
+        return body.decoder
 
     def _clip_skip(self, body: GenerateRequest) -> int:
         layers = self._manifest.context.layers

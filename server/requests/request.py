@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.contract import GUIDANCE_EMBEDDED, LANES, TIME_IDS
+from engines.contract import GUIDANCE_EMBEDDED, LANES, TIME_IDS, DecoderName
 from engines.manifest import FeatureDrift, Size
 from engines.schedulers import Scheduler, Table
 from engines.step_cache import DEMO_DRIFT, full_steps
@@ -128,6 +128,7 @@ class GenerationParams:
     raised_from: Cache | None = None  # the `cache` that it would have without load, if the server raised it
     full_steps: int | None = None  # of num_inference_steps; None: as many as the cache says
     feature_drift: FeatureDrift = DEMO_DRIFT  # of the model, by which full steps are placed
+    decoder: DecoderName = "vae"  # fast: the one distilled from the VAE
     loras: tuple[WeightedLora, ...] = ()  # each once
     model: str = ""  # its name in this server
     model_sha256: str | None = None  # of the single file that it was built from, if it was

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
+from engines.contract import DecoderName
 from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from engines.manifest import LoraPart
 from engines.schedulers import FinalSigma, Sigmas, Spacing
@@ -199,6 +200,11 @@ class GenerateRequest(_StrictModel):
         description="how many of the denoising steps are computed in full, placed where they change most; default: as "
         "many as cache says",
     )
+    decoder: Annotated[DecoderName, _AnyCase, _NullMeans("vae")] = Field(
+        "vae",
+        description="fast: a decoder distilled from the VAE makes the pixels, in a fraction of the time and with other "
+        "fine texture and small text; only where GET /models says fast_decoder",
+    )
     priority: Annotated[Priority, _AnyCase, _NullMeans("interactive")] = Field(
         "interactive",
         description="batch: interactive requests are served before it, while it keeps a share of the device",
@@ -264,6 +270,7 @@ class Parameters(BaseModel):
     exact: bool
     cache: Cache
     full_steps: int | None = Field(None, description="null: as many as cache says")
+    decoder: DecoderName = "vae"
 
     @classmethod
     def of(cls, params: GenerationParams) -> Self:
@@ -348,6 +355,7 @@ class ModelInfo(BaseModel):
         "null: those of the scheduler",
     )
     step_cache: bool = Field(description="whether requests may set cache to fast or faster")
+    fast_decoder: bool = Field(False, description="whether requests may set decoder to fast")
     size_conditions: bool = Field(
         description="whether requests may set original_size, crops_coords_top_left and target_size"
     )

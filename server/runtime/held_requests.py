@@ -87,8 +87,8 @@ class HeldRequests:
     def limit_of(self, *requests: Request) -> AbstractContextManager[None]:
         """Watch what is done for `requests` of one batch key alone, before their first step and after their last."""
         model, size = requests[0].batch_key
-        expected = self._models.find(model).step_times.encode_decode(size)
-        total = expected * sum([request.images for request in requests])
+        times = self._models.find(model).step_times
+        total = sum([times.encode_decode(size, one.params.decoder) * one.images for one in requests])
         return self._watchdog.limit(total, f"Encoding or decoding an image at {size}")
 
     def fails_alone(self, *requests: Request) -> AbstractContextManager[None]:

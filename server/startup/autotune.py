@@ -21,6 +21,7 @@ from pathlib import Path
 from engines.backends import cores
 from engines.backends.available import installed
 from engines.backends.registry import open_device
+from engines.contract import DecoderName
 from engines.errors import EngineError
 from engines.files import write_atomically
 from engines.manifest import Manifest, Size
@@ -156,9 +157,12 @@ class _Shortest(StepTimeModel):
         if kind[1] == "full":
             self.step = min(self.step, seconds)
 
-    def observe_encode_decode(self, size: Size, seconds: float, *, init_image: float = 0.0) -> None:
-        super().observe_encode_decode(size, seconds, init_image=init_image)
-        self.end = min(self.end, seconds)
+    def observe_encode_decode(
+        self, size: Size, seconds: float, *, init_image: float = 0.0, decoder: DecoderName = "vae"
+    ) -> None:
+        super().observe_encode_decode(size, seconds, init_image=init_image, decoder=decoder)
+        if decoder == "vae":
+            self.end = min(self.end, seconds)
 
 
 def seconds_of_picture(bundle: Path, backend: str, *, threads: int) -> float:

@@ -50,7 +50,7 @@ class Modules:
     text_encoder: Any
     unet: Any
     vae: Any
-    decoder: Any  # the VAE, or a distilled decoder
+    decoder: Any = None  # a distilled one, beside the VAE
     safety_checker: SafetyChecker | None = None
     text_encoder_2: Any = None  # of models with two
 
@@ -78,7 +78,7 @@ def load_modules(config: CheckpointConfig, checkpoint: Checkpoint) -> Modules:
             text_encoder=_load_part(CLIPTextModel, config, "text_encoder", attn_implementation="sdpa"),
             unet=_load_part(UNet2DConditionModel, config, "unet", dtype=_type_of("unet", config, checkpoint)),
             vae=vae,
-            decoder=_load_decoder(checkpoint.decoder) if checkpoint.decoder else vae,
+            decoder=_load_decoder(checkpoint.decoder) if checkpoint.decoder else None,
             safety_checker=_load_safety_checker(config) if checkpoint.has_safety_checker else None,
             text_encoder_2=_load_second_encoder(config, checkpoint) if config.has_two_encoders else None,
         )

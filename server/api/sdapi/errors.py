@@ -20,6 +20,7 @@ _NAMES = {  # of fields: ours, and what the web UI calls them
     "scheduler": "sampler_name",
     "sigmas": "scheduler",
     "timestep_spacing": "scheduler",
+    "decoder": "override_settings.sd_vae_decode_method",
     "clip_skip": "override_settings.CLIP_stop_at_last_layers",
 }
 _IN_TEXT = re.compile(r"\b(num_inference_steps|guidance_scale|num_images)\b")

@@ -88,6 +88,8 @@ def _options(model: Model) -> dict[str, Any]:
         _MODEL: checkpoint.title,
         "sd_checkpoint_hash": checkpoint.sha256,
         "sd_vae": "Automatic",
+        "sd_vae_encode_method": "Full",
+        "sd_vae_decode_method": "Full",
         "CLIP_stop_at_last_layers": 1,
         "randn_source": "CPU",
         "eta_noise_seed_delta": 0,

@@ -147,7 +147,7 @@ class ModelLines:
     def seconds(self, joined: Sequence[Request], turn: Sequence[Request]) -> float:
         """What the device needs to encode and decode those who `joined`, and for the step `turn`, if there is one."""
         times = self.step_times
-        seconds = sum([times.encode_decode(one.params.size) * one.images for one in joined])
+        seconds = sum([times.encode_decode(one.params.size, one.params.decoder) * one.images for one in joined])
         if turn:
             kind = kind_of(turn[0].params.size, turn[0].depth, loras=_any_loras(turn))
             seconds += times.seconds(kind, sum([one.rows for one in turn])) or _UNMEASURED

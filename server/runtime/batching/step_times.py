@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from engines.contract import DecoderName
 from engines.manifest import Size
 from server.requests.request import DEPTHS, Depth, Request
 
@@ -30,7 +31,7 @@ class StepTimeModel:
         self._max_rows = max_rows
         self.pads = False  # whether steps are padded to rows that are measured
         self._seconds: dict[Kind, dict[int, float]] = {}
-        self._encode_decode: dict[Size, tuple[float, float]] = {}
+        self._encode_decode: dict[tuple[Size, DecoderName], tuple[float, float]] = {}
         self._lock = threading.Lock()
 
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
@@ -55,18 +56,20 @@ class StepTimeModel:
             known = self._seconds.get(kind, {})
             return min(row_counts, key=lambda rows: _interpolate(known, rows))
 
-    def observe_encode_decode(self, size: Size, seconds: float, *, init_image: float = 0.0) -> None:
-        """Set the duration of encoding a request of one image and decoding that image.
+    def observe_encode_decode(
+        self, size: Size, seconds: float, *, init_image: float = 0.0, decoder: DecoderName = "vae"
+    ) -> None:
+        """Set the duration of encoding a request of one image and decoding that image by `decoder`.
 
         `init_image` is the part of it that only requests with an initial image, or to models that inpaint, take.
         """
         with self._lock:
-            self._encode_decode[size] = seconds, init_image
+            self._encode_decode[size, decoder] = seconds, init_image
 
-    def encode_decode(self, size: Size) -> float:
+    def encode_decode(self, size: Size, decoder: DecoderName = "vae") -> float:
         """The seconds that encoding and decoding take together; 0 if unknown."""
         with self._lock:
-            return self._encode_decode.get(size, (0.0, 0.0))[0]
+            return self._encode_decode.get((size, decoder), (0.0, 0.0))[0]
 
     def work(self, request: Request) -> float:
         """The seconds of a full device that the remaining steps of `request` take."""
@@ -82,7 +85,7 @@ class StepTimeModel:
             count * self.seconds(kind_of(size, depth, loras=request.ranks > 0), request.rows) for depth, count in left
         ]
         with self._lock:
-            around, init_image = self._encode_decode.get(size, (0.0, 0.0))
+            around, init_image = self._encode_decode.get((size, request.params.decoder), (0.0, 0.0))
         around -= 0.0 if request.params.init_image or request.params.masked else init_image
         return sum(steps) + around * request.images if all(steps) else 0.0
 

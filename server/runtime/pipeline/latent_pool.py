@@ -19,6 +19,7 @@ from engines.contract import (
     OUTPUTS,
     STEPS,
     Array,
+    DecoderName,
     GraphName,
     Port,
     build_inputs,
@@ -141,11 +142,14 @@ class LatentPool:
         self._denoise = {graph: engines[graph] for graph in STEPS if graph in engines}
         self._steps: dict[StepShape, _BoundStep] = {}
         staged = {"state": self._staging}
-        self._decode = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]
+        vae = [self._bind("decode", engines, n, staged) for n in range(1, decode_chunk + 1)]
+        self._decode: dict[DecoderName, list[_BoundCall]] = {"vae": vae}
+        if "decode_fast" in engines:  # over the same memory: calls of the stream run one after the other
+            self._decode["fast"] = [self._bind("decode_fast", engines, n + 1, one.buffers) for n, one in enumerate(vae)]
         self._encode = self._bind("encode_image", engines, 1, {})
         self._safety = [
             self._bind("safety", engines, n, {"images": decode.buffers["images"]})
-            for n, decode in enumerate(self._decode, start=1)
+            for n, decode in enumerate(vae, start=1)
             if "safety" in engines
         ]
 
@@ -162,7 +166,12 @@ class LatentPool:
     @property
     def decode_chunk(self) -> int:
         """The most images that one call decodes."""
-        return len(self._decode)
+        return len(self._decode["vae"])
+
+    @property
+    def decoders(self) -> tuple[DecoderName, ...]:
+        """The decoders that the model has."""
+        return tuple(self._decode)
 
     def take_slot(self, x: Latents, inpaint: Lanes = ()) -> int:
         """Take a free slot for an image that starts as `x`; `inpaint` are its lanes of that pool, or 0."""
@@ -228,12 +237,12 @@ class LatentPool:
             )
         return entries
 
-    def decode(self, entries: Sequence[int]) -> DecodeCall:
-        """Launch the decoding of staged latents, at most `decode_chunk`. Raises EngineError.
+    def decode(self, entries: Sequence[int], decoder: DecoderName = "vae") -> DecodeCall:
+        """Launch the decoding of staged latents, at most `decode_chunk`, by `decoder`. Raises EngineError.
 
         The stream of decodes follows the step that staged them.
         """
-        bound, stream = self._decode[len(entries) - 1], self._streams.decode
+        bound, stream = self._decode[decoder][len(entries) - 1], self._streams.decode
         stream.write(bound.buffers["slot"], np.array(entries))
         bound.call.launch()
         images, is_finite = stream.read(bound.buffers["images"]), stream.read(bound.buffers["is_finite"])
@@ -265,9 +274,9 @@ class LatentPool:
         blank = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         self._encode_with(blank, np.zeros(self.latent_shape, np.float32)).result()
 
-    def decode_blank(self, images: int) -> None:
+    def decode_blank(self, images: int, decoder: DecoderName) -> None:
         """Decode blank images in one call, and wait for them. Raises EngineError."""
-        self.decode(range(images)).wait()
+        self.decode(range(images), decoder).wait()
 
     def _encode_with(self, image: Image, noise: Latents, mask: PixelMask | None = None) -> Reading:
         """Launch the encoding of `image`; of models that inpaint, without the pixels where `mask` is 1."""
@@ -323,11 +332,11 @@ class LatentPool:
         """Bind `graph` for `n` images, over `pools` and memory of its own for the other inputs and outputs."""
         sizes = {**self._dims, "n": n}
         buffers = {
-            port.name: self._device.allocate(port.shape(sizes), port.dtype, purpose=f"images of {self.size}")
+            port.name: pools.get(port.name)
+            or self._device.allocate(port.shape(sizes), port.dtype, purpose=f"images of {self.size}")
             for port in (*self._inputs[graph], *self._outputs[graph])
-            if port.name not in pools
         }
-        return _BoundCall(buffers, engines[graph].bind({**buffers, **pools}))
+        return _BoundCall(buffers, engines[graph].bind(buffers))
 
 
 def features_bytes(manifest: Manifest) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.backends.available import engine_path
 from engines.backends.device import Device, Engine, Event, Reader, Reading, Stream
-from engines.contract import LORA_POOL, GraphName
+from engines.contract import LORA_POOL, DecoderName, GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
 from server.requests.request import BatchKey, Image, Request
@@ -25,6 +25,7 @@ from server.runtime.pipeline.admission import (
     DecodedImage,
     FeaturePlaces,
     Finished,
+    Owned,
     PendingDecode,
     Placement,
     Upload,
@@ -286,7 +287,9 @@ class Pipeline:
         with self._trace.device(f"step, {plan.rows} rows", self._streams.steps, track="steps"):
             guidance = pool.step(plan)
         moves = tuple([self._advance(placement, pool) for placement in plan.placements])
-        finished = tuple([self._stage(one, pool) for one in plan.placements if one.request.denoised])
+        denoised = [one for one in plan.placements if one.request.denoised]
+        # In the order in which they are decoded: what is decoded fast does not wait for the VAE.
+        finished = tuple([self._stage(one, pool) for one in sorted(denoised, key=_decoder_of)])
         completed = self._encoding.last_step = self._streams.steps.record()
         for placement in plan.placements if finished else ():
             if placement.request.denoised:
@@ -311,32 +314,32 @@ class Pipeline:
     def decode(self, finished: Sequence[Finished], after: Event) -> tuple[PendingDecode, ...]:
         """Launch the decoding of requests that finished in one step, when its event `after` is complete.
 
-        The results take over what the requests hold. Images of several requests share a call. If one cannot be
-        launched, only its images are missing, and asking for them raises why. Raises DeviceLost.
+        The results take over what the requests hold. Images of several requests that have one decoder share a call. If
+        one cannot be launched, only its images are missing, and asking for them raises why. Raises DeviceLost.
         """
         pool = self._latent_pools[finished[0].request.params.size]
         self._streams.decode.follow(after)
-        entries = [entry for one in finished for entry in one.entries]
-        chunks = (entries[start : start + pool.decode_chunk] for start in range(0, len(entries), pool.decode_chunk))
-        images = (DecodedImage(call, index) for call, count in self._decode(pool, chunks) for index in range(count))
-        return tuple(
-            PendingDecode(
-                one.request, one.resources, decoded=tuple(islice(images, len(one.entries))), safety=self._safety
-            )
-            for one in finished
-        )
+        pending = list[PendingDecode]()
+        for decoder, group in groupby(finished, _decoder_of):
+            together = list(group)
+            images = self._decode(pool, [entry for one in together for entry in one.entries], decoder)
+            for one in together:
+                decoded = tuple(islice(images, len(one.entries)))
+                pending.append(PendingDecode(one.request, one.resources, decoded=decoded, safety=self._safety))
+        return tuple(pending)
 
-    def _decode(self, pool: LatentPool, chunks: Iterable[Sequence[int]]) -> Iterator[tuple[DecodeCall, int]]:
-        """Launch a call for each chunk of entries; yield it with the number of its images."""
-        for entries in chunks:
+    def _decode(self, pool: LatentPool, entries: Sequence[int], decoder: DecoderName) -> Iterator[DecodedImage]:
+        """Launch a call for each chunk of `entries`, when its first image is asked for; yield the images."""
+        for start in range(0, len(entries), pool.decode_chunk):
+            chunk = entries[start : start + pool.decode_chunk]
             try:
-                with self._trace.device(f"decode, {len(entries)}", self._streams.decode, track="decode"):
-                    call = pool.decode(entries)
+                with self._trace.device(f"decode, {len(chunk)}", self._streams.decode, track="decode"):
+                    call = pool.decode(chunk, decoder)
             except DeviceLost:
                 raise
             except Exception as error:  # whatever it is: the decoder changes nothing that others read
                 call = DecodeCall.failed(error)
-            yield call, len(entries)
+            yield from (DecodedImage(call, position) for position in range(len(chunk)))
 
     def to_rgb(self, preview: Reading) -> Image:
         """The x0 estimate of a slot as an image with a pixel per latent: an affine map from its channels to RGB."""
@@ -379,6 +382,10 @@ class Pipeline:
         return plan
 
 
+def _decoder_of(owned: Owned) -> DecoderName:
+    return owned.request.params.decoder  # fast sorts before vae
+
+
 def _streams_of_graphs(
     manifest: Manifest, streams: Streams, *, step_cache: bool, checks: bool
 ) -> dict[GraphName, Stream]:
@@ -391,6 +398,7 @@ def _streams_of_graphs(
         "encode_prompt": streams.encode,
         "encode_prompt_lora": streams.encode,
         "decode": streams.decode,
+        "decode_fast": streams.decode,
         "encode_image": streams.encode,
         "safety": streams.decode,
     }

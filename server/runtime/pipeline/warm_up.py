@@ -63,16 +63,21 @@ class WarmUp:
             yield
 
     def _run_encode_decode(self, pool: LatentPool) -> None:
-        """Encode blank images, and decode as many as one call may; measure one of each."""
-        for images in range(pool.decode_chunk, 0, -1):
-            for _ in range(_CAPTURED_AFTER + 1 if self._pads else 1):
-                began = time.perf_counter()
-                pool.encode_blank()
-                encoded = time.perf_counter()
-                self._prompts.warm_up()
-                pool.decode_blank(images)
-        ended = time.perf_counter()
-        self._step_times.observe_encode_decode(pool.size, ended - began, init_image=encoded - began)
+        """Encode blank images, and decode as many as one call may with each decoder; measure one of each."""
+        repeats = range(_CAPTURED_AFTER + 1 if self._pads else 1)
+        for _ in repeats:
+            began = time.perf_counter()
+            pool.encode_blank()
+            encoded = time.perf_counter()
+            self._prompts.warm_up()
+            ended = time.perf_counter()
+        for decoder in pool.decoders:
+            for images in range(pool.decode_chunk, 0, -1):
+                for _ in repeats:
+                    decoding = time.perf_counter()
+                    pool.decode_blank(images, decoder)
+            seconds = ended - began + time.perf_counter() - decoding
+            self._step_times.observe_encode_decode(pool.size, seconds, init_image=encoded - began, decoder=decoder)
 
     def _measure_step(self, pool: LatentPool, shape: StepShape) -> float:
         """Take steps without requests; returns the seconds of one."""

@@ -187,7 +187,7 @@ def test_a_vae_replaces_that_of_a_folder_and_decides_the_export(
     assert checkpoint.source != find_checkpoint(str(families("sd1"))).source
     modules = load(checkpoint)
     assert torch.equal(modules.vae.decoder.conv_in.weight, 2 * plain.vae.decoder.conv_in.weight)
-    assert modules.decoder is modules.vae
+    assert modules.decoder is None
 
 
 def test_a_vae_that_does_not_fit_is_refused(families: Families, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A distilled decoder takes the place of the VAE's, computes what it does in diffusers, and fits or is refused."""
+"""A distilled decoder is a graph beside the VAE's, computes what it does in diffusers, and fits or is refused."""
 
 from __future__ import annotations
 
@@ -14,36 +14,19 @@ import torch
 from diffusers import AutoencoderTiny
 from rich.console import Console
 
-import build_engines
 from engines.backends.registry import ON_CPU
 from engines.build.bundle import _export_key
 from engines.build.tables import inspect_tables
 from engines.checkpoints.checkpoint import count_parameters
 from engines.checkpoints.find import find_checkpoint
 from engines.checkpoints.loading.modules import load_modules
-from engines.contract import LANES, Array
+from engines.contract import GRAPHS, LANES, Array
 from engines.errors import CheckpointError
 from engines.manifest import Manifest
 from tests.support.loaded import Loaded
-from tests.support.shared import reused_graphs
 from tests.support.tiny import make_checkpoint, make_decoder
 
 SLOTS, SIDE = 3, 8  # latents
-
-
-@pytest.fixture(scope="module")
-def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_decoder(tmp_path_factory.mktemp("decoder") / "taesd")
-
-
-@pytest.fixture(scope="module")
-def built(distilled: Path, checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of that decoder, made by the command people use: the graphs of the VAE, and the others as they are."""
-    out = tmp_path_factory.mktemp("distilled")
-    source = ["--model", str(checkpoint), "--decoder", str(distilled), "--out", str(out)]
-    with reused_graphs(bundle, out, "encode_prompt", "denoise", "denoise_shallow"):
-        assert build_engines.main([*source, "--backend", "onnxruntime", "--no-verify"]) == 0
-    return out
 
 
 @pytest.fixture
@@ -52,7 +35,7 @@ def copied(distilled: Path, tmp_path: Path) -> Path:
 
 
 def decoded(backend: str, bundle: Path, state: Array) -> tuple[Array, Array]:
-    decode = Loaded(backend, bundle / "onnx" / "decode.onnx", threads=1)
+    decode = Loaded(backend, bundle / "onnx" / "decode_fast.onnx", threads=1)
     images, is_finite = np.empty((len(state), 2 * SIDE, 2 * SIDE, 3), np.uint8), np.empty(len(state), np.float32)
     made = decode({"state": state, "slot": np.arange(len(state))}, {"images": images, "is_finite": is_finite})
     return made["images"], made["is_finite"]
@@ -63,9 +46,9 @@ def random_state() -> Array:
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_it_decodes_as_in_diffusers(backend: str, built: Path, distilled: Path) -> None:
+def test_it_decodes_as_in_diffusers(backend: str, fast_bundle: Path, distilled: Path) -> None:
     state = random_state()
-    images, is_finite = decoded(backend, built, state)
+    images, is_finite = decoded(backend, fast_bundle, state)
     theirs = AutoencoderTiny.from_pretrained(distilled).eval()
     with torch.inference_mode():
         pixels = theirs.decode(torch.from_numpy(state[:, 0]) / theirs.config.scaling_factor).sample
@@ -77,33 +60,36 @@ def test_it_decodes_as_in_diffusers(backend: str, built: Path, distilled: Path) 
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_infinite_is_not_sound_though_it_decodes(backend: str, built: Path, value: float) -> None:
+def test_what_is_infinite_is_not_sound_though_it_decodes(backend: str, fast_bundle: Path, value: float) -> None:
     """Its first operation is a tanh, behind which infinity is a number."""
     state = random_state()
     state[1, 0, 2, 3, 3] = value
-    images, is_finite = decoded(backend, built, state)
+    images, is_finite = decoded(backend, fast_bundle, state)
     assert is_finite.tolist() == [1, 0, 1]
-    np.testing.assert_array_equal(images[[0, 2]], decoded(backend, built, random_state())[0][[0, 2]])
+    np.testing.assert_array_equal(images[[0, 2]], decoded(backend, fast_bundle, random_state())[0][[0, 2]])
 
 
-def test_pictures_are_encoded_by_the_models_own_vae(built: Path, bundle: Path) -> None:
-    inputs: dict[str, Array] = {
-        "images": np.full((1, 32, 32, 3), 99, np.uint8),
-        "noise": np.ones((1, 4, 16, 16), np.float32),
-    }
-    like = {"latents": np.empty((1, 4, 16, 16), np.float32)}
-    made = [Loaded("onnxruntime", one / "onnx" / "encode_image.onnx")(inputs, like) for one in (built, bundle)]
-    np.testing.assert_array_equal(made[0]["latents"], made[1]["latents"])
-    np.testing.assert_allclose(Manifest.load(built).preview, Manifest.load(bundle).preview, rtol=1e-6)
+def test_the_graphs_of_the_vae_stay_as_they_are(fast_bundle: Path, checked_bundle: Path) -> None:
+    ours, theirs = Manifest.load(fast_bundle), Manifest.load(checked_bundle)
+    assert ours.graph_names == (*GRAPHS, "decode_fast", "safety")
+    assert {**ours.graphs, "decode_fast": None} == {**theirs.graphs, "decode_fast": None}
+    assert ours.preview == pytest.approx(theirs.preview)
+    assert (ours.has_fast_decoder, theirs.has_fast_decoder) == (True, False)
 
 
-def test_the_bundle_says_what_decodes(built: Path, bundle: Path) -> None:
+def test_it_is_compiled_and_verified_like_every_graph(fast_bundle: Path) -> None:
+    engines = Manifest.load(fast_bundle).builds["onnxruntime"].engines
+    assert tuple(engines) == (*GRAPHS, "decode_fast", "safety")
+    assert engines["decode_fast"].difference
+
+
+def test_the_bundle_says_what_decodes(fast_bundle: Path, bundle: Path) -> None:
     console = Console(record=True, width=100)
-    for folder, words in ((built, "taesd"), (bundle, None)):
+    for folder, words in ((fast_bundle, "taesd"), (bundle, None)):
         manifest = Manifest.load(folder)
         assert manifest.source.decoder == words
         console.print(inspect_tables(manifest))
-        assert ("decoder" in console.export_text()) == bool(words)
+        assert ("fast decoder" in console.export_text()) == bool(words)
 
 
 def test_another_decoder_is_another_model(checkpoint: Path, copied: Path) -> None:
@@ -125,7 +111,7 @@ def test_its_weights_are_counted(checkpoint: Path, distilled: Path) -> None:
         count_parameters(find_checkpoint(str(checkpoint), decoder=name)) for name in (None, str(distilled))
     )
     theirs = AutoencoderTiny.from_pretrained(distilled).decoder
-    assert counts == plain | {"decode": sum(weight.numel() for weight in theirs.parameters())}
+    assert counts == plain | {"decode_fast": sum(weight.numel() for weight in theirs.parameters())}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_values_are_those_of_the_request() -> None:
         isolated=True,
         cache="faster",
         full_steps=3,
+        decoder="fast",
     )
     assert Parameters.of(params).model_dump(exclude={"prompt_syntax", "timestep_spacing", "final_sigmas_type"}) == {
         "model": "",
@@ -64,4 +65,5 @@ def test_values_are_those_of_the_request() -> None:
         "exact": True,
         "cache": "faster",
         "full_steps": 3,
+        "decoder": "fast",
     }

@@ -141,6 +141,7 @@ def test_of_what_is_observed_the_shortest_counts() -> None:
         step_times.observe((size, "full"), 2, seconds)
         step_times.observe((size, "shallow"), 2, seconds / 10)
         step_times.observe_encode_decode(size, seconds * 2)
+        step_times.observe_encode_decode(size, seconds / 10, decoder="fast")
     assert (step_times.step, step_times.end) == (1, 2)
 
 

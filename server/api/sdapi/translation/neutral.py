@@ -33,6 +33,7 @@ _FIELDS: Mapping[str, tuple[object, ...]] = {
 _SETTINGS: Mapping[str, tuple[object, ...]] = {
     "samples_format": ("png",),
     "sd_vae": ("Automatic", "None", "auto", ""),
+    "sd_vae_encode_method": ("Full",),
     "sd_hypernetwork": ("None", ""),
     "sd_lora": ("None", ""),
     "randn_source": ("CPU",),
@@ -44,7 +45,7 @@ _SETTINGS: Mapping[str, tuple[object, ...]] = {
     "token_merging_ratio": (0,),
     "token_merging_ratio_img2img": (0,),
 }
-HONOURED_SETTINGS = ("CLIP_stop_at_last_layers", "sd_model_checkpoint")
+HONOURED_SETTINGS = ("CLIP_stop_at_last_layers", "sd_model_checkpoint", "sd_vae_decode_method")
 # What changes nothing: options of steps that are off, what would be saved, and what only the web UI's page has.
 _WITHOUT_EFFECT = {
     "alwayson_scripts",  # checked for itself

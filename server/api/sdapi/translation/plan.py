@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engines.contract import DecoderName
 from engines.manifest import Manifest
 from server.api.sdapi.errors import rejected
 from server.api.sdapi.translation import neutral
@@ -16,6 +17,7 @@ from server.requests.schemas import MAX_SEED, GenerateRequest
 
 PREVIEW_EVERY = 2  # steps, for GET progress
 _MOST_LAYERS = 64
+_DECODERS: Mapping[str, DecoderName] = {"Full": "vae", "TAESD": "fast"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ def _common(body: Txt2Img) -> dict[str, Any]:
         "num_inference_steps": body.steps,
         "guidance_scale": body.cfg_scale,
         "clip_skip": _clip_skip(settings.get("CLIP_stop_at_last_layers")),
+        "decoder": _decoder(settings.get("sd_vae_decode_method")),
         "preview_every": PREVIEW_EVERY,
     }
 
@@ -88,6 +91,14 @@ def _clip_skip(stop_at: object) -> int:
             "override_settings.CLIP_stop_at_last_layers", f"Input should be a whole number from 1 to {_MOST_LAYERS}"
         )
     return max(stop_at - 1, 0)
+
+
+def _decoder(method: object) -> DecoderName:
+    if method is None:
+        return "vae"
+    if not isinstance(method, str) or method not in _DECODERS:
+        raise rejected("override_settings.sd_vae_decode_method", f"Input should be {' or '.join(_DECODERS)}")
+    return _DECODERS[method]
 
 
 def _parameters(body: Txt2Img, seed: int) -> dict[str, Any]:

@@ -53,7 +53,9 @@ class Txt2Img(BaseModel):
         None, ge=0, le=1, description="noise of DDIM and TCD; ancestral and SDE samplers have 1, and no other one any"
     )
     override_settings: dict[str, Any] | None = Field(
-        None, max_length=64, description="CLIP_stop_at_last_layers, sd_model_checkpoint, and what is already so"
+        None,
+        max_length=64,
+        description="CLIP_stop_at_last_layers, sd_model_checkpoint, sd_vae_decode_method, and what is already so",
     )
     send_images: bool | None = Field(True, description="false: the reply has no images")
     force_task_id: _Name | None = Field(None, description="the job in the replies of GET progress; default: random")

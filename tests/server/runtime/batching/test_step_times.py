@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.request import Cache, GenerationParams, Request
+from server.requests.request import GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.batching.step_times import Kind, StepTimeModel
 
@@ -24,9 +26,9 @@ def step_times(**seconds: float) -> StepTimeModel:
     return made
 
 
-def request(*, images: int, steps: int, done: int = 0, size: Size = SIZE, cache: Cache = "off") -> Request:
+def request(*, images: int, steps: int, done: int = 0, size: Size = SIZE, **fields: Any) -> Request:
     nothing = Prompt("", ())
-    params = GenerationParams(nothing, nothing, size, Scheduler("ddim"), steps, 7.5, tuple(range(images)), cache=cache)
+    params = GenerationParams(nothing, nothing, size, Scheduler("ddim"), steps, 7.5, tuple(range(images)), **fields)
     made = Request(params, table(params.scheduler, steps, NoiseSchedule()), (), "a")
     for _ in range(done):
         made.advance()
@@ -62,10 +64,12 @@ def test_the_work_of_a_request_is_its_share_of_full_steps() -> None:
     assert made.work(request(images=2, steps=10, done=7)) == pytest.approx(8 * 4 / 16 * 3)
 
 
-def test_the_ends_are_kept_by_size() -> None:
+def test_the_ends_are_kept_by_size_and_decoder() -> None:
     made = step_times()
     made.observe_encode_decode(SIZE, 2.5)
+    made.observe_encode_decode(SIZE, 0.5, decoder="fast")
     assert (made.encode_decode(SIZE), made.encode_decode(OTHER[0])) == (2.5, 0)
+    assert (made.encode_decode(SIZE, "fast"), made.encode_decode(OTHER[0], "fast")) == (0.5, 0)
     assert made.curves() == {}
 
 
@@ -88,3 +92,5 @@ def test_a_request_takes_its_steps_and_what_is_encoded_and_decoded_for_it_alone(
     assert times.alone(request(images=1, steps=5)) == pytest.approx(5 * 1 + 2)
     assert times.alone(request(images=1, steps=5, size=OTHER[0])) == 0, "nothing is known of that size"
     assert times.encode_decode(SIZE) == 3
+    times.observe_encode_decode(SIZE, 1.5, init_image=1.0, decoder="fast")
+    assert times.alone(request(images=1, steps=5, decoder="fast")) == pytest.approx(5 * 1 + 0.5)
