@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engines.contract import DecoderName
 from engines.manifest import Manifest
 from server.api.sdapi.errors import rejected
 from server.api.sdapi.translation import neutral
@@ -17,7 +16,7 @@ from server.requests.schemas import MAX_SEED, GenerateRequest
 
 PREVIEW_EVERY = 2  # steps, for GET progress
 _MOST_LAYERS = 64
-_DECODERS: Mapping[str, DecoderName] = {"Full": "vae", "TAESD": "fast"}
+_DECODERS = {"Full": "vae", "TAESD": "fast"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def _clip_skip(stop_at: object) -> int:
     return max(stop_at - 1, 0)
 
 
-def _decoder(method: object) -> DecoderName:
+def _decoder(method: object) -> str:
     if method is None:
         return "vae"
     if not isinstance(method, str) or method not in _DECODERS:
