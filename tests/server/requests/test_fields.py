@@ -118,6 +118,7 @@ def test_the_choices_are_known() -> None:
         "final_sigmas_type",
         "image_format",
         "cache",
+        "decoder",
         "priority",
     }
 
