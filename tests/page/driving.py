@@ -68,6 +68,18 @@ def open_options(page: Page) -> None:
     expect(page.get_by_label("Steps")).to_be_visible()
 
 
+def paste(page: Page, text: str) -> None:
+    """Paste `text` into the prompt."""
+    prompt(page).evaluate(
+        """(prompt, text) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.setData("text/plain", text);
+          prompt.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+        }""",
+        text,
+    )
+
+
 def pixels(image: Locator) -> NDArray[np.float64]:
     """The pixels [H, W, 4] in 0..255 of an image or a canvas on the page."""
     file = base64.b64decode(image.evaluate(_FILE))

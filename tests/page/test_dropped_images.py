@@ -101,14 +101,7 @@ def test_a_dropped_image_restores_its_settings_and_says_what_is_lost(loaded: Pag
 
 
 def test_pasted_text_restores_its_settings(loaded: Page) -> None:
-    driving.prompt(loaded).evaluate(
-        """(prompt, text) => {
-          const clipboardData = new DataTransfer();
-          clipboardData.setData("text/plain", text);
-          prompt.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
-        }""",
-        TEXT,
-    )
+    driving.paste(loaded, TEXT)
     expect(driving.prompt(loaded)).to_have_value('a "café" in a forest')
     expect(loaded.locator("[name=seed]")).to_have_value("42")
 
