@@ -95,7 +95,8 @@ def test_a_distilled_vae_encodes_without_chance(graphs: Graphs, tmp_path: Path) 
         expected = vae.encode(pixels).latents * vae.config.scaling_factor
         assert torch.equal(traced.module(**inputs), expected)
     torch.testing.assert_close(run(traced, inputs, tmp_path), expected, atol=1e-3, rtol=1e-3)
-    assert made["decode"].module.vae.config == vae.config
+    decode: Any = made["decode"].module
+    assert decode.vae.config == vae.config
     assert "decode_fast" not in made
     preview = torch.tensor(fit_rgb(vae, traced.latent))
     assert preview.shape == (3, 5)
