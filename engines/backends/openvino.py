@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from engines.errors import EngineError
 # leaves the graph's own precisions as they are.
 _IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 TAKES_BF16 = ["latentd", "takes_bf16"]  # in graphs that mark the nodes that have to stay FP32
-# A graph of steps with at most so many weights is compiled for its commonest shape too. The shallow step of SD 1.x has
-# 8 million, the full one of a small model 579.
-_FEW_WEIGHTS = 10_000_000
+# A graph of steps with at most so many bytes of weights is compiled for its commonest shape too: in INT8, the shallow step
+# of SD 1.x has 8 million and the full one of a small model 579; in FP32 four times as many.
+_FEW_WEIGHTS = 2**24
 
 _Shapes = Sequence[tuple[int, ...]]
 _Compile = Callable[[openvino.Model], openvino.CompiledModel]
@@ -154,9 +153,8 @@ class OpenVinoDevice(HostDevice):
 
 
 def _weights_of(model: openvino.Model) -> int:
-    """How many values its constants have."""
-    constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
-    return sum(math.prod(node.get_output_shape(0)) for node in constants)
+    """Bytes of its constants."""
+    return sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
 
 
 def open_device(*, threads: int) -> OpenVinoDevice:
