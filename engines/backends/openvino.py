@@ -18,8 +18,8 @@ from engines.errors import EngineError
 # leaves the graph's own precisions as they are.
 _IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}
 TAKES_BF16 = ["latentd", "takes_bf16"]  # in graphs that mark the nodes that have to stay FP32
-# A graph of steps with at most so many bytes of weights is compiled for its commonest shape too: in INT8, the shallow step
-# of SD 1.x has 8 million and the full one of a small model 579; in FP32 four times as many.
+# Bytes of weights up to which a graph of steps is compiled for its commonest shape too. In INT8 the shallow step of
+# SD 1.x has 8 million, and the full one of a small model 579; in FP32 four times as many.
 _FEW_WEIGHTS = 2**24
 
 _Shapes = Sequence[tuple[int, ...]]
