@@ -190,7 +190,7 @@ class GenerateRequest(_StrictModel):
     cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
         description="fast: three of ten steps are computed in full, and the others reuse deep UNet features "
-        "(DeepCache), which is faster and changes the image slightly; faster: two of ten, and a larger change; no "
+        "(DeepCache), which is faster and changes the image slightly; faster: a quarter, guidance ends by itself, and the change is larger; no "
         "effect up to 4 steps; default: the server's --cache setting",
     )
     full_steps: int | None = Field(
