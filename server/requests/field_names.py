@@ -25,6 +25,7 @@ _SYNONYMS = {
     "preview_every": ("partial_images", "progressive_steps"),
     "image": ("init_image", "init_images", "image_url", "input_image", "images"),
     "mask": ("mask_image", "inpainting_mask"),
+    "decoder": ("sd_vae_decode_method", "vae_decode_method", "vae_decoder"),
     "strength": ("denoise", "denoising_strength", "image_strength", "prompt_strength", "init_image_strength"),
 }
 _LORAS = 'send loras, such as [{"name": "style", "weight": 0.8}]'

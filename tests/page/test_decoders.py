@@ -24,7 +24,7 @@ def decoding(route: Route) -> None:
 
 
 def choice(page: Page) -> Locator:
-    return page.get_by_label("Decoder", exact=True)
+    return page.get_by_role("combobox", name="Decoder", exact=True)
 
 
 @pytest.fixture
