@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engines.backends.available import engine_path
-from engines.backends.device import Device, Engine, Event, Reader, Reading, Stream
+from engines.backends.device import Device, Engine, Event, Reader, Reading
 from engines.contract import LORA_POOL, DecoderName, GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
@@ -39,7 +39,7 @@ from server.runtime.pipeline.plan import Plan, RowLayout, StepShape, make_plan, 
 from server.runtime.pipeline.prompt_pool import PromptPool
 from server.runtime.pipeline.safety import UNCHECKED, Safety
 from server.runtime.pipeline.step_shapes import StepShapes
-from server.runtime.pipeline.streams import Streams
+from server.runtime.pipeline.streams import Streams, streams_of_graphs
 from server.runtime.pipeline.warm_up import WarmUp
 
 _log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class Pipeline:
         Raises:
             EngineError: an engine cannot be loaded, or the memory is full.
         """
-        stream_of = _streams_of_graphs(manifest, streams, step_cache=step_cache, checks=safety.runs_graph)
+        stream_of = streams_of_graphs(manifest, streams, step_cache=step_cache, checks=safety.runs_graph)
         engines: dict[GraphName, Engine] = {}
         for name, stream in stream_of.items():
             engines[name] = device.load(bundle / engine_path(manifest, backend, name), stream, read=read)
@@ -384,24 +384,3 @@ class Pipeline:
 
 def _decoder_of(owned: Owned) -> DecoderName:
     return owned.request.params.decoder  # fast sorts before vae
-
-
-def _streams_of_graphs(
-    manifest: Manifest, streams: Streams, *, step_cache: bool, checks: bool
-) -> dict[GraphName, Stream]:
-    """The graphs to load, and the stream that each runs on; `checks`: with the safety checker."""
-    on: dict[GraphName, Stream] = {
-        "denoise": streams.steps,  # the largest first, while it is alone: loading brings its whole file to memory
-        "denoise_lora": streams.steps,
-        "denoise_shallow": streams.steps,
-        "denoise_shallow_lora": streams.steps,
-        "encode_prompt": streams.encode,
-        "encode_prompt_lora": streams.encode,
-        "decode": streams.decode,
-        "decode_fast": streams.decode,
-        "encode_image": streams.encode,
-        "safety": streams.decode,
-    }
-    unused = set[GraphName]() if step_cache else {"denoise_shallow", "denoise_shallow_lora"}
-    unused |= set() if checks else {"safety"}
-    return {name: stream for name, stream in on.items() if name in manifest.graphs and name not in unused}
