@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from engines.backends import cores
 from engines.backends.device import Buffer, Reader, Stream
 from engines.backends.host import GraphPort, HostDevice, HostStream, bound_arrays
-from engines.backends.mapped import FileArrays, release_pages
+from engines.backends.mapped import release_pages
 from engines.backends.openvino_package import openvino as openvino  # noqa: PLC0414 - the build imports it from here
 from engines.backends.openvino_upsampling import at_low_resolution
 from engines.contract import Array
@@ -27,18 +29,29 @@ _Compile = Callable[[openvino.Model], openvino.CompiledModel]
 
 
 class _Weights:
-    """A graph's weights: those in its folder, and those that were made of them."""
+    """A graph's weights: those in its folder, and those that were made of them when it was loaded."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._made = FileArrays()
+    def __init__(self, graph: Path, core: openvino.Core) -> None:
+        self._folders = [graph.parent]
+        self._core = core
 
     def constant(self, values: Array) -> openvino.Node:
-        return openvino.op.Constant(self._made.copy(values), shared_memory=True)
+        """A constant that OpenVINO maps from a file without a name; where none can be written, one in memory.
+
+        OpenVINO would release memory that it shares with Python in a thread of its own, as late as at the end.
+        """
+        made = openvino.opset13.constant(values)
+        with suppress(OSError, RuntimeError), TemporaryDirectory(prefix="latentd-") as folder:
+            path = Path(folder).resolve() / "kernel.xml"
+            openvino.save_model(openvino.Model([openvino.opset13.result(made)], []), path, compress_to_fp16=False)
+            (result,) = self._core.read_model(path).get_results()
+            made = result.input_value(0).get_node()
+            self._folders.append(path.parent)  # which is removed: the mapping keeps what was in it
+        return made
 
     def release_pages(self) -> None:
-        release_pages(self._folder)
-        self._made.release_pages()
+        for folder in self._folders:
+            release_pages(folder)
 
 
 class OpenVinoCall:
@@ -136,7 +149,7 @@ class OpenVinoDevice(HostDevice):
         *,
         read: Reader = Path.read_bytes,  # noqa: ARG002 - OpenVINO finds weights only beside a graph that it opens
     ) -> OpenVinoEngine:
-        weights = _Weights(path.parent)
+        weights = _Weights(path, self._core)
         of_steps = isinstance(stream, HostStream) and stream.urgent
         try:
             model = at_low_resolution(self._core.read_model(path), weights.constant)

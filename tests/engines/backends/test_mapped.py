@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.backends.mapped import FileArrays, release_pages
+from engines.backends.mapped import release_pages
 from engines.backends.openvino import openvino
 from tests.support.loaded import Loaded
 
@@ -68,34 +68,12 @@ def test_an_engine_holds_no_file_once_it_is_loaded_nor_once_it_has_run(tmp_path:
     np.testing.assert_allclose(made, given @ weights.T, atol=1e-2)
 
 
-def test_arrays_in_files_give_their_memory_back_and_leave_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    given = np.random.default_rng(0).standard_normal((PAGES, mmap.PAGESIZE // 4), np.float32)
-    arrays = FileArrays()
-    copied = arrays.copy(given)
-    np.testing.assert_array_equal(copied, given)
-    assert not list(tmp_path.iterdir())
-    assert held(tmp_path) >= (PAGES - 1) * mmap.PAGESIZE
-    arrays.release_pages()
-    assert held(tmp_path) == 0
-    np.testing.assert_array_equal(copied, given)
-
-
-def test_arrays_stay_in_memory_where_no_file_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    given = np.ones(3, np.float32)
-    arrays = FileArrays()
-    assert arrays.copy(given) is given
-    arrays.release_pages()
-
-
+@pytest.mark.parametrize("temporary", ["", "missing"], ids=["a file", "no file"])
 def test_an_engine_holds_no_file_of_the_weights_that_it_has_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    temporary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A convolution behind upsampling, of 2 MiB of weights."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / temporary))
     ops = openvino.opset13
     x = ops.parameter([-1, 256, 4, 4], np.float32, name="x")
     x.output(0).tensor.set_names({"x"})
