@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.policies import SwitchablePolicy
 from benchmarks.spans import TraceSpan, Window, read_trace
@@ -21,7 +23,7 @@ from engines.errors import EngineError
 from engines.manifest import Manifest
 from loadtest.arrivals import Arrival
 from server.requests.errors import BrokenPicture, Cancelled, NotReady
-from server.requests.request import Completed, Event, Failed, Request
+from server.requests.request import Completed, Event, Failed, Image, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import make_runtime
 from server.runtime.models import ModelSource
@@ -31,6 +33,7 @@ from server.runtime.pipeline.streams import DecodePriority
 _HANG_FACTOR = 20  # as in the server's settings
 _MAX_WAITING = 100_000  # no request is rejected
 _POLL = 1.0  # seconds between checks of the executor
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,15 @@ class Ended:
     number: int
     at: float  # on perf_counter's clock
     whole: bool  # with a picture, sound or not; the others were cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """An image that was asked for."""
+
+    number: int  # of the request, in the order in which they were asked for
+    request: Request
+    image: Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +129,30 @@ class Served:
         began = time.perf_counter()
         self._submit(steps, 0, ended)
         return self._next(ended).at - began
+
+    def draw_all(self, bodies: Sequence[GenerateRequest]) -> Iterator[Drawn]:
+        """Ask for an image of each body at once: the images, as they are done. Raises EngineError, InvalidRequest."""
+        ended: queue.SimpleQueue[tuple[int, Request, Completed | Failed]] = queue.SimpleQueue()
+
+        def listener(number: int) -> Callable[[Request, Event], None]:
+            return lambda request, event: (
+                ended.put((number, request, event)) if isinstance(event, Completed | Failed) else None
+            )
+
+        for number, body in enumerate(bodies):
+            self.batcher.submit(self._model.intake.request(body, listener(number)))
+        for _ in bodies:
+            number, request, outcome = self._wait_for(ended)
+            if isinstance(outcome, Failed):
+                raise EngineError(f"A request failed: {outcome.error}") from outcome.error
+            yield Drawn(number, request, outcome.images[0])
+
+    @property
+    def rows(self) -> float:
+        """UNet rows of all steps so far."""
+        text = self._runtime.metrics.render().decode()
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == "latentd_step_rows_sum")
 
     def saturate(self, rows: int, steps: Iterator[int], *, seconds: float) -> Saturated:
         """Keep steps of at most `rows` full for `seconds`, and until four images are done. As many wait as run.
@@ -198,15 +234,18 @@ class Served:
 
     def _next(self, ended: queue.SimpleQueue[Ended]) -> Ended:
         """Wait for the next request to end. Raises EngineError if the executor fails."""
+        end = self._wait_for(ended)
+        if not end.whole:
+            self._check()
+        return end
+
+    def _wait_for(self, ended: queue.SimpleQueue[_T]) -> _T:
+        """Wait for the next of `ended`. Raises EngineError if the executor fails."""
         while True:
             try:
-                end = ended.get(timeout=_POLL)
+                return ended.get(timeout=_POLL)
             except queue.Empty:
                 self._check()
-                continue
-            if not end.whole:
-                self._check()
-            return end
 
     def _dismiss(self, requests: Sequence[Request]) -> None:
         """Take back what was asked for, and return when nothing is under way."""

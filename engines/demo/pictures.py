@@ -203,13 +203,26 @@ def _nearest_thing(pixels: Pixels, color: str) -> str:
     whichever thing is nearest.
     """
     paint, alpha = _references()
-    picture = _halve(_unit(pixels[None]))
-    ground = np.asarray(concepts().colors[color], np.float32) / np.float32(255)
-    error = np.square(paint + (1 - alpha) * ground - picture).mean(axis=(1, 2, 3))
-    apart = np.square(ground - picture).mean()
-    if error.min() > (1 - MIN_EXPLAINED) * apart:
+    ground = _ground(color)
+    apart = _halve(_unit(pixels[None]))[0] - ground  # [32, 32, 3]
+    along = paint.reshape(len(paint), -1) @ apart.ravel() - alpha.reshape(len(alpha), -1) @ (apart @ ground).ravel()
+    square = np.square(apart).sum()
+    error = _squares(color) - 2 * along + square  # |paint - alpha ground - apart|^2
+    if error.min() > (1 - MIN_EXPLAINED) * square:
         return NOTHING
     return concepts().things[int(error.argmin()) // len(CHECK_PLACES)]
+
+
+@cache
+def _squares(color: str) -> Floats:
+    """Return the squared distance of every reference on a background from the plain background: [N]."""
+    paint, alpha = _references()
+    squares: Floats = np.square(paint - alpha * _ground(color)).sum(axis=(1, 2, 3))
+    return squares
+
+
+def _ground(color: str) -> Floats:
+    return np.asarray(concepts().colors[color], np.float32) / np.float32(255)
 
 
 @cache

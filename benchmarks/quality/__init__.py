@@ -1,0 +1,1 @@
+"""What each position of `cache` costs in quality, of the demo model."""
