@@ -27,6 +27,7 @@ from engines.manifest import FeatureDrift, Manifest
 
 _X, _MODEL = 0, 1  # the lane, and the term, of a step's matrix
 _DIGITS = 4
+AGE = 3  # steps: reuse as old as is usual, since what features lose saturates
 
 
 class FeatureDriftCommand(CommandLine):
@@ -42,7 +43,7 @@ class FeatureDriftCommand(CommandLine):
     bundle: Path = Field(description="folder of the bundle")
     prompt: RepeatableList[str] = Field((), description="prompts, repeatable; unless given, the model's examples")
     images: PositiveInt = Field(24, description="how many images to follow, each from noise of its own")
-    steps: PositiveInt = Field(20, description="denoising steps of each")
+    steps: int = Field(20, ge=2 * AGE, description="denoising steps of each")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,19 +72,24 @@ def measure(
     ]
     shown = track(trajectories, "measuring", console=console, disable=console is None)
     squares = np.mean([_squared_errors(trajectory, graphs) for trajectory in shown], axis=0)
-    signal, noise = np.array([step.level for step in trajectories[0].table.steps]).T
+    signal, noise = np.array([step.level for step in trajectories[0].table.steps[::AGE]]).T
     return FeatureDrift(
         log_snr=_rounded(2 * np.log(signal / noise)), total=_rounded(np.append(0, np.cumsum(np.sqrt(squares))))
     )
 
 
 def _squared_errors(trajectory: Trajectory, graphs: RunGraph) -> list[float]:
-    """Mean squares of what the model's output lacks over the features of the step before, from the second step on."""
+    """Mean squares of what every third step's model output lacks over the features of the third step before."""
     recording = trajectory.run(graphs)
-    states = [*(inputs["state"] for inputs in recording.full[2:]), recording.state]
+    shallow = recording.shallow  # of each step but the first, with the features of the step before
+    states = [*(inputs["state"] for inputs in recording.full[1:]), recording.state]
     return [
-        _squared_error(graphs("denoise_shallow", inputs)["state_next"], state, inputs["coef"])
-        for inputs, state in zip(recording.shallow, states, strict=True)
+        _squared_error(
+            graphs("denoise_shallow", {**shallow[step - 1], "features": shallow[step - AGE]["features"]})["state_next"],
+            states[step],
+            shallow[step - 1]["coef"],
+        )
+        for step in range(AGE, trajectory.steps, AGE)
     ]
 
 

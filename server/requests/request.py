@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -41,9 +40,9 @@ _RAISED = "The server was under load and set it to {}, not {}, which changes ima
 _FEW_STEPS = 4  # up to which the cache would save steps that fewer steps spare too, with the same loss
 _LAG = 2  # steps after which guidance ends at the earliest: one may be in flight when another one is completed
 _AGREED = 0.3  # of latents, whose deviation is about 1: what guidance may still add where it ends by itself
-# The share of steps that are full; the others reuse their features. Fresh noise at each step changes features more.
-_FULL: dict[Cache, Fraction] = {"off": Fraction(1), "fast": Fraction(3, 10), "faster": Fraction(1, 4)}
-_FULL_WITH_NOISE: dict[Cache, Fraction] = {"off": Fraction(1), "fast": Fraction(1, 3), "faster": Fraction(3, 10)}
+# Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more.
+_FULL: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (4, 1), "faster": (5, 1)}
+_FULL_WITH_NOISE: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (3, 0), "faster": (4, 1)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -342,16 +341,16 @@ class Request:
         """The steps that its cache computes in full."""
         if not self.params.reuses_features:
             return frozenset(range(self.steps))
-        return frozenset(full_steps(self.table, max(1, self._full_count), self.params.feature_drift))
+        count = max(1, min(self._full_count, self.steps))
+        return frozenset(full_steps(self.table, count, self.params.feature_drift))
 
     @property
     def _full_count(self) -> int:
-        """How many of the steps that it takes: the share that its cache says, or that it asks for of them all."""
         params = self.params
-        if params.full_steps is not None:
-            return round(Fraction(params.full_steps, params.num_inference_steps) * self.steps)
-        shares = _FULL_WITH_NOISE if self.table.draws else _FULL
-        return math.ceil(shares[params.cache] * self.steps)
+        if params.full_steps is not None:  # of them all: as large a share of the calls that it makes
+            return round(params.full_steps * self.steps / params.num_inference_steps)
+        part, more = (_FULL_WITH_NOISE if self.table.draws else _FULL)[params.cache]
+        return math.ceil(self.steps / part) + more
 
     @property
     def depth(self) -> Depth:

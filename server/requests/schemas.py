@@ -189,9 +189,9 @@ class GenerateRequest(_StrictModel):
     )
     cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
-        description="fast: three of ten steps are computed in full, and the others reuse deep UNet features "
-        "(DeepCache), which is faster and changes the image slightly; faster: a quarter of the steps, guidance ends by "
-        "itself, and the change is larger; no effect up to 4 steps; default: the server's --cache setting",
+        description="fast: less than a third of the steps is computed in full, and the others reuse deep UNet features "
+        "(DeepCache), which is faster and changes the image slightly; faster: about a quarter, and guidance ends by "
+        "itself, a larger change; no effect up to 4 steps; default: the server's --cache setting",
     )
     full_steps: int | None = Field(
         None,

@@ -11,6 +11,7 @@ from benchmarks.cluster.scaling import ScalingResults
 from benchmarks.lora.results import LoraResults
 from benchmarks.peers.pipelines.results import PipelineResults
 from benchmarks.peers.servers.results import ServingResults
+from benchmarks.quality.results import QualityResults
 from benchmarks.server.attacks import AttackResults
 from benchmarks.server.capacity import CapacityResults
 from benchmarks.server.degrade import DegradeResults
@@ -36,6 +37,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "memory-int8": MemoryReport,
     "overhead": Overhead,
     "peers": PipelineResults,
+    "quality": QualityResults,
     "ray": RayResults,
     "scaling": ScalingResults,
     "serving": ServingResults,

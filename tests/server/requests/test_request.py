@@ -49,14 +49,15 @@ def depths(asked: Request) -> str:
     ("asked", "expected"),
     [
         (request(cache="off"), "ffffffff"),
-        (request(), "ffssfsss"),
-        (request(cache="faster"), "fsfsssss"),
-        (request(scale=1), "ffssfsss"),
-        (request(steps=5), "fsfss"),
+        (request(), "fsfssfss"),
+        (request(steps=20), "fsfssfsssfssssfsssfs"),
+        (request(steps=20, cache="faster"), "fssfsssfssssfssssfss"),
+        (request(scale=1), "fsfssfss"),
+        (request(steps=5), "ffsfs"),
         (request(steps=4), "ffff"),
         (request(steps=4, cache="faster"), "ffff"),
         (request(steps=1), "f"),
-        (request(full=2), "fsfsssss"),
+        (request(full=2), "fssfssss"),
         (request(full=8), "ffffffff"),
         (request(full=1), "fsssssss"),
         (request(full=2, steps=4, cache="off"), "fsfs"),
@@ -65,11 +66,11 @@ def depths(asked: Request) -> str:
         # Fresh noise at each step: more of them are full, evenly.
         (request(steps=20, scheduler="euler_ancestral"), "fssfssfssfssfssfssfs"),
         (request(steps=20, scheduler="euler_ancestral", cache="faster"), "fsssfssfssfsssfssfss"),
-        # Guidance begins at step 5: step 4 kept no features of the negative prompt.
-        (request(start=0.6), "ffssffss"),
+        # Guidance begins at step 6: step 5 kept no features of the negative prompt.
+        (request(start=0.75), "fsfssffs"),
         # It ends after step 3: what was kept for both rows serves the one that is left.
-        (request(end=0.5), "ffssfsss"),
-        (request(start=0.25, end=0.375), "fffsfsss"),
+        (request(end=0.5), "fsfssfss"),
+        (request(start=0.125, end=0.375), "fffssfss"),
     ],
 )
 def test_a_step_is_full_where_features_are_due_or_unknown(asked: Request, expected: str) -> None:
@@ -99,8 +100,8 @@ def test_the_remaining_steps_decrease() -> None:
     assert asked.steps_left == Counter(full=1, shallow=2)
 
 
-def test_of_a_part_of_the_steps_as_large_a_share_is_full() -> None:
-    """As with an initial image, which leaves out the first steps."""
+def test_steps_that_are_left_out_do_not_count() -> None:
+    """As with an initial image, which leaves out the first steps: a quarter, and one more."""
     asked = request(steps=20)
     part = Request(asked.params, table(asked.params.scheduler, 20, NoiseSchedule(), skip=10), (), "a")
-    assert (asked.steps_left["full"], part.steps_left["full"]) == (6, 3)
+    assert (asked.steps_left["full"], part.steps_left["full"]) == (6, 4)
