@@ -78,7 +78,7 @@ def test_every_file_is_verified(copied: Path, manifest: Manifest) -> None:
     ("change", "words"),
     [
         (lambda fields: fields["graphs"].pop("decode"), "graph decode is missing"),
-        (lambda fields: fields.update(format=2), "has format 2, and this version reads format 3. Build it again"),
+        (lambda fields: fields.update(format=3), "has format 3, and this version reads format 4. Build it again"),
         (
             lambda fields: fields["graphs"]["decode"]["outputs"].pop(),
             "outputs of the graph decode are images, and this version has images, is_finite. Build it again",
@@ -170,8 +170,8 @@ SIDE = {"width": 64, "height": 64}
         (of_demo("context", "width", value=10**9), "context.width"),
         (of_demo("context", "width", value=64), "embeddings has 128 for D, not 64"),
         (of_demo("context", "layers", value=10**9), "context.layers"),
-        (of_demo("graphs", "denoise", "outputs", 1, "shape", 1, value=10**12), "features has 1000000000000 for f"),
-        (of_demo("graphs", "denoise", "outputs", 1, "shape", 1, value=32), "denoise_shallow: features has 64 for f"),
+        (of_demo("graphs", "denoise", "outputs", 2, "shape", 1, value=10**12), "features has 1000000000000 for f"),
+        (of_demo("graphs", "denoise", "outputs", 2, "shape", 1, value=32), "denoise_shallow: features has 64 for f"),
         (of_demo("noise_schedule", "num_train_timesteps", value=10**12), "num_train_timesteps: .* 10000"),
         (of_demo("noise_schedule", "beta_start", value=-0.1), "beta_start: .* greater than 0"),
         (of_demo("noise_schedule", "beta_end", value=1.5), "beta_end: .* less than 1"),
@@ -210,7 +210,7 @@ def test_absurd_values_are_refused_in_one_line_that_names_them(described: Path, 
         (b"[]", "Input should be an object"),
         (b"\xff\xfe{}", "Invalid JSON"),
         (b"[" * 100_000, "Invalid JSON: recursion limit exceeded"),
-        (b'{"format": 3, "name": "\xff"}', "Invalid JSON"),
+        (b'{"format": 4, "name": "\xff"}', "Invalid JSON"),
         (b"{" + b'"a": 1, ' * 1000 + b'"b": 2}', "Field required|Extra inputs"),
     ],
 )
