@@ -48,7 +48,8 @@ def error(calls: Table, placed: tuple[int, ...], drift: FeatureDrift) -> float:
         for step in range(full + 1, end):
             level = (*(one.level for one in calls.steps[1:]), (1.0, 0.0))[step]
             weight = calls.steps[step].matrix[0, 1] / np.hypot(*level)
-            total += abs(weight) * (drift_at(calls, step, drift) - drift_at(calls, full, drift)) ** 2
+            moved = weight * (drift_at(calls, step, drift) - drift_at(calls, full, drift))
+            total += (moved * (3 if step == len(calls.steps) - 1 else 1)) ** 2
     return total
 
 

@@ -49,28 +49,28 @@ def depths(asked: Request) -> str:
     ("asked", "expected"),
     [
         (request(cache="off"), "ffffffff"),
-        (request(), "fsfssfss"),
-        (request(steps=20), "fsfssfsssfssssfsssfs"),
-        (request(steps=20, cache="faster"), "fssfsssfssssfssssfss"),
-        (request(scale=1), "fsfssfss"),
-        (request(steps=5), "ffsfs"),
+        (request(), "ffsfssfs"),
+        (request(steps=20), "fsfssfsssssfsssssfsf"),
+        (request(steps=20, cache="faster"), "fsfssfsssssfssssssfs"),
+        (request(scale=1), "ffsfssfs"),
+        (request(steps=5), "ffffs"),
         (request(steps=4), "ffff"),
         (request(steps=4, cache="faster"), "ffff"),
         (request(steps=1), "f"),
-        (request(full=2), "fssfssss"),
+        (request(full=2), "fsfsssss"),
         (request(full=8), "ffffffff"),
         (request(full=1), "fsssssss"),
-        (request(full=2, steps=4, cache="off"), "fsfs"),
+        (request(full=2, steps=4, cache="off"), "ffss"),
         # Two UNet calls for each step but the last: full ones are as large a share of them.
         (request(full=4, scheduler="heun"), "ffsfsfsfsfsfsfs"),
         # Fresh noise at each step: more of them are full, evenly.
         (request(steps=20, scheduler="euler_ancestral"), "fssfssfssfssfssfssfs"),
         (request(steps=20, scheduler="euler_ancestral", cache="faster"), "fsssfssfssfsssfssfss"),
-        # Guidance begins at step 6: step 5 kept no features of the negative prompt.
-        (request(start=0.75), "fsfssffs"),
+        # Guidance begins at step 4: step 3 kept no features of the negative prompt.
+        (request(start=0.5), "ffsffsfs"),
         # It ends after step 3: what was kept for both rows serves the one that is left.
-        (request(end=0.5), "fsfssfss"),
-        (request(start=0.125, end=0.375), "fffssfss"),
+        (request(end=0.5), "ffsfssfs"),
+        (request(start=0.25, end=0.375), "ffffssfs"),
     ],
 )
 def test_a_step_is_full_where_features_are_due_or_unknown(asked: Request, expected: str) -> None:
@@ -94,7 +94,7 @@ def test_no_shallow_step_lacks_the_features_of_a_row() -> None:
 
 def test_the_remaining_steps_decrease() -> None:
     asked = request(steps=7)
-    assert asked.steps_left == Counter(full=3, shallow=4)
+    assert asked.steps_left == Counter(full=4, shallow=3)
     for _ in range(4):
         asked.advance()
     assert asked.steps_left == Counter(full=1, shallow=2)
