@@ -38,6 +38,7 @@ _WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
 _NEGATIVE_IS_UNUSED = "It is not used without guidance: send a guidance_scale above 1 if the model is made for it."
 _RAISED = "The server was under load and set it to {}, not {}, which changes images slightly: send cache to choose it."
 _FEW_STEPS = 4  # all full, and so many at least: fewer steps would spare the others too, with the same loss
+_LARGE_STEPS = 10  # as far apart as those of so many, of which half are full
 _LAG = 2  # steps after which guidance ends at the earliest: one may be in flight when another one is completed
 _AGREED = 0.3  # of latents, whose deviation is about 1: what guidance may still add where it ends by itself
 # Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more.
@@ -350,7 +351,7 @@ class Request:
         if params.full_steps is not None:  # of them all: as large a share of the calls that it makes
             return round(params.full_steps * self.steps / params.num_inference_steps)
         part, more = (_FULL_WITH_NOISE if self.table.draws else _FULL)[params.cache]
-        return max(math.ceil(self.steps / part) + more, _FEW_STEPS)
+        return max(math.ceil(self.steps / part) + more, math.ceil(min(self.steps, _LARGE_STEPS) / 2), _FEW_STEPS)
 
     @property
     def depth(self) -> Depth:

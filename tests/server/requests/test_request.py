@@ -101,7 +101,7 @@ def test_the_remaining_steps_decrease() -> None:
 
 
 def test_steps_that_are_left_out_do_not_count() -> None:
-    """As with an initial image, which leaves out the first steps: a quarter, and one more."""
+    """As with an initial image, which leaves out the first steps: half of those that are left."""
     asked = request(steps=20)
     part = Request(asked.params, table(asked.params.scheduler, 20, NoiseSchedule(), skip=10), (), "a")
-    assert (asked.steps_left["full"], part.steps_left["full"]) == (6, 4)
+    assert (asked.steps_left["full"], part.steps_left["full"]) == (6, 5)
