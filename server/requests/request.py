@@ -245,7 +245,6 @@ class Request:
         self._cancelled: ServerError | None = None  # set once, so any thread may read it and write it
         self._mark = time.perf_counter()
         self._step = 0
-        self._guided_until = [self.steps] * self.images
         self.outcome: Outcome | None = None
 
     @property
@@ -302,6 +301,11 @@ class Request:
     def _last_guided(self) -> int:
         """The last step to which guidance applies, as far as is known from the start; -1: there is none."""
         return max((step for step, guided in enumerate(self.guided) if guided), default=-1)
+
+    @cached_property
+    def _guided_until(self) -> list[int]:
+        """For each image, the step from which on guidance has ended by itself."""
+        return [self.steps] * self.images
 
     def is_guided(self, image: int) -> bool:
         """Whether guidance applies to an image in the next step."""

@@ -37,6 +37,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "memory-int8": MemoryReport,
     "overhead": Overhead,
     "peers": PipelineResults,
+    "peers-dial": PipelineResults,
     "quality": QualityResults,
     "ray": RayResults,
     "scaling": ScalingResults,

@@ -13,6 +13,9 @@ from tests.support.serving import Serving
 _LONG = {"prompt": "a red heart", "num_images": 8, "num_inference_steps": 200}  # all rows
 
 
+_STEPS = 2  # whose times say when there may be room
+
+
 class FullQueue:
     """One request that runs and one that waits, until it is freed. A context manager."""
 
@@ -22,10 +25,11 @@ class FullQueue:
 
     def __enter__(self) -> Self:
         self._open.enter_context(self.serving.held())
-        self.serving.let(2)  # whose times say when there may be room
-        for event in ("started", "queued"):
-            lines = self._stream()
-            next(line for line in lines if line == f"event: {event}")
+        self.serving.let(_STEPS)
+        running = self._stream()
+        for _ in range(_STEPS):  # after the last of them no other request can join
+            _await(running, "step")
+        _await(self._stream(), "queued")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,6 +44,10 @@ class FullQueue:
         accept = {"Accept": "text/event-stream"}
         stream = self.serving.client.stream("POST", "/generate", json=_LONG, headers=accept)
         return self._open.enter_context(stream).iter_lines()
+
+
+def _await(lines: Iterator[str], event: str) -> None:
+    next(line for line in lines if line == f"event: {event}")
 
 
 def is_idle(serving: Serving) -> bool:

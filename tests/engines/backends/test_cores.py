@@ -101,7 +101,7 @@ device.load(Path({str(bundle / "onnx" / "decode.onnx")!r}), device.stream("test"
 print(count() - before)
 device = open_device("openvino")
 engine = device.load(Path({str(bundle / "onnx" / "decode.onnx")!r}), device.stream("test"))
-print(engine._compiled.get_property("INFERENCE_NUM_THREADS"))
+print(engine._compiled._any.get_property("INFERENCE_NUM_THREADS"))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our own
     assert ended.stdout.split() == ["0", "1"]

@@ -111,7 +111,9 @@ def steps(denoise: Loaded, prompts: tuple[str, ...], *, seed: int) -> Iterator[t
 def stepped(denoise: Loaded, inputs: dict[str, Array]) -> Array:
     """The next state."""
     features = np.empty((len(inputs["row_image"]), 64, *inputs["state"].shape[3:]), np.float16)
-    return denoise(inputs, {"state_next": inputs["state"], "features": features})["state_next"]
+    effect = np.empty(len(inputs["slot"]), np.float32)
+    like = {"state_next": inputs["state"], "features": features, "guidance_effect": effect}
+    return denoise(inputs, like)["state_next"]
 
 
 def pictures(denoise: Loaded) -> Array:
@@ -256,7 +258,7 @@ def test_dimensions_still_vary(files: tuple[Path, ...]) -> None:
     names = {port.any_name: port.get_partial_shape().rank.get_length() for port in model.inputs}
     assert names.keys() >= {"state", "context", "timestep", "guidance", "coef"}
     assert all(port.get_partial_shape().is_dynamic for port in (*model.inputs, *model.outputs))
-    assert {port.any_name for port in model.outputs} == {"state_next", "features"}
+    assert {port.any_name for port in model.outputs} == {"state_next", "guidance_effect", "features"}
 
 
 def test_nothing_is_printed_and_nothing_else_is_written(

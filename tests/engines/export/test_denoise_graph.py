@@ -69,7 +69,12 @@ def run(denoise: Loaded, plan: dict[str, Array]) -> Array:
 def run_whole(denoise: Loaded, plan: dict[str, Array]) -> dict[str, Array]:
     """Features too, which a full step makes."""
     shape = (len(plan["row_image"]), CHANNELS, *plan["state"].shape[3:])
-    return denoise(plan, {"state_next": plan["state"], "features": np.zeros(shape, np.float16)})
+    return denoise(plan, {**like(plan), "features": np.zeros(shape, np.float16)})
+
+
+def like(plan: dict[str, Array]) -> dict[str, Array]:
+    """Outputs of a shallow step."""
+    return {"state_next": plan["state"], "guidance_effect": np.zeros(len(plan["slot"]), np.float32)}
 
 
 def rows_of(unet: Any, plan: dict[str, Array]) -> Iterator[Array]:
@@ -106,6 +111,19 @@ def test_any_mix_of_rows(denoise: Loaded, unet: Any, images: int, rows: int) -> 
     plan = random_plan(np.random.default_rng(rows), images=images, rows=rows, h=16, w=24)
     expected = reference(unet, plan)
     assert np.abs(run(denoise, plan) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_it_says_how_much_guidance_adds(denoise: Loaded, unet: Any) -> None:
+    """Of an image with a negative row, of one with two, of one without, and of padding."""
+    plan = random_plan(np.random.default_rng(12), images=4, rows=6, h=8, w=8)
+    plan["row_image"] = np.array([0, 0, 1, 1, 1, 2])
+    plan["guidance"] = np.zeros((4, 6), np.float32)
+    plan["guidance"][0, :2], plan["guidance"][1, 2:5], plan["guidance"][2, 5] = (7.5, -6.5), (4, -2, -1), 1
+    rows = list(rows_of(unet, plan))
+    added = [6.5 * (rows[0] - rows[1]), 3 * rows[2] - 2 * rows[3] - rows[4]]
+    found = run_whole(denoise, plan)["guidance_effect"]
+    np.testing.assert_allclose(found[:2], [np.sqrt(np.square(one).mean()) for one in added], rtol=1e-3)
+    assert found[2:].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("chunks", [2, 6])
@@ -249,7 +267,7 @@ def test_a_shallow_step_is_the_unet_over_features_of_another(
     shallow: Loaded, unet: Any, images: int, rows: int, h: int, w: int
 ) -> None:
     plan = shallow_plan(np.random.default_rng(rows), images=images, rows=rows, h=h, w=w)
-    made = shallow(plan, {"state_next": plan["state"]})["state_next"]
+    made = shallow(plan, like(plan))["state_next"]
     expected = shallow_reference(unet, plan)
     assert np.abs(made - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -258,7 +276,7 @@ def test_over_its_own_features_a_shallow_step_is_the_full_one(denoise: Loaded, s
     plan = random_plan(np.random.default_rng(9), images=3, rows=5, h=8, w=8)
     full = run_whole(denoise, plan)
     plan |= {"features": full["features"], "row_feature": np.arange(5)}
-    again = shallow(plan, {"state_next": plan["state"]})["state_next"]
+    again = shallow(plan, like(plan))["state_next"]
     assert np.abs(again - full["state_next"]).max() <= 5e-4 * np.abs(again).max()  # the features are FP16
 
 
@@ -267,8 +285,7 @@ def test_in_a_shallow_step_too_an_image_breaks_alone(shallow: Loaded) -> None:
     plan["features"] = np.random.default_rng(11).standard_normal((PLACES, CHANNELS, 8, 8)).astype(np.float16)
     broken = {**plan, "features": plan["features"].copy()}
     broken["features"][3, 0, 1, 1] = np.nan
-    like = {"state_next": plan["state"]}
-    alone, beside = shallow(plan, like)["state_next"], shallow(broken, like)["state_next"]
+    alone, beside = shallow(plan, like(plan))["state_next"], shallow(broken, like(plan))["state_next"]
     slot = plan["slot"][1]
     assert not np.isfinite(beside[slot, 0]).any()
     others = np.arange(SLOTS) != slot

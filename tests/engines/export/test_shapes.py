@@ -76,9 +76,9 @@ def test_steps_are_those_of_diffusers(graphs: Graphs, family: str) -> None:
     expected = expected_of(folder, inputs)
     assert expected.std() > 0.01, "the output is flat: it proves nothing"
     with torch.inference_mode():
-        full, features = made["denoise"].module(**inputs)
-        shallow = made["denoise_shallow"].module(**inputs, features=features, row_feature=torch.arange(ROWS))
-        blind = made["denoise_shallow"].module(**inputs, features=0 * features, row_feature=torch.arange(ROWS))
+        full, _, features = made["denoise"].module(**inputs)
+        shallow, _ = made["denoise_shallow"].module(**inputs, features=features, row_feature=torch.arange(ROWS))
+        blind, _ = made["denoise_shallow"].module(**inputs, features=0 * features, row_feature=torch.arange(ROWS))
     torch.testing.assert_close(full[:ROWS, 0], expected, atol=1e-5, rtol=1e-4)
     error = (shallow[:ROWS, 0] - expected).abs().max()
     assert error < 2e-3 * expected.abs().max()

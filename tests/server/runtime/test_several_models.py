@@ -15,6 +15,7 @@ import pytest
 
 from engines.backends.available import engine_path
 from engines.backends.onnxruntime import OnnxRuntimeDevice
+from engines.contract import DecoderName
 from engines.demo import BUNDLE
 from engines.errors import DeviceLost, EngineError
 from engines.manifest import Manifest
@@ -171,10 +172,10 @@ def test_a_broken_file_fails_its_model_alone_and_it_may_be_loaded_again(bundle: 
 def test_a_model_whose_test_image_fails_is_not_served(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = LatentPool.decode
 
-    def fail(pool: LatentPool, entries: Sequence[int]) -> DecodeCall:
+    def fail(pool: LatentPool, entries: Sequence[int], decoder: DecoderName) -> DecodeCall:
         if pool.size in Manifest.read(bundle).resolutions:
             raise EngineError("out of order")
-        return decode(pool, entries)
+        return decode(pool, entries, decoder)
 
     with demo(source(bundle, at_start=False)) as running:
         monkeypatch.setattr(LatentPool, "decode", fail)

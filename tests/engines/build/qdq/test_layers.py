@@ -56,6 +56,6 @@ def test_a_graph_of_its_own_computes_the_same(tmp_path: Path) -> None:
     manifest = Manifest.load(DEMO)
     sizes = {**manifest.dims(manifest.resolutions[0]), "S": 3, "C": 2, "B": 1, "R": 2, "P": 2, "L": 1}
     inputs = build_inputs(inputs_of("denoise_shallow"), sizes, make=random_values(np.random.default_rng(0)))
-    empty = {"state_next": np.empty_like(inputs["state"])}
+    empty = {"state_next": np.empty_like(inputs["state"]), "guidance_effect": np.empty(1, np.float32)}
     expected, actual = (Loaded("onnxruntime", path)(inputs, empty)["state_next"] for path in (GRAPH, alone))
     np.testing.assert_array_equal(actual, expected)

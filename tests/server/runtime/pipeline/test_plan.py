@@ -10,7 +10,7 @@ import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.request import Cache, GenerationParams, Request
+from server.requests.request import GenerationParams, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.pipeline.admission import FeaturePlaces, Placement
 from server.runtime.pipeline.noise import NoiseGenerator, StepNoise
@@ -32,8 +32,8 @@ def placement(
 ) -> Placement:
     scale = 7.5 if guided else 1.0
     size, method = Size(width=64, height=64), Scheduler(scheduler)
-    cache: Cache = "fast" if features else "off"
-    params = GenerationParams(NOTHING, NOTHING, size, method, 6, scale, tuple(range(len(slots))), cache=cache)
+    full_steps = 1 if features else None
+    params = GenerationParams(NOTHING, NOTHING, size, method, 6, scale, tuple(range(len(slots))), full_steps=full_steps)
     request = Request(params, table(method, 6, NoiseSchedule()), (), "a")
     advance(request, step)
     prompts = (tuple(range(1, 1 + chunks)), (9,))
