@@ -237,8 +237,9 @@ def _guided(guidance: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     known = torch.where(finite, rows, 0.0)
     model = torch.where(lost > 0, torch.nan, guidance @ known)
     positive = guidance.clamp(min=0)
-    positive = positive / positive.sum(dim=1, keepdim=True).clamp(min=1)  # of padding the sum is 0, otherwise 1 or more
-    return model, (model - positive @ known).square().mean(dim=1).sqrt()
+    total = positive.sum(dim=1, keepdim=True).clamp(min=1)  # of padding it is 0, otherwise 1 or more
+    # Divided after the product: OpenVINO would else make another product of it, and compute that in BF16.
+    return model, (model - (positive @ known) / total).square().mean(dim=1).sqrt()
 
 
 def _with_mask(sample: Tensor, inpaint: Tensor) -> Tensor:
