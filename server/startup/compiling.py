@@ -68,7 +68,7 @@ def compile_missing(
             command, graphs = _command(manifest, bundle, backend), manifest.graph_names
             _build(command, backend, graphs, lock=lock, on_status=on_status, stopped=stopped)
             return Manifest.load(bundle)
-    except StartStopped as stop:  # whoever noticed it first: `stopped`, or `on_status`
+    except StartStopped as stop:  # noticed by `stopped` or by `on_status`, whichever was first
         message = "The server was stopped while its engines were compiled: the next start goes on."
         raise CompilingStopped(message) from stop
 
