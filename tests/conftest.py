@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from tests.support.safety import add_safety_checker
 from tests.support.shared import made_once, reused_graphs
 from tests.support.tiny import make_checkpoint, make_decoder
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background process; the programs tested inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where other programs run
 # The cache of shapes costs more than it saves where they are symbols: without it, an export takes a fifth less.
 torch._dynamo.config.fake_tensor_cache_enabled = False
