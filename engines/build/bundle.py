@@ -319,6 +319,7 @@ class _Exporter:
             defaults=Defaults(scheduler=config.scheduler),
             graphs=graphs,
             builds=self._builds(graphs),
+            feature_drift=self._earlier.feature_drift if self._earlier else None,
             versions=exporter_versions(),
             export_key=self._key,
         )

@@ -19,6 +19,7 @@ from engines.accuracy import psnr
 from engines.backends.openvino import openvino
 from engines.contract import GRAPHS
 from engines.manifest import Build, File, Manifest
+from engines.step_cache import DEMO_DRIFT
 from tests import ROOT
 from tests.support.references import draw, load_pipeline
 from tests.support.serving import Serving, pictures
@@ -50,6 +51,7 @@ def several(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_bf16(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The session's bundle with graphs and engines in BF16."""
     out = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("bf16") / "copy"))
+    Manifest.load(out).model_copy(update={"feature_drift": DEMO_DRIFT}).save(out)
     source = ["--model", checkpoint, "--out", out, "--resolution", "32x32"]
     assert build(*source, "--backend", "openvino", "--precision", "bf16") == 0
     return out
@@ -139,6 +141,10 @@ def test_int8_halves_the_unet_and_keeps_the_picture(copied: Path, capsys: pytest
     with Serving(copied, "--backend", "openvino") as serving:
         assert serving.client.get("/models").json()[0]["precision"] == "int8"
         assert serving.generate(prompt="two old boats", seed=3, num_inference_steps=4).status_code == 200
+
+
+def test_another_precision_keeps_what_was_measured_of_the_model(in_bf16: Path) -> None:
+    assert Manifest.load(in_bf16).feature_drift == DEMO_DRIFT
 
 
 def test_bf16_on_a_cpu_keeps_the_picture(in_bf16: Path) -> None:

@@ -73,6 +73,11 @@ def web_ui(client: httpx.Client, method: object = "TAESD") -> bytes:
     return base64.b64decode(answer["images"][0])
 
 
+def openai(client: httpx.Client) -> bytes:
+    body = {**SAME, "response_format": "b64_json", "decoder": "fast"}
+    return base64.b64decode(good(client.post("/v1/images/generations", json=body)).json()["data"][0]["b64_json"])
+
+
 def pixels(file: bytes) -> NDArray[np.uint8]:
     return np.asarray(opened(file))
 
@@ -92,7 +97,7 @@ def test_the_image_is_that_of_diffusers_with_this_decoder(
     assert psnr(ours, usual) < 30, "both decoders make the same image: this proves nothing"
 
 
-@pytest.mark.parametrize("api", [form, again, job, web_ui])
+@pytest.mark.parametrize("api", [form, again, job, openai, web_ui])
 def test_every_api_takes_the_choice(running: Serving, api: Callable[[httpx.Client], bytes]) -> None:
     np.testing.assert_array_equal(pixels(api(running.client)), pixels(native(running.client, decoder="fast")))
 

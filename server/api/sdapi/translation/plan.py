@@ -59,6 +59,7 @@ def _common(body: Txt2Img) -> dict[str, Any]:
         "num_inference_steps": body.steps,
         "guidance_scale": body.cfg_scale,
         "clip_skip": _clip_skip(settings.get("CLIP_stop_at_last_layers")),
+        "cache": body.cache,
         "decoder": _decoder(settings.get("sd_vae_decode_method")),
         "preview_every": PREVIEW_EVERY,
     }

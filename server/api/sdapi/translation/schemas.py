@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
 from server.requests.field_types import ImageFile
+from server.requests.request import Cache
 from server.requests.schemas import MAX_SEED
 
 MAX_IMAGES = 64  # of one call
@@ -57,6 +58,7 @@ class Txt2Img(BaseModel):
         max_length=64,
         description="CLIP_stop_at_last_layers, sd_model_checkpoint, sd_vae_decode_method, and what is already so",
     )
+    cache: Cache | None = Field(None, description="extension: fewer operations for the image, as in /generate")
     send_images: bool | None = Field(True, description="false: the reply has no images")
     force_task_id: _Name | None = Field(None, description="the job in the replies of GET progress; default: random")
 

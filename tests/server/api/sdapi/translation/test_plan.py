@@ -11,6 +11,7 @@ from engines.manifest import Manifest
 from server.api.sdapi.translation.plan import Plan, plan
 from server.api.sdapi.translation.schemas import Txt2Img
 from server.requests.errors import InvalidRequest
+from server.requests.request import Cache
 
 MANIFEST = Manifest.read(BUNDLE)  # of 16 rows
 MAX_SEED = 2**32 - 1
@@ -55,6 +56,12 @@ def test_a_random_seed_is_one_for_the_call() -> None:
     assert first.seed is not None
     assert second.seed == (first.seed + 1) % (MAX_SEED + 1)
     assert plan_of().seed != plan_of().seed
+
+
+@pytest.mark.parametrize("cache", [None, "off", "fast", "faster"])
+def test_cache_is_an_extension_that_is_passed_on_or_left_to_the_server(cache: Cache | None) -> None:
+    (body,) = plan_of(cache=cache).bodies
+    assert body.cache == cache
 
 
 @pytest.mark.parametrize(("stop_at", "skipped"), [(0, 0), (1, 0), (2, 1), (None, 0)])
