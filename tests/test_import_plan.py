@@ -170,7 +170,7 @@ ONLY_IN: dict[str, set[str]] = {
     "onnxscript": {"engines.build.onnxruntime_cuda"},
     "polygraphy": {"engines.build.bisect"},
     "cuda": {"engines.backends.cuda"},
-    "openvino": {"engines.backends.openvino_package"},  # which keeps it from sending statistics of its use
+    "openvino": {"engines.backends.openvino.package"},  # which keeps it from sending statistics of its use
     "rich": {
         "build_engines",
         "engines.build.console",

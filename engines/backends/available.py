@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from engines.backends import memory
 from engines.backends.registry import BACKENDS, ON_CPU, SPECS, install_command, missing_package, outdated
-from engines.backends.tensorrt_compatibility import check_fits as check_tensorrt_fits
-from engines.backends.tensorrt_compatibility import supported_capabilities
+from engines.backends.tensorrt.compatibility import check_fits as check_tensorrt_fits
+from engines.backends.tensorrt.compatibility import supported_capabilities
 from engines.contract import GraphName
 from engines.errors import EngineError
 from engines.manifest import BundleError, Gpu, Manifest, Precision

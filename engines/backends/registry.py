@@ -33,7 +33,7 @@ class BackendSpec:
 _SPECS = (  # the fastest first
     BackendSpec(
         name="tensorrt",
-        module="engines.backends.tensorrt",
+        module="engines.backends.tensorrt.device",
         extra="cuda",
         packages=("tensorrt",),
         precisions=("fp16", "bf16", "fp32", "fp8", "int8"),
@@ -42,7 +42,7 @@ _SPECS = (  # the fastest first
     ),
     BackendSpec(
         name="tensorrt_rtx",
-        module="engines.backends.tensorrt_rtx",
+        module="engines.backends.tensorrt.rtx",
         extra="rtx",
         packages=("tensorrt-rtx",),
         precisions=("fp16", "bf16", "fp32", "fp8", "int8"),
@@ -61,7 +61,7 @@ _SPECS = (  # the fastest first
     ),
     BackendSpec(
         name="openvino",
-        module="engines.backends.openvino",
+        module="engines.backends.openvino.device",
         extra="openvino",
         packages=("openvino",),
         precisions=("fp32", "bf16", "int8"),

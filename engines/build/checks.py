@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engines.backends.available import Choice, choose, gpu_here, installed, probe
 from engines.backends.registry import ON_CPU, SPECS, TENSORRT, install_command
-from engines.backends.tensorrt_compatibility import check_fp8
+from engines.backends.tensorrt.compatibility import check_fp8
 from engines.build.bundle import exporter_versions, geometry_of
 from engines.build.compile import check_precision
 from engines.build.options import ExportOptions

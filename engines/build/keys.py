@@ -31,8 +31,7 @@ INT8_CODE = (
     "build/trajectory.py",
     "build/quantize.py",
     "build/parts.py",
-    "backends/openvino.py",
-    "backends/openvino_upsampling.py",
+    "backends/openvino",
 )
 
 

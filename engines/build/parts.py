@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends.openvino import openvino
+from engines.backends.openvino.package import openvino
 from engines.contract import Array
 
 Model = Any  # an openvino.Model, which ships no types

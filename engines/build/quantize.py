@@ -17,8 +17,9 @@ from shutil import disk_usage
 from typing import Any
 from xml.etree import ElementTree
 
-from engines.backends.openvino import TAKES_BF16, openvino
-from engines.backends.openvino_upsampling import at_low_resolution
+from engines.backends.openvino.device import TAKES_BF16
+from engines.backends.openvino.package import openvino
+from engines.backends.openvino.upsampling import at_low_resolution
 from engines.backends.registry import install_command
 from engines.build.parts import Model, change_in_parts
 from engines.contract import Array

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from engines.contract import DecoderName
 from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from server.api.problems import explain
 from server.requests.errors import FieldError, InvalidRequest
@@ -72,7 +71,9 @@ class ImagesBody(BaseModel):
     scheduler: str | None = Field(None, max_length=64, description="extension: the sampling method, as in /generate")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="extension: seed of the first image; default: random")
     cache: Cache | None = Field(None, description="extension: fewer operations for the image, as in /generate")
-    decoder: DecoderName | None = Field(None, description="extension: what makes the pixels, as in /generate")
+    decoder: Literal["vae", "fast"] | None = Field(
+        None, description="extension: what makes the pixels, as in /generate"
+    )
     loras: LoraChoices | None = Field(None, description="extension: LoRAs, as in /generate")
     width: Side | None = Field(None, description="extension: in pixels, instead of size")
     height: Side | None = Field(None, description="extension: in pixels, instead of size")

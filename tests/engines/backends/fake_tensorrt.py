@@ -26,8 +26,8 @@ import numpy as np
 import onnxruntime as ort
 
 from engines.backends.cuda import Cuda
-from engines.backends.tensorrt import TensorRtDevice
-from engines.backends.tensorrt_rtx import RtxContexts
+from engines.backends.tensorrt.device import TensorRtDevice
+from engines.backends.tensorrt.rtx import RtxContexts
 from engines.build.profiles import shapes
 from engines.contract import Array, GraphName, TensorSpec
 from engines.manifest import Build, Compiled, File, Geometry, Gpu, Manifest

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engines.backends.mapped import release_pages
-from engines.backends.openvino import openvino
+from engines.backends.openvino.package import openvino
 from tests.support.loaded import Loaded
 
 PAGES = 64

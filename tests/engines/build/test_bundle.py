@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import build_engines
 from engines.accuracy import psnr
-from engines.backends.openvino import openvino
+from engines.backends.openvino.package import openvino
 from engines.contract import GRAPHS
 from engines.manifest import Build, File, Manifest
 from engines.step_cache import DEMO_DRIFT

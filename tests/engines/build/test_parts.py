@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import engines.build.quantize
-from engines.backends.openvino import openvino
+from engines.backends.openvino.package import openvino
 from engines.build.parts import change_in_parts
 from engines.build.quantize import quantize
 from engines.contract import Array

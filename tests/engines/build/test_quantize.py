@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from engines.backends.openvino import TAKES_BF16, openvino
+from engines.backends.openvino.device import TAKES_BF16
+from engines.backends.openvino.package import openvino
 from engines.backends.registry import install_command
 from engines.build.quantize import compress, quantize
 from engines.contract import INPAINT_LANES, LANES, Array

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines.backends.tensorrt import TensorRtDevice
+from engines.backends.tensorrt.device import TensorRtDevice
 from engines.errors import EngineError
 from server.runtime.pipeline.latent_pool import LatentPool
 from server.runtime.pipeline.pipeline import Pipeline

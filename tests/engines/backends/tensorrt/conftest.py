@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends import tensorrt
-from engines.backends import tensorrt_rtx as rtx
+from engines.backends.tensorrt import device as tensorrt
+from engines.backends.tensorrt import rtx
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device, write_engine
 from tests.engines.backends.tensorrt.tiny import PROFILES, Bench, compile_apart, on_a_gpu, write_onnx

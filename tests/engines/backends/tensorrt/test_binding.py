@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.backends.tensorrt_log import logger_for
+from engines.backends.tensorrt.log import logger_for
 from engines.errors import EngineError
 from tests.engines.backends import fake_tensorrt as fake
 from tests.engines.backends.fake_cuda import FakeCuda

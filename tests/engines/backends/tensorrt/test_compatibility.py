@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends.tensorrt_compatibility import check_fits, check_fp8
+from engines.backends.tensorrt.compatibility import check_fits, check_fp8
 from engines.errors import EngineError
 from engines.manifest import Build, Compiled, File, Gpu
 

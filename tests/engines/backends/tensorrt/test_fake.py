@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 
-from engines.backends import tensorrt
 from engines.backends.cuda import Cuda, CudaStream, DeviceBuffer
-from engines.backends.tensorrt_log import logger_for
+from engines.backends.tensorrt import device as tensorrt
+from engines.backends.tensorrt.log import logger_for
 from engines.errors import DeviceLost
 from tests.engines.backends import fake_tensorrt as fake
 from tests.engines.backends.fake_cuda import FakeCuda

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.backends.tensorrt import TensorRtCall
-from engines.backends.tensorrt_log import logger_for
+from engines.backends.tensorrt.device import TensorRtCall
+from engines.backends.tensorrt.log import logger_for
 from engines.errors import DeviceLost, EngineError
 from tests.engines.backends import fake_tensorrt as fake
 from tests.engines.backends.fake_cuda import ByPriority, FakeCuda

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tensorrt_rtx
 
-from engines.backends import tensorrt
-from engines.backends import tensorrt_rtx as rtx
 from engines.backends.cuda import Cuda, Probe
 from engines.backends.registry import install_command
-from engines.backends.tensorrt import TensorRtDevice, open_package
+from engines.backends.tensorrt import device as tensorrt
+from engines.backends.tensorrt import rtx
+from engines.backends.tensorrt.device import TensorRtDevice, open_package
 from engines.errors import EngineError
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import FAKE_GPU

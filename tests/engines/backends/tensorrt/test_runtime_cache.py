@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends import tensorrt_rtx as rtx
+from engines.backends.tensorrt import rtx
 from tests.engines.backends import fake_tensorrt as fake
 from tests.engines.backends.tensorrt.tiny import Bench, inputs
 

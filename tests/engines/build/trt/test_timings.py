@@ -9,7 +9,7 @@ import pytest
 
 from engines.build.trt.parent import TIMING_CACHE, build_engine
 from engines.build.trt.timings import Timings
-from tests.engines.backends.test_tensorrt_names import signatures
+from tests.engines.backends.tensorrt.test_names import signatures
 from tests.engines.build.trt.block import rows
 from tests.engines.build.trt.builds import RTX, Recorder, pretend
 from tests.engines.build.trt.fake_builder import GPU, IBuilderConfig, ITimingCache

@@ -23,8 +23,9 @@ from tests.engines.backends import fake_tensorrt as fake
 RTX = import_module("tensorrt_rtx")  # not by `import`: it has no types
 ENGINES = ROOT / "engines"
 BUILD = ENGINES / "build" / "trt"
-SOURCES = sorted([*ENGINES.glob("backends/tensorrt*.py"), *ENGINES.glob("build/trt/*.py")])
-FOR_RTX = "tensorrt_rtx.py"  # runs over that package alone
+RUNTIME = ENGINES / "backends" / "tensorrt"
+SOURCES = sorted([*RUNTIME.glob("*.py"), *BUILD.glob("*.py")])
+FOR_RTX = "rtx.py"  # runs over that package alone
 
 # What each name stands for in the source, and what each method gives.
 OBJECTS = {
@@ -123,7 +124,7 @@ def lacking(source: str, names: Names) -> list[Use]:
 
 
 def test_the_sources_are_found_and_say_much() -> None:
-    assert {"builder.py", "tensorrt_log.py"} <= {path.name for path in SOURCES}
+    assert {"builder.py", "log.py"} <= {path.name for path in SOURCES}
     found = {use for path in BUILD.glob("*.py") for use in uses(path.read_text())}
     assert {
         ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
@@ -152,7 +153,7 @@ def test_the_sources_are_found_and_say_much() -> None:
 
 
 def test_what_only_the_runtime_needs_is_found_too() -> None:
-    found = set(uses((ENGINES / "backends" / "tensorrt.py").read_text()))
+    found = set(uses((RUNTIME / "device.py").read_text()))
     assert {
         ("IExecutionContext", "execute_async_v3"),
         ("IExecutionContext", "set_device_memory"),
@@ -163,7 +164,7 @@ def test_what_only_the_runtime_needs_is_found_too() -> None:
 
 
 def test_rtx_uses_what_the_others_lack() -> None:
-    source = (ENGINES / "backends" / FOR_RTX).read_text()
+    source = (RUNTIME / FOR_RTX).read_text()
     only = {
         ("CudaGraphStrategy", "DISABLED"),
         ("DynamicShapesKernelSpecializationStrategy", "EAGER"),

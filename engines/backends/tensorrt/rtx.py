@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends.cuda import CudaStream
-from engines.backends.tensorrt import Contexts, TensorRtDevice, open_package
+from engines.backends.tensorrt.device import Contexts, TensorRtDevice, open_package
 from engines.files import read_own, write_own
 
 _logger = logging.getLogger(__name__)

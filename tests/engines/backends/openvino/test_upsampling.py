@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.backends.openvino import openvino
-from engines.backends.openvino_upsampling import at_low_resolution
+from engines.backends.openvino.package import openvino
+from engines.backends.openvino.upsampling import at_low_resolution
 from engines.contract import Array
 
 ops = openvino.opset13

@@ -11,8 +11,8 @@ from engines.backends import cores
 from engines.backends.device import Buffer, Reader, Stream
 from engines.backends.host import GraphPort, HostDevice, HostStream, bound_arrays
 from engines.backends.mapped import release_pages
-from engines.backends.openvino_package import openvino as openvino  # noqa: PLC0414 - the build imports it from here
-from engines.backends.openvino_upsampling import at_low_resolution
+from engines.backends.openvino.package import openvino
+from engines.backends.openvino.upsampling import at_low_resolution
 from engines.contract import Array
 from engines.errors import EngineError
 

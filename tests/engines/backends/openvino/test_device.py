@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.backends import openvino as backend
 from engines.backends.host import HostBuffer
-from engines.backends.openvino import OpenVinoDevice, openvino
+from engines.backends.openvino import device as backend
+from engines.backends.openvino.device import OpenVinoDevice
+from engines.backends.openvino.package import openvino
 
 ops = openvino.opset13
 

@@ -26,8 +26,8 @@ from engines.backends.cuda import (
 )
 from engines.backends.device import Buffer, Reader, Stream
 from engines.backends.registry import install_command
-from engines.backends.tensorrt_compatibility import title
-from engines.backends.tensorrt_log import logger_for, require
+from engines.backends.tensorrt.compatibility import title
+from engines.backends.tensorrt.log import logger_for, require
 from engines.errors import DeviceLost, EngineError
 from engines.manifest import Gpu
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engines.backends.openvino_package import openvino
+from engines.backends.openvino.package import openvino
 from engines.contract import Array
 
 _PARITIES = tuple(itertools.product((0, 1), repeat=2))  # of the output's row and column
