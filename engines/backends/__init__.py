@@ -1,1 +1,1 @@
-"""What engines run on: the device protocols, and one module for each backend that implements them."""
+"""What engines run on: the device protocols, and a module or a package for each backend that implements them."""

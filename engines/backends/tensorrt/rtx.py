@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends.cuda import CudaStream
-from engines.backends.tensorrt.device import Contexts, TensorRtDevice, open_package
+from engines.backends.tensorrt.device import TensorRtDevice, open_package
+from engines.backends.tensorrt.engine import Contexts
 from engines.files import read_own, write_own
 
 _logger = logging.getLogger(__name__)

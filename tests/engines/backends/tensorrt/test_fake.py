@@ -10,7 +10,7 @@ import pytest
 import tensorrt_rtx
 
 from engines.backends.cuda import Cuda, CudaStream, DeviceBuffer
-from engines.backends.tensorrt import device as tensorrt
+from engines.backends.tensorrt.engine import Scratch
 from engines.backends.tensorrt.log import logger_for
 from engines.errors import DeviceLost
 from tests.engines.backends import fake_tensorrt as fake
@@ -82,7 +82,7 @@ def faults(bench: Bench, gpu: FakeCuda) -> list[str]:
 
 def test_the_fake_notices_scratch_that_two_streams_share(bench: Bench, gpu: FakeCuda) -> None:
     other = bench.device.stream("pictures")
-    bench.device._scratch[other] = bench.device._scratch.setdefault(bench.stream, tensorrt.Scratch(bench.device._cuda))
+    bench.device._scratch[other] = bench.device._scratch.setdefault(bench.stream, Scratch(bench.device._cuda))
     calls = [bench.bind(inputs(2))[1], replace(bench, stream=other).bind(inputs(2))[1]]
     for call in calls:
         call.launch()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.backends.tensorrt.device import TensorRtCall
+from engines.backends.tensorrt.engine import TensorRtCall
 from engines.backends.tensorrt.log import logger_for
 from engines.errors import DeviceLost, EngineError
 from tests.engines.backends import fake_tensorrt as fake

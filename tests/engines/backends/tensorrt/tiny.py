@@ -18,7 +18,8 @@ import pytest
 from engines.backends.cuda import CudaStream, probe
 from engines.backends.device import Buffer
 from engines.backends.tensorrt.compatibility import supported_capabilities
-from engines.backends.tensorrt.device import TensorRtCall, TensorRtDevice
+from engines.backends.tensorrt.device import TensorRtDevice
+from engines.backends.tensorrt.engine import TensorRtCall
 from engines.contract import Array
 from tests import ROOT
 from tests.engines.backends.fake_tensorrt import Profile
