@@ -23,7 +23,8 @@ from engines.errors import EngineError
 from engines.manifest import Manifest
 from loadtest.arrivals import Arrival
 from server.requests.errors import BrokenPicture, Cancelled, NotReady
-from server.requests.request import Completed, Event, Failed, Image, Request
+from server.requests.params import Image
+from server.requests.request import Completed, Event, Failed, Request
 from server.requests.schemas import GenerateRequest
 from server.runtime.make import make_runtime
 from server.runtime.models import ModelSource

@@ -15,7 +15,8 @@ from benchmarks.server.step_cache import ssim
 from engines.accuracy import psnr
 from engines.demo.check import GUIDANCE
 from engines.demo.pictures import Seen, check, draw_prompts
-from server.requests.request import Cache, Request
+from server.requests.depths import Cache
+from server.requests.request import Request
 from server.requests.schemas import GenerateRequest
 
 Rgb = NDArray[np.uint8]  # [H, W, 3]

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from loadtest.provenance import ResultModel, Run
-from server.requests.request import Cache
+from server.requests.depths import Cache
 
 CACHES: tuple[Cache, ...] = ("off", "fast", "faster")
 

@@ -28,7 +28,7 @@ from loadtest.client import LoadTestError, ServerClient
 from loadtest.generator import LoadGenerator
 from loadtest.mix import Mix, MixEntry
 from loadtest.provenance import ResultModel, Run, begin_run, now
-from server.requests.request import Cache
+from server.requests.depths import Cache
 
 _PROGRAM = "python -m benchmarks.server.degrade"
 _PROMPT = "a red heart on a yellow background"

@@ -13,7 +13,7 @@ from server.loras.catalogue import Catalogue, CataloguedFile
 from server.loras.packed import PackedLoras
 from server.requests.errors import LoraUnreadable
 from server.requests.loras import KnownLora, UnusableLora
-from server.requests.request import Lora
+from server.requests.params import Lora
 from server.requests.schemas import LoraDescription
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
 from server.requests.errors import LoraUnreadable
-from server.requests.request import Lora
+from server.requests.params import Lora
 
 _SOON = 5  # seconds
 

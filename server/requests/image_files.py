@@ -12,7 +12,7 @@ import PIL.Image
 from server.requests import images, infotext
 from server.requests.images import ImageFormat
 from server.requests.metadata import Metadata, SourceType, source_type_of
-from server.requests.request import GenerationParams, Image
+from server.requests.params import GenerationParams, Image
 
 Sign = Callable[[bytes, ImageFormat, SourceType], bytes]  # from a file to a signed one
 

@@ -8,7 +8,7 @@ from typing import Literal
 import PIL.Image
 
 from server.requests.metadata import NO_METADATA, Metadata
-from server.requests.request import Image
+from server.requests.params import Image
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from engines.schedulers import Scheduler, Sigmas, describe
 from server.requests.lora_tags import tag_of, tags_in, without_tags
-from server.requests.request import GenerationParams
+from server.requests.params import GenerationParams
 from server.version import VERSION
 
 PROMPT, NEGATIVE_PROMPT = "Prompt", "Negative prompt"  # keys of what `parse` returns

@@ -7,7 +7,7 @@ import PIL.Image
 
 from engines.manifest import Manifest, Size
 from server.requests import uploads
-from server.requests.request import Image, InitImage, MaskedImage, PixelMask
+from server.requests.params import Image, InitImage, MaskedImage, PixelMask
 from server.requests.schemas import GenerateRequest
 
 _STRENGTH = 0.8  # of image to image, as in diffusers

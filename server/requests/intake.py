@@ -17,10 +17,12 @@ from engines.schedulers import Scheduler, Table, complete, find, table
 from engines.step_cache import DEMO_DRIFT
 from server.requests import uploads
 from server.requests.context import ANONYMOUS, RequestContext
+from server.requests.depths import Cache, StepCache
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.init_images import start_of
 from server.requests.loras import Loras, choose, names_loras
-from server.requests.request import Cache, Event, GenerationParams, InitImage, Request, StepCache
+from server.requests.params import GenerationParams, InitImage
+from server.requests.request import Event, Request
 from server.requests.schemas import MAX_SEED, SIZE_CONDITIONS, GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 

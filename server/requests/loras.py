@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from engines.manifest import Manifest
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.lora_tags import MAX_LORA_WEIGHT, tags_in
-from server.requests.request import Lora, WeightedLora
+from server.requests.params import Lora, WeightedLora
 from server.requests.schemas import MAX_LORAS, GenerateRequest, LoraDescription
 
 

@@ -13,7 +13,7 @@ import PIL.Image
 from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
-from server.requests.request import GenerationParams
+from server.requests.params import GenerationParams
 
 # Of IPTC's vocabulary: the second is for captured media that a model has changed, as by inpainting.
 SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]

@@ -1,100 +1,32 @@
-"""A request: the parameters of one call, its progress, and its one outcome."""
+"""A request: its parameters, its progress, and its one outcome."""
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engines.contract import GUIDANCE_EMBEDDED, LANES, TIME_IDS, DecoderName
-from engines.manifest import FeatureDrift, Size
-from engines.schedulers import Scheduler, Table
-from engines.step_cache import DEMO_DRIFT, full_steps
+from engines.contract import LANES
+from engines.manifest import Size
+from engines.schedulers import Table
+from engines.step_cache import full_steps
 from server.requests.context import ANONYMOUS, Priority, RequestContext
+from server.requests.depths import Depth, depths_of, full_count
 from server.requests.errors import Cancelled, DeadlineExceeded, ServerError
-from server.requests.tokenizer import Prompt
+from server.requests.params import GenerationParams, Image
 
 _log = logging.getLogger(__name__)
 
-Image = NDArray[np.uint8]  # [H, W, 3], RGB
-Mask = NDArray[np.float32]  # [h, w], of latents: 1 where an image is repainted, 0 where it is kept
-PixelMask = NDArray[np.uint8]  # [H, W], likewise
 Stage = Literal["queue", "encode", "denoise", "decode"]
-Cache = Literal["off", "fast", "faster"]  # the dial: each position computes less than the one before
-StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
-Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
-DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
 _WEIGHTS: dict[Priority, float] = {"interactive": 1.0, "batch": 1 / 8}
-_NEGATIVE_IS_UNUSED = "It is not used without guidance: send a guidance_scale above 1 if the model is made for it."
-_RAISED = "The server was under load and set it to {}, not {}, which changes images slightly: send cache to choose it."
-_FEW_STEPS = 4  # all full, and so many at least: fewer steps would spare the others too, with the same loss
-_LARGE_STEPS = 10  # as far apart as those of so many, of which half are full
 _LAG = 2  # steps after which guidance ends at the earliest: one may be in flight when another one is completed
 _AGREED = 0.3  # of latents, whose deviation is about 1: what guidance may still add where it ends by itself
-# Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more.
-_FULL: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (4, 1), "faster": (5, 1)}
-_FULL_WITH_NOISE: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (3, 0), "faster": (4, 1)}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InitImage:
-    """The image to start from. With a mask only a part of it is repainted."""
-
-    image: Image
-    strength: float  # the share of the steps that are taken; 1 keeps next to nothing of the image
-    mask: Mask | None = None
-    warnings: tuple[str, ...] = ()  # sentences, each after the name of its field
-
-    @property
-    def starts_from_noise(self) -> bool:
-        """Whether the image is ignored, as diffusers does for inpainting at full strength, and only there."""
-        return self.mask is not None and self.strength == 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MaskedImage:
-    """What a UNet that inpaints sees besides the latents: the image without what is to be repainted, and where that is.
-
-    Without an image, or without a mask, everything is to be repainted.
-    """
-
-    image: Image
-    pixels: PixelMask
-    mask: Mask  # the first of each latent's pixels
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lora:
-    """A LoRA that requests may choose, as the device's pool holds it."""
-
-    name: str
-    sha256: str  # of its file: the same contents take the same place in the pool
-    values: NDArray[np.float16]  # [ranks, G], every scale of the file included
-    updates_unet: bool
-    updates_text_encoder: bool  # otherwise prompts are encoded as without it
-    tensors_sha256: str = ""  # of the file without its header: what AUTOMATIC1111's web UI and Civitai know it by
-
-    @property
-    def ranks(self) -> int:
-        """How many updates of rank one it is."""
-        return len(self.values)
-
-
-class WeightedLora(NamedTuple):
-    """A LoRA of a request, and how strongly it applies."""
-
-    lora: Lora
-    weight: float
 
 
 class BatchKey(NamedTuple):
@@ -102,82 +34,6 @@ class BatchKey(NamedTuple):
 
     model: str
     size: Size
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
-    """Everything that decides the images, with every default filled in."""
-
-    prompt: Prompt
-    negative_prompt: Prompt
-    size: Size
-    scheduler: Scheduler
-    num_inference_steps: int
-    guidance_scale: float
-    seeds: tuple[int, ...]  # one per image
-    guidance_start: float = 0.0  # the share of the steps after which guidance begins
-    guidance_end: float | Literal["auto"] = 1.0  # and ends; auto: once it hardly changes an image any more
-    clip_skip: int = 0  # layers skipped at the end of the text encoder
-    init_image: InitImage | None = None
-    masked: MaskedImage | None = None  # of models that inpaint, whether there is an initial image or not
-    preview_every: int = 0  # steps; 0 shows none
-    # Inputs of the UNet besides those of every model, the same for each row: by port, a number or numbers of a row.
-    unet_inputs: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
-    isolated: bool = False  # shares no step, so that batching cannot change a bit
-    cache: Cache = "off"  # fast, faster: most steps reuse the UNet's deep features of an earlier step
-    raised_from: Cache | None = None  # the `cache` that it would have without load, if the server raised it
-    full_steps: int | None = None  # of num_inference_steps; None: as many as the cache says
-    feature_drift: FeatureDrift = DEMO_DRIFT  # of the model, by which full steps are placed
-    decoder: DecoderName = "vae"  # fast: the one distilled from the VAE
-    loras: tuple[WeightedLora, ...] = ()  # each once
-    model: str = ""  # its name in this server
-    model_sha256: str | None = None  # of the single file that it was built from, if it was
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance applies, as in diffusers: not at a scale of 1 or less."""
-        return self.guidance_scale > 1 and GUIDANCE_EMBEDDED.name not in self.unet_inputs
-
-    @property
-    def ends_guidance(self) -> bool:
-        """Whether guidance ends by itself, for each image of its own."""
-        return self.guidance_end == "auto" and self.guided
-
-    @property
-    def original_size(self) -> tuple[int, int] | None:
-        """Height and width before scaling, a condition of the UNet; None: it has none."""
-        return self._time_ids(0)
-
-    @property
-    def crops_coords_top_left(self) -> tuple[int, int] | None:
-        return self._time_ids(2)
-
-    @property
-    def target_size(self) -> tuple[int, int] | None:
-        """Height and width after scaling, a condition of the UNet."""
-        return self._time_ids(4)
-
-    def _time_ids(self, first: int) -> tuple[int, int] | None:
-        values = self.unet_inputs.get(TIME_IDS.name)
-        return (int(values[first]), int(values[first + 1])) if isinstance(values, tuple) else None
-
-    @property
-    def reuses_features(self) -> bool:
-        """Whether steps are shallow: the UNet's features say little of the next of few steps."""
-        if self.full_steps is not None:
-            return self.full_steps < self.num_inference_steps
-        return self.cache != "off" and self.num_inference_steps > _FEW_STEPS
-
-    @property
-    def warnings(self) -> list[str]:
-        """How the images deviate from the request: sentences, each after the name of its field."""
-        prompts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        found = [f"{field}: {warning}" for field, prompt in prompts.items() for warning in prompt.warnings]
-        if self.negative_prompt.text and not self.guided:
-            found.append(f"negative_prompt: {_NEGATIVE_IS_UNUSED}")
-        if self.raised_from is not None:
-            found.append(f"cache: {_RAISED.format(self.cache, self.raised_from)}")
-        return found + list(self.init_image.warnings if self.init_image else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,28 +190,19 @@ class Request:
     @cached_property
     def depths(self) -> tuple[Depth, ...]:
         """The depth of each step. It depends on the request alone, so batching changes no image."""
-        chosen, found, known = self._full_steps, list[Depth](), False
-        for step, guided in enumerate(self.guided):
-            is_full = step in chosen or (guided and not known)  # features of every row
-            known = guided if is_full else known
-            found.append("full" if is_full else "shallow")
-        return tuple(found)
+        return depths_of(self.guided, self._full_steps)
 
     @property
     def _full_steps(self) -> frozenset[int]:
         """The steps that its cache computes in full."""
-        if not self.params.reuses_features:
-            return frozenset(range(self.steps))
-        count = max(1, min(self._full_count, self.steps))
-        return frozenset(full_steps(self.table, count, self.params.feature_drift))
-
-    @property
-    def _full_count(self) -> int:
         params = self.params
-        if params.full_steps is not None:  # of them all: as large a share of the calls that it makes
-            return round(params.full_steps * self.steps / params.num_inference_steps)
-        part, more = (_FULL_WITH_NOISE if self.table.draws else _FULL)[params.cache]
-        return max(math.ceil(self.steps / part) + more, math.ceil(min(self.steps, _LARGE_STEPS) / 2), _FEW_STEPS)
+        if not params.reuses_features:
+            return frozenset(range(self.steps))
+        if params.full_steps is None:
+            count = full_count(params.cache, self.table)
+        else:  # of them all: as large a share of the calls that it makes
+            count = round(params.full_steps * self.steps / params.num_inference_steps)
+        return frozenset(full_steps(self.table, max(1, min(count, self.steps)), params.feature_drift))
 
     @property
     def depth(self) -> Depth:

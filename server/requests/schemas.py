@@ -13,10 +13,11 @@ from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from engines.manifest import LoraPart
 from engines.schedulers import FinalSigma, Sigmas, Spacing
 from server.requests.context import Priority
+from server.requests.depths import Cache
 from server.requests.field_types import GuidanceEnd, HeightWidth, ImageFile, Side, TopLeft, read_json
 from server.requests.images import ImageFormat
 from server.requests.lora_tags import MAX_LORA_WEIGHT
-from server.requests.request import Cache, GenerationParams
+from server.requests.params import GenerationParams
 from server.requests.tokenizer import Syntax
 
 ModelState = Literal["unloaded", "loading", "ready", "unloading", "failed"]

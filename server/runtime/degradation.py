@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from server.requests.request import Cache
+from server.requests.depths import Cache
 from server.requests.schemas import GenerateRequest
 
 _DIAL: tuple[Cache, ...] = get_args(Cache)

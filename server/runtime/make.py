@@ -11,9 +11,9 @@ from weakref import WeakMethod
 from engines.backends.device import Device
 from engines.backends.registry import ON_GPU
 from engines.manifest import Manifest
+from server.requests.depths import StepCache
 from server.requests.intake import Intake
 from server.requests.loras import Loras
-from server.requests.request import StepCache
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batching.batcher import Batcher
 from server.runtime.batching.line import Line

@@ -17,7 +17,7 @@ from engines.cli import Metavar, RepeatableSetting
 from engines.demo import BUNDLE as DEMO
 from server.access.hosts import ALLOWED
 from server.access.rates import check_rate
-from server.requests.request import StepCache
+from server.requests.depths import StepCache
 from server.runtime.pipeline.safety import Mode
 from server.runtime.pipeline.streams import DecodePriority
 from server.startup.logs import LogFormat

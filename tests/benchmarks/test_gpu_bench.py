@@ -62,7 +62,8 @@ from engines.schedulers import table as scheduler_table
 from loadtest.analysis.statistics import Spread, goodput, percentile
 from loadtest.arrivals import poisson
 from loadtest.provenance import Environment, Run
-from server.requests.request import GenerationParams, Request
+from server.requests.params import GenerationParams
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 from server.runtime.batching.batcher import Batcher
 

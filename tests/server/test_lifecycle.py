@@ -27,7 +27,8 @@ import pytest
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.errors import Cancelled
-from server.requests.request import Completed, Event, Failed, GenerationParams, Request
+from server.requests.params import GenerationParams
+from server.requests.request import Completed, Event, Failed, Request
 from server.requests.tokenizer import Prompt
 from server.startup.http_server import listen
 from tests.support.bare_server import wait_until

@@ -11,7 +11,9 @@ import numpy as np
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, Table, table
 from server.requests.context import Caller, Priority, RequestContext
-from server.requests.request import Cache, GenerationParams, Lora, Request, WeightedLora
+from server.requests.depths import Cache
+from server.requests.params import GenerationParams, Lora, WeightedLora
+from server.requests.request import Request
 from server.requests.tokenizer import Chunk, Prompt
 from server.runtime.batching.batcher import Batch, Batcher
 from server.runtime.batching.step_times import Kind, StepTimeModel

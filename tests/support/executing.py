@@ -17,7 +17,8 @@ from engines.backends.available import engine_path
 from engines.backends.device import Buffer, Call, Device, Engine, Reader, Stream
 from engines.contract import GraphName
 from engines.manifest import Manifest
-from server.requests.request import Completed, Event, Failed, Image, Outcome, Request, Stepped
+from server.requests.params import Image
+from server.requests.request import Completed, Event, Failed, Outcome, Request, Stepped
 from server.requests.schemas import GenerateRequest
 from server.runtime.batching.quick_requests import QuickRequests
 from server.runtime.make import make_runtime

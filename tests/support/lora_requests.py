@@ -10,7 +10,8 @@ import numpy as np
 
 from engines.contract import LORA_POOL
 from engines.manifest import Manifest
-from server.requests.request import Image, Lora, Request, WeightedLora
+from server.requests.params import Image, Lora, WeightedLora
+from server.requests.request import Request
 from tests.support.executing import Asked, Running
 
 Chosen = Sequence[tuple[str, float]]  # names and weights

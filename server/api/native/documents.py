@@ -13,7 +13,8 @@ from starlette.concurrency import run_in_threadpool
 from server.api.service import Files
 from server.requests import images
 from server.requests.images import ImageFormat
-from server.requests.request import Image, Request, Started, Stepped
+from server.requests.params import Image
+from server.requests.request import Request, Started, Stepped
 from server.requests.schemas import (
     GeneratedImage,
     GenerateResponse,

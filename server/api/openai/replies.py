@@ -25,7 +25,8 @@ from server.api.openai.schemas import (
 from server.api.service import Files, Service
 from server.requests import images
 from server.requests.images import ImageFormat
-from server.requests.request import Completed, Event, Failed, Image, Request, Stepped
+from server.requests.params import Image
+from server.requests.request import Completed, Event, Failed, Request, Stepped
 
 Operation = Literal["image_generation", "image_edit"]
 

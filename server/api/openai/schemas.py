@@ -10,10 +10,10 @@ from pydantic_core import PydanticCustomError
 
 from engines.limits import MAX_GUIDANCE, MAX_STEPS, PROMPT_LENGTH
 from server.api.problems import explain
+from server.requests.depths import Cache
 from server.requests.errors import FieldError, InvalidRequest
 from server.requests.field_types import HeightWidth, ImageFile, Side, TopLeft
 from server.requests.images import ImageFormat
-from server.requests.request import Cache
 from server.requests.schemas import MAX_SEED, GenerateRequest, LoraChoices, ModelState
 
 _SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")

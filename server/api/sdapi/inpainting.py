@@ -17,7 +17,8 @@ from server.api.sdapi import pixels
 from server.api.sdapi.errors import rejected
 from server.api.sdapi.translation.schemas import Img2Img
 from server.requests import uploads
-from server.requests.request import Completed, Image
+from server.requests.params import Image
+from server.requests.request import Completed
 
 _MOST_PIXELS = 4 * uploads.MAX_PIXELS  # of all the images of a reply
 _STRENGTH = 0.75

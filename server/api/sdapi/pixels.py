@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import ImageFilter
 
 from engines.manifest import Size
-from server.requests.request import Image
+from server.requests.params import Image
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 

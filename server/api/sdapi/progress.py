@@ -16,7 +16,7 @@ from server.api.context import caller_of
 from server.api.sdapi.errors import Error
 from server.api.sdapi.tasks import Task, Tasks
 from server.requests import images
-from server.requests.request import Image
+from server.requests.params import Image
 
 _FOREIGN: dict[int | str, dict[str, Any]] = {403: {"model": Error, "description": "From a page of another origin."}}
 

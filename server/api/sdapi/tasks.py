@@ -13,7 +13,8 @@ from http import HTTPStatus
 from server.api.service import Accepted
 from server.requests.context import Caller
 from server.requests.errors import STATUS, Cancelled, ServerError
-from server.requests.request import Image, Outcome, Request, Started, Stepped
+from server.requests.params import Image
+from server.requests.request import Outcome, Request, Started, Stepped
 
 _INTERRUPTED = "The call was interrupted before an image was complete: send it again if you want the image."
 _SKIPPED = "The image was skipped before it was complete."

@@ -10,7 +10,8 @@ import numpy as np
 
 from engines.contract import DecoderName
 from engines.manifest import Size
-from server.requests.request import DEPTHS, Depth, Request
+from server.requests.depths import DEPTHS, Depth
+from server.requests.request import Request
 
 StepWork = Literal[Depth, "full_lora", "shallow_lora"]  # what a step computes
 Kind = tuple[Size, StepWork]  # of steps

@@ -13,8 +13,9 @@ from prometheus_client.registry import Collector
 from engines.backends.available import precision_of
 from engines.manifest import Manifest
 from server.requests.context import APIS
+from server.requests.depths import Cache
 from server.requests.errors import STATUS, BrokenPicture, Cancelled, ContentBlocked, ServerError, StepFailed
-from server.requests.request import Cache, Completed, Event, Failed, Outcome, Request, Stage
+from server.requests.request import Completed, Event, Failed, Outcome, Request, Stage
 from server.runtime.batching.step_times import StepTimeModel
 
 _STAGES: tuple[Stage | Literal["image"], ...] = (*get_args(Stage), "image")  # the last is making files of pixels

@@ -17,7 +17,8 @@ from engines import safety
 from engines.backends.device import Event, Reading
 from engines.contract import Array
 from server.requests.errors import BrokenPicture, ContentBlocked
-from server.requests.request import Completed, Image, Request
+from server.requests.params import Image
+from server.requests.request import Completed, Request
 from server.runtime.pipeline.lora_pool import NO_RANKS, PlacedLora, Ranks
 from server.runtime.pipeline.noise import NoiseGenerator, StepNoise
 from server.runtime.pipeline.safety import UNCHECKED, Safety

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 
 from engines.backends.device import Event
 from engines.manifest import Size
-from server.requests.request import Lora, Request, WeightedLora
+from server.requests.params import Lora, WeightedLora
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline.admission import Admission, Upload

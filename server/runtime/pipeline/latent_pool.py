@@ -27,7 +27,9 @@ from engines.contract import (
 )
 from engines.errors import EngineError
 from engines.manifest import Manifest, Size
-from server.requests.request import DEPTHS, Depth, GenerationParams, Image, Mask, PixelMask, Request
+from server.requests.depths import DEPTHS, Depth
+from server.requests.params import GenerationParams, Image, Mask, PixelMask
+from server.requests.request import Request
 from server.runtime.pipeline.admission import DecodeCall, Start
 from server.runtime.pipeline.noise import NoiseGenerator
 from server.runtime.pipeline.plan import Plan, StepShape

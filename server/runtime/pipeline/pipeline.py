@@ -16,7 +16,8 @@ from engines.backends.device import Device, Engine, Event, Reader, Reading
 from engines.contract import LORA_POOL, DecoderName, GraphName
 from engines.errors import DeviceLost
 from engines.manifest import Manifest, Size
-from server.requests.request import BatchKey, Image, Request
+from server.requests.params import Image
+from server.requests.request import BatchKey, Request
 from server.runtime.batching.step_times import Kind, StepTimeModel, kind_of
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline.admission import (

@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.contract import LANES, TERMS, Array
 from engines.schedulers import NUMBERS
-from server.requests.request import Depth
+from server.requests.depths import Depth
 from server.runtime.pipeline.admission import Placement, RowConditioning
 from server.runtime.pipeline.lora_pool import ZERO_RANK
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-from server.requests.request import Image
+from server.requests.params import Image
 
 Mode = Literal["off", "flag", "block"]
 Classify = Callable[[Image], Future[bool]]  # whether an image is flagged; called by the thread that owns the device

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from engines.contract import MAX_CHUNKS
 from engines.manifest import Manifest
 from engines.row_buckets import CHUNK_BUCKETS, rank_buckets, row_buckets, step_buckets
-from server.requests.request import Depth, Request
+from server.requests.depths import Depth
+from server.requests.request import Request
 from server.runtime.batching.step_times import StepTimeModel, kind_of
 from server.runtime.pipeline.plan import StepShape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from server.requests.request import Depth
+from server.requests.depths import Depth
 from server.runtime.batching.step_times import StepTimeModel, kind_of
 from server.runtime.pipeline.latent_pool import LatentPool
 from server.runtime.pipeline.pieces import Pieces

@@ -10,7 +10,8 @@ from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.api.event_queue import BACKLOG, EventQueue
 from server.requests.errors import Cancelled
-from server.requests.request import Event, Failed, GenerationParams, Request, Started, Stepped
+from server.requests.params import GenerationParams
+from server.requests.request import Event, Failed, Request, Started, Stepped
 from server.requests.tokenizer import Prompt
 
 EVENTS: tuple[Event, ...] = (Started(), Stepped(1, 2), Stepped(2, 2), Failed(Cancelled("Somebody else was drawn.")))

@@ -10,7 +10,7 @@ import pytest
 
 from server.loras.packed import PackedLoras
 from server.requests.errors import LoraUnreadable
-from server.requests.request import Lora
+from server.requests.params import Lora
 
 EACH = 200  # bytes
 

@@ -12,7 +12,8 @@ from engines.accuracy import psnr
 from engines.contract import LANES
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.request import GenerationParams, Request
+from server.requests.params import GenerationParams
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 from tests.support.meeting import HeldServing
 from tests.support.references import draw, load_pipeline

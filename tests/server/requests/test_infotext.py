@@ -15,7 +15,7 @@ from engines.manifest import Manifest, Size
 from engines.schedulers import METHODS, NAMES, Scheduler, find
 from server.requests.infotext import parse, sampler_names, write
 from server.requests.intake import Intake
-from server.requests.request import GenerationParams, InitImage, Lora, WeightedLora
+from server.requests.params import GenerationParams, InitImage, Lora, WeightedLora
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import Prompt, PromptTokenizer
 

@@ -14,7 +14,8 @@ from engines.manifest import LoraCapacity, Manifest
 from server.requests.errors import InvalidRequest
 from server.requests.intake import Intake
 from server.requests.loras import KnownLora, UnusableLora
-from server.requests.request import Lora, Request
+from server.requests.params import Lora
+from server.requests.request import Request
 from server.requests.schemas import GenerateRequest, LoraDescription, Parameters
 from server.requests.tokenizer import PromptTokenizer
 

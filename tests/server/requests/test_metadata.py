@@ -15,7 +15,7 @@ from engines.manifest import Size
 from engines.schedulers import Scheduler
 from server.requests.image_files import ImageFiles
 from server.requests.images import FORMATS, ImageFormat
-from server.requests.request import GenerationParams, Image, InitImage
+from server.requests.params import GenerationParams, Image, InitImage
 from server.requests.tokenizer import Prompt
 
 PIXELS: Image = np.full((32, 32, 3), 128, np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.manifest import Size
 from engines.schedulers import Scheduler
-from server.requests.request import GenerationParams
+from server.requests.params import GenerationParams
 from server.requests.schemas import GenerateRequest, Parameters
 from server.requests.tokenizer import Prompt
 

@@ -8,7 +8,9 @@ import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.request import Cache, GenerationParams, Request
+from server.requests.depths import Cache
+from server.requests.params import GenerationParams
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 
 NOTHING = Prompt("", ())

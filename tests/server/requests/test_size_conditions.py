@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from engines.manifest import Manifest
 from server.requests.errors import InvalidRequest
 from server.requests.intake import Intake
-from server.requests.request import GenerationParams
+from server.requests.params import GenerationParams
 from server.requests.schemas import SIZE_CONDITIONS, GenerateRequest, Parameters
 from server.requests.tokenizer import PromptTokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from engines.accuracy import psnr
 from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.errors import EngineError
-from server.requests.request import Image
+from server.requests.params import Image
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device, write_bundle
 from tests.support.executing import Asked, Running

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engines.demo import BUNDLE as DEMO
-from server.requests.request import Cache
+from server.requests.depths import Cache
 from server.requests.schemas import GenerateRequest
 from server.runtime.degradation import Degradation, leaves_cache
 from tests.support.bare_server import wait_until

@@ -16,7 +16,8 @@ from benchmarks.spans import read_trace
 from engines.accuracy import psnr
 from engines.contract import GraphName
 from engines.errors import DeviceLost, EngineError
-from server.requests.request import DEPTHS, Image
+from server.requests.depths import DEPTHS
+from server.requests.params import Image
 from server.runtime.monitoring import watchdog
 from server.runtime.monitoring.trace import Trace
 from server.runtime.pipeline.admission import Owned, Placement

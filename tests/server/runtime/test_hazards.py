@@ -10,7 +10,7 @@ import pytest
 
 from engines.accuracy import psnr
 from engines.backends.cuda import CudaStream
-from server.requests.request import Image
+from server.requests.params import Image
 from server.requests.tokenizer import Chunk, Prompt
 from server.runtime.pipeline.row_cache import RowCache
 from tests.engines.backends.fake_cuda import ByPriority, FakeCuda, Seeded

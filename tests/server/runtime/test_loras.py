@@ -22,7 +22,7 @@ from engines.contract import Array
 from engines.errors import EngineError
 from engines.lora.pack import pack_lora
 from engines.manifest import Manifest
-from server.requests.request import Lora
+from server.requests.params import Lora
 from tests.engines.backends.fake_cuda import FakeCuda
 from tests.engines.backends.fake_tensorrt import fake_device
 from tests.support.executing import Asked, Running

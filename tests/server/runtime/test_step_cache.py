@@ -9,9 +9,9 @@ import pytest
 
 from engines.backends.registry import open_device
 from engines.manifest import FeatureDrift, Manifest
+from server.requests.depths import Cache, StepCache
 from server.requests.errors import InvalidRequest
 from server.requests.intake import Intake
-from server.requests.request import Cache, StepCache
 from server.requests.schemas import GenerateRequest
 from server.requests.tokenizer import PromptTokenizer
 from server.runtime.batching.step_times import StepTimeModel

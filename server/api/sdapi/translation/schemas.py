@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from engines.limits import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE, PROMPT_LENGTH
+from server.requests.depths import Cache
 from server.requests.field_types import ImageFile
-from server.requests.request import Cache
 from server.requests.schemas import MAX_SEED
 
 MAX_IMAGES = 64  # of one call

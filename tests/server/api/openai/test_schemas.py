@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.api.openai.schemas import GenerationsBody
-from server.requests.request import Cache
+from server.requests.depths import Cache
 
 
 @pytest.mark.parametrize("cache", [None, "off", "fast", "faster"])

@@ -14,7 +14,8 @@ from server.api.sdapi.tasks import Task, Tasks
 from server.api.service import Accepted
 from server.requests.context import Caller
 from server.requests.errors import Cancelled, NotReady, QueueFull, ServerError
-from server.requests.request import Completed, Failed, GenerationParams, Request, Started, Stepped
+from server.requests.params import GenerationParams
+from server.requests.request import Completed, Failed, Request, Started, Stepped
 from server.requests.tokenizer import Prompt
 
 ALICE, BOB, ROOT = Caller("alice"), Caller("bob"), Caller("root", is_admin=True)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.context import Caller, RequestContext
-from server.requests.request import Flow, GenerationParams, Request
+from server.requests.params import GenerationParams
+from server.requests.request import Flow, Request
 from server.requests.tokenizer import Prompt
 from server.runtime.batching.fair_queue import FairQueue
 

@@ -8,7 +8,8 @@ import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.request import GenerationParams, Request
+from server.requests.params import GenerationParams
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 from server.runtime.batching.step_times import Kind, StepTimeModel
 

@@ -14,7 +14,8 @@ from engines.contract import Array
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
 from server.requests.errors import BrokenPicture, ContentBlocked
-from server.requests.request import GenerationParams, Image, Request
+from server.requests.params import GenerationParams, Image
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 from server.runtime.pipeline.admission import DecodeCall, DecodedImage, PendingDecode
 from server.runtime.pipeline.safety import UNCHECKED, Mode, Safety

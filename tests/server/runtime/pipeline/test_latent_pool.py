@@ -13,7 +13,7 @@ from engines.backends.host import HostReading, HostStream
 from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.contract import GRAPHS, LANES, LORA_POOL, STEPS, TERMS, Array, GraphName, Port, inputs_of
 from engines.manifest import Manifest
-from server.requests.request import DEPTHS, Depth
+from server.requests.depths import DEPTHS, Depth
 from server.runtime.pipeline.latent_pool import LatentPool, PlanMemory, features_bytes
 from server.runtime.pipeline.plan import Plan, RowLayout, StepShape, make_plan
 from server.runtime.pipeline.streams import Streams

@@ -14,7 +14,7 @@ from engines.backends.onnxruntime import OnnxRuntimeDevice
 from engines.contract import Array
 from engines.errors import EngineError
 from engines.manifest import Manifest
-from server.requests.request import Lora
+from server.requests.params import Lora
 from server.runtime.pipeline import lora_pool
 from server.runtime.pipeline.lora_pool import ZERO_RANK, LoraPool, LoraWatch, PlacedLora, Ranks
 

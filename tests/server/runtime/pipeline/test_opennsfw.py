@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engines.errors import EngineError
-from server.requests.request import Image
+from server.requests.params import Image
 from server.runtime.pipeline import opennsfw
 from server.runtime.pipeline.opennsfw import OpenNsfw
 

@@ -10,7 +10,8 @@ import pytest
 
 from engines.manifest import NoiseSchedule, Size
 from engines.schedulers import Scheduler, table
-from server.requests.request import GenerationParams, Request
+from server.requests.params import GenerationParams
+from server.requests.request import Request
 from server.requests.tokenizer import Prompt
 from server.runtime.pipeline.admission import FeaturePlaces, Placement
 from server.runtime.pipeline.noise import NoiseGenerator, StepNoise

@@ -10,8 +10,8 @@ from engines.demo import BUNDLE
 from engines.manifest import Manifest
 from server.api.sdapi.translation.plan import Plan, plan
 from server.api.sdapi.translation.schemas import Txt2Img
+from server.requests.depths import Cache
 from server.requests.errors import InvalidRequest
-from server.requests.request import Cache
 
 MANIFEST = Manifest.read(BUNDLE)  # of 16 rows
 MAX_SEED = 2**32 - 1
