@@ -160,11 +160,11 @@ class Executor:
             self._give_back()
             self.ready = False
             self._steps.noise.close()
-            self._watchdog.close()
             self._trace.close()
 
     def _give_back(self) -> None:
         """Drop what is on the device: its memory is freed in this thread, which opened it."""
+        self._watchdog.close()
         self._pipelines.clear()
         for part in (self._requests, self._steps):
             part.clear()

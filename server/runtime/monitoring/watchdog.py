@@ -42,16 +42,23 @@ class Watchdog:
         self._factor = factor
         self.current: _Limit | None = None  # the work that is watched now
         self._closed = threading.Event()
-        self._started = False
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to watch, unless that was begun."""
-        if self._factor and not self._started:
-            self._started = True
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self._factor and not self._thread:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
 
     def close(self) -> None:
+        """End the thread, and return when it holds none of the work that it watched.
+
+        Otherwise it might be the one to free that work's memory, or do so when the interpreter ends, which aborts the
+        process where C++ code waits for the interpreter's lock.
+        """
         self._closed.set()
+        if self._thread:
+            self._thread.join()
 
     def limit(self, expected: float, what: object) -> AbstractContextManager[None]:
         """Watch the body, which should take `expected` seconds; `what` names it in the report of a hang."""

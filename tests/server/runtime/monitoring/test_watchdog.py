@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -67,6 +68,30 @@ def test_a_pause_of_the_process_counts_as_one_poll() -> None:
         dog.start()
         assert hung.wait(30)
     assert reported_after[0] >= watchdog._MIN_LIMIT / watchdog._POLL
+
+
+def test_when_it_is_closed_its_thread_holds_nothing_of_the_work() -> None:
+    """What it held last would be freed in its thread, at any time: memory of a device, or as the interpreter ends."""
+
+    class Slow(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            is_set = super().wait(timeout)
+            time.sleep(0.2 if is_set else 0)
+            return is_set
+
+    class Work:
+        pass
+
+    dog = Watchdog(print, factor=1000)
+    dog._closed = Slow()
+    dog.start()
+    work = Work()
+    left = weakref.ref(work)
+    with dog.limit(1, work):
+        time.sleep(0.1)
+    dog.close()
+    del work
+    assert left() is None
 
 
 def test_factor_zero_disables_it() -> None:
