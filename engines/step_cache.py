@@ -1,8 +1,13 @@
 """Where full steps are placed, of requests whose other steps reuse the deep features of the last full one.
 
-A shallow step errs by what the model's output has drifted since the features were made, and this moves x by the step's
-coefficient of the model's output. Full steps are placed where the sum of the squares of these moves is least over all
-shallow steps. The move of the last step counts thrice: no later one makes up for a part of it.
+A shallow step errs by what the model's output has drifted since the features were made. This moves x by the step's
+coefficient of that output, and by those of later steps that read it in the scheduler's memory: solvers of higher order
+extrapolate from the differences of outputs. Full steps are placed where the sum of the squares of these moves is least
+over all shallow steps. What moves x in the last step counts thrice: no later one makes up for a part of it.
+
+With fresh noise at each step features change at every step alike, and full steps are even. Where a solver extrapolates
+either with fresh noise or over the last step, the last three are full besides: otherwise what the outputs differ by for
+being computed in unlike ways is multiplied just before the end, which changes the colours of whole images.
 """
 
 from __future__ import annotations
@@ -18,7 +23,10 @@ from engines.schedulers import Table
 Vector = NDArray[np.float64]
 
 _X, _MODEL = 0, 1  # the lane, and the term, of a step's matrix
+_MEMORY = slice(3, None)  # terms
 _LAST = 3.0  # how much more the last step counts: of 1 to 3, with which the demo's images changed least
+_AT_END = 3  # full steps
+_MUCH = 0.1  # of a finished latent, whose deviation is about 1
 _LOWEST = -15.0  # log SNR in place of minus infinity
 
 # Of the demo model, by `python -m engines.build.feature_drift`; for bundles that have none of their own.
@@ -40,8 +48,25 @@ def full_steps(table: Table, count: int, drift: FeatureDrift) -> tuple[int, ...]
     calls = len(table.steps)
     if not 1 <= count <= calls:
         raise ValueError(f"{count} full steps of {calls}: choose 1 to {calls}")
-    if table.draws:  # fresh noise changes features at every step alike
-        return tuple(-(-call * calls // count) for call in range(count))
+    end = calls - min(_AT_END if extrapolates(table) else 0, count - 1)
+    others = count - (calls - end)
+    if table.draws:
+        placed = tuple(-(-number * end // others) for number in range(others))
+    else:
+        placed = _least_error(table, drift, end=end, count=others)
+    return (*placed, *range(end, calls))
+
+
+@lru_cache(maxsize=256)
+def extrapolates(table: Table) -> bool:
+    """Whether differences of the model's outputs are multiplied with fresh noise, or over the last step."""
+    moves = _moves(table)
+    if table.draws:
+        return bool(np.tril(moves, -1).any())
+    return bool(np.abs(moves[-1, :-1]).max(initial=0) > _MUCH)
+
+
+def _least_error(table: Table, drift: FeatureDrift, *, end: int, count: int) -> tuple[int, ...]:
     errors = _segment_errors(_weights(table), _drifts(table, drift))
     least = errors[0]  # over the calls before each end, with one full step
     chosen: list[NDArray[np.intp]] = []  # by count and end, the last full step
@@ -49,7 +74,7 @@ def full_steps(table: Table, count: int, drift: FeatureDrift) -> tuple[int, ...]
         sums = least[:-1, None] + errors
         chosen.append(sums.argmin(axis=0))
         least = sums.min(axis=0)
-    return _traced_back(chosen, calls)
+    return _traced_back(chosen, end)
 
 
 def _traced_back(chosen: list[NDArray[np.intp]], end: int) -> tuple[int, ...]:
@@ -75,12 +100,25 @@ def _segment_errors(weights: Vector, drifts: Vector) -> Vector:
 
 
 def _weights(table: Table) -> Vector:
-    """How far each call's model output moves x, relative to a latent of unit variance and its noise: [n]."""
-    levels = [step.level for step in table.steps[1:]] + [(1.0, 0.0)]
-    moves = np.array([abs(step.matrix[_X, _MODEL]) for step in table.steps])
-    weights: Vector = moves / np.hypot(*np.array(levels).T)
-    weights[-1] *= _LAST
+    """How far each call's output moves x, over all steps, relative to a latent of unit variance and its noise: [n]."""
+    levels = np.array([step.level for step in table.steps[1:]] + [(1.0, 0.0)])
+    moves = _moves(table) / np.hypot(*levels.T)[:, None]
+    moves[-1] *= _LAST
+    weights: Vector = np.linalg.norm(moves, axis=0)
     return weights
+
+
+def _moves(table: Table) -> Vector:
+    """How far the output of each call moves x in each step, by itself or from the memory: [step, call]."""
+    matrices = np.array([step.matrix for step in table.steps])
+    calls = len(matrices)
+    moves = np.zeros((calls, calls))
+    lanes = matrices[:, :, _MODEL]  # of each call's output, after its own step, and then after later ones
+    for age in range(calls):
+        if age:
+            lanes = np.einsum("nlm,nm->nl", matrices[age:, :, _MEMORY], lanes[:-1, 1:-1])
+        moves[np.arange(age, calls), np.arange(calls - age)] = lanes[:, _X]
+    return moves
 
 
 def _drifts(table: Table, drift: FeatureDrift) -> Vector:

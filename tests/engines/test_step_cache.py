@@ -6,10 +6,11 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engines.manifest import FeatureDrift, NoiseSchedule
 from engines.schedulers import NAMES, Scheduler, Table, find, table
-from engines.step_cache import DEMO_DRIFT, full_steps
+from engines.step_cache import DEMO_DRIFT, extrapolates, full_steps
 
 EVEN = FeatureDrift(log_snr=(-10, 10), total=(0, 1))
 
@@ -33,7 +34,7 @@ def test_any_number_is_placed_in_any_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("drift", [EVEN, DEMO_DRIFT])
-@pytest.mark.parametrize("name", ["dpmpp_2m_karras", "heun", "unipc"])
+@pytest.mark.parametrize("name", ["dpmpp_2m_karras", "dpmpp_3m", "heun", "lms", "pndm", "unipc"])
 def test_no_other_placement_errs_less(name: str, drift: FeatureDrift) -> None:
     """Every placement is tried, with the error of each as the module's docstring has it."""
     calls = made(name, 8)
@@ -46,11 +47,21 @@ def error(calls: Table, placed: tuple[int, ...], drift: FeatureDrift) -> float:
     total = 0.0
     for full, end in pairwise((*placed, len(calls.steps))):
         for step in range(full + 1, end):
-            level = (*(one.level for one in calls.steps[1:]), (1.0, 0.0))[step]
-            weight = calls.steps[step].matrix[0, 1] / np.hypot(*level)
-            moved = weight * (drift_at(calls, step, drift) - drift_at(calls, full, drift))
-            total += (moved * (3 if step == len(calls.steps) - 1 else 1)) ** 2
+            moved = moves_of(calls, step) * (drift_at(calls, step, drift) - drift_at(calls, full, drift))
+            total += float(np.square(moved).sum())
     return total
+
+
+def moves_of(calls: Table, call: int) -> NDArray[np.float64]:
+    """What an output of one more at a call moves x by in each step, relative to what a latent is then: [n]."""
+    found, memory = np.zeros(len(calls.steps)), np.zeros(3)
+    for step in range(call, len(calls.steps)):
+        matrix = calls.steps[step].matrix
+        terms = np.array([0, step == call, 0, *memory])
+        x, *memory, _ = matrix @ terms
+        last = step == len(calls.steps) - 1
+        found[step] = 3 * x if last else x / np.hypot(*calls.steps[step + 1].level)
+    return found
 
 
 def drift_at(calls: Table, step: int, drift: FeatureDrift) -> float:
@@ -89,6 +100,19 @@ def test_a_number_that_does_not_fit_is_refused(count: int) -> None:
 
 
 def test_they_are_even_where_each_step_has_fresh_noise() -> None:
-    for name in ("euler_ancestral", "dpmpp_2m_sde"):
-        assert full_steps(made(name), 7, DEMO_DRIFT) == (0, 3, 6, 9, 12, 15, 18)
-        assert full_steps(made(name), 5, DEMO_DRIFT) == (0, 4, 8, 12, 16)
+    assert full_steps(made("euler_ancestral"), 7, DEMO_DRIFT) == (0, 3, 6, 9, 12, 15, 18)
+    assert full_steps(made("euler_ancestral"), 5, DEMO_DRIFT) == (0, 4, 8, 12, 16)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2m_sde_karras", "deis"])
+def test_the_last_ones_are_full_where_differences_of_outputs_are_multiplied(name: str) -> None:
+    calls = made(name)
+    assert extrapolates(calls)
+    for count in range(4, 20):
+        assert full_steps(calls, count, DEMO_DRIFT)[-3:] == (17, 18, 19)
+    assert full_steps(made("dpmpp_3m_sde"), 10, DEMO_DRIFT) == (0, 3, 5, 8, 10, 13, 15, 17, 18, 19)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "lms", "dpmpp_2m", "dpmpp_3m", "unipc", "euler_ancestral"])
+def test_elsewhere_they_are_not(name: str) -> None:
+    assert not extrapolates(made(name))
