@@ -19,7 +19,7 @@ _LARGE_STEPS = 10  # as far apart as those of so many, of which half are full
 # Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more, and solvers
 # that extrapolate multiply what changes.
 _FULL: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (4, 1), "faster": (5, 1)}
-_FULL_WITH_NOISE: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (3, 0), "faster": (4, 1)}
+_FULL_WITH_NOISE: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (3, 0), "faster": (4, 2)}
 _FULL_EXTRAPOLATED: dict[Cache, tuple[int, int]] = {"off": (1, 0), "fast": (2, 1), "faster": (2, 0)}  # with noise
 
 

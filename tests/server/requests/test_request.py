@@ -67,7 +67,11 @@ def depths(asked: Request) -> str:
         (request(full=4, scheduler="heun"), "ffsfsfsfsfsfsfs"),
         # Fresh noise at each step: more of them are full, evenly.
         (request(steps=20, scheduler="euler_ancestral"), "fssfssfssfssfssfssfs"),
-        (request(steps=20, scheduler="euler_ancestral", cache="faster"), "fsssfssfssfsssfssfss"),
+        (request(steps=40, scheduler="euler_ancestral", cache="faster"), "fsssfssfssfsssfssfssfsssfssfssfsssfssfss"),
+        # Where solvers extrapolate too, more of them are, and the last three.
+        (request(steps=20, scheduler="dpmpp_2m_sde"), "fssfsfsfsfsfsfsfsfff"),
+        (request(steps=20, scheduler="dpmpp_3m_sde", cache="faster"), "fssfsfssfsfssfsfsfff"),
+        (request(steps=20, scheduler="deis"), "fssfssssfssssssssfff"),
         # Guidance begins at step 4: step 3 kept no features of the negative prompt.
         (request(start=0.5), "ffsffsfs"),
         # It ends after step 3: what was kept for both rows serves the one that is left.
