@@ -66,6 +66,13 @@ def extrapolates(table: Table) -> bool:
     return bool(np.abs(moves[-1, :-1]).max(initial=0) > _MUCH)
 
 
+@lru_cache(maxsize=256)
+def is_sensitive(table: Table) -> bool:
+    """Whether small differences of outputs change images: solvers that extrapolate, or move x far by earlier outputs."""
+    from_memory = np.abs(np.tril(_moves(table), -1)).sum(axis=1).max()
+    return extrapolates(table) or bool(from_memory > 1)
+
+
 def _least_error(table: Table, drift: FeatureDrift, *, end: int, count: int) -> tuple[int, ...]:
     errors = _segment_errors(_weights(table), _drifts(table, drift))
     least = errors[0]  # over the calls before each end, with one full step

@@ -68,10 +68,11 @@ def depths(asked: Request) -> str:
         # Fresh noise at each step: more of them are full, evenly.
         (request(steps=20, scheduler="euler_ancestral"), "fssfssfssfssfssfssfs"),
         (request(steps=40, scheduler="euler_ancestral", cache="faster"), "fsssfssfssfsssfssfssfsssfssfssfsssfssfss"),
-        # Where solvers extrapolate too, more of them are, and the last three.
-        (request(steps=20, scheduler="dpmpp_2m_sde"), "fssfsfsfsfsfsfsfsfff"),
-        (request(steps=20, scheduler="dpmpp_3m_sde", cache="faster"), "fssfsfssfsfssfsfsfff"),
+        # Solvers that extrapolate: more of them are, and the last three.
+        (request(steps=20, scheduler="dpmpp_2m_sde"), "fsfsfsfsfsfsfsfsffff"),
+        (request(steps=20, scheduler="dpmpp_3m_sde", cache="faster"), "fsfsfsfsfsfsfsfsffff"),
         (request(steps=20, scheduler="deis"), "fssfssssfssssssssfff"),
+        (request(steps=20, scheduler="deis", cache="faster"), "fssfssssfssssssssfff"),
         # Guidance begins at step 4: step 3 kept no features of the negative prompt.
         (request(start=0.5), "ffsffsfs"),
         # It ends after step 3: what was kept for both rows serves the one that is left.
