@@ -68,7 +68,7 @@ def extrapolates(table: Table) -> bool:
 
 @lru_cache(maxsize=256)
 def is_sensitive(table: Table) -> bool:
-    """Whether small differences of outputs change images: solvers that extrapolate, or move x far by earlier outputs."""
+    """Whether small differences of outputs change images: a solver extrapolates, or moves x far by earlier outputs."""
     from_memory = np.abs(np.tril(_moves(table), -1)).sum(axis=1).max()
     return extrapolates(table) or bool(from_memory > 1)
 
