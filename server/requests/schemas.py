@@ -190,9 +190,10 @@ class GenerateRequest(_StrictModel):
     )
     cache: Annotated[Cache | None, _AnyCase] = Field(
         None,
-        description="fast: less than a third of the steps is computed in full, and the others reuse deep UNet features "
-        "(DeepCache), which is faster and changes the image slightly; faster: about a quarter, and guidance ends by "
-        "itself, a larger change; no effect up to 4 steps; default: the server's --cache setting",
+        description="fast: with most schedulers less than a third of the steps is computed in full, and the others "
+        "reuse deep UNet features (DeepCache), which is faster and changes the image slightly; faster: about a "
+        "quarter, and guidance ends by itself, a larger change; no effect up to 4 steps; default: the server's --cache "
+        "setting",
     )
     full_steps: int | None = Field(
         None,
