@@ -59,11 +59,16 @@ def full_steps(table: Table, count: int, drift: FeatureDrift) -> tuple[int, ...]
 
 @lru_cache(maxsize=256)
 def extrapolates(table: Table) -> bool:
-    """Whether differences of the model's outputs are multiplied with fresh noise, or over the last step."""
+    """Whether differences of the model's outputs are multiplied with fresh noise, or over the last step.
+
+    Not where the last step reads older outputs than would be full at the end, as that of LMS does: full ones and others
+    would still be mixed, and be fewer elsewhere.
+    """
     moves = _moves(table)
     if table.draws:
         return bool(np.tril(moves, -1).any())
-    return bool(np.abs(moves[-1, :-1]).max(initial=0) > _MUCH)
+    earlier, older = np.abs(moves[-1, -_AT_END:-1]), moves[-1, :-_AT_END]
+    return bool(earlier.max(initial=0) > _MUCH and not older.any())
 
 
 @lru_cache(maxsize=256)

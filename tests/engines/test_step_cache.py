@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engines.manifest import FeatureDrift, NoiseSchedule
 from engines.schedulers import NAMES, Scheduler, Table, find, table
-from engines.step_cache import DEMO_DRIFT, extrapolates, full_steps
+from engines.step_cache import DEMO_DRIFT, extrapolates, full_steps, is_sensitive
 
 EVEN = FeatureDrift(log_snr=(-10, 10), total=(0, 1))
 
@@ -53,7 +53,7 @@ def error(calls: Table, placed: tuple[int, ...], drift: FeatureDrift) -> float:
 
 
 def moves_of(calls: Table, call: int) -> NDArray[np.float64]:
-    """What an output of one more at a call moves x by in each step, relative to what a latent is then: [n]."""
+    """What one more in the output of a call moves x by in each step, relative to a latent's deviation there: [n]."""
     found, memory = np.zeros(len(calls.steps)), np.zeros(3)
     for step in range(call, len(calls.steps)):
         matrix = calls.steps[step].matrix
@@ -113,6 +113,27 @@ def test_the_last_ones_are_full_where_differences_of_outputs_are_multiplied(name
     assert full_steps(made("dpmpp_3m_sde"), 10, DEMO_DRIFT) == (0, 3, 5, 8, 10, 13, 15, 17, 18, 19)
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "lms", "dpmpp_2m", "dpmpp_3m", "unipc", "euler_ancestral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddim",
+        "euler",
+        "heun",
+        "lms",
+        "lms_karras",
+        "lms_exponential",
+        "dpmpp_2m",
+        "dpmpp_3m",
+        "unipc",
+        "euler_ancestral",
+    ],
+)
 def test_elsewhere_they_are_not(name: str) -> None:
     assert not extrapolates(made(name))
+
+
+def test_solvers_that_lean_on_earlier_outputs_are_sensitive() -> None:
+    found = {
+        name for name in ("deis", "lms", "unipc", "ddim", "euler", "dpmpp_2m", "dpmpp_3m") if is_sensitive(made(name))
+    }
+    assert found == {"deis", "lms", "unipc"}
