@@ -3,7 +3,9 @@
 A shallow step errs by what the model's output has drifted since the features were made. This moves x by the step's
 coefficient of that output, and by those of later steps that read it in the scheduler's memory: solvers of higher order
 extrapolate from the differences of outputs. Full steps are placed where the sum of the squares of these moves is least
-over all shallow steps. What moves x in the last step counts thrice: no later one makes up for a part of it.
+over all shallow steps. What moves x in the last step counts thrice: no later one makes up for a part of it. Nor do
+several steps at the end that have little noise left: the first of them is full, and they reuse no features of noisier
+ones, which change the colours of whole backgrounds.
 
 With fresh noise at each step features change at every step alike, and full steps are even. Where a solver extrapolates
 either with fresh noise or over the last step, the last three are full besides: otherwise what the outputs differ by for
@@ -26,8 +28,9 @@ _X, _MODEL = 0, 1  # the lane, and the term, of a step's matrix
 _MEMORY = slice(3, None)  # terms
 _LAST = 3.0  # how much more the last step counts: of 1 to 3, with which the demo's images changed least
 _AT_END = 3  # full steps
+_LITTLE_NOISE = 2.9  # log SNR: features from 2.6 on still changed the demo's images, those from 2.9 on did not
 _MUCH = 0.1  # of a finished latent, whose deviation is about 1
-_LOWEST = -15.0  # log SNR in place of minus infinity
+_LOWEST = -15.0  # log SNR in place of minus infinity, of checkpoints with zero terminal SNR
 
 # Of the demo model, by `python -m engines.build.feature_drift`; for bundles that have none of their own.
 _DEMO = (  # log SNR and total
@@ -78,8 +81,30 @@ def is_sensitive(table: Table) -> bool:
     return extrapolates(table) or bool(from_memory > 1)
 
 
+@lru_cache(maxsize=256)
+def step_size(table: Table) -> float:
+    """How far calls are apart in log SNR, in median; 0 of one call. Features serve less the larger steps are."""
+    steps = np.diff(log_snr(table))
+    return float(np.median(steps)) if steps.size else 0.0
+
+
+def log_snr(table: Table) -> Vector:
+    """The log of the signal-to-noise ratio, in variance, of x as the UNet sees it at each call: [n], at least -15.
+
+    By `scale`, which brings x to unit variance: images are noised for another level in the middle of a step of kdpm2.
+    """
+    scales, signals = np.array([(step.scale, step.level[0]) for step in table.steps]).T
+    signal = (scales * signals) ** 2
+    with np.errstate(divide="ignore"):
+        ratios: Vector = np.maximum(np.log(signal / (1 - signal)), _LOWEST)
+    return ratios
+
+
 def _least_error(table: Table, drift: FeatureDrift, *, end: int, count: int) -> tuple[int, ...]:
     errors = _segment_errors(_weights(table), _drifts(table, drift))
+    late = int((log_snr(table) < _LITTLE_NOISE).sum())  # the first call with little noise
+    if count > 1 and late < len(table.steps) - 1:
+        errors[:late, late + 1 :] = np.inf
     least = errors[0]  # over the calls before each end, with one full step
     chosen: list[NDArray[np.intp]] = []  # by count and end, the last full step
     for _ in range(count - 1):
@@ -113,8 +138,8 @@ def _segment_errors(weights: Vector, drifts: Vector) -> Vector:
 
 def _weights(table: Table) -> Vector:
     """How far each call's output moves x, over all steps, relative to a latent of unit variance and its noise: [n]."""
-    levels = np.array([step.level for step in table.steps[1:]] + [(1.0, 0.0)])
-    moves = _moves(table) / np.hypot(*levels.T)[:, None]
+    scales = np.array([step.scale for step in table.steps[1:]] + [1.0])
+    moves = _moves(table) * scales[:, None]
     moves[-1] *= _LAST
     weights: Vector = np.linalg.norm(moves, axis=0)
     return weights
@@ -135,11 +160,9 @@ def _moves(table: Table) -> Vector:
 
 def _drifts(table: Table, drift: FeatureDrift) -> Vector:
     """The accumulated drift at each call's noise level: [n]. Beyond the measured levels it goes on as at their ends."""
-    signal, noise = np.array([step.level for step in table.steps]).T
-    with np.errstate(divide="ignore"):  # a first step without signal, of checkpoints with zero terminal SNR
-        log_snr = np.maximum(2 * np.log(signal / noise), _LOWEST)
+    found = log_snr(table)
     x, y = np.array(drift.log_snr), np.array(drift.total)
     slopes = np.diff(y) / np.diff(x)
-    below, above = np.minimum(log_snr - x[0], 0) * slopes[0], np.maximum(log_snr - x[-1], 0) * slopes[-1]
-    drifts: Vector = np.interp(log_snr, x, y) + below + above
+    below, above = np.minimum(found - x[0], 0) * slopes[0], np.maximum(found - x[-1], 0) * slopes[-1]
+    drifts: Vector = np.interp(found, x, y) + below + above
     return drifts

@@ -24,6 +24,7 @@ from engines.cli import CommandLine, RepeatableList, parse
 from engines.contract import Array
 from engines.errors import EngineError
 from engines.manifest import FeatureDrift, Manifest
+from engines.step_cache import log_snr
 
 _X, _MODEL = 0, 1  # the lane, and the term, of a step's matrix
 _DIGITS = 4
@@ -72,9 +73,9 @@ def measure(
     ]
     shown = track(trajectories, "measuring", console=console, disable=console is None)
     squares = np.mean([_squared_errors(trajectory, graphs) for trajectory in shown], axis=0)
-    signal, noise = np.array([step.level for step in trajectories[0].table.steps[::AGE]]).T
     return FeatureDrift(
-        log_snr=_rounded(2 * np.log(signal / noise)), total=_rounded(np.append(0, np.cumsum(np.sqrt(squares))))
+        log_snr=_rounded(log_snr(trajectories[0].table)[::AGE]),
+        total=_rounded(np.append(0, np.cumsum(np.sqrt(squares)))),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from typing import Literal, get_args
 
 from engines.schedulers import Table
-from engines.step_cache import is_sensitive
+from engines.step_cache import is_sensitive, step_size
 
 Cache = Literal["off", "fast", "faster"]  # each position computes less than the one before
 StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
@@ -15,7 +15,8 @@ Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
 FEW_STEPS = 4  # all full, and so many at least: fewer steps would spare the others too, with the same loss
-_LARGE_STEPS = 10  # as far apart as those of so many, of which half are full
+_MANY_STEPS = 10  # of so many at least half are full, and up to three quarters the larger they are
+_LARGE = 1.6  # log SNR: half as large are ten steps of most schedulers
 # Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more, and sensitive
 # solvers multiply what changes.
 _Shares = dict[Cache, tuple[int, int]]
@@ -25,12 +26,14 @@ _FULL_WITH_NOISE: _Shares = {"off": (1, 0), "fast": (3, 0), "faster": (4, 2)}
 _FULL_WITH_NOISE_SENSITIVE: _Shares = {"off": (1, 0), "fast": (2, 2), "faster": (2, 2)}
 
 
-def full_count(cache: Cache, table: Table) -> int:
-    """How many steps of `table` are full; it may have fewer."""
+def full_count(cache: Cache, table: Table, calls_per_step: int) -> int:
+    """How many UNet calls of `table` are full, of a method that makes so many a step; it may have fewer."""
     kinds = (_FULL, _FULL_SENSITIVE), (_FULL_WITH_NOISE, _FULL_WITH_NOISE_SENSITIVE)
     part, more = kinds[table.draws][is_sensitive(table)][cache]
-    steps = len(table.steps)
-    return max(math.ceil(steps / part) + more, math.ceil(min(steps, _LARGE_STEPS) / 2), FEW_STEPS)
+    calls = len(table.steps)
+    share = min(max(1 / 2, step_size(table) / _LARGE), 3 / 4)
+    least = math.ceil(min(calls, _MANY_STEPS * calls_per_step) * share)
+    return max(math.ceil(calls / part) + more, least, FEW_STEPS * calls_per_step)
 
 
 def depths_of(guided: Sequence[bool], full: Container[int]) -> tuple[Depth, ...]:

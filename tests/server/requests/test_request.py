@@ -51,10 +51,10 @@ def depths(asked: Request) -> str:
     ("asked", "expected"),
     [
         (request(cache="off"), "ffffffff"),
-        (request(), "ffsfssfs"),
-        (request(steps=20), "fsfssfsssssfsssssfsf"),
+        (request(), "fffsfsfs"),
+        (request(steps=20), "fsfsfsssfssssfssssfs"),
         (request(steps=20, cache="faster"), "fsfssfsssssfssssssfs"),
-        (request(scale=1), "ffsfssfs"),
+        (request(scale=1), "fffsfsfs"),
         (request(steps=5), "ffffs"),
         (request(steps=4), "ffff"),
         (request(steps=4, cache="faster"), "ffff"),
@@ -74,10 +74,10 @@ def depths(asked: Request) -> str:
         (request(steps=20, scheduler="deis"), "fssfssssfssssssssfff"),
         (request(steps=20, scheduler="deis", cache="faster"), "fssfssssfssssssssfff"),
         # Guidance begins at step 4: step 3 kept no features of the negative prompt.
-        (request(start=0.5), "ffsffsfs"),
+        (request(start=0.5, full=4), "ffsffsfs"),
         # It ends after step 3: what was kept for both rows serves the one that is left.
-        (request(end=0.5), "ffsfssfs"),
-        (request(start=0.25, end=0.375), "ffffssfs"),
+        (request(end=0.5, full=4), "ffsfssfs"),
+        (request(start=0.25, end=0.375, full=4), "ffffssfs"),
     ],
 )
 def test_a_step_is_full_where_features_are_due_or_unknown(asked: Request, expected: str) -> None:
@@ -101,10 +101,10 @@ def test_no_shallow_step_lacks_the_features_of_a_row() -> None:
 
 def test_the_remaining_steps_decrease() -> None:
     asked = request(steps=7)
-    assert asked.steps_left == Counter(full=4, shallow=3)
+    assert asked.steps_left == Counter(full=5, shallow=2)
     for _ in range(4):
         asked.advance()
-    assert asked.steps_left == Counter(full=1, shallow=2)
+    assert asked.steps_left == Counter(full=2, shallow=1)
 
 
 def test_steps_that_are_left_out_do_not_count() -> None:
