@@ -3,9 +3,9 @@
 A shallow step errs by what the model's output has drifted since the features were made. This moves x by the step's
 coefficient of that output, and by those of later steps that read it in the scheduler's memory: solvers of higher order
 extrapolate from the differences of outputs. Full steps are placed where the sum of the squares of these moves is least
-over all shallow steps. What moves x in the last step counts thrice: no later one makes up for a part of it. Nor do
-several steps at the end that have little noise left: the first of them is full, and they reuse no features of noisier
-ones, which change the colours of whole backgrounds.
+over all shallow steps. What moves x in the last step counts thrice: no later one makes up for a part of it. Where
+several steps at the end have little noise left, the first of them is full, so that none of them reuses features of
+noisier steps, which would change the colours of whole backgrounds.
 
 With fresh noise at each step features change at every step alike, and full steps are even. Where a solver extrapolates
 either with fresh noise or over the last step, the last three are full besides: otherwise what the outputs differ by for

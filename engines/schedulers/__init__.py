@@ -6,7 +6,7 @@ the same calls, the same timesteps, and x in the same space, so that one row of 
 
 from engines.schedulers.catalogue import NAMES, complete, describe, find, table
 from engines.schedulers.levels import Sigmas, Spacing
-from engines.schedulers.methods import METHODS, Description
+from engines.schedulers.methods import METHODS, Description, Method
 from engines.schedulers.steps import NUMBERS, FinalSigma, Scheduler, Step, Table
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "NUMBERS",
     "Description",
     "FinalSigma",
+    "Method",
     "Scheduler",
     "Sigmas",
     "Spacing",

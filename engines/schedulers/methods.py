@@ -44,6 +44,7 @@ class Method:
     make: Callable[[Setting], Table]
     supports_zero_snr: bool = False  # whether its class in diffusers has rescale_betas_zero_snr; others ignore it
     takes_timesteps: bool = False  # whether it steps through given timesteps
+    steps_at_once: int = 1  # of a singlestep solver: diffusers counts as steps the calls that make one together
 
 
 _LIST = (
@@ -209,6 +210,7 @@ _LIST = (
             options=("final_sigmas_type",),
         ),
         partial(multistep.dpmpp_singlestep, order=2),
+        steps_at_once=2,
     ),
     Method(
         Description(
@@ -220,6 +222,7 @@ _LIST = (
             options=("final_sigmas_type",),
         ),
         partial(multistep.dpmpp_singlestep, order=3),
+        steps_at_once=3,
     ),
     Method(
         Description(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Sequence
 from typing import Literal, get_args
 
-from engines.schedulers import Table
+from engines.schedulers import Method, Table
 from engines.step_cache import is_sensitive, step_size
 
 Cache = Literal["off", "fast", "faster"]  # each position computes less than the one before
@@ -26,14 +26,14 @@ _FULL_WITH_NOISE: _Shares = {"off": (1, 0), "fast": (3, 0), "faster": (4, 2)}
 _FULL_WITH_NOISE_SENSITIVE: _Shares = {"off": (1, 0), "fast": (2, 2), "faster": (2, 2)}
 
 
-def full_count(cache: Cache, table: Table, calls_per_step: int) -> int:
-    """How many UNet calls of `table` are full, of a method that makes so many a step; it may have fewer."""
+def full_count(cache: Cache, table: Table, method: Method) -> int:
+    """How many UNet calls of `table` are full, which `method` made; it may have fewer."""
     kinds = (_FULL, _FULL_SENSITIVE), (_FULL_WITH_NOISE, _FULL_WITH_NOISE_SENSITIVE)
     part, more = kinds[table.draws][is_sensitive(table)][cache]
-    calls = len(table.steps)
-    share = min(max(1 / 2, step_size(table) / _LARGE), 3 / 4)
-    least = math.ceil(min(calls, _MANY_STEPS * calls_per_step) * share)
-    return max(math.ceil(calls / part) + more, least, FEW_STEPS * calls_per_step)
+    calls, per_step = len(table.steps), method.about.calls_per_step
+    size = step_size(table) * per_step * method.steps_at_once
+    least = math.ceil(min(calls, _MANY_STEPS * per_step) * min(max(1 / 2, size / _LARGE), 3 / 4))
+    return max(math.ceil(calls / part) + more, least, FEW_STEPS * per_step)
 
 
 def depths_of(guided: Sequence[bool], full: Container[int]) -> tuple[Depth, ...]:

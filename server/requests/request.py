@@ -199,7 +199,7 @@ class Request:
         if not params.reuses_features:
             return frozenset(range(self.steps))
         if params.full_steps is None:
-            count = full_count(params.cache, self.table, METHODS[params.scheduler.method].about.calls_per_step)
+            count = full_count(params.cache, self.table, METHODS[params.scheduler.method])
         else:  # of them all: as large a share of the calls that it makes
             count = round(params.full_steps * self.steps / params.num_inference_steps)
         return frozenset(full_steps(self.table, max(1, min(count, self.steps)), params.feature_drift))
