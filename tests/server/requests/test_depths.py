@@ -23,8 +23,8 @@ def counted(name: str, steps: int, cache: Cache = "fast") -> tuple[int, int]:
         ("dpmpp_2m", 10, (5, 10)),
         ("dpmpp_2m", 5, (4, 5)),
         # With the half of their calls that is five steps, heun and kdpm2 lost what the prompt names.
-        ("heun", 10, (11, 19)),
-        ("kdpm2", 10, (10, 19)),
+        ("heun", 10, (10, 19)),
+        ("kdpm2", 10, (11, 19)),
         ("kdpm2_ancestral", 10, (10, 19)),
         ("heun", 5, (8, 9)),
         ("heun", 20, (11, 39)),
