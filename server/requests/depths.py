@@ -16,6 +16,7 @@ DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
 FEW_STEPS = 4  # all full, and so many at least: fewer steps would spare the others too, with the same loss
 _MANY_STEPS = 10  # of so many at least half are full, and up to three quarters the larger they are
+_FAR = 0.45  # log SNR: with steps a little larger than twenty of most schedulers, no fewer are full than with fast
 _LARGE = 1.6  # log SNR: half as large are ten steps of most schedulers
 # Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more, and sensitive
 # solvers multiply what changes.
@@ -29,7 +30,8 @@ _FULL_WITH_NOISE_SENSITIVE: _Shares = {"off": (1, 0), "fast": (2, 2), "faster": 
 def full_count(cache: Cache, table: Table, method: Method) -> int:
     """How many UNet calls of `table` are full, which `method` made; it may have fewer."""
     kinds = (_FULL, _FULL_SENSITIVE), (_FULL_WITH_NOISE, _FULL_WITH_NOISE_SENSITIVE)
-    part, more = kinds[table.draws][is_sensitive(table)][cache]
+    sensitive = is_sensitive(table) or (step_size(table) > _FAR and not table.draws)
+    part, more = kinds[table.draws][sensitive][cache]
     calls, per_step = len(table.steps), method.about.calls_per_step
     size = step_size(table) * per_step * method.steps_at_once
     least = math.ceil(min(calls, _MANY_STEPS * per_step) * min(max(1 / 2, size / _LARGE), 3 / 4))

@@ -37,6 +37,7 @@ def test_at_least_half_of_ten_steps_and_four(name: str, steps: int, expected: tu
 def test_large_steps_have_more_full_ones() -> None:
     """Of ten, five lost what the prompt names in one image in three of dpmpp_2m_karras."""
     assert [counted("dpmpp_2m_karras", steps)[0] for steps in (10, 12, 15, 20)] == [8, 7, 6, 6]
+    assert [counted("dpmpp_2m_karras", steps, "faster")[0] for steps in (20, 25, 50)] == [6, 8, 11]
     assert counted("dpmpp_2m", 7) == (5, 7)
     assert counted("ddim", 1)[1] == 1
     # Two or three calls of these are one step of the solver.
