@@ -30,7 +30,6 @@ _LAST = 3.0  # how much more the last step counts: of 1 to 3, with which the dem
 _AT_END = 3  # full steps
 _LITTLE_NOISE = 2.9  # log SNR: features from 2.6 on still changed the demo's images, those from 2.9 on did not
 _MUCH = 0.1  # of a finished latent, whose deviation is about 1
-_LOWEST = -15.0  # log SNR in place of minus infinity, of checkpoints with zero terminal SNR
 
 # Of the demo model, by `python -m engines.build.feature_drift`; for bundles that have none of their own.
 _DEMO = (  # log SNR and total
@@ -84,25 +83,13 @@ def is_sensitive(table: Table) -> bool:
 @lru_cache(maxsize=256)
 def step_size(table: Table) -> float:
     """How far calls are apart in log SNR, in median; 0 of one call. Features serve less the larger steps are."""
-    steps = np.diff(log_snr(table))
+    steps = np.diff(table.log_snr)
     return float(np.median(steps)) if steps.size else 0.0
-
-
-def log_snr(table: Table) -> Vector:
-    """The log of the signal-to-noise ratio, in variance, of x as the UNet sees it at each call: [n], at least -15.
-
-    By `scale`, which brings x to unit variance: images are noised for another level in the middle of a step of kdpm2.
-    """
-    scales, signals = np.array([(step.scale, step.level[0]) for step in table.steps]).T
-    signal = (scales * signals) ** 2
-    with np.errstate(divide="ignore"):
-        ratios: Vector = np.maximum(np.log(signal / (1 - signal)), _LOWEST)
-    return ratios
 
 
 def _least_error(table: Table, drift: FeatureDrift, *, end: int, count: int) -> tuple[int, ...]:
     errors = _segment_errors(_weights(table), _drifts(table, drift))
-    late = int((log_snr(table) < _LITTLE_NOISE).sum())  # the first call with little noise
+    late = int((table.log_snr < _LITTLE_NOISE).sum())  # the first call with little noise
     if count > 1 and late < len(table.steps) - 1:
         errors[:late, late + 1 :] = np.inf
     least = errors[0]  # over the calls before each end, with one full step
@@ -160,7 +147,7 @@ def _moves(table: Table) -> Vector:
 
 def _drifts(table: Table, drift: FeatureDrift) -> Vector:
     """The accumulated drift at each call's noise level: [n]. Beyond the measured levels it goes on as at their ends."""
-    found = log_snr(table)
+    found = table.log_snr
     x, y = np.array(drift.log_snr), np.array(drift.total)
     slopes = np.diff(y) / np.diff(x)
     below, above = np.minimum(found - x[0], 0) * slopes[0], np.maximum(found - x[-1], 0) * slopes[-1]

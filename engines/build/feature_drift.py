@@ -24,7 +24,6 @@ from engines.cli import CommandLine, RepeatableList, parse
 from engines.contract import Array
 from engines.errors import EngineError
 from engines.manifest import FeatureDrift, Manifest
-from engines.step_cache import log_snr
 
 _X, _MODEL = 0, 1  # the lane, and the term, of a step's matrix
 _DIGITS = 4
@@ -74,7 +73,7 @@ def measure(
     shown = track(trajectories, "measuring", console=console, disable=console is None)
     squares = np.mean([_squared_errors(trajectory, graphs) for trajectory in shown], axis=0)
     return FeatureDrift(
-        log_snr=_rounded(log_snr(trajectories[0].table)[::AGE]),
+        log_snr=_rounded(trajectories[0].table.log_snr[::AGE]),
         total=_rounded(np.append(0, np.cumsum(np.sqrt(squares)))),
     )
 

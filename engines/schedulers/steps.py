@@ -24,6 +24,7 @@ X, MODEL, NOISE, M1, M2, M3 = np.eye(TERMS)
 
 NUMBERS = 4 + LANES * TERMS  # of a step: see Table.numbers
 _IMAGE = (1.0, 0.0)  # signal and noise, when all steps are done
+_LOWEST = -15.0  # log SNR in place of minus infinity, of checkpoints with zero terminal SNR
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,19 @@ class Table:
     def draws(self) -> bool:
         """Whether any step takes fresh noise."""
         return any(step.draws for step in self.steps)
+
+    @cached_property
+    def log_snr(self) -> Vector:
+        """The log of the signal-to-noise ratio, in variance, of x as the UNet sees it at each call: [n], at least -15.
+
+        By `scale`, which brings x to unit variance: kdpm2 noises images for another level in the middle of a step.
+        """
+        scales, signals = np.array([(step.scale, step.level[0]) for step in self.steps]).T
+        signal = (scales * signals) ** 2
+        with np.errstate(divide="ignore"):
+            ratios: Vector = np.maximum(np.log(signal / (1 - signal)), _LOWEST)
+        ratios.setflags(write=False)
+        return ratios
 
     @cached_property
     def numbers(self) -> tuple[NDArray[np.float32], ...]:

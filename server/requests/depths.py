@@ -9,15 +9,15 @@ from typing import Literal, get_args
 from engines.schedulers import Method, Table
 from engines.step_cache import is_sensitive, step_size
 
-Cache = Literal["off", "fast", "faster"]  # each position computes less than the one before
+Cache = Literal["off", "fast", "faster"]  # no position computes more than the one before
 StepCache = Literal[Cache, "disabled"]  # of a server: the default of requests, or that there is none
 Depth = Literal["full", "shallow"]  # how much of the UNet a step computes
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 
 FEW_STEPS = 4  # all full, and so many at least: fewer steps would spare the others too, with the same loss
 _MANY_STEPS = 10  # of so many at least half are full, and up to three quarters the larger they are
-_FAR = 0.45  # log SNR: with steps a little larger than twenty of most schedulers, no fewer are full than with fast
-_LARGE = 1.6  # log SNR: half as large are ten steps of most schedulers
+_FAR = 0.45  # log SNR, a little more than twenty steps of most schedulers: from here on as many are full as with fast
+_LARGE = 1.6  # log SNR, of which the share is measured: ten steps of most schedulers are half as large
 # Steps that are full: one of so many, and so many more. Fresh noise at each step changes features more, and sensitive
 # solvers multiply what changes.
 _Shares = dict[Cache, tuple[int, int]]

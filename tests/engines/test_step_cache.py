@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engines.manifest import FeatureDrift, NoiseSchedule
 from engines.schedulers import NAMES, Scheduler, Step, Table, find, table
-from engines.step_cache import DEMO_DRIFT, extrapolates, full_steps, is_sensitive, log_snr, step_size
+from engines.step_cache import DEMO_DRIFT, extrapolates, full_steps, is_sensitive, step_size
 
 EVEN = FeatureDrift(log_snr=(-10, 10), total=(0, 1))
 
@@ -91,7 +91,7 @@ def test_full_steps_are_dense_where_features_drift() -> None:
     calls = made("ddim", 50)
     drift = FeatureDrift(log_snr=(-10, 1, 2, 10), total=(0, 0.1, 1.1, 1.2))
     placed = full_steps(calls, 10, drift)
-    in_between = (log_snr(calls) >= 1) & (log_snr(calls) <= 2)
+    in_between = (calls.log_snr >= 1) & (calls.log_snr <= 2)
     assert in_between[list(placed[1:])].sum() > in_between.sum() / 2
 
 
@@ -99,7 +99,7 @@ def test_a_first_step_of_nothing_but_noise_is_no_obstacle() -> None:
     schedule = NoiseSchedule(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     calls = table(Scheduler("ddim"), 20, schedule)
     assert calls.steps[0].level[0] == 0
-    assert log_snr(calls)[0] == -15
+    assert calls.log_snr[0] == -15
     assert len(full_steps(calls, 6, DEMO_DRIFT)) == 6
 
 
@@ -155,7 +155,7 @@ def test_solvers_that_lean_on_earlier_outputs_are_sensitive() -> None:
 def test_calls_with_little_noise_reuse_no_features_of_noisier_ones(method: str, sigmas: str, steps: int) -> None:
     """With those of log SNR 2.6, of one image in fifteen the background changed its colour."""
     calls = made(f"{method}_{sigmas}", steps)
-    late = int((log_snr(calls) < 2.9).sum())
+    late = int((calls.log_snr < 2.9).sum())
     for count in range(2, len(calls.steps) + 1):
         assert late in full_steps(calls, count, DEMO_DRIFT)
 
