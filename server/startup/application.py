@@ -50,8 +50,10 @@ def _make(service: Service, settings: ServerSettings, keys: KeyFile | None, host
 
 async def use_libraries() -> None:
     """Load what libraries import at first use, by using it: a request must not fail because an import does."""
-    from PIL import Image  # noqa: PLC0415 - while the engines are loaded
+    import numpy as np  # noqa: PLC0415 - while the engines are loaded
+    from PIL import Image  # noqa: PLC0415 - as above
     from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - as above
 
     codecs.lookup("utf-16-be")  # of the comment in EXIF
+    np.median([0.0])  # of numpy.ma, for the step cache
     await run_in_threadpool(Image.preinit)  # the formats of uploads, and the threads that decode them
