@@ -321,6 +321,10 @@ def test_the_first_request_of_each_kind_imports_nothing(bundle: Path) -> None:
         assert serving.generate(**SHORT, image=encoded).status_code == 200
         assert serving.generate(prompt="(a:1.2) cat " * 40, cache="fast", num_inference_steps=5).status_code == 200
         assert serving.generate(num_inference_steps=0).status_code == 422
+        assert serving.client.post("/generate", json=SHORT, params={"wait": "false"}).status_code == 202
+        fields = {"prompt": "a cat", "steps": 2, "sampler_name": "DPM++ 2M Karras", "init_images": [encoded]}
+        assert serving.client.post("/sdapi/v1/img2img", json=fields).status_code == 200
+        assert serving.client.post("/v1/images/generations", json={"prompt": "a cat"}).status_code == 200
         for path in ("/", "/metrics", "/models", "/schedulers", "/docs", "/openapi.json", "/v2/health/ready", "/none"):
             serving.client.get(path)
         serving.stop()
