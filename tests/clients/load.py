@@ -22,6 +22,7 @@ class FullQueue:
     def __init__(self, serving: HeldServing) -> None:
         self.serving = serving
         self._open = ExitStack()
+        self._streams: list[Iterator[str]] = []  # which close their connections when they are dropped
 
     def __enter__(self) -> Self:
         self._open.enter_context(self.serving.held())
@@ -43,7 +44,8 @@ class FullQueue:
     def _stream(self) -> Iterator[str]:
         accept = {"Accept": "text/event-stream"}
         stream = self.serving.client.stream("POST", "/generate", json=_LONG, headers=accept)
-        return self._open.enter_context(stream).iter_lines()
+        self._streams.append(self._open.enter_context(stream).iter_lines())
+        return self._streams[-1]
 
 
 def _await(lines: Iterator[str], event: str) -> None:

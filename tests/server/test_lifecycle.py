@@ -109,8 +109,9 @@ def test_each_accepted_request_ends_once_whoever_leaves(serving: HeldServing) ->
         for _ in range(6):
             leaving.enter_context(closing(post_and_hang(serving, **FULL)))
         stay = [pool.submit(serving.generate, **{**SHORT, "seed": seed}) for seed in range(8)]
-        for answer in streams[:3]:  # the others leave without having heard anything
-            wait_for_event(events(answer), "queued")
+        outputs = [events(answer) for answer in streams[:3]]  # the others leave without having heard anything
+        for output in outputs:
+            wait_for_event(output, "queued")
         serving.wait_for(20)
         serving.let(20)  # some run when they leave
         wait_until(lambda: steps_run(serving) >= steps + 20)

@@ -147,7 +147,7 @@ def test_everyone_gets_the_picture_they_would_get_alone(caller: LoraCaller) -> N
 
 def test_loras_take_no_more_unet_calls(caller: LoraCaller) -> None:
     """Requests that share steps without LoRAs share them with different ones, and with none."""
-    fields = [{"seed": seed, "num_inference_steps": 3 + seed, "guidance_scale": 1, **SMALL} for seed in range(4)]
+    fields = [{"seed": seed, "num_inference_steps": 20 + seed, "guidance_scale": 1, **SMALL} for seed in range(4)]
     calls = []
     with_loras: list[Chosen] = [[("a", 1.0)], [("b", 1.0)], [], [("a", 0.5), ("c", 1.0)]]
     for chosen in ([()] * 4, with_loras):
@@ -156,7 +156,7 @@ def test_loras_take_no_more_unet_calls(caller: LoraCaller) -> None:
             asked.images()
         launched = caller.running.device.launches - before
         calls.append(sum(launched[graph] for graph in ("denoise", "denoise_lora")))
-    assert calls[1] <= calls[0] + 1, "a LoRA's upload may delay a first step by one"
+    assert calls[1] <= calls[0] + 5, "encoding and uploads may delay first steps, and no others"
 
 
 def test_a_step_without_loras_is_the_plain_graphs(cpu_caller: LoraCaller, bundle: Path) -> None:
