@@ -48,7 +48,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rtx")
-    sizes = ["--resolution", "64x64", "--resolution", "96x64", "--rows", "2,4"]
+    sizes = ["--resolution", "32x32", "--resolution", "48x32", "--rows", "2,4"]
     assert build("--model", wide, "--out", out, "--backend", "tensorrt_rtx", *sizes) == 0
     return out
 
@@ -69,7 +69,7 @@ def test_the_manifest_tells_of_every_engine(built: Path) -> None:
         assert engine.seconds > 0
         assert engine.memory > 100e6
     profiles = [(str(one.size), one.batch) for one in made.engines["denoise"].profiles]
-    assert profiles == [("64x64", 2), ("64x64", 4), ("96x64", 2), ("96x64", 4)]
+    assert profiles == [("32x32", 2), ("32x32", 4), ("48x32", 2), ("48x32", 4)]
     activations = [one.activations or 0 for one in made.engines["denoise"].profiles]
     assert 0 < activations[0] < activations[1]
     assert 0 < activations[2] < activations[3]
@@ -136,7 +136,7 @@ def test_fp8_keeps_every_fusion_and_shares_the_weights(
     monkeypatch.setattr(trajectory, "CALIBRATION_STEPS", 4)  # more make better ranges, and no other layers
     before = Manifest.load(copied).builds["tensorrt_rtx"].engines
     words = ["compile", copied, "--backend", "tensorrt_rtx", "--precision", "fp8", "--no-verify"]
-    assert build(*words, "--resolution", "64x64", "--rows", "2") == 0
+    assert build(*words, "--resolution", "32x32", "--rows", "2") == 0
     engines = Manifest.load(copied).builds["tensorrt_rtx"].engines
     assert {name for name, engine in engines.items() if engine.precision == "fp8"} == set(PLAIN_STEPS)
     made, was = engines["denoise"].layers, before["denoise"].layers
@@ -147,7 +147,7 @@ def test_fp8_keeps_every_fusion_and_shares_the_weights(
     assert engines["denoise"].quantization
     assert len(list(copied.rglob("*.weights"))) == 5
     assert "error of 8 bits" in capsys.readouterr().err
-    assert build(*words, "--resolution", "64x64", "--rows", "4") == 0
+    assert build(*words, "--resolution", "32x32", "--rows", "4") == 0
     said = capsys.readouterr().err
     assert "encode_prompt of tensorrt_rtx: unchanged" in said
     assert "quantizing denoise to fp8: " not in said
@@ -169,7 +169,7 @@ def test_without_a_gpu_engines_are_not_yet_verified(built: Path, capsys: pytest.
 def test_a_second_build_rebuilds_nothing(wide: Path, built: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.name != MANIFEST}
     arguments = ["--model", str(wide), "--out", str(built), "--backend", "tensorrt_rtx", "--rows", "2,4"]
-    arguments += ["--resolution", "64x64", "--resolution", "96x64"]
+    arguments += ["--resolution", "32x32", "--resolution", "48x32"]
     code = f"import sys, build_engines as b; code = b.main({arguments}); sys.exit(code or 3 * ('torch' in sys.modules))"
     again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     assert again.returncode == 0, again.stderr
@@ -178,7 +178,7 @@ def test_a_second_build_rebuilds_nothing(wide: Path, built: Path) -> None:
 
 
 def test_another_row_bucket_compiles_the_denoising_alone(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build("compile", copied, "--backend", "tensorrt_rtx", "--rows", "2", "--resolution", "64x64") == 0
+    assert build("compile", copied, "--backend", "tensorrt_rtx", "--rows", "2", "--resolution", "32x32") == 0
     output = capsys.readouterr().err
     assert "encode_prompt of tensorrt_rtx: unchanged" in output
     assert "denoise of tensorrt_rtx: unchanged" not in output
@@ -215,7 +215,7 @@ def test_a_damaged_engine_is_refused(copied: Path, damage: str) -> None:
 def test_a_damaged_engine_alone_is_compiled_again(wide: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copied / "engines/tensorrt_rtx/encode_prompt.engine"
     path.write_bytes(path.read_bytes()[:-1])
-    sizes = ["--resolution", "64x64", "--resolution", "96x64", "--rows", "2,4"]
+    sizes = ["--resolution", "32x32", "--resolution", "48x32", "--rows", "2,4"]
     assert build("--model", wide, "--out", copied, "--backend", "tensorrt_rtx", *sizes) == 0
     output = capsys.readouterr().err
     assert "the graphs: unchanged" in output
@@ -227,7 +227,7 @@ def test_a_damaged_engine_alone_is_compiled_again(wide: Path, copied: Path, caps
 def test_the_bundle_is_served_on_a_cpu_where_there_is_no_gpu(built: Path) -> None:
     with Serving(built) as serving:
         assert serving.client.get("/models").json()[0]["backend"] in ON_CPU
-        assert pictures(serving.generate(prompt="two old boats", num_inference_steps=2, seed=1))[0].shape == (64, 64, 3)
+        assert pictures(serving.generate(prompt="two old boats", num_inference_steps=2, seed=1))[0].shape == (32, 32, 3)
     assert any("tensorrt_rtx is unavailable" in line for line in serving.stderr)
 
 
