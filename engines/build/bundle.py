@@ -183,7 +183,8 @@ def _has_graphs(manifest: Manifest, spec: BundleSpec) -> bool:
 def _with_options(manifest: Manifest, checkpoint: Checkpoint, options: ExportOptions) -> Manifest:
     return updated(
         manifest,
-        name=options.name or manifest.source.name,
+        source=checkpoint.source,  # of the same content, maybe by other names
+        name=options.name or checkpoint.source.name,
         resolutions=options.resolutions or (manifest.trained_size,),
         rows=options.rows,
         decode_batch=options.decode_batch,

@@ -36,10 +36,10 @@ INT8_CODE = (
 
 
 def export_key(source: Source, weights: Storage, versions: Mapping[str, str]) -> str:
-    """The key of graphs exported from `source` by packages of `versions`."""
+    """The key of graphs exported from `source`, whatever its files are called, by packages of `versions`."""
     return _hash(
         {
-            "source": source.model_dump(exclude={"file_sha256"}),  # `sha256` covers it
+            "source": source.sha256,  # over files, scales and tokens
             "weights": weights,
             "code": _code(EXPORT_CODE),
             "versions": dict(versions),

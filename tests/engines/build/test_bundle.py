@@ -98,6 +98,18 @@ def test_a_second_build_changes_nothing_and_needs_no_torch(checkpoint: Path, sev
     assert Manifest.load(several).builds["openvino"].verification
 
 
+def test_a_checkpoint_of_another_name_needs_no_export(
+    checkpoint: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state_of(copied / "onnx")
+    renamed = shutil.copytree(checkpoint, tmp_path / "renamed-sd")
+    assert build("--model", renamed, "--out", copied, "--backend", "onnxruntime", "--rows", "2", "--no-verify") == 0
+    assert "the graphs: unchanged" in capsys.readouterr().err
+    manifest = Manifest.load(copied)
+    assert (manifest.name, manifest.source.name) == ("renamed-sd", "renamed-sd")
+    assert state_of(copied / "onnx") == before
+
+
 def test_other_shapes_need_no_export(copied: Path) -> None:
     before = state_of(copied / "onnx")
     assert (

@@ -121,7 +121,7 @@ def test_code_is_listed_that_exists() -> None:
 
 
 def test_an_export_is_of_one_source_storage_and_version(manifest: Manifest) -> None:
-    other = manifest.source.model_copy(update={"loras": ("style:1.0",)})
+    other = manifest.source.model_copy(update={"sha256": "0" * 64})
     versions = {**manifest.versions, "torch": "0"}
     made = [
         export(manifest),
@@ -130,8 +130,9 @@ def test_an_export_is_of_one_source_storage_and_version(manifest: Manifest) -> N
         export_key(manifest.source, manifest.weights, versions),
     ]
     assert len(set(made)) == len(made)
-    known = manifest.source.model_copy(update={"file_sha256": "0" * 64})  # older bundles do not have it
-    assert export_key(known, manifest.weights, manifest.versions) == made[0]
+    names = {"name": "renamed", "loras": ("renamed:1.0",), "embeddings": ("renamed:<word>",), "decoder": "renamed"}
+    renamed = manifest.source.model_copy(update={**names, "file_sha256": "0" * 64})
+    assert export_key(renamed, manifest.weights, manifest.versions) == made[0]
 
 
 def test_tensorrt_engines_are_of_their_profiles_and_of_no_trajectory(manifest: Manifest) -> None:
