@@ -31,6 +31,11 @@ torch._dynamo.config.fake_tensor_cache_enabled = False
 _SHAPES = ["--resolution", "32x32", "--resolution", "48x32", "--rows", "2,4,8"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest and shares nothing: another process makes what the others share."""
+    items.sort(key=lambda item: item.path.name != "test_rtx_bundle.py")
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what lives as long as the run: the libraries, and ten thousand tests."""
     gc.collect()
