@@ -22,17 +22,17 @@ export async function loadGallery() {
   update();
 }
 
-/** Add the pictures of a request. */
+/** Add the pictures of a request, once they are stored: what is shown stays, and can be deleted for good. */
 export async function keepPictures(pictures) {
-  shown = [...pictures.map(thumbnail).reverse(), ...shown];
-  const old = shown.slice(MOST);
-  update();
+  const old = shown.slice(Math.max(0, MOST - pictures.length));
   try {
     for (const { picture } of old) await removePicture(picture);
     for (const picture of pictures) picture.id = await storePicture(picture);
   } catch (error) {
     notStored(error);
   }
+  shown = [...pictures.map(thumbnail).reverse(), ...shown];
+  update();
 }
 
 export async function removePicture(picture) {

@@ -47,10 +47,14 @@ def has_finished(page: Page) -> None:
 
 
 def generate(page: Page, text: str = PROMPT) -> None:
+    """Generate images, and wait until the gallery has them: only then they are stored, and survive a reload."""
     is_loaded(page)
+    newest = page.locator("#thumbnails img").first
+    before = newest.get_attribute("src") if newest.count() else None
     prompt(page).fill(text)
     button(page, "Generate").click()
     has_finished(page)
+    expect(newest).not_to_have_attribute("src", before or "")
 
 
 def start_long_one(page: Page) -> None:
