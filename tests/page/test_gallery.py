@@ -18,6 +18,15 @@ OTHER = "a penguin on a blue background"
 FULL = """() => {
   IDBObjectStore.prototype.add = () => { throw new DOMException("no room", "QuotaExceededError"); };
 }"""
+SLOW = """() => {  // a transaction stays open while there are requests in it
+  const { add } = IDBObjectStore.prototype;
+  IDBObjectStore.prototype.add = function (value) {
+    const until = Date.now() + 1000;
+    const goOn = () => { if (Date.now() < until) this.count().onsuccess = goOn; };
+    goOn();
+    return add.call(this, value);
+  };
+}"""
 FORBIDDEN = "() => Object.defineProperty(window, 'indexedDB', { get: () => { throw new Error('not here'); } })"
 
 
@@ -177,6 +186,16 @@ def test_the_oldest_of_more_than_a_hundred_is_given_up(page: Page) -> None:
     driving.is_loaded(page)
     expect(thumbnails(page)).to_have_count(100)
     expect(thumbnails(page).last).to_have_accessible_name(f"{PROMPT}, seed 0")
+
+
+def test_an_image_that_is_shown_is_stored(open_page: OpenPage) -> None:
+    page = open_page()
+    page.add_init_script(f"({SLOW})()")
+    page.reload()
+    driving.generate(page)
+    page.reload()
+    driving.is_loaded(page)
+    expect(thumbnails(page)).to_have_count(1)
 
 
 @pytest.mark.parametrize(("script", "note"), [(FULL, "no room for more"), (FORBIDDEN, "does not store images")])
